@@ -1,0 +1,10 @@
+"""Constants that TinyLLaVA v1 fixes (``utils/constants.py``): they are baked into data sets and checkpoints."""
+
+IGNORE_INDEX = -100
+"""Label of a position that no loss looks at (image tokens, prompts, padding)."""
+
+IMAGE_TOKEN_INDEX = -200
+"""Placeholder id in ``input_ids`` that one image's visual tokens replace."""
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+"""The text that marks an image in LLaVA's JSON."""

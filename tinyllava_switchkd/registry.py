@@ -1,0 +1,151 @@
+"""Named plugins: one `Registry` class, of which every factory of the project is an instance.
+
+TinyLLaVA's users know the factories as callables (``LLMFactory("Qwen/Qwen2.5-0.5B")``) and the decorators as
+``@register_llm("qwen2")``; both keep these signatures. What changes is the look-up: a name is matched exactly,
+then by the longest registered name inside the *base name* of a path (its last component, never a parent folder),
+and everything unknown or ambiguous is an error that lists the candidates.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+ENTRY_POINT_GROUP = "tinyllava_switchkd.plugins"
+
+_entry_points_loaded = False
+
+
+def load_entry_points() -> None:
+    """Import every third-party plugin installed under the ``tinyllava_switchkd.plugins`` entry-point group, once.
+
+    A plugin that fails to import is reported with its name and skipped: a broken plugin must not take down a run
+    that does not use it, and a run that does use it fails on the unknown name.
+    """
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    _entry_points_loaded = True
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry_point.load()
+        except Exception as error:
+            logging.getLogger(__name__).warning(
+                "The plugin %r (%s) could not be imported and is not available: %s",
+                entry_point.name,
+                entry_point.value,
+                error,
+            )
+
+
+def base_name(path: str) -> str:
+    """Last component of a path or hub name, lower-case: ``"Qwen/Qwen2.5-0.5B/"`` -> ``"qwen2.5-0.5b"``."""
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+class Registry:
+    """A table of plugins of one kind, looked up by name.
+
+    Args:
+        kind: what an entry is, in the words of an error message ("vision tower").
+        fuzzy: whether a name that is not registered may match by the longest registered name in its base name.
+        fallback: asked for a registered name when nothing matched (the LLM registry reads the config's model_type);
+            returns None when it has no answer.
+        resolve: applied to an entry before it is returned.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        fuzzy: bool = False,
+        fallback: Callable[[str], str | None] | None = None,
+        resolve: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.kind = kind
+        self._fuzzy = fuzzy
+        self._fallback = fallback
+        self._resolve = resolve
+        self._entries: dict[str, Any] = {}
+
+    def register(self, *names: str, override: bool = False) -> Callable[[Any], Any]:
+        """Decorator that enters an object under one or more names (case-insensitive).
+
+        Raises:
+            ValueError: a name is taken and `override` is not set.
+        """
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"A {self.kind} is registered under a name that is a non-empty string, not {names!r}.")
+
+        def decorator(entry: Any) -> Any:
+            for name in names:
+                key = name.lower()
+                if key in self._entries and self._entries[key] is not entry and not override:
+                    raise ValueError(
+                        f"The {self.kind} {name!r} is registered already (by {_where(self._entries[key])}); "
+                        f"pass override=True to replace it with {_where(entry)}."
+                    )
+            for name in names:
+                self._entries[name.lower()] = entry
+            return entry
+
+        return decorator
+
+    def list(self, pattern: str = "*") -> list[str]:
+        """Registered names that match a shell pattern, sorted."""
+        load_entry_points()
+        return sorted(name for name in self._entries if fnmatch(name, pattern.lower()))
+
+    def name_of(self, name: str) -> str:
+        """The registered name that `name` (a name, a hub id or a path) stands for.
+
+        Raises:
+            ValueError: nothing matches, or two entries match equally long.
+        """
+        if not isinstance(name, str):
+            raise ValueError(f"A {self.kind} is looked up by a string, not by {name!r}.")
+        load_entry_points()
+        key = name.lower()
+        if key in self._entries:
+            return key
+        if self._fuzzy:
+            matches = [entry for entry in self._entries if entry in base_name(name)]
+            if matches:
+                return self._longest(name, matches)
+        if self._fallback is not None:
+            answer = self._fallback(name)
+            if answer is not None and answer.lower() in self._entries:
+                return answer.lower()
+        raise ValueError(
+            f"Unknown {self.kind} {name!r}. Registered: {', '.join(self.list()) or 'none'}. "
+            f"Register your own with the register decorator, or install a plugin that does."
+        )
+
+    def _longest(self, name: str, matches: Iterable[str]) -> str:
+        longest = max(len(match) for match in matches)
+        best = [match for match in matches if len(match) == longest]
+        if len({id(self._entries[match]) for match in best}) > 1:
+            raise ValueError(
+                f"The {self.kind} {name!r} is ambiguous: it matches {', '.join(sorted(best))}. "
+                f"Rename it, or register its exact name."
+            )
+        return best[0]
+
+    def __call__(self, name: str) -> Any:
+        entry = self._entries[self.name_of(name)]
+        return entry if self._resolve is None else self._resolve(entry)
+
+    def __contains__(self, name: str) -> bool:
+        load_entry_points()
+        return name.lower() in self._entries
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}: {', '.join(sorted(self._entries))})"
+
+
+def _where(entry: Any) -> str:
+    module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
+    return f"{module}.{name}" if module and name else repr(entry)
