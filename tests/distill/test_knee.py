@@ -1,0 +1,123 @@
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllava_switchkd.distill import knee
+from tinyllava_switchkd.distill.knee import BINS, finite, leading
+
+from . import oracle
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "dbild"
+knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
+CASES = json.loads((FIXTURES / "cases.json").read_text())
+
+
+@pytest.fixture(params=["full sort", "histogram"])
+def route(request, monkeypatch):
+    """Both ways to the knee must give the same answer on every input."""
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 10**9 if request.param == "full sort" else 0)
+    return request.param
+
+
+def language_model_like(tokens: int, vocab: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    """A bulk and a few hot tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(tokens, vocab, generator=generator)
+    logits[:, : vocab // 500 + 1] += 15 * torch.rand(tokens, vocab // 500 + 1, generator=generator)
+    return logits.to(dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_knee_agrees_with_the_published_vectors(route, case, side):
+    vectors = np.load(FIXTURES / "vectors.npz")
+    k = knee(torch.tensor(vectors[f"{case['name']}.{side}"]))
+    assert k.tolist() == vectors[f"{case['name']}.k_{side}"].tolist()
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 17, 1000])
+@pytest.mark.parametrize("style", ["normal", "rounded", "one hot", "two values", "steep"])
+def test_knee_agrees_with_the_definition(route, vocab, style):
+    generator = torch.Generator().manual_seed(vocab)
+    z = torch.randn(12, vocab, generator=generator, dtype=torch.float64)
+    if style == "rounded":
+        z = (4 * z).round() / 4
+    elif style == "one hot":
+        z = torch.nn.functional.one_hot(torch.arange(12) % vocab, vocab).double()
+    elif style == "two values":
+        z = (z > 0.3).double()
+    elif style == "steep":
+        z = torch.exp(3 * z)
+    assert knee(z).tolist() == [oracle.knee(row) for row in z]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_histogram_and_full_sort_agree_at_real_vocabulary(monkeypatch, dtype):
+    z = language_model_like(4, 151_936, dtype=dtype)
+    by_histogram = knee(z)
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 10**9)
+    assert by_histogram.tolist() == knee(z).tolist()
+    assert 1000 < by_histogram.float().mean() < 20_000  # method.md: in the thousands
+
+
+def test_histogram_survives_one_logit_that_dwarfs_the_rest(route):
+    z = language_model_like(3, 3 * BINS, dtype=torch.float64)
+    z[:, 7] = 1e6  # nearly everything falls into one bin
+    assert knee(z).tolist() == [oracle.knee(row) for row in z]
+
+
+def test_constant_logits_have_two_leading_tokens(route):
+    z = torch.full((3, 50), 1.5)
+    assert knee(z).tolist() == [2, 2, 2]
+    order = leading(z)
+    assert order.indices[order.mask].tolist() == [0, 1] * 3
+
+
+def test_infinite_logits_count_as_the_extreme_finite_ones(route):
+    z = language_model_like(4, 600).double()
+    masked = z.clone()
+    masked[0, 5:9] = -torch.inf
+    masked[1, 3] = torch.inf
+    masked[2] = -torch.inf
+    expected = z.clone()
+    keep = torch.ones(600, dtype=torch.bool)
+    keep[5:9] = False
+    expected[0, 5:9] = z[0, keep].min()
+    keep = torch.ones(600, dtype=torch.bool)
+    keep[3] = False
+    expected[1, 3] = z[1, keep].max()
+    expected[2] = 0.0
+    assert torch.equal(finite(masked), expected)
+    assert knee(masked).tolist() == [oracle.knee(row) for row in expected]
+
+
+def test_leading_orders_ties_by_vocabulary(route):
+    z = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0, -1.0]]).double()
+    order = leading(z, 4)
+    assert order.indices[0, order.mask[0]].tolist() == [1, 3, 2, 4]
+    assert order.threshold.tolist() == [2.0]
+
+
+def test_leading_pads_ragged_rows(route):
+    z = language_model_like(6, 800).double()
+    z[2] *= 5
+    order = leading(z)
+    assert order.k.tolist() == knee(z).tolist() == order.mask.sum(1).tolist()
+    for row in range(6):
+        expected = z[row].argsort(descending=True, stable=True)[: order.k[row]]
+        assert order.indices[row, order.mask[row]].tolist() == expected.tolist()
+
+
+def test_no_tokens_give_no_knees(route):
+    assert knee(torch.zeros(0, 9)).shape == (0,)
+    assert leading(torch.zeros(0, 9)).k.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (4, 1)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[tokens, vocab\]"):
+        knee(torch.zeros(shape))

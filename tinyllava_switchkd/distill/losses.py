@@ -1,0 +1,304 @@
+"""The distillation losses: DBiLD (Switch-KD Section 3.3), its relatives of the paper's Table 4, and their registry.
+
+DBiLD compares logit *differences*. A leader (first the teacher, then the student) chooses its k largest logits and
+their order; both sides' differences over all pairs m < n of these are turned into distributions, p = softmax(d / tau),
+and compared by reverse KL. A pair d_mn = z_m - z_n factorises under the softmax, so nothing of size k^2 is needed:
+with a = z / tau in leader order,
+
+    Z = sum_{m<n} exp(a_m) exp(-a_n)
+    r_m = exp(a_m) sum_{n>m} exp(-a_n) / Z          (row marginals of the pair distribution)
+    c_n = exp(-a_n) sum_{m<n} exp(a_m) / Z          (column marginals)
+    KL(q || p) = sum_m (q_m - p_m) (r_m - c_m) - log Z_q + log Z_p          (r, c those of q)
+
+which prefix and suffix sums give in O(k), gradient included.
+
+The file needs torch, `knee.py` beside it, and the project's `Registry` (two lines to replace elsewhere).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import Registry
+from .knee import Order, finite, leading
+
+LossFactory = Registry("distillation loss")
+"""`LossFactory(name)(temperature=3.0, ...)(student_logits, teacher_logits) -> [tokens]`."""
+
+register_loss = LossFactory.register
+
+LINEAR_RANGE = 300.0
+"""Spread of scaled logits up to which products of exponentials stay inside float64 (exp(-600) > 1e-308)."""
+
+
+class LogitLoss(nn.Module):
+    """Base of the losses between two sides' logits.
+
+    A subclass defines `forward`. One that ranks logits also defines `order`, so that a caller who compares several
+    students with the same teacher logits (Switch-KD does) ranks them once.
+
+    Args:
+        temperature: tau, by which logits (or their differences) are divided; positive.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+
+    def __init__(self, temperature: float = 3.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"The distillation temperature must be positive, not {temperature}.")
+        self.temperature = float(temperature)
+
+    def order(self, logits: Tensor) -> Order | None:
+        """What of a side's ranking the loss uses when that side leads; None for losses without a leader."""
+        return None
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        student_order: Order | None = None,
+        teacher_order: Order | None = None,
+    ) -> Tensor:
+        """Loss of every token.
+
+        Args:
+            student_logits: [tokens, vocab]; gradients flow into these only.
+            teacher_logits: [tokens, vocab], the same vocabulary.
+            student_order: `order(student_logits)` if the caller has it.
+            teacher_order: `order(teacher_logits)` if the caller has it.
+
+        Returns:
+            [tokens], float32 (float64 for float64 logits), never negative but for rounding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward.")
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}"
+
+
+class FullVocabularyKL(LogitLoss):
+    """KL between the two softmaxes at tau over the whole vocabulary, without the customary tau^2 factor."""
+
+    reverse: bool
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        student_order: Order | None = None,
+        teacher_order: Order | None = None,
+    ) -> Tensor:
+        student, teacher = _sides(student_logits, teacher_logits)
+        student = (student / self.temperature).log_softmax(-1)
+        teacher = (teacher / self.temperature).log_softmax(-1)
+        q, p = (student, teacher) if self.reverse else (teacher, student)
+        return (q.exp() * (q - p)).sum(-1)
+
+
+@register_loss("fkl")
+class ForwardKL(FullVocabularyKL):
+    """KL(teacher || student) over the vocabulary (Table 4, FKL)."""
+
+    reverse = False
+
+
+@register_loss("rkl")
+class ReverseKL(FullVocabularyKL):
+    """KL(student || teacher) over the vocabulary (Table 4, RKL)."""
+
+    reverse = True
+
+
+class LogitDifferenceKL(LogitLoss):
+    """KL between the two sides' distributions over logit differences, teacher-led plus student-led.
+
+    Args:
+        temperature: tau.
+        top_k: a fixed number of leading logits (BiLD), or None for each token's knee (DBiLD).
+    """
+
+    reverse: bool
+
+    def __init__(self, temperature: float = 3.0, top_k: int | None = None) -> None:
+        super().__init__(temperature)
+        if top_k is not None and top_k < 2:
+            raise ValueError(f"top_k must be at least 2 (a pair needs two logits), not {top_k}.")
+        self.top_k = top_k
+
+    def order(self, logits: Tensor) -> Order:
+        return leading(finite(logits.detach()), self.top_k)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        student_order: Order | None = None,
+        teacher_order: Order | None = None,
+    ) -> Tensor:
+        student, teacher = _sides(student_logits, teacher_logits)
+        teacher_order = teacher_order or self.order(teacher)
+        student_order = student_order or self.order(student)
+        loss = 0.0
+        for order in (teacher_order, student_order):
+            led_student = student.gather(1, order.indices)
+            led_teacher = teacher.gather(1, order.indices)
+            loss = loss + pair_kl(led_student, led_teacher, order.mask, self.temperature, reverse=self.reverse)
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, top_k={self.top_k or 'knee'}"
+
+
+class _FixedK(LogitDifferenceKL):
+    def __init__(self, temperature: float = 3.0, top_k: int = 8) -> None:
+        super().__init__(temperature, top_k)
+
+
+@register_loss("bild_fkl")
+class BiLDForwardKL(_FixedK):
+    """BiLD with forward KL: the 8 largest logits of each leader (Table 4, BiLD-FKL)."""
+
+    reverse = False
+
+
+@register_loss("bild_rkl")
+class BiLDReverseKL(_FixedK):
+    """BiLD with reverse KL (Table 4, BiLD-RKL)."""
+
+    reverse = True
+
+
+class _Knee(LogitDifferenceKL):
+    def __init__(self, temperature: float = 3.0) -> None:
+        super().__init__(temperature)
+
+
+@register_loss("dbild_fkl")
+class DBiLDForwardKL(_Knee):
+    """DBiLD with forward KL (Table 4, DBiLD-FKL)."""
+
+    reverse = False
+
+
+@register_loss("dbild", "dbild_rkl")
+class DBiLDReverseKL(_Knee):
+    """DBiLD as Switch-KD uses it: dynamic k, reverse KL (Section 3.3; Table 4, DBiLD-RKL)."""
+
+    reverse = True
+
+
+def pair_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, *, reverse: bool = True) -> Tensor:
+    """KL between softmax(differences / tau) of two sides over all pairs m < n, in O(k).
+
+    Args:
+        student: [tokens, k] logits in leader order, padded on the right; receives the gradient.
+        teacher: [tokens, k] logits at the same indices.
+        mask: [tokens, k], true where an entry counts (at least two of each row).
+        temperature: tau.
+        reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
+
+    Returns:
+        [tokens], in the students' dtype; computed in float64.
+    """
+    dtype = student.dtype
+    a, b = student.double() / temperature, teacher.detach().double() / temperature
+    a, b = (torch.where(mask, side, side[:, :1]) for side in (a, b))  # padding must not widen a row's spread
+    if a.numel() == 0:
+        return student.sum(-1)
+    spread = max(float((side.amax(-1) - side.amin(-1)).max().detach()) for side in (a, b))
+    if spread <= LINEAR_RANGE:
+        return _PairKL.apply(a, b, mask, reverse).to(dtype)
+    q, p = (a, b) if reverse else (b, a)
+    return _pair_kl_in_logs(q, p, mask).to(dtype)
+
+
+class _Marginals:
+    """Pair distribution of one side: log Z and r - c, r + c, by prefix and suffix sums of shifted exponentials."""
+
+    def __init__(self, a: Tensor, mask: Tensor) -> None:
+        high, low = a.amax(-1, keepdim=True), a.amin(-1, keepdim=True)
+        self.up = torch.exp(a - high).mul_(mask)  # exp(a_m), at most 1
+        self.down = torch.exp(low - a).mul_(mask)  # exp(-a_n), at most 1
+        before = _before(self.up)
+        after = _after(self.down)
+        self.z = (self.down * before).sum(-1, keepdim=True)
+        self.log_z = (self.z.log() + high - low).squeeze(-1)
+        self.rows = self.up * after / self.z
+        self.columns = self.down * before / self.z
+
+
+class _PairKL(torch.autograd.Function):
+    """KL(q || p) over pairs with its closed-form gradient, taken in the forward pass: O(k) saved a token."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, mask: Tensor, reverse: bool) -> Tensor:
+        q, p = (student, teacher) if reverse else (teacher, student)
+        of_q, of_p = _Marginals(q, mask), _Marginals(p, mask)
+        delta = (q - p) * mask
+        flow = of_q.rows - of_q.columns
+        expected = (delta * flow).sum(-1)
+        loss = expected - of_q.log_z + of_p.log_z
+        if ctx.needs_input_grad[0]:
+            if reverse:
+                # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs
+                # in which m comes first, less those in which it comes second.
+                excess = expected[:, None]
+                gradient = of_q.rows * (delta - excess) + of_q.columns * (delta + excess)
+                gradient -= of_q.up * _after(of_q.down * delta) / of_q.z
+                gradient -= of_q.down * _before(of_q.up * delta) / of_q.z
+            else:
+                gradient = (of_p.rows - of_p.columns) - flow
+            ctx.save_for_backward(gradient.mul_(mask))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss[:, None], None, None, None
+
+
+def _pair_kl_in_logs(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+    """The same through logsumexp, differentiated by autograd: for logits too far apart for products of exponentials."""
+    log_z_q, flow = _log_marginals(q, mask)
+    log_z_p, _ = _log_marginals(p, mask)
+    return ((q - p).masked_fill(~mask, 0.0) * flow).sum(-1) - log_z_q + log_z_p
+
+
+def _log_marginals(a: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = -1e300
+    up, down = a.masked_fill(~mask, nothing), (-a).masked_fill(~mask, nothing)
+    before = up.logcumsumexp(-1)[:, :-1]  # log sum of exp(a) over m < n, for n = 2..k
+    after = down.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]  # log sum of exp(-a) over n > m, for m = 1..k-1
+    log_z = (before + down[:, 1:]).logsumexp(-1)
+    rows = (up[:, :-1] + after - log_z[:, None]).exp()
+    columns = (before + down[:, 1:] - log_z[:, None]).exp()
+    pad = nn.functional.pad
+    return log_z, pad(rows, (0, 1)) - pad(columns, (1, 0))
+
+
+def _before(values: Tensor) -> Tensor:
+    """Sum of all entries before each."""
+    return nn.functional.pad(values[:, :-1].cumsum(-1), (1, 0))
+
+
+def _after(values: Tensor) -> Tensor:
+    """Sum of all entries after each."""
+    return nn.functional.pad(values[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+
+
+def _sides(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides in a dtype that is safe to compare in, infinities removed, the teacher out of the graph."""
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(
+            f"Student and teacher logits must both be [tokens, vocab], not {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}; slice unequal vocabularies to the shared one first."
+        )
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    return finite(student_logits.to(dtype)), finite(teacher_logits.detach().to(dtype))
