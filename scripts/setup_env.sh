@@ -1,0 +1,39 @@
+# Sourced by the scripts that set themselves up: makes .venv at the repository's root and installs the package there.
+#
+#   source scripts/setup_env.sh train,eval dev     # the extras wanted
+#
+# Afterwards the virtual environment is active. It is quick when run again: a stamp in .venv remembers the extras
+# installed and the pyproject.toml that they came from. uv is used where it is present. PYTHON chooses the interpreter.
+
+setup_env() {
+    local root python extras stamp wanted
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    extras="$1"
+    stamp="$root/.venv/.tinyllava_switchkd"
+    wanted="$extras $(cksum <"$root/pyproject.toml")"
+
+    if [ ! -x "$root/.venv/bin/python" ]; then
+        python="${PYTHON:-python3}"
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "error: Python 3.10 or newer is needed and '$python' is not; set PYTHON to one." >&2
+            return 1
+        fi
+        echo "Making a virtual environment in .venv ..."
+        if command -v uv >/dev/null 2>&1; then
+            uv venv --quiet --python "$python" "$root/.venv" || return 1
+        else
+            "$python" -m venv "$root/.venv" || return 1
+        fi
+    fi
+    if [ ! -f "$stamp" ] || ! grep -qxF "$wanted" "$stamp"; then
+        echo "Installing tinyllava_switchkd[$extras] into .venv (about two minutes the first time) ..."
+        if command -v uv >/dev/null 2>&1; then
+            uv pip install --quiet --python "$root/.venv/bin/python" -e "$root[$extras]" || return 1
+        else
+            "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" || return 1
+        fi
+        echo "$wanted" >>"$stamp"
+    fi
+    # shellcheck disable=SC1091
+    source "$root/.venv/bin/activate"
+}
