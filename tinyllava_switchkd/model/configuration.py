@@ -1,0 +1,200 @@
+"""TinyLlavaConfig: TinyLLaVA v1's configuration, built from what the checkpoint holds before any base repository is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+class TinyLlavaConfig(PretrainedConfig):
+    """Configuration of a TinyLLaVA model: a language model, a vision tower and the connector between them.
+
+    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version`. A nested `text_config`
+    or `vision_config` is enough to build the part; only where one is absent is the base model's own configuration read
+    from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
+
+    Args:
+        llm_model_name_or_path: base language model, a hub name or a folder.
+        tokenizer_name_or_path: where the tokenizer came from; the language model's path if None.
+        vision_model_name_or_path: base vision tower; may carry a prefix (``timm:``, ``open_clip:``, ``mof:``).
+        vision_model_name_or_path2: the second tower of ``mof`` (DINOv2).
+        connector_type: a registered connector, e.g. ``mlp2x_gelu``.
+        text_config: configuration (or its dict) of the language model.
+        vision_config: configuration (or its dict) of the vision tower.
+        vision_feature_layer: index into the tower's hidden states (0 = embeddings), -2 is the last layer but one.
+        vision_feature_select_strategy: ``patch`` drops the tower's first token, ``cls_patch`` keeps all.
+        num_queries: visual tokens that ``resampler`` and ``qformer`` emit.
+        resampler_hidden_size: width of ``qformer``; kept, as in v1, but not used by ``resampler``.
+        num_resampler_layers: depth of ``resampler``; of ``qformer`` only where `qformer_config` says nothing.
+        qformer_config: overrides of the Q-Former's own configuration (a dict), None for v1's (BERT base).
+        image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (to a square of the mean colour first).
+        tokenizer_model_max_length: positions of a sequence, image tokens included.
+        conv_version: name of the conversation template the model was trained with; None if unknown.
+        tune_type_llm, tune_type_connector, tune_type_vision_tower, tune_vision_tower_from_layer: what was trained.
+    """
+
+    model_type = "tinyllava"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 (transformers' protocol)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        llm_model_name_or_path: str = "",
+        tokenizer_name_or_path: str | None = None,
+        vision_model_name_or_path: str = "",
+        vision_model_name_or_path2: str = "",
+        connector_type: str | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        vision_feature_layer: int = -2,
+        vision_feature_select_strategy: str = "patch",
+        image_aspect_ratio: str = "square",
+        num_queries: int | None = None,
+        resampler_hidden_size: int | None = None,
+        num_resampler_layers: int | None = None,
+        qformer_config: dict[str, Any] | None = None,
+        pad_token: str | None = None,
+        pad_token_id: int | None = None,
+        tokenizer_padding_side: str = "right",
+        tokenizer_model_max_length: int = 2048,
+        tokenizer_use_fast: bool = False,
+        use_cache: bool = False,
+        cache_dir: str | None = None,
+        conv_version: str | None = None,
+        tune_type_llm: str = "frozen",
+        tune_type_connector: str = "frozen",
+        tune_type_vision_tower: str = "frozen",
+        tune_vision_tower_from_layer: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        self.llm_model_name_or_path = llm_model_name_or_path
+        self.tokenizer_name_or_path = tokenizer_name_or_path or llm_model_name_or_path
+        self.vision_model_name_or_path = vision_model_name_or_path
+        self.vision_model_name_or_path2 = vision_model_name_or_path2
+        self.connector_type = connector_type
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_aspect_ratio = image_aspect_ratio
+        self.num_queries = num_queries
+        self.resampler_hidden_size = resampler_hidden_size
+        self.num_resampler_layers = num_resampler_layers
+        self.qformer_config = qformer_config
+        self.pad_token = pad_token
+        self.pad_token_id = pad_token_id
+        self.tokenizer_padding_side = tokenizer_padding_side
+        self.tokenizer_model_max_length = tokenizer_model_max_length
+        self.tokenizer_use_fast = tokenizer_use_fast
+        self.use_cache = use_cache
+        self.cache_dir = cache_dir
+        self.conv_version = conv_version
+        self.tune_type_llm = tune_type_llm
+        self.tune_type_connector = tune_type_connector
+        self.tune_type_vision_tower = tune_type_vision_tower
+        self.tune_vision_tower_from_layer = tune_vision_tower_from_layer
+
+        self.text_config = self._build_text_config(text_config)
+        self.vision_config = self._build_vision_config(vision_config)
+        # These four are never free: a value in the file that contradicts the parts would only mislead.
+        for name in ("hidden_size", "vocab_size", "vision_hidden_size", "ignore_index", "image_token_index"):
+            kwargs.pop(name, None)
+        self.hidden_size = getattr(self.text_config, "hidden_size", None) or getattr(
+            self.text_config, "model_dim", None
+        )
+        self.vocab_size = self.text_config.vocab_size
+        self.vision_hidden_size = self.vision_config.hidden_size
+        self.ignore_index = IGNORE_INDEX
+        self.image_token_index = IMAGE_TOKEN_INDEX
+        # The language model ties its own head; the composite has nothing of its own to tie.
+        kwargs.pop("tie_word_embeddings", None)
+        super().__init__(**kwargs)
+
+    def _build_text_config(self, text_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+        if isinstance(text_config, PretrainedConfig):
+            return text_config
+        if text_config:
+            # v1 leaves out what equals its default, and its default is a llama configuration.
+            return config_from_dict(text_config, "llama", "text_config")
+        if self.llm_model_name_or_path:
+            return AutoConfig.from_pretrained(self.llm_model_name_or_path, cache_dir=self.cache_dir)
+        return CONFIG_MAPPING["llama"]()
+
+    def _build_vision_config(self, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+        if isinstance(vision_config, PretrainedConfig):
+            config = vision_config
+        elif vision_config:
+            config = config_from_dict(vision_config, "clip_vision_model", "vision_config")
+        elif self.vision_model_name_or_path:
+            from .vision_tower import VisionTowerFactory
+
+            tower = VisionTowerFactory(self.vision_model_name_or_path)
+            config = tower.load_config(
+                self.vision_model_name_or_path, self.vision_model_name_or_path2, cache_dir=self.cache_dir
+            )
+        else:  # v1's default: CLIP ViT-L/14 at 336 pixels
+            config = CONFIG_MAPPING["clip_vision_model"](
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        # The tower's image processor is looked for under these names (v1 stores them here too).
+        config.model_name_or_path = self.vision_model_name_or_path
+        config.model_name_or_path2 = self.vision_model_name_or_path2
+        return config
+
+    @classmethod
+    def from_model_args(cls, model_args: Any) -> TinyLlavaConfig:
+        """Configuration of a fresh model from the trainer's `ModelArguments` (v1's ``load_from_config``)."""
+        return cls().load_from_config(model_args)
+
+    def load_from_config(self, model_args: Any) -> TinyLlavaConfig:
+        """Take the fields of v1's `ModelArguments` over and rebuild the nested configurations.
+
+        Attributes that `model_args` lacks keep this configuration's values; returns self.
+        """
+        names = {
+            "model_name_or_path": "llm_model_name_or_path",
+            "tokenizer_name_or_path": "tokenizer_name_or_path",
+            "vision_tower": "vision_model_name_or_path",
+            "vision_tower2": "vision_model_name_or_path2",
+            "connector_type": "connector_type",
+            "mm_vision_select_layer": "vision_feature_layer",
+            "mm_vision_select_feature": "vision_feature_select_strategy",
+            "image_aspect_ratio": "image_aspect_ratio",
+            "resampler_hidden_size": "resampler_hidden_size",
+            "num_queries": "num_queries",
+            "num_resampler_layers": "num_resampler_layers",
+            "cache_dir": "cache_dir",
+            "tokenizer_use_fast": "tokenizer_use_fast",
+            "model_max_length": "tokenizer_model_max_length",
+            "tokenizer_padding_side": "tokenizer_padding_side",
+            "conv_version": "conv_version",
+        }
+        for source, target in names.items():
+            if hasattr(model_args, source):
+                setattr(self, target, getattr(model_args, source))
+        fields = {target: getattr(self, target) for target in names.values()}
+        self.__init__(**fields)
+        return self
+
+
+def config_from_dict(fields: dict[str, Any], default_type: str, where: str) -> PretrainedConfig:
+    """A transformers configuration from its dict, by its ``model_type``.
+
+    Raises:
+        ValueError: transformers has no such model type (which v1 would have run as remote code).
+    """
+    fields = dict(fields)
+    model_type = fields.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{where} has model_type {model_type!r}, which this transformers does not know; "
+            f"register its configuration with AutoConfig.register (remote code is never run)."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(fields)

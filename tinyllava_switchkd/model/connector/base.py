@@ -1,0 +1,46 @@
+"""Connector: from the vision tower's tokens to the language model's embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Connector(nn.Module):
+    """Visual tokens [I, N, vision_hidden_size] -> [I, K, hidden_size].
+
+    A subclass builds ``self._connector``, whose parameters' names are the checkpoint's keys
+    (``connector._connector.*``).
+
+    Args:
+        config: the model's `TinyLlavaConfig`; `vision_hidden_size`, `hidden_size` and `connector_type` are read.
+    """
+
+    key_aliases: tuple[tuple[str, str], ...] = ()
+    """Pairs (regular expression of a v1 key, its name in the module tree), relative to the connector."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self._connector: nn.Module | None = None
+
+    def num_tokens(self, num_vision_tokens: int) -> int:
+        """Visual tokens that leave the connector when `num_vision_tokens` enter it.
+
+        Raises:
+            ValueError: the connector cannot take that many.
+        """
+        return num_vision_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[I, N, vision_hidden_size] -> [I, K, hidden_size]."""
+        return self._connector(x)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the weights in `pretrained_connector_path` if given, then freeze the connector (v1's contract)."""
+        from ..weights import load_connector_weights
+
+        path = kwargs.get("pretrained_connector_path")
+        if path is not None:
+            load_connector_weights(self, path)
+        self.requires_grad_(False)

@@ -1,0 +1,81 @@
+"""The plain connectors: identity, linear, multi-layer perceptron, and one perceptron each for the towers of MoF."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import register_connector
+from .base import Connector
+
+
+@register_connector("identity")
+class IdentityConnector(Connector):
+    """Passes the visual tokens on; the tower must have the language model's width."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if config is not None and config.vision_hidden_size != config.hidden_size:
+            raise ValueError(
+                f"The connector 'identity' needs a vision tower of the language model's width, but the tower has "
+                f"{config.vision_hidden_size} and the language model {config.hidden_size}; use 'linear' or 'mlp2x_gelu'."
+            )
+        self._connector = nn.Identity()
+
+
+@register_connector("linear")
+class LinearConnector(Connector):
+    """One linear layer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._connector = nn.Linear(config.vision_hidden_size, config.hidden_size)
+
+
+def mlp(depth: int, width_in: int, width_out: int) -> nn.Sequential:
+    """`depth` linear layers with a GELU between each two."""
+    layers: list[nn.Module] = [nn.Linear(width_in, width_out)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(width_out, width_out)]
+    return nn.Sequential(*layers)
+
+
+@register_connector("mlp")
+class MLPConnector(Connector):
+    """``mlp{n}x_gelu``: n linear layers with GELU between them; v1's default is ``mlp2x_gelu``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        match = re.fullmatch(r"mlp(\d+)x_gelu", config.connector_type.lower())
+        if match is None or int(match[1]) < 1:
+            raise ValueError(
+                f"Unknown connector_type {config.connector_type!r}: a perceptron is called mlp{{n}}x_gelu, "
+                f"for example mlp2x_gelu."
+            )
+        self._connector = mlp(int(match[1]), config.vision_hidden_size, config.hidden_size)
+
+
+class MoFMLP(nn.Module):
+    """A perceptron for CLIP's tokens and one for DINOv2's, which the tower hands over interleaved."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.clip = mlp(2, config.vision_hidden_size, config.hidden_size)
+        self.dinov2 = mlp(2, config.vision_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[I, 2N, vision_hidden_size] (CLIP at even places) -> [I, 2N, hidden_size]."""
+        pairs = torch.stack([self.clip(x[:, 0::2]), self.dinov2(x[:, 1::2])], dim=2)  # [I, N, 2, D]
+        return pairs.flatten(1, 2)
+
+
+@register_connector("mof_mlp")
+class MoFMLPConnector(Connector):
+    """v1's connector for the tower ``mof``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._connector = MoFMLP(config)

@@ -1,0 +1,157 @@
+"""Language models: the `LLMFactory` and its entries.
+
+An entry is a function without arguments that returns ``(ModelCls, (TokenizerCls, post_load))``, as in TinyLLaVA v1
+(``model/llm``). `post_load` sets v1's padding and unknown tokens; the tokens it chooses are baked into checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from tinyllava_switchkd.registry import Registry
+
+LLMEntry = tuple[type, tuple[type, Callable[[Any], Any]]]
+
+
+def read_model_type(name_or_path: str) -> str | None:
+    """``model_type`` in the ``config.json`` of a local folder, else of the hub's repository; None if there is none."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        file = folder / "config.json"
+        if not file.is_file():
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name_or_path)
+        except (OSError, ValueError):  # no such repository, no network: the registry then lists its names
+            return None
+    return config.get("model_type")
+
+
+LLMFactory = Registry("language model", fuzzy=True, fallback=read_model_type, resolve=lambda entry: entry())
+register_llm = LLMFactory.register
+
+
+def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
+    """The entry for a checkpoint: by its name, unless that name leads to a model of another kind than `text_config`.
+
+    The folder ``graphite-v2`` holds the letters of ``phi``; what the checkpoint's configuration says is more certain.
+    """
+    candidates = [name for name in (name_or_path, text_config.model_type) if name]
+    errors = []
+    for candidate in candidates:
+        try:
+            entry = LLMFactory(candidate)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if isinstance(text_config, entry[0].config_class):
+            return entry
+    raise ValueError(
+        errors[-1]
+        if errors
+        else f"No registered language model takes a text_config of type {text_config.model_type!r} "
+        f"(looked for {' and '.join(map(repr, candidates))}); registered: {', '.join(LLMFactory.list())}."
+    )
+
+
+def pad_is_unk(tokenizer: Any) -> Any:
+    """v1's rule for phi, gemma and llama: pad with the unknown token (the end token where there is none)."""
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def unk_is_pad(tokenizer: Any) -> Any:
+    """v1's rule for Qwen: the unknown token is the padding token."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.unk_token = tokenizer.pad_token
+    return tokenizer
+
+
+def keep_tokens(tokenizer: Any) -> Any:
+    """v1's rule for StableLM: nothing changes (padding falls back to the end token)."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+@register_llm("qwen2", "qwen2.5", "qwen1.5", "qwen")
+def return_qwen2class() -> LLMEntry:
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM, (AutoTokenizer, unk_is_pad)
+
+
+@register_llm("qwen3")
+def return_qwen3class() -> LLMEntry:
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM, (AutoTokenizer, unk_is_pad)
+
+
+@register_llm("llama", "tinyllama")
+def return_tinyllamaclass() -> LLMEntry:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM, (AutoTokenizer, pad_is_unk)
+
+
+@register_llm("phi")
+def return_phiclass() -> LLMEntry:
+    from transformers import PhiForCausalLM
+
+    return PhiForCausalLM, (AutoTokenizer, pad_is_unk)
+
+
+@register_llm("phi3", "phi-3", "phi-4")
+def return_phi3class() -> LLMEntry:
+    from transformers import Phi3ForCausalLM
+
+    return Phi3ForCausalLM, (AutoTokenizer, pad_is_unk)
+
+
+@register_llm("gemma")
+def return_gemmaclass() -> LLMEntry:
+    from transformers import GemmaForCausalLM
+
+    return GemmaForCausalLM, (AutoTokenizer, pad_is_unk)
+
+
+@register_llm("stablelm")
+def return_stablelmclass() -> LLMEntry:
+    from transformers import StableLmForCausalLM
+
+    return StableLmForCausalLM, (AutoTokenizer, keep_tokens)
+
+
+def load_tokenizer(
+    name_or_path: str,
+    text_config: PretrainedConfig | None = None,
+    *,
+    llm: str | None = None,
+    model_max_length: int | None = None,
+    padding_side: str = "right",
+    cache_dir: str | None = None,
+) -> Any:
+    """The (always fast) tokenizer at `name_or_path` after the language model's `post_load`.
+
+    Args:
+        name_or_path: a folder or hub name that holds tokenizer files.
+        text_config: configuration of the language model it is for; read from `llm` if None.
+        llm: name or path by which the language model is looked up; `name_or_path` if None.
+        model_max_length: positions of a sequence; the tokenizer's own if None.
+        padding_side: ``right`` for training.
+        cache_dir: the hub's cache.
+    """
+    llm = llm or name_or_path
+    if text_config is None:
+        text_config = AutoConfig.from_pretrained(llm, cache_dir=cache_dir)
+    tokenizer_class, post_load = resolve_llm(llm, text_config)[1]
+    kwargs = {} if model_max_length is None else {"model_max_length": model_max_length}
+    tokenizer = tokenizer_class.from_pretrained(name_or_path, padding_side=padding_side, cache_dir=cache_dir, **kwargs)
+    return post_load(tokenizer)

@@ -1,0 +1,317 @@
+"""TinyLlavaForConditionalGeneration: a language model that reads the visual tokens of a tower through a connector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tinyllava_switchkd.constants import IGNORE_INDEX
+
+from .configuration import TinyLlavaConfig
+from .connector import ConnectorFactory
+from .llm import resolve_llm
+from .splice import Spliced, splice
+from .vision_tower import resolve_vision_tower
+from .vision_tower.base import flatten_images
+
+
+@dataclass
+class TinyLlavaOutput(CausalLMOutputWithPast):
+    """A language model's output, with what splicing made of the batch.
+
+    Attributes:
+        labels: [B, L] labels of the spliced sequence (`IGNORE_INDEX` at image tokens and padding).
+        image_mask: [B, L] bool, True at visual tokens.
+    """
+
+    labels: Tensor | None = None
+    image_mask: Tensor | None = None
+
+
+class TinyLlavaForConditionalGeneration(PreTrainedModel):
+    """A small vision-language model of replaceable parts.
+
+    The three sub-modules are `language_model`, `vision_tower` and `connector`; their parameters' names are TinyLLaVA
+    v1's checkpoint keys.
+
+    Args:
+        config: what to build; its nested configurations suffice, no base model is needed.
+
+    Raises:
+        ValueError: the parts do not fit together (unknown names, a connector that cannot take the tower's tokens).
+    """
+
+    config_class = TinyLlavaConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # Attention is the parts' business: each refuses by itself what it does not support.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = "past_key_values"
+
+    def __init__(self, config: TinyLlavaConfig) -> None:
+        super().__init__(config)
+        llm_class, _ = resolve_llm(config.llm_model_name_or_path, config.text_config)
+        tower_class = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
+        self.language_model = llm_class(config.text_config)
+        self.vision_tower = tower_class(config.vision_config)
+        self.connector = ConnectorFactory(config.connector_type)(config)
+        self.vision_tower.layer_count(
+            config.vision_feature_layer
+        )  # a wrong layer or strategy fails here, not in step 1
+        self.num_image_tokens = self.connector.num_tokens(
+            self.vision_tower.num_tokens(config.vision_feature_select_strategy)
+        )
+        # Set by load_pretrained_model and build_model, read by chat().
+        self.tokenizer: Any = None
+        self.image_processor: Any = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights outside the language model and the tower's encoder: PyTorch's own initialisation."""
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    # The language model's embeddings and head are the model's.
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model.set_decoder(decoder)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.vocab_size = self.config.text_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        enable = kwargs.get("enable", args[0] if args else True)
+        self.vision_tower.set_gradient_checkpointing(enable)
+
+    def freeze_unused_parameters(self) -> int:
+        """Freeze what no loss reaches in the vision tower, see `VisionTower.freeze_unused`.
+
+        Call it after every ``requires_grad_(True)`` on the tower or the model.
+
+        Returns:
+            the number of parameters frozen.
+        """
+        return self.vision_tower.freeze_unused(self.config.vision_feature_layer)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the images that the tower takes."""
+        return self.vision_tower.image_size
+
+    def vision_features(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Images [I, 3, H, W] -> the tower's tokens [I, N, Dv] at the configured layer and strategy."""
+        images = flatten_images(images)
+        weight = next(self.vision_tower.parameters())
+        return self.vision_tower(
+            images.to(device=weight.device, dtype=self.dtype),
+            vision_feature_layer=self.config.vision_feature_layer,
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+        )
+
+    def encode_images(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Images [I, 3, H, W] -> visual tokens in the language model's width [I, K, D]."""
+        return self.connector(self.vision_features(images))
+
+    def prepare_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_features: Tensor | None = None,
+        padding_side: str = "right",
+        max_length: int | None = None,
+    ) -> Spliced:
+        """Encode the images and splice them into the token embeddings, see `splice`.
+
+        Args:
+            input_ids: [B, T] with `IMAGE_TOKEN_INDEX` per image.
+            attention_mask: [B, T].
+            labels: [B, T].
+            images: [I, 3, H, W] in reading order of the placeholders.
+            image_features: [I, K, D] ready visual tokens, instead of images.
+            padding_side: where the spliced sequences are padded.
+            max_length: cut longer spliced sequences; None leaves the length to whoever made the batch.
+        """
+        if images is not None and image_features is not None:
+            raise ValueError("Pass images or image_features, not both.")
+        if images is not None:
+            image_features = self.encode_images(images)
+        return splice(
+            input_ids,
+            attention_mask,
+            labels,
+            image_features,
+            self.get_input_embeddings(),
+            max_length=max_length,
+            padding_side=padding_side,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: Any = None,
+        image_features: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TinyLlavaOutput:
+        """Logits and loss of a batch.
+
+        Args:
+            input_ids: [B, T] token ids, `IMAGE_TOKEN_INDEX` per image.
+            attention_mask: [B, T] ([B, L] together with `inputs_embeds`).
+            position_ids: [B, L], only with `inputs_embeds`: splicing counts positions itself.
+            past_key_values: the language model's cache.
+            inputs_embeds: [B, L, D] ready embeddings instead of ids and images.
+            labels: [B, T] ([B, L] together with `inputs_embeds`).
+            use_cache: return the cache; off where there are labels.
+            images: [I, 3, H, W], or a list of images or stacks of images.
+            image_sizes: accepted for v1's callers, not used.
+            image_features: [I, K, D] outputs of a connector instead of images.
+            logits_to_keep: as in transformers; positions of the spliced sequence whose logits are wanted.
+            num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum over this batch
+                divided by it. Without it the loss is the mean over this batch.
+            kwargs: for the language model (`output_hidden_states`, `output_attentions`, ...).
+
+        Returns:
+            a `TinyLlavaOutput`; its loss is 0 (with a graph), never NaN, for a batch without a supervised token.
+        """
+        image_mask = None
+        if inputs_embeds is None:
+            prepared = self.prepare_inputs(input_ids, attention_mask, labels, images, image_features)
+            if past_key_values is None:
+                attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
+            inputs_embeds, image_mask = prepared.inputs_embeds, prepared.image_mask
+            labels = None if labels is None else prepared.labels
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError("A loss needs every logit: leave logits_to_keep at 0 when labels are given.")
+            loss = causal_lm_loss(outputs.logits, labels, num_items_in_batch)
+        return TinyLlavaOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            labels=labels,
+            image_mask=image_mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: Any = None,
+        attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate answers to a batch of prompts.
+
+        Whichever side the prompts were padded on, they are padded on the left after splicing, so that every row
+        continues right after its last token.
+
+        Args:
+            inputs: [B, T] prompt ids, `IMAGE_TOKEN_INDEX` per image (`input_ids=` is taken too).
+            images: [I, 3, H, W] in reading order.
+            image_sizes: accepted for v1's callers, not used.
+            attention_mask: [B, T]; needed where prompts are padded.
+            image_features: [I, K, D] ready visual tokens instead of images.
+            kwargs: for the language model's `generate`.
+
+        Returns:
+            [B, new tokens] ids (only the new ones), or what `return_dict_in_generate` asks for.
+        """
+        if "inputs_embeds" in kwargs:
+            raise ValueError(
+                "generate() takes token ids and images; for ready embeddings call language_model.generate."
+            )
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        if inputs is None:
+            raise ValueError("generate() needs the prompts' token ids.")
+        kwargs.pop("position_ids", None)
+        prepared = self.prepare_inputs(
+            inputs, attention_mask, images=images, image_features=image_features, padding_side="left"
+        )
+        if "pad_token_id" not in kwargs and self.language_model.generation_config.pad_token_id is None:
+            kwargs["pad_token_id"] = self._pad_token_id()
+        kwargs.setdefault("use_cache", True)  # config.use_cache is off for training, and slow here
+        return self.language_model.generate(
+            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
+        )
+
+    def _pad_token_id(self) -> int | None:
+        eos = self.language_model.generation_config.eos_token_id
+        first_eos = eos[0] if isinstance(eos, list) else eos
+        return self.config.pad_token_id if self.config.pad_token_id is not None else first_eos
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of the next token over supervised positions.
+
+    Args:
+        logits: [B, L, V].
+        labels: [B, L], `IGNORE_INDEX` where nothing is supervised; shifted by one here.
+        num_items_in_batch: divisor; the number of supervised positions of this batch if None.
+
+    Returns:
+        scalar float32; 0 where nothing is supervised.
+    """
+    targets = labels[:, 1:].to(logits.device)  # [B, L-1]
+    supervised = targets != IGNORE_INDEX  # [B, L-1]
+    picked = logits[:, :-1][supervised].float()  # [S, V]: the float32 copy is made of supervised rows only
+    total = F.cross_entropy(picked, targets[supervised], reduction="sum")
+    count = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, Tensor):
+        count = count.to(total.device)
+    return total / count

@@ -1,0 +1,183 @@
+"""VisionTower: what every vision tower offers, and TinyLLaVA v1's choice of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+SELECT_STRATEGIES = ("patch", "cls_patch")
+
+
+class VisionTower(nn.Module):
+    """Images -> visual tokens.
+
+    A subclass builds the encoder in ``self._vision_tower`` and implements the methods that raise NotImplementedError.
+    Its parameters' names are the checkpoint's keys (``vision_tower._vision_tower.*``), so that a state dict read from
+    disk, a Trainer's resume and `from_pretrained` all agree without a renaming.
+
+    Args:
+        cfg: configuration of the encoder.
+    """
+
+    model_types: tuple[str, ...] = ()
+    """``model_type`` of the configurations that this tower takes."""
+
+    prefix_tokens = 1
+    """Tokens that the strategy ``patch`` drops. v1 drops one whatever the encoder, so SigLIP, which has no class token,
+    loses its first patch (729 -> 728 tokens); every released checkpoint was trained so."""
+
+    key_aliases: tuple[tuple[str, str], ...] = ()
+    """Pairs (regular expression of a v1 key, its name in the module tree), relative to the tower."""
+
+    def __init__(self, cfg: PretrainedConfig) -> None:
+        super().__init__()
+        self._vision_tower: nn.Module | None = None
+        self._image_processor: Any = None
+        self.config = cfg
+
+    @classmethod
+    def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
+        """Configuration of the encoder called `name` (prefix included), from its folder, library or the hub."""
+        raise NotImplementedError
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The encoder itself (v1's name)."""
+        return self._vision_tower
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the encoder; it has one hidden state more (the embeddings)."""
+        return self.config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """Width of a visual token."""
+        return self.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an input image in pixels."""
+        return int(self.config.image_size)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of a hidden state, class token included."""
+        raise NotImplementedError
+
+    @property
+    def image_processor(self) -> Any:
+        """The encoder's image processor (PIL resampling: bit-exact with v1), built when first asked for."""
+        if self._image_processor is None:
+            self._image_processor = self.build_image_processor()
+        return self._image_processor
+
+    def build_image_processor(self) -> Any:
+        """An image processor from the base model's files if they are there, else from the configuration."""
+        raise NotImplementedError
+
+    def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
+        """[I, 3, H, W] -> the output of the first `num_layers` layers, [I, total_tokens, width]."""
+        raise NotImplementedError
+
+    def later_modules(self, num_layers: int) -> Iterator[nn.Module]:
+        """The modules that come after the first `num_layers` layers."""
+        raise NotImplementedError
+
+    def layer_count(self, vision_feature_layer: int) -> int:
+        """Number of layers to run for ``hidden_states[vision_feature_layer]``.
+
+        Raises:
+            ValueError: there is no such hidden state.
+        """
+        states = self.num_layers + 1
+        if not -states <= vision_feature_layer < states:
+            raise ValueError(
+                f"vision_feature_layer is {vision_feature_layer}, but the tower has {states} hidden states "
+                f"(-{states} to {states - 1})."
+            )
+        return vision_feature_layer % states
+
+    def num_tokens(self, vision_feature_select_strategy: str = "patch") -> int:
+        """Visual tokens of an image under a strategy."""
+        return self.total_tokens - self._num_dropped(vision_feature_select_strategy)
+
+    def _num_dropped(self, strategy: str) -> int:
+        if strategy not in SELECT_STRATEGIES:
+            raise ValueError(
+                f"vision_feature_select_strategy is one of {', '.join(SELECT_STRATEGIES)}, not {strategy!r}."
+            )
+        return self.prefix_tokens if strategy == "patch" else 0
+
+    def forward(
+        self, x: Tensor, vision_feature_layer: int = -2, vision_feature_select_strategy: str = "patch"
+    ) -> Tensor:
+        """Visual tokens of images.
+
+        Args:
+            x: [I, 3, H, W] preprocessed images.
+            vision_feature_layer: index into the hidden states; layers after it are not computed.
+            vision_feature_select_strategy: ``patch`` or ``cls_patch``.
+
+        Returns:
+            [I, tokens, width].
+        """
+        dropped = self._num_dropped(vision_feature_select_strategy)
+        return self.hidden_state(x, self.layer_count(vision_feature_layer))[:, dropped:]
+
+    def freeze_unused(self, vision_feature_layer: int) -> int:
+        """Freeze the parameters that no loss can reach (layers after the feature layer, pooling heads).
+
+        Distributed data parallel refuses trainable parameters without a gradient; they stay in checkpoints.
+
+        Returns:
+            the number of parameters frozen.
+        """
+        frozen = 0
+        for module in self.later_modules(self.layer_count(vision_feature_layer)):
+            for parameter in module.parameters():
+                frozen += parameter.numel() if parameter.requires_grad else 0
+                parameter.requires_grad_(False)
+        return frozen
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Switch checkpointing of encoders that transformers does not manage; nothing to do for the others."""
+
+    def load_model(self, vision_tower_name: str, **kwargs: Any) -> None:
+        """Load pretrained weights and freeze the tower (v1's contract).
+
+        Args:
+            vision_tower_name: base model, with its prefix if it has one.
+            kwargs: `pretrained_vision_tower_path`, a folder written by the pre-training stage, takes precedence;
+                `model_name_or_path2`, the second tower of ``mof``.
+        """
+        from ..weights import load_tower_weights
+
+        source = kwargs.get("pretrained_vision_tower_path") or vision_tower_name
+        load_tower_weights(self, source, kwargs.get("model_name_or_path2") or "")
+        self._vision_tower.requires_grad_(False)
+
+
+def flatten_images(images: Tensor | list[Tensor]) -> Tensor:
+    """[I, 3, H, W] from a tensor of 4 or 5 dimensions (samples x images) or a list of images or of stacks of images.
+
+    Raises:
+        ValueError: images of different sizes, or not images at all.
+    """
+    if isinstance(images, Tensor):
+        flat = images.flatten(0, 1) if images.dim() == 5 else images
+    else:
+        stacks = [image[None] if image.dim() == 3 else image for image in images]
+        sizes = {tuple(stack.shape[-2:]) for stack in stacks}
+        if len(sizes) != 1:
+            raise ValueError(f"The images of a batch must have one size, got {sorted(sizes)}.")
+        flat = torch.cat(stacks)
+    if flat.dim() == 3:
+        flat = flat[None]
+    if flat.dim() != 4 or flat.shape[1] != 3:
+        raise ValueError(f"Images are tensors of shape [images, 3, height, width], got {tuple(flat.shape)}.")
+    return flat
