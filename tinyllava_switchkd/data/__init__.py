@@ -1,0 +1,26 @@
+"""What a model reads: conversation templates, images, data sets and batches."""
+
+from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+from tinyllava_switchkd.data.dataset import LazySupervisedDataset
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.module import check_supervision, make_supervised_data_module
+from tinyllava_switchkd.data.records import Records
+from tinyllava_switchkd.data.sampler import LengthGroupedSampler
+from tinyllava_switchkd.data.template import Template, TemplateFactory, check_template, register_template
+from tinyllava_switchkd.data.text import Message, TextPreprocess
+
+__all__ = [
+    "DataCollatorForSupervisedDataset",
+    "ImagePreprocess",
+    "LazySupervisedDataset",
+    "LengthGroupedSampler",
+    "Message",
+    "Records",
+    "Template",
+    "TemplateFactory",
+    "TextPreprocess",
+    "check_supervision",
+    "check_template",
+    "make_supervised_data_module",
+    "register_template",
+]

@@ -1,0 +1,111 @@
+"""Samples to batches, cut to the longest sequence that the model takes (v1, ``data/dataset.py``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+class DataCollatorForSupervisedDataset:
+    """Pads samples to a batch, on the right.
+
+    A sample is cut where the sequence *with its images spliced in* reaches `model_max_length`, so the model never cuts
+    again and the labels of a batch are exactly the tokens learned from. An image is kept whole or not at all.
+
+    Args:
+        tokenizer: for its padding id and ``model_max_length``.
+        num_image_tokens: tokens that an image takes in the sequence.
+        image_shape: (3, H, W) of the zero image that a batch without images gets, so that every rank runs the vision
+            tower in every step; None for a model that sees nothing.
+        model_max_length: longest sequence, the tokenizer's if None.
+
+    Attributes:
+        counts: samples seen, cut, and left with nothing to learn by the cut, over all workers; see `report`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        num_image_tokens: int = 1,
+        image_shape: Sequence[int] | None = None,
+        model_max_length: int | None = None,
+    ) -> None:
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.model_max_length = min(model_max_length or tokenizer.model_max_length, 1 << 40)  # "none" is 1e30
+        self.num_image_tokens = num_image_tokens
+        self.image_shape = tuple(image_shape) if image_shape is not None else None
+        self.counts = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Make a batch of B samples with I images in all.
+
+        Returns:
+            input_ids [B, T], labels [B, T] (IGNORE_INDEX at padding), attention_mask [B, T] (bool, true where there
+            are tokens, whatever their ids: a padding id that doubles as end of answer is still seen) and images
+            [I, 3, H, W] in the order of their places, or one zero image if there are none.
+
+        Raises:
+            ValueError: a sample has not as many images as places for them, or images differ in size.
+        """
+        for instance in instances:
+            places, images = int((instance["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(instance.get("images", ()))
+            if places != images:
+                raise ValueError(f"A sample has {images} image(s) and {places} place(s) for them.")
+        samples = [self.truncate(instance) for instance in instances]
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        shape = (len(samples), longest)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
+            "attention_mask": torch.zeros(shape, dtype=torch.bool),
+        }
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            batch["input_ids"][row, :length] = sample["input_ids"]
+            batch["labels"][row, :length] = sample["labels"]
+            batch["attention_mask"][row, :length] = True
+        images = [sample["images"] for sample in samples if "images" in sample]
+        sizes = {tuple(image.shape[1:]) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"The images of a batch differ in size: {sorted(sizes)}; the image processor must fix it.")
+        if images:
+            batch["images"] = torch.cat(images)
+        elif self.image_shape is not None:
+            batch["images"] = torch.zeros(1, *self.image_shape)
+        return batch
+
+    def truncate(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Cut one sample to `model_max_length`; images whose places are cut off go with them."""
+        input_ids, labels = sample["input_ids"], sample["labels"]
+        is_image = input_ids == IMAGE_TOKEN_INDEX
+        # Where each token, an image being a run of them, ends in the spliced sequence; increasing, so a prefix stays.
+        ends = torch.where(is_image, self.num_image_tokens, 1).cumsum(0)
+        keep = int((ends <= self.model_max_length).sum())
+        self.counts[0] += 1
+        if keep == len(input_ids):
+            return sample
+        self.counts[1] += 1
+        kept = {"input_ids": input_ids[:keep], "labels": labels[:keep]}
+        if (labels != IGNORE_INDEX).any() and not (kept["labels"] != IGNORE_INDEX).any():
+            self.counts[2] += 1
+        kept_images = int(is_image[:keep].sum())
+        if kept_images and "images" in sample:
+            kept["images"] = sample["images"][:kept_images]
+        return kept
+
+    def report(self) -> str | None:
+        """What truncation has cost so far, in one sentence; None if nothing."""
+        seen, cut, lost = self.counts.tolist()
+        if not cut:
+            return None
+        return (
+            f"Of {seen} samples {cut} ({cut / seen:.1%}) were cut to {self.model_max_length} tokens, "
+            f"and {lost} ({lost / seen:.1%}) of them have no answer left to learn from."
+        )

@@ -1,0 +1,143 @@
+"""The data set of a training run: LLaVA records to token ids, labels and pixel values (v1, ``data/dataset.py``)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.records import Records, images_of
+from tinyllava_switchkd.data.text import TextPreprocess
+
+logger = logging.getLogger(__name__)
+
+WORDS_PER_IMAGE = 128
+"""What an image adds to a sample's length in `LazySupervisedDataset.lengths` (v1)."""
+
+BAD_IMAGE_POLICIES = ("raise", "skip")
+_TOLERATED_BAD_IMAGES = 10  # below this many, no share of bad images stops a run that skips them
+_TOLERATED_BAD_SHARE = 0.01
+
+
+class LazySupervisedDataset(Dataset):
+    """Samples made when they are asked for, images decoded in the worker that asks.
+
+    Args:
+        data_path: a LLaVA JSON: a list of ``{"id", "image": name or names (optional), "conversations"}``, or JSON
+            lines of the same.
+        tokenizer: the language model's tokenizer.
+        data_args: the data arguments; read are ``conv_version``, ``image_folder``, ``image_processor``,
+            ``image_aspect_ratio``, ``image_backend`` and ``on_bad_image``: what becomes of an image that cannot be
+            read, "raise" (the default) or "skip", which keeps the sample and learns nothing from it. Skipping ends in
+            an error all the same once more than 1 % of the images are bad.
+
+    Attributes:
+        bad_images: how many images could not be read, over all workers.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Records`; an unknown template or policy; images and no image processor.
+    """
+
+    def __init__(self, data_path: str, tokenizer: Any, data_args: Any) -> None:
+        self.records = Records(data_path)
+        self.tokenizer = tokenizer
+        self.data_args = data_args
+        self.text_preprocess = TextPreprocess(tokenizer, data_args.conv_version)
+        self.on_bad_image = getattr(data_args, "on_bad_image", None) or "raise"
+        if self.on_bad_image not in BAD_IMAGE_POLICIES:
+            raise ValueError(
+                f"Unknown on_bad_image {self.on_bad_image!r}; choose one of {', '.join(BAD_IMAGE_POLICIES)}."
+            )
+        self.image_folder = getattr(data_args, "image_folder", None) or ""
+        image_processor = getattr(data_args, "image_processor", None)
+        if image_processor is None and self.records.num_images.any():
+            raise ValueError(
+                f"{data_path} names images, and the data arguments carry no image_processor to read them with; "
+                f"take it from the vision tower."
+            )
+        self.image_preprocess = None if image_processor is None else ImagePreprocess(image_processor, data_args)
+        # Shared memory, so that the counts of the loader's workers arrive here.
+        self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()  # images asked for, images not readable
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def bad_images(self) -> int:
+        return int(self._counts[1])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of every sample in words, 128 more with an image."""
+        return (self.records.words + WORDS_PER_IMAGE * (self.records.num_images > 0)).tolist()
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Length of every sample in words (at least 1), negative for a sample without images."""
+        words = self.records.words.clip(min=1)
+        words[self.records.num_images == 0] *= -1
+        return words.tolist()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample.
+
+        Returns:
+            input_ids [T], labels [T] and, for a sample with n images, images [n, 3, H, W].
+
+        Raises:
+            ValueError: the sample cannot be made; the message names it.
+        """
+        sample, names, where = self._encode(index)
+        if names:
+            images = [self._load(name, where) for name in names]
+            if any(image is None for image in images):
+                sample["labels"] = torch.full_like(sample["labels"], IGNORE_INDEX)
+                images = [self.image_preprocess.blank() if image is None else image for image in images]
+            sample["images"] = torch.stack(images)
+        return sample
+
+    def encode(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample without its images: input_ids [T], labels [T].
+
+        Raises:
+            ValueError: as for a sample.
+        """
+        return self._encode(index)[0]
+
+    def _encode(self, index: int) -> tuple[dict[str, torch.Tensor], list[str], str]:
+        record = self.records[index]
+        where = f"Sample {index} (id {record.get('id')!r}) of {self.records.path}"
+        names = images_of(record, where)
+        try:
+            sample = self.text_preprocess(record["conversations"], num_images=len(names))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        places = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+        if places != len(names):  # a template of v1's interface does not count
+            raise ValueError(f"{where} has {len(names)} image(s) and {places} place(s) for them.")
+        return sample, names, where
+
+    def _load(self, name: str, where: str) -> torch.Tensor | None:
+        """Pixel values [3, H, W], or None for a bad image that is to be skipped."""
+        path = os.path.join(self.image_folder, name)
+        self._counts[0] += 1
+        try:
+            with Image.open(path) as image:
+                return self.image_preprocess(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self._counts[1] += 1
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            message = f"{where}: the image {path} {reason}"
+        seen, bad = self._counts.tolist()
+        if self.on_bad_image == "raise":
+            raise ValueError(f"{message}. Set on_bad_image to 'skip' to train without such samples.")
+        if bad > _TOLERATED_BAD_IMAGES and bad > _TOLERATED_BAD_SHARE * seen:
+            raise ValueError(f"{message}, and neither could {bad - 1} others of {seen}: too many to skip them.")
+        logger.warning("%s; nothing is learned from this sample.", message)
+        return None

@@ -1,0 +1,78 @@
+"""Images to pixel values (TinyLLaVA v1, ``data/image_preprocess.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+ASPECT_RATIOS = ("square", "pad")
+BACKENDS = ("pil", "torchvision")
+
+
+class ImagePreprocess:
+    """Turns an image into what the vision tower takes.
+
+    "square" leaves everything to the image processor (SigLIP's squeezes the image into a square, CLIP's crops the
+    middle); "pad" first fills the image up to a square with the processor's mean colour.
+
+    Transparency is dropped and EXIF orientation is not applied, both as in v1: its checkpoints and benchmark scores
+    were made so. Photographs from a phone are better turned upright (`PIL.ImageOps.exif_transpose`) beforehand.
+
+    Args:
+        image_processor: an image processor of transformers, or anything that takes an image and ``return_tensors``.
+        data_args: where to read ``image_aspect_ratio`` ("square", "pad" or None) and ``image_backend`` from: "pil"
+            (the default, bit for bit v1's resampling) or "torchvision" (faster, off by up to two grey levels).
+
+    Raises:
+        ValueError: unknown aspect ratio or backend.
+    """
+
+    def __init__(self, image_processor: Any, data_args: Any = None) -> None:
+        self.image_aspect_ratio = getattr(data_args, "image_aspect_ratio", None) or "square"
+        backend = getattr(data_args, "image_backend", None) or "pil"
+        if self.image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(
+                f"Unknown image_aspect_ratio {self.image_aspect_ratio!r}; choose one of {', '.join(ASPECT_RATIOS)}."
+            )
+        if backend not in BACKENDS:
+            raise ValueError(f"Unknown image_backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+        self.image_processor = _with_backend(image_processor, backend)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Preprocess one image of any mode.
+
+        Returns:
+            pixel values [3, H, W].
+        """
+        image = image.convert("RGB")
+        if self.image_aspect_ratio == "pad":
+            colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+            image = self.expand2square(image, colour)
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    @staticmethod
+    def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
+        """The image in the middle of a square of one colour, as wide as its longer side."""
+        side = max(pil_img.size)
+        if min(pil_img.size) == side:
+            return pil_img
+        square = Image.new(pil_img.mode, (side, side), background_color)
+        square.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
+        return square
+
+    def blank(self) -> torch.Tensor:
+        """The image that stands where there is none: zeros [3, H, W], of the size that the processor makes."""
+        return torch.zeros_like(self(Image.new("RGB", (32, 32))))
+
+
+def _with_backend(image_processor: Any, backend: str) -> Any:
+    """The processor's twin of the wanted backend, where transformers has one; otherwise the processor itself."""
+    name = type(image_processor).__name__
+    twin = name.removesuffix("Pil") + ("Pil" if backend == "pil" else "")
+    if twin == name or type(image_processor) is not getattr(transformers, name, None):
+        return image_processor
+    cls = getattr(transformers, twin, None)
+    return image_processor if cls is None else cls.from_dict(image_processor.to_dict())

@@ -1,0 +1,73 @@
+"""Everything that a training run reads, in one call."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+from tinyllava_switchkd.data.dataset import LazySupervisedDataset
+from tinyllava_switchkd.data.template import check_template
+
+logger = logging.getLogger(__name__)
+
+_PROBED_SAMPLES = 256
+_TOLERATED_LOST_SHARE = 0.1
+
+
+def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+    """Data set and collator (v1, ``data/dataset.py``), after the checks that need no image.
+
+    Args:
+        tokenizer: the language model's tokenizer; its ``model_max_length`` is where samples are cut.
+        data_args: as for `LazySupervisedDataset`, with ``data_path``; further ``num_image_tokens`` (tokens an image
+            takes after the connector; 1 if absent), ``is_multimodal`` (whether a batch without images gets a zero
+            image; yes if absent) and ``eos_token_ids`` (the ids generation stops at; the tokenizer's eos if absent).
+
+    Returns:
+        ``{"train_dataset", "eval_dataset": None, "data_collator"}``, as a Trainer takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: the data cannot be read, the template does not fit the tokenizer, or more than a
+            tenth of the samples lose every answer by being cut.
+    """
+    check_template(tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None))
+    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args)
+    sees = dataset.image_preprocess is not None and getattr(data_args, "is_multimodal", True)
+    collator = DataCollatorForSupervisedDataset(
+        tokenizer,
+        num_image_tokens=getattr(data_args, "num_image_tokens", None) or 1,
+        image_shape=dataset.image_preprocess.blank().shape if sees else None,
+    )
+    check_supervision(dataset, collator)
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
+
+
+def check_supervision(dataset: LazySupervisedDataset, collator: DataCollatorForSupervisedDataset) -> float:
+    """Encode some samples, evenly spread, and see how many keep an answer after the cut.
+
+    Returns:
+        the share of samples that have nothing to learn from.
+
+    Raises:
+        ValueError: the share is above a tenth, or a sample cannot be encoded.
+    """
+    step = max(1, len(dataset) // _PROBED_SAMPLES)
+    chosen = range(0, len(dataset), step)
+    lost = 0
+    for index in chosen:
+        sample = dataset.encode(index)
+        labels = collator.truncate(sample)["labels"]
+        lost += not bool((labels != IGNORE_INDEX).any())
+    share = lost / len(chosen)
+    collator.counts.zero_()
+    message = (
+        f"{lost} of {len(chosen)} samples tried have no answer left once cut to {collator.model_max_length} tokens, "
+        f"{collator.num_image_tokens} of which an image takes; raise model_max_length"
+    )
+    if share > _TOLERATED_LOST_SHARE:
+        raise ValueError(message + ".")
+    if lost:
+        logger.warning("%s if you want to learn from them.", message)
+    return share

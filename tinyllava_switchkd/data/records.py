@@ -1,0 +1,218 @@
+"""LLaVA's JSON without its weight: the file stays where it is, and a record is parsed when it is asked for.
+
+Mix-665k as a list of dicts takes several gigabytes of Python objects in every rank, and a forked worker copies them
+page by page as it touches their reference counts. Here the file is mapped into memory (its pages are shared by all
+ranks and workers of a machine), and one pass over it leaves a few numbers per record.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_WINDOW = 4 << 20  # bytes read at a time
+_LONGEST_RECORD = 64 << 20  # characters; beyond it a record counts as malformed
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Records:
+    """The records of a LLaVA data file, a JSON list or JSON lines (told apart by the first character).
+
+    Args:
+        path: the file.
+        visit: called with (index, record) of every record while the file is read, for whoever needs another figure
+            of all of them.
+
+    Attributes:
+        words: words in all turns of a record [N], as v1 counts them for grouping by length.
+        num_images: images of a record [N].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON or a record not LLaVA's, with the record and the place.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], visit: Callable[[int, dict[str, Any]], None] | None = None):
+        self.path = str(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no data file {self.path}; give the path of a LLaVA JSON (data_path).")
+        offsets, words, num_images = [], [], []
+        for index, (start, end, record) in enumerate(scan(self.path)):
+            where = f"Record {index} of {self.path}"
+            offsets.append((start, end))
+            num_images.append(len(images_of(record, where)))
+            words.append(_count_words(record, where))
+            if visit is not None:
+                visit(index, record)
+        if not offsets:
+            raise ValueError(f"The data file {self.path} holds no record.")
+        self._offsets = np.array(offsets, dtype=np.int64)
+        self.words = np.array(words, dtype=np.int32)
+        self.num_images = np.array(num_images, dtype=np.int32)
+        self._map = self._open()
+
+    def _open(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._offsets[index]
+        return json.loads(self._map[start:end])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}  # a worker that is spawned maps the file itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map = self._open()
+
+
+def images_of(record: dict[str, Any], where: str) -> list[str]:
+    """The image files of a record: "image" is a name or a list of names, or absent.
+
+    Raises:
+        ValueError: it is something else; `where` names the record.
+    """
+    images = record.get("image")
+    if images is None:
+        return []
+    if isinstance(images, str):
+        images = [images]
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise ValueError(f"{where}: 'image' is the name of a file or a list of them, not {record['image']!r}.")
+    return images
+
+
+def _count_words(record: dict[str, Any], where: str) -> int:
+    turns = record.get("conversations")
+    try:
+        return sum([len(turn["value"].split()) for turn in turns])
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{where}: 'conversations' is a list of {{'from': 'human' or 'gpt', 'value': text}}, "
+            f"not {str(turns)[:80]!r}."
+        ) from None
+
+
+def scan(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Read a JSON list of objects, or JSON lines, object by object.
+
+    Yields:
+        the first and the last byte (exclusive) of an object, and the object.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or something other than objects, with the record and the byte.
+    """
+    decode_json = json.JSONDecoder().raw_decode
+    text = _Text(path)
+    is_list = text.skip_space() == "["
+    if is_list:
+        text.position += 1
+    count = 0
+    while True:
+        character = text.skip_space()
+        if is_list and character == "]":
+            text.position += 1
+            character = text.skip_space()
+            if character:
+                raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte()}.")
+            return
+        if not character:
+            if is_list:
+                raise ValueError(f"{path} ends in the middle of its list, after record {count - 1}; it may be cut off.")
+            return
+        if is_list and count:
+            if character != ",":
+                raise ValueError(
+                    f"{path}: a comma or the end of the list should follow record {count - 1} "
+                    f"at byte {text.byte()}, not {character!r}."
+                )
+            text.position += 1
+            character = text.skip_space()
+        if character != "{":
+            raise ValueError(
+                f"{path}: record {count}, at byte {text.byte()}, is no object but begins "
+                f"with {character!r}; a LLaVA JSON is a list of objects."
+            )
+        start = text.byte()
+        while True:
+            try:
+                record, end = decode_json(text.window, text.position)
+                break
+            except json.JSONDecodeError as error:
+                if not text.grow():
+                    raise ValueError(
+                        f"{path}: record {count}, at byte {start}, is not JSON: {error.msg} "
+                        f"(at byte {text.byte(error.pos)})."
+                    ) from None
+        text.position = end
+        yield start, text.byte(), record
+        count += 1
+
+
+class _Text:
+    """A file's text in a window that moves along with `position`, and the byte that a character of it stands at."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._chunks = self._read()
+        self._window_byte = 0
+        self._mark = (0, 0)  # a character of the window, and the bytes of the window before it
+        self.window = ""
+        self.position = 0
+        self.grow()
+        if self.window.startswith("\ufeff"):
+            self.position = 1
+
+    def _read(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open(self._path, "rb") as file:
+            while chunk := file.read(_WINDOW):
+                yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
+
+    def byte(self, position: int | None = None) -> int:
+        """Byte in the file of a character of the window, by default the current one."""
+        position = self.position if position is None else position
+        if self.window.isascii():
+            return self._window_byte + position
+        character, byte = self._mark if self._mark[0] <= position else (0, 0)
+        self._mark = (position, byte + len(self.window[character:position].encode()))
+        return self._window_byte + self._mark[1]
+
+    def skip_space(self) -> str:
+        """Move on to the next character that is no white space and return it, '' at the end of the file."""
+        while True:
+            self.position = _SPACE.match(self.window, self.position).end()
+            if self.position < len(self.window):
+                return self.window[self.position]
+            if not self.grow():
+                return ""
+
+    def grow(self) -> bool:
+        """Drop what lies behind the current character and read on; False if there is no more to read."""
+        if len(self.window) - self.position > _LONGEST_RECORD:
+            return False
+        try:
+            chunk = next(self._chunks, None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._path} is not a text in UTF-8 ({error.reason}); save it as UTF-8.") from None
+        if chunk is None:
+            return False
+        self._window_byte, self._mark = self.byte(), (0, 0)
+        self.window, self.position = self.window[self.position :] + chunk, 0
+        return True

@@ -1,0 +1,283 @@
+"""The conversation template: messages to token ids and labels (TinyLLaVA v1, ``data/template/base.py``).
+
+The strings, the token ids and, wherever v1's are right, the labels are v1's. How the labels come about is not: v1
+tokenises every round a second time and counts, which fails (and then silently drops the sample) on answers that
+contain a separator or an end-of-answer string, and on tokenizers that count otherwise. Here the prompt is tokenised
+once, and a token is learned if the character it starts at lies in an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data.template.formatter import Formatter
+
+logger = logging.getLogger(__name__)
+
+# A literal "<image>" that is text and not an image's place is carried through `prompt` in this disguise. It holds a
+# Unicode noncharacter, which no text contains, and has the same length, so that offsets into the prompt stay true.
+_LITERAL_IMAGE_TOKEN = "<\ufdd0mage>"
+
+_HUMAN = ("human", "user")
+_ASSISTANT = ("gpt", "assistant")
+
+
+def _disguise(text: str | None) -> str | None:
+    return text if text is None else text.replace(DEFAULT_IMAGE_TOKEN, _LITERAL_IMAGE_TOKEN)
+
+
+def _reveal(text: str) -> str:
+    return text.replace(_LITERAL_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN)
+
+
+@dataclass
+class Template:
+    """A conversation format.
+
+    Subclasses give the five formatters and nothing else; ``@register_template("name")`` makes one known.
+
+    Attributes:
+        format_image_token: a question that comes with an image (``"<image>\\n{{content}}"``).
+        format_user: a human turn.
+        format_assistant: an answer, with the text that ends it.
+        system: what precedes the first turn.
+        separator: slot of two texts, what stands between question and answer, and what ends an answer.
+    """
+
+    format_image_token: Formatter
+    format_user: Formatter
+    format_assistant: Formatter
+    system: Formatter
+    separator: Formatter
+
+    _warned_about: ClassVar[set[type]] = set()
+
+    @property
+    def eos(self) -> str:
+        """The text that ends an answer, '' if the template has none."""
+        return self.separator.apply()[1]
+
+    def encode(
+        self, messages: Sequence[dict[str, Any]], tokenizer: Any, mode: str = "train", num_images: int | None = None
+    ) -> dict[str, Any]:
+        """Turn a conversation into token ids.
+
+        Every image's place is one IMAGE_TOKEN_INDEX, at the front of the question its ``<image>`` stands in. A
+        ``<image>`` in an answer is text, and so is every one of a conversation without images.
+
+        Args:
+            messages: ``{"from": "human" | "gpt", "value": text}`` in turn; a first message that is not human is
+                dropped, as in v1. The last answer may be None for ``mode="eval"``.
+            tokenizer: a tokenizer of transformers; for ``mode="train"`` one that reports offsets.
+            mode: "train" or "eval".
+            num_images: how many images the conversation comes with, to be matched by as many ``<image>``; None
+                takes the places as they are written.
+
+        Returns:
+            ``{"input_ids": [T], "labels": [T]}`` for "train", the labels IGNORE_INDEX outside the answers and their
+            ends; ``{"input_ids": [T], "prompt": text}`` for "eval".
+
+        Raises:
+            ValueError: turns out of order, a missing answer, or not one ``<image>`` per image.
+        """
+        if mode not in ("train", "eval"):
+            raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
+        questions, answers = self.get_list_from_message(messages)
+        if mode == "train" and any(answer is None for answer in answers):
+            raise ValueError("An answer is missing, and without it there is nothing to learn.")
+        questions = self._mark_images(questions, num_images)
+        answers = [_disguise(answer) for answer in answers]
+        prompt = self.prompt(questions, answers)
+        if num_images == 0:
+            prompt = prompt.replace(DEFAULT_IMAGE_TOKEN, "")  # `pretrain` gives a place to every sample
+        places = prompt.count(DEFAULT_IMAGE_TOKEN)
+        if num_images is not None and places != num_images:
+            raise ValueError(
+                f"The sample has {num_images} image(s), but its questions have {places} {DEFAULT_IMAGE_TOKEN} to put "
+                f"them at; write one {DEFAULT_IMAGE_TOKEN} per image."
+            )
+        if mode == "eval":
+            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            return {"input_ids": input_ids, "prompt": _reveal(prompt)}
+        if type(self).make_labels is not Template.make_labels:  # a third party's own labels
+            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            return {"input_ids": input_ids, "labels": self.make_labels(input_ids, _reveal(prompt), tokenizer)}
+        self._warn_about_masks()
+        spans = self._answer_spans(prompt, questions, answers)
+        input_ids, labels = _tokenize(prompt, tokenizer, spans)
+        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+
+    def get_list_from_message(self, messages: Sequence[dict[str, Any]]) -> tuple[list[str], list[str | None]]:
+        """Split a conversation into its questions and its answers, equally many.
+
+        Raises:
+            ValueError: the turns do not alternate, or one is not a text.
+        """
+        turns = list(messages)
+        for turn in turns:
+            if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+                raise ValueError(f"A turn is an object with 'from' and 'value', not {turn!r}.")
+        if turns and turns[0]["from"] not in _HUMAN:
+            turns = turns[1:]
+        for index, turn in enumerate(turns):
+            expected = _ASSISTANT if index % 2 else _HUMAN
+            if turn["from"] not in expected:
+                raise ValueError(f"Turn {index + 1} is from {turn['from']!r} where {expected[0]!r} should speak.")
+            is_open = turn["value"] is None and index % 2 and index == len(turns) - 1
+            if not isinstance(turn["value"], str) and not is_open:
+                raise ValueError(f"Turn {index + 1} ({turn['from']}) is {turn['value']!r} and not a text.")
+        if not turns or len(turns) % 2:
+            raise ValueError(f"The conversation has {len(turns)} turns; it takes a question and an answer in turn.")
+        return [turn["value"] for turn in turns[::2]], [turn["value"] for turn in turns[1::2]]
+
+    def prompt(self, question_list: str | Sequence[str], answer_list: str | Sequence[str | None] | None) -> str:
+        """The conversation as one text; an answer that is None leaves the text open for generation."""
+        questions = [question_list] if isinstance(question_list, str) else list(question_list)
+        answers = [answer_list] if answer_list is None or isinstance(answer_list, str) else list(answer_list)
+        return self._prompt(questions, answers)
+
+    def _prompt(self, question_list: list[str], answer_list: list[str | None]) -> str:
+        text = self.system.apply() if question_list else ""
+        for question, answer in zip(question_list, answer_list, strict=True):
+            images = question.count(DEFAULT_IMAGE_TOKEN)
+            if images:
+                question = question.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+                for _ in range(images):
+                    question = self.format_image_token.apply(content=question).strip()
+            text += self.format_user.apply(content=question) + self.format_assistant.apply(content=answer)
+        return text
+
+    def make_labels(self, input_ids: torch.Tensor, prompt: str, tokenizer: Any) -> torch.Tensor:
+        """Labels of a prompt of which nothing but its text is known (v1's interface; `encode` knows more).
+
+        Raises:
+            ValueError: the separator does not stand once in every round, so where its answer starts is anyone's
+                guess, or `input_ids` are not the prompt's.
+        """
+        expected, labels = _tokenize(prompt, tokenizer, self._spans_of_text(prompt))
+        if input_ids.tolist() != expected:
+            raise ValueError("The token ids are not those of the prompt, so its answers cannot be found in them.")
+        return torch.tensor(labels)
+
+    @classmethod
+    def tokenizer_image_token(
+        cls,
+        prompt: str,
+        tokenizer: Any,
+        image_token_index: int = IMAGE_TOKEN_INDEX,
+        return_tensors: str | None = None,
+    ) -> list[int] | torch.Tensor:
+        """Token ids of a text in which every ``<image>`` becomes `image_token_index`; at most one BOS."""
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors is None or 'pt', not {return_tensors!r}.")
+        input_ids, _ = _tokenize(prompt, tokenizer, None, image_token_index)
+        return input_ids if return_tensors is None else torch.tensor(input_ids, dtype=torch.long)
+
+    def _mark_images(self, questions: list[str], num_images: int | None) -> list[str]:
+        """Leave a ``<image>`` in the questions for every image, and disguise those that are mere text."""
+        if num_images == 0:
+            return [_disguise(question) for question in questions]
+        holders = [index for index, question in enumerate(questions) if DEFAULT_IMAGE_TOKEN in question]
+        if num_images == 1 and len(holders) == 1:
+            # v1 keeps one place however often a question repeats <image>; with one image there is no other reading.
+            question = questions[holders[0]].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            questions = list(questions)
+            questions[holders[0]] = f"{DEFAULT_IMAGE_TOKEN}\n{question}"
+        return questions
+
+    def _answer_spans(self, prompt: str, questions: list[str], answers: list[str | None]) -> list[tuple[int, int]]:
+        """Where in the prompt the texts stand that are learned: answers and the text that ends them.
+
+        A round's end is the length of the prompt up to it, which holds for subclasses with a `_prompt` of their own.
+        """
+        opening = self.format_assistant.apply(content=None)
+        spans = []
+        for count, answer in enumerate(answers, start=1):
+            head = prompt if count == len(answers) else self.prompt(questions[:count], answers[:count])
+            end = len(head if DEFAULT_IMAGE_TOKEN in prompt else head.replace(DEFAULT_IMAGE_TOKEN, ""))
+            text = self.format_assistant.apply(content=answer)
+            start = end - len(text) + (len(opening) if text.startswith(opening) else 0)
+            tail = len(text) - text.rfind(self.eos) - len(self.eos) if self.eos and self.eos in text else 0
+            spans.append((start, end - tail))
+        return spans
+
+    def _spans_of_text(self, prompt: str) -> list[tuple[int, int]]:
+        separator, eos = self.separator.apply()
+        opening = separator.rstrip(" ")
+        spans, start = [], 0
+        while start < len(prompt):
+            end = prompt.find(eos, start)
+            text = prompt[start : end if end >= 0 else len(prompt)]
+            if end < 0 or text.count(separator) != 1:
+                raise ValueError(f"The round {text!r} does not hold {separator!r} once and end in {eos!r}.")
+            spans.append((start + text.index(separator) + len(opening), end + len(eos)))
+            start = end + len(eos)
+        return spans
+
+    def _warn_about_masks(self) -> None:
+        cls = type(self)
+        if hasattr(cls, "_make_masks") and cls not in self._warned_about:
+            self._warned_about.add(cls)
+            logger.warning(
+                "%s._make_masks is not called: labels come from the places of the answers. Override make_labels to "
+                "make your own.",
+                cls.__name__,
+            )
+
+
+def _tokenize(
+    prompt: str,
+    tokenizer: Any,
+    spans: list[tuple[int, int]] | None,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+) -> tuple[list[int], list[int]]:
+    """Tokenise the pieces between the ``<image>``s and label the tokens that start inside `spans`.
+
+    As in v1 every piece is tokenised by itself and a BOS is kept only at the very front.
+
+    Returns:
+        ids and labels, equally long; no labels if `spans` is None.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    position = 0  # of the piece in the prompt
+    starts_with_bos = False
+    for index, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        if index:
+            input_ids.append(image_token_index)
+            labels.append(IGNORE_INDEX)
+        if spans is None:
+            ids, starts = tokenizer(_reveal(piece), verbose=False).input_ids, None
+        else:
+            encoded = tokenizer(_reveal(piece), return_offsets_mapping=True, verbose=False)
+            ids, starts = encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+        if index == 0:
+            starts_with_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
+            if starts_with_bos:
+                input_ids.append(ids[0])
+                labels.append(IGNORE_INDEX)
+        skip = 1 if starts_with_bos else 0
+        input_ids.extend(ids[skip:])
+        if starts is not None:
+            labels.extend(_labels_of(ids[skip:], starts[skip:], position, spans))
+        position += len(piece) + len(DEFAULT_IMAGE_TOKEN)
+    return input_ids, labels
+
+
+def _labels_of(ids: list[int], starts: list[int], position: int, spans: list[tuple[int, int]]) -> list[int]:
+    """Labels of a piece's tokens; both the tokens and the spans are in order, so one walk does."""
+    labels = []
+    remaining = iter(spans)
+    span = next(remaining, None)
+    for token, start in zip(ids, starts, strict=True):
+        start += position
+        while span is not None and start >= span[1]:
+            span = next(remaining, None)
+        labels.append(token if span is not None and start >= span[0] else IGNORE_INDEX)
+    return labels

@@ -1,0 +1,114 @@
+"""A template made from the tokenizer's own chat template (ChatML in Qwen's, but any turn-by-turn format will do)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.template.base import Template
+from tinyllava_switchkd.data.template.factory import register_template
+from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
+
+# Stand-ins for the turns while the chat template is taken apart. Noncharacters, so that nothing else renders to them.
+_QUESTIONS = ("\ufdd1", "\ufdd2")
+_ANSWERS = ("\ufdd3", "\ufdd4")
+
+
+@dataclass(eq=False)
+class OpeningFormatter(StringFormatter):
+    """A text with one ``{{content}}`` field whose opening, ``apply(content=None)``, is all that precedes the field."""
+
+    def apply(self, **kwargs: str | None) -> str:
+        if "content" in kwargs and kwargs["content"] is None:
+            return self.slot.partition("{{content}}")[0]
+        return super().apply(**kwargs)
+
+
+@register_template("chatml")
+@dataclass
+class ChatMLTemplate(Template):
+    """``<|im_start|>user … <|im_end|>`` as the tokenizer's chat template writes it, its system prompt included.
+
+    The formatters below are plain ChatML; `for_tokenizer` replaces them by what the tokenizer's chat template renders,
+    and `encode` does so by itself. Every answer follows the text that the chat template opens an answer with when
+    thinking is off, so that what is trained is what generation meets.
+    """
+
+    format_image_token: Formatter = field(
+        default_factory=lambda: StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
+    )
+    format_user: Formatter = field(
+        default_factory=lambda: OpeningFormatter(slot="<|im_start|>user\n{{content}}<|im_end|>\n")
+    )
+    format_assistant: Formatter = field(
+        default_factory=lambda: OpeningFormatter(slot="<|im_start|>assistant\n{{content}}<|im_end|>\n")
+    )
+    system: Formatter = field(default_factory=EmptyFormatter)
+    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=["<|im_start|>assistant\n", "<|im_end|>"]))
+
+    def for_tokenizer(self, tokenizer: Any) -> ChatMLTemplate:
+        """A copy whose formatters are those of the tokenizer's chat template.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or one that does not render turn by turn.
+        """
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"The tokenizer {name} has no chat template, which the template 'chatml' is made from.")
+        turns = [
+            {"role": role, "content": text}
+            for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True)
+            for role, text in (("user", question), ("assistant", answer))
+        ]
+        first, second = _render(tokenizer, turns[:1], True), _render(tokenizer, turns, False)
+        try:
+            head, opening = first.split(_QUESTIONS[0])
+            between = second.split(_ANSWERS[0])[1].split(_QUESTIONS[1])[0]
+            tail = second.split(_ANSWERS[1])[1]
+            ending = tail if between.startswith(tail) else ""
+            user = between[len(ending) :]
+            if not head.endswith(user) or not second.startswith(head + _QUESTIONS[0]) or not ending:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"The chat template of the tokenizer {name} does not write one turn after the other, so the template "
+                f"'chatml' cannot be made from it; choose another conversation template."
+            ) from None
+        system = head[: len(head) - len(user)]
+        bos = tokenizer.bos_token
+        if bos and system.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+            system = system[len(bos) :]  # the tokenizer puts it there itself
+        return replace(
+            self,
+            format_user=OpeningFormatter(slot=user + "{{content}}"),
+            format_assistant=OpeningFormatter(slot=opening + "{{content}}" + ending),
+            system=EmptyFormatter(slot=system),
+            separator=EmptyFormatter(slot=[opening, _end_token(tokenizer, ending)]),
+        )
+
+    def encode(
+        self, messages: Sequence[dict[str, Any]], tokenizer: Any, mode: str = "train", num_images: int | None = None
+    ) -> dict[str, Any]:
+        """As `Template.encode`, with the formatters of the tokenizer's chat template."""
+        known, template = self.__dict__.get("_fitted", (None, None))
+        if known is not tokenizer:
+            template = self.for_tokenizer(tokenizer)
+            self._fitted = (tokenizer, template)  # no field: rendering a chat template for every sample is slow
+        return Template.encode(template, messages, tokenizer, mode, num_images)
+
+
+def _render(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+    )
+
+
+def _end_token(tokenizer: Any, ending: str) -> str:
+    """The special token that the text after an answer begins with, or all of that text."""
+    special = set(tokenizer.all_special_ids)
+    for token in tokenizer(ending, add_special_tokens=False).input_ids:
+        if token in special:
+            return tokenizer.convert_ids_to_tokens(token)
+    return ending
