@@ -1,0 +1,137 @@
+"""Arguments: v1's names and defaults, the flags of old scripts, and contradictions refused by name and value."""
+
+import logging
+
+import pytest
+
+from tinyllava_switchkd.train.arguments import DataArguments, DistillArguments, ModelArguments, TrainingArguments
+from tinyllava_switchkd.train.argv import IGNORED, parse_arguments, translate_argv
+
+REQUIRED = ["--data_path", "d.json", "--vision_tower", "v", "--output_dir", "out", "--use_cpu", "True"]
+
+
+def parse(*argv):
+    return parse_arguments([*REQUIRED, "--report_to", "none", *argv])
+
+
+def test_names_and_defaults_are_v1s():
+    model, data, training, distill, _ = parse()
+    assert model.model_name_or_path == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert (model.connector_type, model.mm_vision_select_layer, model.mm_vision_select_feature) == (
+        "linear",
+        -1,
+        "patch",
+    )
+    assert (model.resampler_hidden_size, model.num_queries, model.num_resampler_layers) == (768, 128, 3)
+    assert (model.model_max_length, model.tokenizer_padding_side) == (512, "right")
+    assert (data.image_aspect_ratio, data.conv_version, data.is_multimodal) == ("square", "pretrain", True)
+    assert (training.training_recipe, training.tune_type_llm, training.tune_type_connector) == (
+        "common",
+        "frozen",
+        "full",
+    )
+    assert (training.tune_vision_tower_from_layer, training.optim, training.bits) == (10, "adamw_torch", 16)
+    assert (training.lora_r, training.lora_alpha, training.lora_dropout, training.lora_bias) == (64, 16, 0.05, "none")
+    assert TrainingArguments.__dataclass_fields__["report_to"].default == "tensorboard"
+    assert (distill.distill_loss, distill.temperature, distill.align_weight, distill.switch_weight) == (
+        "dbild",
+        3,
+        1,
+        1,
+    )
+
+
+def test_the_argument_line_of_a_v1_script_is_accepted(caplog, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    argv = (
+        "--is_multimodal True --conv_version phi --mm_vision_select_layer -2 --image_aspect_ratio square "
+        "--attn_implementation sdpa --fp16 False --training_recipe common --tune_type_llm full "
+        "--tune_type_vision_tower frozen --tune_vision_tower_from_layer 0 --tune_type_connector full "
+        "--group_by_modality_length True --num_train_epochs 1 --per_device_train_batch_size 8 "
+        "--per_device_eval_batch_size 4 --gradient_accumulation_steps 4 --evaluation_strategy no --save_strategy steps "
+        "--save_steps 50000 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 "
+        "--lr_scheduler_type cosine --logging_steps 1 --tf32 False --model_max_length 2048 "
+        "--gradient_checkpointing True --dataloader_num_workers 8 --lazy_preprocess True --tokenizer_use_fast False "
+        "--run_name base --logging_dir logs --save_safetensors True --local_rank=0"
+    ).split()
+    with caplog.at_level(logging.WARNING):
+        model, _, training, _, given = parse(*argv)
+    assert model.mm_vision_select_layer == -2
+    assert training.warmup_steps == 0.03 and training.get_warmup_steps(1000) == 30
+    assert training.eval_strategy == "no" and training.gradient_checkpointing
+    assert {"mm_vision_select_layer", "warmup_steps"} <= given and "lora_r" not in given
+    import os
+
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+    for old in ("evaluation_strategy", "warmup_ratio", "lazy_preprocess", "tokenizer_use_fast", "logging_dir"):
+        assert sum(f"--{old} " in record.getMessage() for record in caplog.records) == 1, old
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--evaluation_strategy", "no"], ["--eval_strategy", "no"]),
+        (["--warmup_ratio=0.1"], ["--warmup_steps", "0.1"]),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "5"], ["--warmup_steps", "5"]),
+        (["--group_by_length", "True"], ["--train_sampling_strategy", "group_by_length"]),
+        (["--group_by_length", "False"], []),
+        (["--no_cuda"], ["--use_cpu"]),
+        (["--connector_lr", "1e-4"], ["--mm_projector_lr", "1e-4"]),
+        (["--learning_rate", "1e-4"], ["--learning_rate", "1e-4"]),
+        (["--lazy_preprocess"], []),
+    ],
+)
+def test_translations(old, new):
+    assert translate_argv(old) == new
+
+
+def test_every_ignored_flag_is_dropped():
+    assert translate_argv([token for name in IGNORED for token in (f"--{name}", "x")]) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tune_type_lm", "full"], ["--tune_type_lm", "did you mean --tune_type_llm"]),
+        (["--warmup_ratio", "3"], ["--warmup_ratio", "'3'"]),
+        (["--lora_r", "many"], ["lora_r", "many"]),
+        (["--tune_type_llm", "all"], ["--tune_type_llm", "'all'", "frozen, full, lora, qlora"]),
+        (["--tune_type_connector", "frozen"], ["nothing would be trained"]),
+        (["--vision_tower_lr", "1e-5"], ["--vision_tower_lr 1e-05", "--tune_type_vision_tower is frozen"]),
+        (["--tune_type_llm", "lora"], ["--tune_type_llm", "'lora'", "'common'"]),
+        (["--training_recipe", "lora"], ["--training_recipe lora", "--tune_type_llm lora"]),
+        (["--training_recipe", "lora", "--tune_type_llm", "lora", "--lora_dropout", "1"], ["--lora_dropout is 1"]),
+        (["--bits", "5"], ["--bits is 5", "4, 8, 16"]),
+        (["--image_aspect_ratio", "anyres"], ["anyres", "square, pad"]),
+        (["--mm_vision_select_feature", "cls"], ["'cls'", "patch, cls_patch"]),
+        (["--temperature", "2"], ["--temperature 2.0", "--teacher_path"]),
+        (["--teacher_path", "t", "--temperature", "0"], ["--temperature is 0.0", "greater than 0"]),
+        (["--teacher_path", "t", "--align_weight", "0", "--switch_weight", "0"], ["both 0", "'t'"]),
+        (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "'dbild'"]),
+        (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
+        (["--eval_strategy", "steps"], ["--eval_strategy", "scripts/eval"]),
+    ],
+)
+def test_contradictions_are_refused_with_the_offending_values(argv, words):
+    with pytest.raises(ValueError) as error:
+        parse(*argv)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("missing", ["--data_path", "--vision_tower", "--output_dir"])
+def test_missing_arguments_are_named(missing):
+    at = REQUIRED.index(missing)
+    with pytest.raises(ValueError, match=missing):
+        parse_arguments(REQUIRED[:at] + REQUIRED[at + 2 :])
+
+
+def test_groups_check_themselves_when_constructed():
+    with pytest.raises(ValueError, match="model_max_length is 0"):
+        ModelArguments(model_max_length=0)
+    with pytest.raises(ValueError, match="image_backend"):
+        DataArguments(image_backend="cv2")
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        DistillArguments(teacher_path="t", chunk_size=0)

@@ -1,0 +1,253 @@
+"""The four groups of training arguments: TinyLLaVA v1's names and defaults, and Switch-KD's.
+
+Names and defaults are v1's (``utils/arguments.py``), minus the flags that nothing read; those, and the flags that
+Hugging Face has removed since, are still accepted on the command line by :mod:`tinyllava_switchkd.train.argv`.
+Every group checks itself when it is constructed; what concerns several groups is checked by `Arguments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import transformers
+
+TUNE_TYPES = {
+    "llm": ("frozen", "full", "lora", "qlora"),
+    "vision_tower": ("frozen", "full", "partially-tune", "lora", "qlora"),
+    "connector": ("frozen", "full", "lora", "qlora"),
+}
+"""How each part of the model may be trained (TinyLLaVA v1, ``training_recipe/base.py``)."""
+
+
+def _one_of(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(str(choice) for choice in choices)}.")
+
+
+def _at_least(name: str, value: float | None, least: float, *, strictly: bool = False) -> None:
+    if value is not None and (value < least or (strictly and value == least)):
+        raise ValueError(f"--{name} is {value}; it must be {'greater than' if strictly else 'at least'} {least}.")
+
+
+@dataclass
+class ModelArguments:
+    """What the student is made of. With ``--pretrained_model_path`` the checkpoint says most of it."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the hub are kept."})
+    model_name_or_path: str = field(
+        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", metadata={"help": "The language model: a hub id or a folder."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "The tokenizer, if it is not the language model's own."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "flash_attention_2, sdpa or eager; by default what the installation offers."}
+    )
+    vision_tower: str = field(default="", metadata={"help": "The vision tower: a hub id, a folder, or kind:name."})
+    vision_tower2: str = field(default="", metadata={"help": "The second tower of a mixture (mof)."})
+    connector_type: str = field(default="linear", metadata={"help": "The connector, e.g. mlp2x_gelu or ldpv2."})
+    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Which hidden state of the tower is used."})
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch drops the first visual token (as v1 does), cls_patch keeps it."}
+    )
+    resampler_hidden_size: int = field(default=768, metadata={"help": "Width of the resampler connector."})
+    num_queries: int = field(default=128, metadata={"help": "Visual tokens of the resampler and qformer connectors."})
+    num_resampler_layers: int = field(default=3, metadata={"help": "Layers of the resampler connector."})
+    model_max_length: int = field(
+        default=512, metadata={"help": "Longest sequence in tokens, image tokens counted; longer ones are cut."}
+    )
+    tokenizer_padding_side: str = field(default="right", metadata={"help": "Side of the padding in training."})
+
+    def __post_init__(self) -> None:
+        _one_of("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
+        _one_of("tokenizer_padding_side", self.tokenizer_padding_side, ("right", "left"))
+        for name in ("num_queries", "num_resampler_layers", "resampler_hidden_size", "model_max_length"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass
+class DataArguments:
+    """What is learned from."""
+
+    data_path: str | None = field(default=None, metadata={"help": "Training samples: a JSON file in LLaVA's format."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that the JSON's image paths start from."})
+    image_aspect_ratio: str = field(
+        default="square", metadata={"help": "square: the processor alone; pad: to a square in the mean colour first."}
+    )
+    conv_version: str = field(default="pretrain", metadata={"help": "Conversation template."})
+    is_multimodal: bool = field(default=True, metadata={"help": "Whether samples may have images."})
+    image_backend: str = field(
+        default="pil", metadata={"help": "pil resizes as TinyLLaVA v1 did, bit for bit; torchvision is faster."}
+    )
+    on_bad_image: str = field(
+        default="raise", metadata={"help": "An image that cannot be read: raise stops, skip learns nothing from it."}
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("image_aspect_ratio", self.image_aspect_ratio, ("square", "pad"))
+        _one_of("image_backend", self.image_backend, ("pil", "torchvision"))
+        _one_of("on_bad_image", self.on_bad_image, ("raise", "skip"))
+
+
+@dataclass
+class DistillArguments:
+    """What the student learns from besides the data. Without a teacher the run is ordinary training."""
+
+    teacher_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint of the teacher; given, the run distils (Switch-KD)."}
+    )
+    distill_loss: str = field(default="dbild", metadata={"help": "Loss between the logits of teacher and student."})
+    temperature: float = field(default=3.0, metadata={"help": "Temperature of the distillation loss."})
+    align_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the student's own logits."})
+    switch_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the visual switch's logits."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Fixed number of leading logits of the bild losses (by default 8)."}
+    )
+    chunk_size: int | None = field(
+        default=None, metadata={"help": "Supervised tokens whose logits are in memory at once."}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("temperature", self.temperature, 0, strictly=True)
+        _at_least("align_weight", self.align_weight, 0)
+        _at_least("switch_weight", self.switch_weight, 0)
+        _at_least("top_k", self.top_k, 2)
+        _at_least("chunk_size", self.chunk_size, 1)
+        if self.teacher_path is None:
+            changed = [f.name for f in fields(self) if f.name != "teacher_path" and getattr(self, f.name) != f.default]
+            if changed:
+                given = ", ".join(f"--{name} {getattr(self, name)}" for name in changed)
+                raise ValueError(f"{given} does nothing without a teacher; give --teacher_path as well.")
+        elif self.align_weight == 0 and self.switch_weight == 0:
+            raise ValueError(
+                f"--align_weight and --switch_weight are both 0, so the teacher {self.teacher_path!r} teaches nothing; "
+                "leave --teacher_path out or give one of them a weight."
+            )
+        if self.top_k is not None and not self.distill_loss.lower().startswith("bild"):
+            raise ValueError(
+                f"--top_k {self.top_k} belongs to the losses bild_fkl and bild_rkl; --distill_loss "
+                f"{self.distill_loss!r} finds its own number of logits."
+            )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is learned: all of `transformers.TrainingArguments`, TinyLLaVA's recipes and tune types."""
+
+    training_recipe: str = field(default="common", metadata={"help": "common, lora or qlora."})
+    tune_type_llm: str = field(default="frozen", metadata={"help": "frozen, full, lora or qlora."})
+    tune_type_vision_tower: str = field(
+        default="frozen", metadata={"help": "frozen, full, partially-tune, lora or qlora."}
+    )
+    tune_vision_tower_from_layer: int = field(
+        default=10, metadata={"help": "First encoder layer that partially-tune trains."}
+    )
+    tune_type_connector: str = field(default="full", metadata={"help": "frozen, full, lora or qlora."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, by transformers' name."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Left False: the data set has no columns."})
+    bits: int = field(default=16, metadata={"help": "qlora: 8 (also if 16) or 4 bits for the frozen weights."})
+    double_quant: bool = field(default=True, metadata={"help": "qlora with 4 bits: quantise the constants too."})
+    quant_type: str = field(default="nf4", metadata={"help": "qlora with 4 bits: nf4 or fp4."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA update (alpha / r)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
+    lora_bias: str = field(default="none", metadata={"help": "Biases trained with LoRA: none, all or lora_only."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the connector."})
+    vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality and of samples of similar length."}
+    )
+    pretrained_model_path: str | None = field(
+        default=None, metadata={"help": "Start from this checkpoint (the previous stage's output)."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train anew although the output folder holds checkpoints or a finished run."}
+    )
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, none, ..."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        self._check_lora()
+        self._check_unsupported()
+        super().__post_init__()
+
+    def tune_type(self, part: str) -> str:
+        """Tune type of ``"llm"``, ``"vision_tower"`` or ``"connector"``."""
+        return getattr(self, f"tune_type_{part}")
+
+    def _check_parts(self) -> None:
+        for part, choices in TUNE_TYPES.items():
+            _one_of(f"tune_type_{part}", self.tune_type(part), choices)
+        if all(self.tune_type(part) == "frozen" for part in TUNE_TYPES):
+            raise ValueError(
+                "--tune_type_llm, --tune_type_vision_tower and --tune_type_connector are all frozen, so nothing would "
+                "be trained; set one of them to full."
+            )
+        if self.tune_type_vision_tower == "partially-tune":
+            _at_least("tune_vision_tower_from_layer", self.tune_vision_tower_from_layer, 0)
+        for name, part in (("mm_projector_lr", "connector"), ("vision_tower_lr", "vision_tower")):
+            _at_least(name, getattr(self, name), 0)
+            if getattr(self, name) is not None and self.tune_type(part) == "frozen":
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is given, but --tune_type_{part} is frozen; leave the learning "
+                    f"rate out or train the {part.replace('_', ' ')}."
+                )
+
+    def _check_lora(self) -> None:
+        recipe = self.training_recipe.lower()
+        with_adapters = [part for part in TUNE_TYPES if self.tune_type(part) in ("lora", "qlora")]
+        if recipe == "common" and with_adapters:
+            part = with_adapters[0]
+            raise ValueError(
+                f"--tune_type_{part} is {self.tune_type(part)!r}, which needs --training_recipe lora or qlora, "
+                f"not {self.training_recipe!r}."
+            )
+        if recipe in ("lora", "qlora", "qlora_int8"):
+            wanted = recipe.split("_")[0]
+            if not with_adapters:
+                raise ValueError(
+                    f"--training_recipe {self.training_recipe} needs a part to adapt; set --tune_type_llm {wanted}."
+                )
+            if recipe == "lora" and any(self.tune_type(part) == "qlora" for part in with_adapters):
+                raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
+        _one_of("bits", self.bits, (4, 8, 16))
+        _one_of("quant_type", self.quant_type, ("nf4", "fp4"))
+        _one_of("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
+        _at_least("lora_r", self.lora_r, 1)
+        _at_least("lora_alpha", self.lora_alpha, 0, strictly=True)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1.")
+
+    def _check_unsupported(self) -> None:
+        """Refuse transformers' options that this trainer would silently not honour."""
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"--label_smoothing_factor {self.label_smoothing_factor} is not supported: the task computes the loss."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} is not supported.")
+        if self.use_liger_kernel:
+            raise ValueError("--use_liger_kernel is not supported: logits are already made for supervised tokens only.")
+        if self.fsdp:
+            raise ValueError(f"--fsdp {self.fsdp} is not supported; shard with --deepspeed zero3.json.")
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no" or self.load_best_model_at_end:
+            raise ValueError(
+                "--eval_strategy and --load_best_model_at_end are not supported: there is no evaluation inside "
+                "training; score checkpoints with scripts/eval."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns True is not supported: the data set is no table.")
+
+
+class Arguments(NamedTuple):
+    """All arguments of a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    distill: DistillArguments
+    given: frozenset[str]
+    """Names that the command line set (the rest are defaults)."""
