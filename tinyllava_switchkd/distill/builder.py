@@ -44,9 +44,11 @@ def build_distiller(
         switch_weight: lambda_2, weight of loss(teacher, visual switch).
         top_k: for losses with a fixed number of logits (bild_*); None keeps the loss's own.
         chunk_size: supervised tokens whose logits exist at one time; None chooses by the vocabulary.
-        student_tokenizer: with `teacher_tokenizer`, compared id by id. Without both only vocabulary sizes are known.
+        student_tokenizer: compared id by id with `teacher_tokenizer`; a loaded model's own if not given. Where one is
+            unknown, nothing is compared and unequal heads are cut to the shorter.
         teacher_tokenizer: see `student_tokenizer`.
-        student_image_processor: with `teacher_image_processor`, compared in what they do to pixels.
+        student_image_processor: compared with `teacher_image_processor` in what they do to pixels; a loaded model's
+            own if not given.
         teacher_image_processor: see `student_image_processor`.
         gradient_checkpointing: checkpoint activations in the student and in the teacher's switch pass.
 
@@ -107,7 +109,10 @@ def check_compatible(
     """
     if student is teacher:
         raise ValueError("Student and teacher are the same object; load the teacher a second time to distil from it.")
-    _check_tokenizers(student_tokenizer, teacher_tokenizer)
+    _check_tokenizers(
+        student_tokenizer or getattr(student, "tokenizer", None),
+        teacher_tokenizer or getattr(teacher, "tokenizer", None),
+    )
     _check_templates(student.config, teacher.config)
     ours, theirs = student.num_image_tokens, teacher.num_image_tokens
     if ours != theirs:
@@ -120,7 +125,10 @@ def check_compatible(
             f"The student reads images of {student.image_size} pixels and the teacher of {teacher.image_size}; both "
             f"must read the same ones."
         )
-    _check_pixels(student_image_processor, teacher_image_processor)
+    _check_pixels(
+        student_image_processor or getattr(student, "image_processor", None),
+        teacher_image_processor or getattr(teacher, "image_processor", None),
+    )
     aspects = [getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher)]
     if None not in aspects and aspects[0] != aspects[1]:
         raise ValueError(
@@ -138,7 +146,9 @@ def _check_switch(student: nn.Module, teacher: nn.Module) -> None:
             f"The student's vision tower gives features of width {width} and the teacher's connector takes {expected}; "
             f"give both the same vision tower, or set switch_weight to 0 to distil without the switch."
         )
-    tokens, expected = student.vision_tower.num_tokens, teacher.vision_tower.num_tokens
+    tokens, expected = (
+        model.vision_tower.num_tokens(model.config.vision_feature_select_strategy) for model in (student, teacher)
+    )
     if tokens != expected:
         raise ValueError(
             f"The student's vision tower gives {tokens} patch features of an image and the teacher's {expected}; give "

@@ -142,8 +142,8 @@ class LogitDifferenceKL(LogitLoss):
         teacher_order: Order | None = None,
     ) -> Tensor:
         student, teacher = _sides(student_logits, teacher_logits)
-        teacher_order = teacher_order or self.order(teacher)
-        student_order = student_order or self.order(student)
+        teacher_order = teacher_order or leading(teacher, self.top_k)
+        student_order = student_order or leading(student, self.top_k)
         loss = 0.0
         for order in (teacher_order, student_order):
             led_student = student.gather(1, order.indices)

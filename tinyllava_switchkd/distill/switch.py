@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from ..model.splice import Spliced, real_images, splice
+from ..model.splice import Spliced, image_of_placeholder, splice
 from .chunked import PARTS, SupervisedTokens, TokenLoss
 from .losses import LogitLoss
 
@@ -210,7 +210,9 @@ class SwitchDistiller(SupervisedTask):
         self, batch: Mapping[str, Any], images: Tensor, features: Tensor, student: Spliced, positions: Positions
     ) -> Tensor:
         teacher, visual = self._teacher, None
-        if positions.images:
+        if not len(positions.labels):
+            return next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size)
+        if (batch["input_ids"] == IMAGE_TOKEN_INDEX).any():
             if teacher.vision_tower is not self.student.vision_tower:
                 features = teacher.vision_features(images)
             visual = teacher.connector(_like_weights(features, teacher.connector))
@@ -243,8 +245,11 @@ def _images(batch: Mapping[str, Any], model: nn.Module) -> Tensor:
     if images is None or len(images) == 0:
         images = torch.zeros(1, 3, model.image_size, model.image_size, device=batch["input_ids"].device)
     images = torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
-    real = real_images(batch["input_ids"], len(images))
-    return images[real] if bool(real.any()) else images[:1]
+    placeholders = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    if batch.get("attention_mask") is not None:
+        placeholders = placeholders & batch["attention_mask"].bool()
+    chosen = image_of_placeholder(placeholders, len(images))
+    return images[chosen] if len(chosen) else images[:1]
 
 
 def _splice(model: nn.Module, batch: Mapping[str, Any], visual: Tensor | None, like: Spliced | None = None) -> Spliced:

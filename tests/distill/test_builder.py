@@ -1,0 +1,91 @@
+import logging
+
+import pytest
+
+from tests.tiny import tiny_llava, tiny_tokenizer
+from tinyllava_switchkd.distill import build_distiller
+
+
+def refused(student, teacher, *words, **kwargs):
+    with pytest.raises(ValueError) as error:
+        build_distiller(student, teacher, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_fitting_models_are_accepted(student, teacher):
+    distiller = build_distiller(
+        student, teacher, student_tokenizer=tiny_tokenizer(), teacher_tokenizer=tiny_tokenizer()
+    )
+    assert distiller.loss.temperature == 3.0
+    assert (distiller.align_weight, distiller.switch_weight) == (1.0, 1.0)
+
+
+def test_other_token_ids_are_refused(student, teacher):
+    other = tiny_tokenizer()
+    other.add_tokens(["zebra"])
+    refused(student, teacher, "zebra", "264", "265", student_tokenizer=tiny_tokenizer(), teacher_tokenizer=other)
+    refused(student, teacher, "zebra", student_tokenizer=other, teacher_tokenizer=tiny_tokenizer())
+
+
+def test_other_special_tokens_are_refused(student, teacher):
+    tokenizers = {"student_tokenizer": tiny_tokenizer("qwen2"), "teacher_tokenizer": tiny_tokenizer("qwen2_instruct")}
+    refused(student, teacher, "eos_token", "<|endoftext|>", "<|im_end|>", **tokenizers)
+
+
+def test_the_tokenizers_of_loaded_models_are_compared(student, teacher):
+    student.tokenizer, teacher.tokenizer = tiny_tokenizer("qwen2"), tiny_tokenizer("qwen2_instruct")
+    refused(student, teacher, "eos_token")
+
+
+def test_other_widths_are_refused_for_the_switch_only(student):
+    teacher = tiny_llava(vision={"hidden": 48})
+    refused(student, teacher, "width 32", "48")
+    assert build_distiller(student, teacher, switch_weight=0.0).switch_weight == 0.0
+
+
+def test_other_numbers_of_visual_tokens_are_refused(student):
+    refused(student, tiny_llava(vision={"patch_size": 14}), "15", "3")
+
+
+def test_other_image_sizes_are_refused(student):
+    refused(student, tiny_llava(vision={"image_size": 56, "patch_size": 14}), "28", "56")
+
+
+def test_other_templates_are_refused(student, teacher):
+    student.config.conv_version, teacher.config.conv_version = "phi", "qwen2_base"
+    refused(student, teacher, "'phi'", "'qwen2_base'")
+    student.config.conv_version = "pretrain"
+    build_distiller(student, teacher)
+
+
+def test_other_aspect_ratios_are_refused(student, teacher):
+    student.config.image_aspect_ratio, teacher.config.image_aspect_ratio = "pad", "square"
+    refused(student, teacher, "'pad'", "'square'")
+
+
+def test_other_pixels_are_refused(student, teacher):
+    ours, theirs = student.vision_tower.image_processor, teacher.vision_tower.image_processor
+    theirs.image_mean = [0.1, 0.2, 0.3]
+    refused(student, teacher, "image_mean", "0.1", student_image_processor=ours, teacher_image_processor=theirs)
+
+
+def test_a_model_is_not_its_own_teacher(student):
+    refused(student, student, "same object")
+
+
+@pytest.mark.parametrize("weights", [{"align_weight": -1.0}, {"switch_weight": float("nan")}])
+def test_weights_must_be_numbers_from_zero(student, teacher, weights):
+    refused(student, teacher, next(iter(weights)), **weights)
+
+
+def test_settings_that_a_loss_does_not_take_are_refused(student, teacher):
+    refused(student, teacher, "'dbild'", "top_k", loss="dbild", top_k=4)
+    assert build_distiller(student, teacher, loss="bild_rkl", top_k=4).loss.top_k == 4
+
+
+def test_a_switch_that_trains_nothing_is_pointed_out(student, teacher, caplog):
+    student.vision_tower.requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        build_distiller(student, teacher)
+    assert "vision tower is frozen" in caplog.text
