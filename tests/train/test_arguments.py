@@ -1,6 +1,7 @@
 """Arguments: v1's names and defaults, the flags of old scripts, and contradictions refused by name and value."""
 
 import logging
+import os
 
 import pytest
 
@@ -10,6 +11,19 @@ from tinyllava_switchkd.train.argv import IGNORED, parse_arguments, translate_ar
 REQUIRED = ["--data_path", "d.json", "--vision_tower", "v", "--output_dir", "out", "--use_cpu", "True"]
 
 
+V1_FINETUNE = """
+--is_multimodal True --conv_version phi --mm_vision_select_layer -2 --image_aspect_ratio square
+--attn_implementation sdpa --fp16 False --training_recipe common --tune_type_llm full
+--tune_type_vision_tower frozen --tune_vision_tower_from_layer 0 --tune_type_connector full
+--group_by_modality_length True --num_train_epochs 1 --per_device_train_batch_size 8
+--per_device_eval_batch_size 4 --gradient_accumulation_steps 4 --evaluation_strategy no --save_strategy steps
+--save_steps 50000 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
+--lr_scheduler_type cosine --logging_steps 1 --tf32 False --model_max_length 2048
+--gradient_checkpointing True --dataloader_num_workers 8 --lazy_preprocess True --tokenizer_use_fast False
+--run_name base --logging_dir logs --save_safetensors True --local_rank=0
+"""  # TinyLLaVA v1, scripts/train/finetune.sh
+
+
 def parse(*argv):
     return parse_arguments([*REQUIRED, "--report_to", "none", *argv])
 
@@ -17,19 +31,13 @@ def parse(*argv):
 def test_names_and_defaults_are_v1s():
     model, data, training, distill, _ = parse()
     assert model.model_name_or_path == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-    assert (model.connector_type, model.mm_vision_select_layer, model.mm_vision_select_feature) == (
-        "linear",
-        -1,
-        "patch",
-    )
+    assert (model.connector_type, model.mm_vision_select_layer) == ("linear", -1)
+    assert model.mm_vision_select_feature == "patch"
     assert (model.resampler_hidden_size, model.num_queries, model.num_resampler_layers) == (768, 128, 3)
     assert (model.model_max_length, model.tokenizer_padding_side) == (512, "right")
     assert (data.image_aspect_ratio, data.conv_version, data.is_multimodal) == ("square", "pretrain", True)
-    assert (training.training_recipe, training.tune_type_llm, training.tune_type_connector) == (
-        "common",
-        "frozen",
-        "full",
-    )
+    assert (training.training_recipe, training.tune_type_llm) == ("common", "frozen")
+    assert (training.tune_type_vision_tower, training.tune_type_connector) == ("frozen", "full")
     assert (training.tune_vision_tower_from_layer, training.optim, training.bits) == (10, "adamw_torch", 16)
     assert (training.lora_r, training.lora_alpha, training.lora_dropout, training.lora_bias) == (64, 16, 0.05, "none")
     assert TrainingArguments.__dataclass_fields__["report_to"].default == "tensorboard"
@@ -43,25 +51,12 @@ def test_names_and_defaults_are_v1s():
 
 def test_the_argument_line_of_a_v1_script_is_accepted(caplog, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-    argv = (
-        "--is_multimodal True --conv_version phi --mm_vision_select_layer -2 --image_aspect_ratio square "
-        "--attn_implementation sdpa --fp16 False --training_recipe common --tune_type_llm full "
-        "--tune_type_vision_tower frozen --tune_vision_tower_from_layer 0 --tune_type_connector full "
-        "--group_by_modality_length True --num_train_epochs 1 --per_device_train_batch_size 8 "
-        "--per_device_eval_batch_size 4 --gradient_accumulation_steps 4 --evaluation_strategy no --save_strategy steps "
-        "--save_steps 50000 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 "
-        "--lr_scheduler_type cosine --logging_steps 1 --tf32 False --model_max_length 2048 "
-        "--gradient_checkpointing True --dataloader_num_workers 8 --lazy_preprocess True --tokenizer_use_fast False "
-        "--run_name base --logging_dir logs --save_safetensors True --local_rank=0"
-    ).split()
     with caplog.at_level(logging.WARNING):
-        model, _, training, _, given = parse(*argv)
+        model, _, training, _, given = parse(*V1_FINETUNE.split())
     assert model.mm_vision_select_layer == -2
     assert training.warmup_steps == 0.03 and training.get_warmup_steps(1000) == 30
     assert training.eval_strategy == "no" and training.gradient_checkpointing
     assert {"mm_vision_select_layer", "warmup_steps"} <= given and "lora_r" not in given
-    import os
-
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
     for old in ("evaluation_strategy", "warmup_ratio", "lazy_preprocess", "tokenizer_use_fast", "logging_dir"):
         assert sum(f"--{old} " in record.getMessage() for record in caplog.records) == 1, old

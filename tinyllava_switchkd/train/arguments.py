@@ -164,7 +164,7 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew although the output folder holds checkpoints or a finished run."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants this order)
         default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, none, ..."}
     )
 

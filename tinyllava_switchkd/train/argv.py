@@ -185,12 +185,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 
 def _check_together(arguments: Arguments) -> None:
-    model, data, training, distill, given = arguments
-    for name, value in (
-        ("data_path", data.data_path),
-        ("output_dir", training.output_dir if "output_dir" in given else None),
-    ):
-        if not value:
-            raise ValueError(f"--{name} is missing.")
+    model, data, training, _, given = arguments
+    if not data.data_path:
+        raise ValueError("--data_path is missing: the training samples, a JSON file in LLaVA's format.")
+    if "output_dir" not in given:
+        raise ValueError("--output_dir is missing: the folder that the trained model goes to.")
     if not model.vision_tower and training.pretrained_model_path is None:
         raise ValueError("--vision_tower is missing (or --pretrained_model_path, a checkpoint that has one).")
