@@ -1,0 +1,376 @@
+"""What a benchmark is: its questions, its score and its upload file, behind one small class and one registry.
+
+Nothing here imports torch: a benchmark reads questions and compares strings, and `python -m
+tinyllava_switchkd.eval.score` must start in a blink on a machine that has no accelerator. A third party adds a
+benchmark with one decorated class::
+
+    @register_benchmark("colours")
+    class Colours(QuestionFileBenchmark):
+        name, title, folder, metric = "colours", "Colours", "colours", "accuracy"
+        question_files = {"test": ("questions.jsonl",)}
+        image_folders = {"test": ("images",)}
+
+        def score(self, data_dir, answers): ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...registry import Registry
+from .files import find_file, missing_file, read_jsonl, require
+
+SINGLE_WORD_SUFFIX = "Answer the question using a single word or phrase."
+"""Ends the prompt of every short-answer task (LLaVA, docs/Evaluation.md)."""
+
+LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+"""Ends the prompt of every English multiple-choice task (LLaVA, docs/Evaluation.md)."""
+
+
+class NoGroundTruth(ValueError):
+    """The answers belong to a split whose ground truth is not at hand, so that only an upload file can be written.
+
+    Args:
+        message: one sentence.
+        split: the answers' split.
+        total: how many questions it has.
+    """
+
+    def __init__(self, message: str, *, split: str, total: int) -> None:
+        super().__init__(message)
+        self.split = split
+        self.total = total
+
+
+@dataclass(frozen=True)
+class Question:
+    """One generation of a benchmark.
+
+    Attributes:
+        question_id: as in the question file; **not** unique in MME and TextVQA.
+        prompt: the user's turn without the image token.
+        image: a path, the encoded bytes (MMBench keeps its images in the table) or None for a text-only question.
+        category: of the question file.
+        logged_prompt: what LLaVA writes under "prompt" where that is not `prompt` (MMBench leaves the suffix out,
+            ScienceQA writes the image token in).
+        extra: further keys of the answer row (MMBench's round_id, options and option_char).
+    """
+
+    question_id: str | int
+    prompt: str
+    image: Path | bytes | None
+    category: str = "default"
+    logged_prompt: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Names the question in an answers file; equals `answer_key` of the row that `answer_row` returns.
+
+        Two rows of a question file may be equal in everything (TextVQA), then their keys are, too.
+        """
+        return str(self.question_id), self.prompt if self.logged_prompt is None else self.logged_prompt
+
+    @cached_property
+    def image_key(self) -> str | None:
+        """Equal for questions about the same picture; None without one."""
+        if isinstance(self.image, bytes):
+            return hashlib.sha1(self.image).hexdigest()
+        return None if self.image is None else str(self.image)
+
+    def answer_row(self, text: str, *, answer_id: str, model_id: str) -> dict[str, Any]:
+        """The row of the answers file, with LLaVA's keys."""
+        return {
+            "question_id": self.question_id,
+            "prompt": self.key[1],
+            "text": text,
+            **self.extra,
+            "answer_id": answer_id,
+            "model_id": model_id,
+            "metadata": {},
+        }
+
+
+def answer_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """`Question.key` of the question that a row of an answers file answers."""
+    return str(row["question_id"]), row["prompt"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of an answers file.
+
+    Attributes:
+        question_id: as a string, whatever the file has.
+        text: the model's words, untouched.
+        prompt: what the file has under "prompt", or "" where that is no string (TinyLLaVA's MMMU script writes the
+            whole question list there).
+        where: "FILE, line N", for messages.
+    """
+
+    question_id: str
+    text: str
+    prompt: str
+    where: str
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """Answers of a JSONL file with LLaVA's keys, in the file's order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is malformed, or there is no row.
+    """
+    answers = []
+    for where, row in read_jsonl(path, what="answers file"):
+        require(row, ("question_id", "text"), where)
+        identifier, text, prompt = row["question_id"], row["text"], row.get("prompt")
+        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool):
+            raise ValueError(f"{where}: the question_id {identifier!r} is neither a string nor an integer.")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: the text of question {identifier!r} is {text!r}, not a string.")
+        answers.append(Answer(str(identifier), text, prompt if isinstance(prompt, str) else "", where))
+    if not answers:
+        raise ValueError(f"{path} holds no answers; generate them first.")
+    return answers
+
+
+@dataclass
+class Score:
+    """The result of a benchmark. Every score and rate is on 0-100.
+
+    Attributes:
+        benchmark: registered name.
+        metric: what `score` is.
+        score: the headline, on the scale of the paper's tables; None where the split has no public ground truth.
+        split: the data's split.
+        total: questions that wait for an answer.
+        answered: of these, how many have one.
+        fallback: answers that no rule of the protocol could read.
+        details: further figures, by benchmark.
+        rows: one per question, for those who show or compare single answers; not part of the JSON object.
+    """
+
+    benchmark: str
+    metric: str
+    score: float | None
+    split: str
+    total: int
+    answered: int
+    fallback: int
+    details: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def missing(self) -> int:
+        """Questions without an answer; they count as wrong."""
+        return self.total - self.answered
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that the command prints."""
+        return {
+            "benchmark": self.benchmark,
+            "metric": self.metric,
+            "score": self.score,
+            "split": self.split,
+            "total": self.total,
+            "answered": self.answered,
+            "missing": self.missing,
+            "fallback": self.fallback,
+            "details": self.details,
+        }
+
+
+class Benchmark(ABC):
+    """One benchmark in LLaVA's data layout.
+
+    Class attributes:
+        name: the registered name, also the "benchmark" of its scores.
+        title: for tables.
+        folder: its folder's name under LLaVA's playground/data/eval.
+        metric: the headline's name.
+        paper_split: the split behind the paper's number; a score on another split is a stand-in.
+        max_new_tokens: length limit of LLaVA's own generation script.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    folder: ClassVar[str]
+    metric: ClassVar[str]
+    paper_split: ClassVar[str] = "test"
+    max_new_tokens: ClassVar[int] = 128
+
+    @abstractmethod
+    def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
+        """The questions of a split, in the question file's order; by default of the first split whose file is there.
+
+        Raises:
+            FileNotFoundError: the data are not there.
+            ValueError: they are malformed, or the split is unknown.
+        """
+
+    @abstractmethod
+    def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
+        """Compare answers with the ground truth, joined by key; a question without an answer counts as wrong.
+
+        Raises:
+            FileNotFoundError: the ground truth is not there.
+            NoGroundTruth: the answers' split has no public ground truth.
+            ValueError: malformed data, an unknown question id, or a second answer to a question.
+        """
+
+    def write_submission(
+        self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
+    ) -> None:
+        """Write the file that the benchmark's server (or official scorer) takes.
+
+        Raises:
+            ValueError: there is no such format, or answers are missing and `allow_missing` is not set.
+        """
+        raise ValueError(f"{self.title} has no upload format: its ground truth is public and `score` is the result.")
+
+    def result(
+        self,
+        *,
+        score: float | None,
+        split: str,
+        total: int,
+        answered: int,
+        details: dict[str, Any],
+        fallback: int = 0,
+        rows: list[dict[str, Any]] | None = None,
+    ) -> Score:
+        """A `Score` under this benchmark's name and metric."""
+        return Score(self.name, self.metric, score, split, total, answered, fallback, details, rows or [])
+
+
+class QuestionFileBenchmark(Benchmark):
+    """A benchmark whose questions lie ready in a JSONL file, as `llava/eval/model_vqa_loader.py` reads them.
+
+    A line is `{"question_id", "image", "text", "category"}`; the text is the whole prompt, suffix included.
+
+    Class attributes:
+        question_files: candidate file names for each split, the default split first.
+        image_folders: candidate image folders for each split; the first that exists.
+    """
+
+    question_files: ClassVar[Mapping[str, tuple[str, ...]]]
+    image_folders: ClassVar[Mapping[str, tuple[str, ...]]]
+
+    def question_file(self, data_dir: str | Path, split: str | None = None) -> tuple[str, Path]:
+        """Split and path of the question file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: there is no such split.
+        """
+        if split is not None and split not in self.question_files:
+            raise ValueError(f"{self.title} has no split {split!r}, only {', '.join(self.question_files)}.")
+        wanted = {split: self.question_files[split]} if split is not None else self.question_files
+        for candidate, names in wanted.items():
+            path = find_file(data_dir, names)
+            if path is not None:
+                return candidate, path
+        names = tuple(name for candidates in wanted.values() for name in candidates)
+        raise missing_file(data_dir, names, f"{self.title} question file", prepare_hint(self.name))
+
+    def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Rows of the question file, each with its place for messages."""
+        for where, row in read_jsonl(self.question_file(data_dir, split)[1], what="question file"):
+            require(row, ("question_id", "image", "text"), where)
+            yield where, row
+
+    def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
+        split, _ = self.question_file(data_dir, split)
+        folder = image_folder(data_dir, self.image_folders[split])
+        for _, row in self.read_questions(data_dir, split):
+            yield Question(row["question_id"], row["text"], folder / row["image"], row.get("category", "default"))
+
+
+BenchmarkFactory = Registry("benchmark", resolve=lambda benchmark: benchmark())
+"""`BenchmarkFactory("pope")` is an instance of the benchmark registered under that name."""
+
+register_benchmark = BenchmarkFactory.register
+
+
+def prepare_hint(name: str) -> str:
+    """The remedy for absent data."""
+    return f"Build it with `python -m tinyllava_switchkd.eval.prepare {name}`"
+
+
+def image_folder(data_dir: str | Path, candidates: Sequence[str]) -> Path:
+    """The first of the folders that exists, or simply the first: a missing image is reported when it is opened."""
+    folders = [Path(data_dir) / candidate for candidate in candidates]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def strip_suffix(prompt: str, suffix: str = SINGLE_WORD_SUFFIX) -> str:
+    """The question alone: the prompt without its instruction and the white space before it."""
+    return prompt.replace(suffix, "").strip()
+
+
+def join(
+    answers: Iterable[Answer],
+    known: Collection[Hashable],
+    source: str | Path,
+    key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id,
+) -> dict[Hashable, Answer]:
+    """Answers by key.
+
+    Args:
+        answers: rows of an answers file.
+        known: keys of the questions.
+        source: the file the questions are from, for messages.
+        key_of: an answer's key.
+
+    Raises:
+        ValueError: a key is unknown or comes twice.
+    """
+    joined: dict[Hashable, Answer] = {}
+    for answer in answers:
+        key = key_of(answer)
+        if key not in known:
+            raise ValueError(
+                f"{answer.where}: the question id {answer.question_id!r} is unknown: it is not in {source}. "
+                f"Score answers with the data they were generated from."
+            )
+        if key in joined:
+            raise ValueError(
+                f"{answer.where}: a second answer to the question {answer.question_id!r} (the first is "
+                f"{joined[key].where}). Keep one of them."
+            )
+        joined[key] = answer
+    return joined
+
+
+def refuse_missing(missing: Sequence[Any], total: int, allow_missing: bool) -> None:
+    """Stop a submission with holes: servers score them as wrong without a word.
+
+    Raises:
+        ValueError: something is missing and `allow_missing` is not set.
+    """
+    if missing and not allow_missing:
+        named = ", ".join(str(item) for item in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{len(missing)} of {total} questions have no answer ({named}), so no submission is written; "
+            f"finish the generation, or pass --allow-missing."
+        )
+
+
+def percentage(values: Collection[float]) -> float | None:
+    """Mean on 0-100; None of nothing."""
+    return 100.0 * sum(values) / len(values) if values else None
+
+
+def percentage_by(items: Iterable[tuple[Any, float]]) -> dict[str, float]:
+    """Mean on 0-100 for each group of (group, value) pairs, groups in order of first sight."""
+    groups: dict[str, list[float]] = {}
+    for group, value in items:
+        groups.setdefault(str(group), []).append(value)
+    return {group: 100.0 * sum(values) / len(values) for group, values in groups.items()}

@@ -1,0 +1,116 @@
+"""Which choice does a free text name? VLMEvalKit's exact matching, and a careful reader's answer beside it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+
+REFUSED = "Z"
+"""VLMEvalKit's letter for "none of them"."""
+
+_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_SENTENCE = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+_LAST_WORDS = 4
+
+
+def match_exactly(text: str, options: Mapping[str, str]) -> str | None:
+    """VLMEvalKit's `can_infer` (e8e78f0, matching_util.py), as it is used without a judge model.
+
+    A letter that is alone among the words and one of the last four; else "answer is X", whatever the case and
+    whatever follows X; else the one option whose text is part of the answer, if the answer is not more than twice as
+    long as all options together.
+
+    Args:
+        text: the model's answer.
+        options: option texts by letter.
+
+    Returns:
+        A letter, `REFUSED`, or None where nothing matches or more than one thing does.
+    """
+    return _match_letter(text, options) or _match_text(text, options)
+
+
+def _match_letter(text: str, options: Mapping[str, str]) -> str | None:
+    if "Failed to obtain answer via API" in text:
+        return None
+    if any(refusal in text for refusal in _REFUSALS):
+        return REFUSED
+    words = text.translate(_MARKS).split()
+    found = [letter for letter in options if letter in words]
+    if len(found) == 1:
+        if words.index(found[0]) >= len(words) - _LAST_WORDS:
+            return found[0]
+    elif not found and REFUSED in words:
+        return REFUSED
+    sentence = _SENTENCE.search(text)
+    if sentence and sentence[1].upper() in options:
+        return sentence[1].upper()
+    return None
+
+
+def _match_text(text: str, options: Mapping[str, str]) -> str | None:
+    text = text.lower()
+    if len(text) > 2 * sum(len(option) for option in options.values()):
+        return None
+    found = [letter for letter, option in options.items() if option.lower() in text]
+    return found[0] if len(found) == 1 else None
+
+
+# A capital that is no part of a word; Chinese characters may touch it ("选项D").
+_LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-H](?![A-Za-z0-9'’])")
+_SMALL_LETTER = re.compile(r"(?:\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?|^\(?)([a-h])(?:[).:,]|$)", re.MULTILINE)
+_BEFORE_LETTER = re.compile(r"(?:option|answer|choice|letter|is|:)\W*$", re.IGNORECASE)
+_AFTER_LETTER = re.compile(r"\s+(?:is|was|are|because|since|as|for|and|or|seems|would)\b")
+_EDGES = " \t\r\n.,:;!?*_`\"'()[]{}。、"
+
+
+def read_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter a person would read, or None where a person could not tell.
+
+    Full-width forms are read as the plain ones, a letter in lower case that stands for itself is a letter, "A" before
+    a noun is an article, and a letter is found wherever it stands. An option's whole text goes before a letter in it.
+
+    Args:
+        text: the model's answer.
+        options: option texts by letter, "None" being one of them where it is one.
+    """
+    text = unicodedata.normalize("NFKC", text).strip()
+    bare = text.strip(_EDGES)
+    plain = {letter: _plain(option) for letter, option in options.items()}
+    whole = [letter for letter, option in plain.items() if option == bare.lower()]
+    if bare.upper() in options and not whole:
+        return bare.upper()
+    if len(whole) == 1:
+        return whole[0]
+    if any(refusal in text for refusal in _REFUSALS):
+        return None
+    letters = {match[0] for match in _LETTER.finditer(text) if match[0] in options and not _is_article(match, text)}
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    small = {letter.upper() for letter in _SMALL_LETTER.findall(text)} & set(options)
+    if len(small) == 1:
+        return small.pop()
+    lowered = text.lower()
+    named = {letter: option for letter, option in plain.items() if option and option in lowered}
+    # "no parking" names "no", too; the longer option is what was said.
+    longest = [a for a in named if not any(named[a] in named[b] and named[a] != named[b] for b in named)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _plain(option: str) -> str:
+    return unicodedata.normalize("NFKC", option).strip(_EDGES).lower()
+
+
+def _is_article(match: re.Match[str], text: str) -> bool:
+    """Whether a capital A is the word "a": a word in lower case follows, and nothing says that a letter is meant."""
+    if match[0] != "A" or _BEFORE_LETTER.search(text[: match.start()]):
+        return False
+    rest = text[match.end() :]
+    return re.match(r" +[a-z]", rest) is not None and _AFTER_LETTER.match(rest) is None

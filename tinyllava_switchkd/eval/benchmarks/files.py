@@ -1,0 +1,150 @@
+"""Reading benchmark files: every defect is one sentence that names the file and the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
+    """The first of `names` (relative to `data_dir`) that is a file, or None."""
+    return next((Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()), None)
+
+
+def need_file(data_dir: str | Path, names: Sequence[str], what: str, remedy: str) -> Path:
+    """The first of `names` (relative to `data_dir`) that is a file.
+
+    Args:
+        data_dir: a benchmark's folder.
+        names: candidates, in order of preference.
+        what: what the file is, for the message.
+        remedy: what to do about it, a clause without a full stop.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = find_file(data_dir, names)
+    if path is None:
+        raise missing_file(data_dir, names, what, remedy)
+    return path
+
+
+def missing_file(data_dir: str | Path, names: Sequence[str], what: str, remedy: str) -> FileNotFoundError:
+    """The error that says which file is expected where, and the remedy."""
+    if not Path(data_dir).is_dir():
+        return FileNotFoundError(f"The data folder {data_dir} does not exist. {remedy}.")
+    return FileNotFoundError(f"No {what} in {data_dir}: expected {' or '.join(names)}. {remedy}.")
+
+
+def read_text(path: str | Path, *, what: str = "file") -> str:
+    """A file's text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The {what} {path} does not exist.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+
+
+def read_json(path: str | Path, kind: type, *, what: str = "file") -> Any:
+    """A JSON file that holds a `kind` (dict or list).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or holds something else.
+    """
+    text = read_text(path, what=what)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if not isinstance(data, kind):
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise ValueError(f"{path} holds a JSON {type(data).__name__}, not {expected}.")
+    return data
+
+
+def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON-lines file, each with its place ("FILE, line N"); empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The {what} {path} does not exist.")
+    # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
+    for number, line in enumerate(read_text(path, what=what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error.msg}).") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
+        yield where, row
+
+
+def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Rows of a tab-separated table with a header, each with its place; cells are strings, quoted as pandas quotes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a required column is not there, or a row has more or fewer cells than the header.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The table {path} does not exist.")
+    csv.field_size_limit(2**31 - 1)  # a cell holds a whole image in base64
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t")
+        try:
+            header = next(reader, [])
+            absent = [column for column in required if column not in header]
+            if absent:
+                raise ValueError(f"{path}, line 1: no column {', '.join(absent)}; is it the benchmark's own table?")
+            for cells in reader:
+                if not cells:
+                    continue
+                where = f"{path}, line {reader.line_num}"
+                if len(cells) != len(header):
+                    raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)}.")
+                rows.append((where, dict(zip(header, cells, strict=True))))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from None
+    return rows
+
+
+def require(row: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """Check that an object has its keys.
+
+    Raises:
+        ValueError: one is absent.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
+    absent = [key for key in keys if key not in row]
+    if absent:
+        raise ValueError(f"{where}: no {' and no '.join(repr(key) for key in absent)}.")
+
+
+def write_json(path: str | Path, data: Any, *, indent: int | None = None) -> None:
+    """Write a JSON file, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""GQA (testdev_balanced): compositional questions, scored by equality of one-word answers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import (
+    Answer,
+    QuestionFileBenchmark,
+    Score,
+    join,
+    percentage,
+    percentage_by,
+    prepare_hint,
+    refuse_missing,
+    register_benchmark,
+)
+from .files import need_file, read_json, require, write_json
+
+_NO_STEP = ("exist", "query: name", "choose name")  # official eval.py: operations that are not a reasoning step
+
+
+@register_benchmark("gqa")
+class GQA(QuestionFileBenchmark):
+    """GQA in LLaVA's layout: `data/testdev_balanced_questions.json` is the official file.
+
+    The prediction is the text in lower case without full stops at its end (LLaVA, convert_gqa_for_eval.py), and right
+    if it equals the answer (official eval.py). That script's validity and plausibility need files that testdev does
+    not have, and are left out.
+    """
+
+    name, title, folder = "gqa", "GQA", "gqa"
+    metric = "accuracy"
+    paper_split = "testdev"
+    question_files = {"testdev": ("llava_gqa_testdev_balanced.jsonl",)}  # noqa: RUF012
+    image_folders = {"testdev": ("data/images", "images")}  # noqa: RUF012
+    truth_files = tuple(
+        folder + "testdev_balanced_questions.json" for folder in ("data/", "", "data/questions/", "questions/")
+    )
+
+    def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
+        questions, path = self._truth(data_dir)
+        joined = join(answers, questions, path)
+        rows = []
+        gold: dict[str, Counter[str]] = defaultdict(Counter)
+        predicted: dict[str, Counter[str]] = defaultdict(Counter)
+        for key, question in questions.items():
+            parsed = prediction(joined[key].text) if key in joined else None
+            correct = float(parsed == question["answer"])
+            structural = question["types"]["structural"]
+            rows.append(
+                {
+                    "question_id": key,
+                    "text": joined[key].text if key in joined else None,
+                    "parsed": parsed,
+                    "truth": question["answer"],
+                    "correct": correct,
+                    "kind": "open" if structural == "query" else "binary",
+                    "structural": structural,
+                    "semantic": question["types"]["semantic"],
+                    "steps": _steps(question),
+                    "words": len(question["question"].split()),
+                }
+            )
+            group = (question.get("groups") or {}).get("global")
+            if group is not None:
+                gold[group][question["answer"]] += 1
+                if parsed is not None:
+                    predicted[group][parsed] += 1
+        accuracy = percentage([row["correct"] for row in rows])
+        kinds = percentage_by((row["kind"], row["correct"]) for row in rows)
+        details: dict[str, Any] = {"accuracy": accuracy, "binary": kinds.get("binary"), "open": kinds.get("open")}
+        for column in ("structural", "semantic", "steps", "words"):
+            details[column] = percentage_by((row[column], row["correct"]) for row in rows)
+        details["distribution"] = distribution(gold, predicted)
+        return self.result(
+            score=accuracy, split="testdev", total=len(questions), answered=len(joined), details=details, rows=rows
+        )
+
+    def write_submission(
+        self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
+    ) -> None:
+        """Write the official scorer's JSON list of {"questionId", "prediction"}, in the answers' order."""
+        questions, source = self._truth(data_dir)
+        joined = join(answers, questions, source)
+        refuse_missing([key for key in questions if key not in joined], len(questions), allow_missing)
+        write_json(path, [{"questionId": key, "prediction": prediction(a.text)} for key, a in joined.items()])
+
+    def _truth(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
+        """The balanced questions by id, and their file."""
+        path = need_file(data_dir, self.truth_files, "GQA ground truth", prepare_hint(self.name))
+        questions = {}
+        for key, question in read_json(path, dict).items():
+            where = f"{path}, question {key}"
+            require(question, ("question", "answer", "types"), where)
+            require(question["types"], ("structural", "semantic"), where)
+            if question.get("isBalanced", True):
+                questions[key] = question
+        return questions, path
+
+
+def prediction(text: str) -> str:
+    """What is compared with the answer: lower case, no full stops at the end (all of them, and nothing else)."""
+    return text.rstrip(".").lower()
+
+
+def _steps(question: Mapping[str, Any]) -> int:
+    """Reasoning steps: operations but for the last, "querying" one."""
+    operations = (f"{step.get('operation')}: {step.get('argument')}" for step in question.get("semantic") or ())
+    return sum(not any(mark in operation for mark in _NO_STEP) for operation in operations)
+
+
+def distribution(gold: Mapping[str, Counter[str]], predicted: Mapping[str, Counter[str]]) -> float | None:
+    """The official distribution score (lower is better): chi-square of answers, weighted by group size, over 100."""
+    weighted, overall = 0.0, 0
+    for group, expected in gold.items():
+        chi_square = sum((predicted[group][answer] - count) ** 2 / count for answer, count in expected.items())
+        weighted += chi_square * expected.total()
+        overall += expected.total()
+    return weighted / overall / 100 if overall else None

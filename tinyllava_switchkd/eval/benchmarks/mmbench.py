@@ -1,0 +1,298 @@
+"""MMBench and MMBench-CN: multiple choice, each question asked once for every rotation of its choices."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import (
+    LETTER_SUFFIX,
+    Answer,
+    Benchmark,
+    NoGroundTruth,
+    Question,
+    Score,
+    join,
+    percentage,
+    percentage_by,
+    prepare_hint,
+    refuse_missing,
+    register_benchmark,
+)
+from .choices import match_exactly, read_choice
+from .files import missing_file, read_tsv
+
+LETTERS = "ABCDEFGH"
+LETTER_SUFFIX_CN = "请直接回答选项字母。"
+ROTATION = 1_000_000
+"""A rotated copy of question i has the index i + k * ROTATION."""
+
+L2_CATEGORIES = {
+    "coarse_perception": "CP",
+    "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR",
+    "relation_reasoning": "RR",
+    "attribute_reasoning": "AR",
+}
+"""Names in the table -> names in MMBench's and VLMEvalKit's reports."""
+
+# What pandas takes for a missing value, hence what VLMEvalKit and LLaVA's converter do not see (pandas >= 2.0).
+_PANDAS_MISSING = frozenset(
+    ["", "NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null", "None", "nan", "NaN", "-nan", "-NaN"]
+) | {"1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
+# What is missing indeed: an empty cell, or the "nan" that the Hugging Face copies have in its place.
+_MISSING = frozenset({"", "nan"})
+
+_DROPPED_ON_UPLOAD = frozenset({"hint", "category", "source", "image", "comment", "l2-category"})
+_PREDICTION_COLUMN = 6
+
+Row = dict[str, Any]
+
+
+class _MMBench(Benchmark):
+    """What the two languages share.
+
+    The headline is CircularEval (a question counts if every rotation in the table is right) with VLMEvalKit's exact
+    matching, which leaves unread what it cannot match and takes a choice "None" for a missing one. Beside it stands
+    the same score as a careful reader would give it (`circular_human_reading`), with the questions on which the two
+    differ.
+    """
+
+    metric = "circular"
+    paper_split = "dev"
+    max_new_tokens = 1024
+    tables: Mapping[str, tuple[str, ...]]
+    suffix = LETTER_SUFFIX
+
+    def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
+        pictures: dict[str, bytes] = {}  # the rotations of a question repeat its picture: keep it once
+        rows = self._rows(self._table(data_dir, split))
+        encoded = {row["index"]: row["image"] for row in rows}
+        for row in rows:
+            text = row["question"]
+            if row.get("hint", "") not in _MISSING:
+                text = f"{row['hint']}\n{text}"
+            options = options_of(row, _MISSING)
+            for letter, option in options.items():
+                text += f"\n{letter}. {option}"
+            yield Question(
+                row["index"],
+                f"{text}\n{self.suffix}",
+                self._picture(row, encoded, pictures),
+                category=row.get("category", "default"),
+                logged_prompt=text,
+                extra={"round_id": 0, "options": list(options.values()), "option_char": list(options)},
+            )
+
+    def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
+        path = self._table(data_dir)
+        table = self._rows(path)
+        joined = join(answers, {str(row["index"]) for row in table}, path)
+        rows = [self._judge(row, joined.get(str(row["index"]))) for row in table if row.get("answer", "")]
+        if not rows:
+            raise NoGroundTruth(
+                f"{path} has no answers (a test table): write the upload file with --submission, or use a dev table.",
+                split="test",
+                total=len(table),
+            )
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row["group"], []).append(row)
+        # As in VLMEvalKit, a rotated copy whose original is not in the table counts nowhere.
+        base = [row for row in rows if row["question_id"] == row["group"]]
+        hits = {row["group"]: all(copy["correct"] for copy in groups[row["group"]]) for row in base}
+        read = {row["group"]: all(copy["read_correct"] for copy in groups[row["group"]]) for row in base}
+        contested = [group for group in hits if hits[group] != read[group]]
+        details: dict[str, Any] = {
+            "circular": percentage(list(hits.values())),
+            "vanilla": percentage([row["correct"] for row in base]),
+            "vanilla_all_rows": percentage([row["correct"] for row in rows]),
+            "circular_human_reading": percentage(list(read.values())),
+            "circular_excluding_contested": percentage([hits[group] for group in hits if group not in contested]),
+            "contested": contested,
+            "base_questions": len(base),
+        }
+        for column in ("l2_category", "category"):
+            details[column] = percentage_by((row[column], hits[row["group"]]) for row in base)
+            details[f"{column}_vanilla"] = percentage_by((row[column], row["correct"]) for row in base)
+            details[f"{column}_vanilla_all_rows"] = percentage_by((row[column], row["correct"]) for row in rows)
+        return self.result(
+            score=details["circular"],
+            split="+".join(sorted({row["split"] for row in base})),
+            total=len(rows),
+            answered=sum(row["text"] is not None for row in rows),
+            fallback=sum(row["text"] is not None and row["parsed"] is None for row in rows),
+            details=details,
+            rows=rows,
+        )
+
+    def write_submission(
+        self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
+    ) -> None:
+        """Write the upload table (LLaVA, convert_mmbench_for_submission.py): the raw texts in a column `prediction`.
+
+        A cell that pandas would not see ("None", "NA") stays empty, as the server's tables have it.
+
+        Raises:
+            ValueError: answers are missing, or the path does not end in ".xlsx".
+        """
+        if Path(path).suffix.lower() != ".xlsx":
+            raise ValueError(f"{self.title} is uploaded as an .xlsx table, so the submission cannot be {path}.")
+        source = self._table(data_dir)
+        table = self._rows(source)
+        joined = join(answers, {str(row["index"]) for row in table}, source)
+        refuse_missing([row["index"] for row in table if str(row["index"]) not in joined], len(table), allow_missing)
+        columns = [column for column in table[0] if column not in _DROPPED_ON_UPLOAD]
+        columns.insert(min(_PREDICTION_COLUMN, len(columns)), "prediction")
+        rows = []
+        for row in table:
+            cells = {column: None if cell in _PANDAS_MISSING else cell for column, cell in row.items()}
+            answer = joined.get(str(row["index"]))
+            cells["prediction"] = None if answer is None else answer.text
+            rows.append([cells[column] for column in columns])
+        write_xlsx(path, columns, rows)
+
+    def _table(self, data_dir: str | Path, split: str | None = None) -> Path:
+        """The table to use: of the known names the first that is there, letter case aside."""
+        if split is not None and split not in self.tables:
+            raise ValueError(f"{self.title} has no split {split!r}, only {', '.join(self.tables)}.")
+        names = [name for key, value in self.tables.items() if split in (None, key) for name in value]
+        folder = Path(data_dir)
+        present = {path.name.lower(): path for path in sorted(folder.glob("*.tsv"))} if folder.is_dir() else {}
+        for name in names:
+            if name.lower() in present:
+                return present[name.lower()]
+        raise missing_file(data_dir, names, f"{self.title} table", prepare_hint(self.name))
+
+    def _rows(self, path: Path) -> list[Row]:
+        """The table, `index` as an integer."""
+        rows: list[Row] = []
+        seen: set[int] = set()
+        for where, cells in read_tsv(path, ("index", "question", "A", "B", "image")):
+            try:
+                index = int(cells["index"])
+            except ValueError:
+                raise ValueError(f"{where}: the index {cells['index']!r} is not an integer.") from None
+            if index in seen:
+                raise ValueError(f"{where}: the index {index} is there already.")
+            seen.add(index)
+            rows.append({**cells, "index": index})
+        if not rows:
+            raise ValueError(f"{path} has a header but no rows.")
+        return rows
+
+    def _judge(self, row: Row, answer: Answer | None) -> Row:
+        """Both readings of one row's answer."""
+        text = None if answer is None else answer.text
+        parsed = None if text is None else match_exactly(text, options_of(row, _PANDAS_MISSING))
+        reading = None if text is None else read_choice(text, options_of(row, _MISSING))
+        l2_category = row.get("l2-category", row.get("L2-category", ""))
+        return {
+            "question_id": row["index"],
+            "group": int(row.get("g_index") or row["index"] % ROTATION),
+            "text": text,
+            "truth": row["answer"],
+            "parsed": parsed,
+            "correct": parsed == row["answer"],
+            "read": reading,
+            "read_correct": reading == row["answer"],
+            "l2_category": L2_CATEGORIES.get(l2_category, l2_category),
+            "category": row.get("category", ""),
+            "split": row.get("split") or "dev",
+        }
+
+    def _picture(self, row: Row, encoded: Mapping[int, str], pictures: dict[str, bytes]) -> bytes:
+        """The row's image file; a short cell is the index of the row that has it (VLMEvalKit's tables)."""
+        cell = row["image"]
+        if len(cell) <= 64 and cell.isdigit() and int(cell) in encoded:
+            cell = encoded[int(cell)]
+        digest = hashlib.sha1(cell.encode()).hexdigest()
+        if digest not in pictures:
+            try:
+                pictures[digest] = base64.b64decode(cell, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise ValueError(f"The image of question {row['index']} is not base64 ({error}).") from None
+        return pictures[digest]
+
+
+@register_benchmark("mmbench")
+class MMBench(_MMBench):
+    """MMBench in English; the paper's row is the dev set of the legacy tables."""
+
+    name, title, folder = "mmbench", "MMBench", "mmbench"
+    tables = {  # noqa: RUF012
+        "dev": (
+            "mmbench_dev_20230712.tsv",
+            "MMBench_DEV_EN_legacy.tsv",
+            "mmbench_dev_en_20231003.tsv",
+            "MMBench_DEV_EN.tsv",
+            "MMBench_DEV_EN_V11.tsv",
+        ),
+        "test": (
+            "mmbench_test_20230712.tsv",
+            "MMBench_TEST_EN_legacy.tsv",
+            "mmbench_test_en_20231003.tsv",
+            "MMBench_TEST_EN.tsv",
+            "MMBench_TEST_EN_V11.tsv",
+        ),
+    }
+
+
+@register_benchmark("mmbench_cn")
+class MMBenchCN(_MMBench):
+    """MMBench in Chinese; the paper's row is the dev set of the legacy tables."""
+
+    name, title, folder = "mmbench_cn", "MMBench-CN", "mmbench_cn"
+    suffix = LETTER_SUFFIX_CN
+    tables = {  # noqa: RUF012
+        "dev": (
+            "mmbench_dev_cn_20231003.tsv",
+            "MMBench_DEV_CN_legacy.tsv",
+            "MMBench_DEV_CN.tsv",
+            "MMBench_DEV_CN_V11.tsv",
+        ),
+        "test": (
+            "mmbench_test_cn_20231003.tsv",
+            "MMBench_TEST_CN_legacy.tsv",
+            "MMBench_TEST_CN.tsv",
+            "MMBench_TEST_CN_V11.tsv",
+        ),
+    }
+
+
+def options_of(row: Mapping[str, str], missing: frozenset[str]) -> dict[str, str]:
+    """The choices of a row by letter, without the missing ones."""
+    return {letter: row[letter] for letter in LETTERS if letter in row and row[letter] not in missing}
+
+
+def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table with a header row; strings stay strings, and control characters, which xlsx forbids, go.
+
+    Raises:
+        ImportError: openpyxl is not installed.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError:
+        raise ImportError("Writing .xlsx needs openpyxl: pip install 'tinyllava_switchkd[eval]'.") from None
+    book = Workbook()
+    sheet = book.active
+    sheet.title = "Sheet1"
+    for number, cells in enumerate((columns, *rows), start=1):
+        for place, value in enumerate(cells, start=1):
+            if value is None or value == "":
+                continue
+            cell = sheet.cell(number, place)
+            if isinstance(value, str):
+                cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+                cell.data_type = "s"  # an answer that starts with "=" is no formula
+            else:
+                cell.value = value
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    book.save(path)

@@ -1,0 +1,249 @@
+"""MMMU (val): college-level questions from thirty subjects, multiple choice and open."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import (
+    Answer,
+    Benchmark,
+    Question,
+    Score,
+    image_folder,
+    join,
+    percentage,
+    percentage_by,
+    prepare_hint,
+    refuse_missing,
+    register_benchmark,
+)
+from .files import find_file, need_file, read_json, require, write_json
+
+DISCIPLINES = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+_DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
+
+MULTIPLE_CHOICE = "multiple-choice"
+
+
+@register_benchmark("mmmu")
+class MMMU(Benchmark):
+    """MMMU's validation set in TinyLLaVA's layout: `anns_for_eval.json`, `eval/answer_dict_val.json`, `all_images/`.
+
+    A question about several pictures is asked with the first one, as the authors do for LLaVA. Where the official
+    parser reads no choice it draws one at random; here the draw depends on the question's id alone and is counted.
+    """
+
+    name, title, folder = "mmmu", "MMMU", "MMMU"
+    metric = "accuracy"
+    paper_split = "val"
+    max_new_tokens = 1024
+
+    def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
+        if split not in (None, "val"):
+            raise ValueError(f"{self.title} is evaluated on its val split, not on {split!r}.")
+        folder = image_folder(data_dir, ("all_images", "images"))
+        samples, path = self._samples(data_dir)
+        for identifier, sample in samples.items():
+            require(sample, ("prompt",), f"{path}, question {identifier}")
+            image = folder / sample["image"] if "image" in sample else None
+            if image is None and sample.get("img_path"):  # several pictures: TinyLLaVA gives only the first one's path
+                image = next((file for file in (folder / sample["img_path"],) if file.is_file()), None)
+            yield Question(identifier, sample["prompt"], image)
+
+    def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
+        samples, path = self._samples(data_dir)
+        truths = self._truths(data_dir, samples, path)
+        joined = join(answers, samples, path)
+        rows: list[dict[str, Any]] = []
+        for identifier, sample in samples.items():
+            answer, truth = joined.get(identifier), truths[identifier]
+            row = {"question_id": identifier, "type": sample["question_type"], "truth": truth, "drawn": False}
+            row["subject"] = subject_of(identifier)
+            row["text"] = None if answer is None else answer.text
+            if answer is None:
+                row |= {"parsed": None, "correct": False}
+            elif sample["question_type"] == MULTIPLE_CHOICE:
+                parsed = read_choice(answer.text, sample["all_choices"], sample["index2ans"])
+                row["drawn"] = parsed is None
+                row["parsed"] = draw(identifier, sample["all_choices"]) if parsed is None else parsed
+                row["correct"] = row["parsed"] in (truth if isinstance(truth, list) else [truth])
+            else:
+                row["parsed"] = read_open(answer.text)
+                row["correct"] = matches_open(truth, row["parsed"])
+            rows.append(row)
+        details = {
+            "subjects": percentage_by((row["subject"], row["correct"]) for row in rows),
+            "disciplines": percentage_by(
+                (_DISCIPLINE_OF[row["subject"]], row["correct"]) for row in rows if row["subject"] in _DISCIPLINE_OF
+            ),
+            "multiple_choice": percentage([row["correct"] for row in rows if row["type"] == MULTIPLE_CHOICE]),
+            "open": percentage([row["correct"] for row in rows if row["type"] != MULTIPLE_CHOICE]),
+            "correct": sum(row["correct"] for row in rows),
+        }
+        return self.result(
+            score=percentage([row["correct"] for row in rows]),
+            split="val",
+            total=len(rows),
+            answered=len(joined),
+            fallback=sum(row["drawn"] for row in rows),
+            details=details,
+            rows=rows,
+        )
+
+    def write_submission(
+        self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
+    ) -> None:
+        """Write the official scorer's JSON object: the letter, or the whole text of an open question, by id."""
+        samples, source = self._samples(data_dir)
+        joined = join(answers, samples, source)
+        refuse_missing([key for key in samples if key not in joined], len(samples), allow_missing)
+        predictions = {}
+        for identifier, answer in joined.items():
+            sample = samples[identifier]
+            text = answer.text
+            if sample["question_type"] == MULTIPLE_CHOICE:
+                text = read_choice(text, sample["all_choices"], sample["index2ans"])
+                text = draw(identifier, sample["all_choices"]) if text is None else text
+            predictions[identifier] = text
+        write_json(path, predictions)
+
+    def _samples(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
+        """The questions by id, and their file."""
+        path = need_file(data_dir, ("anns_for_eval.json",), "MMMU question file", prepare_hint(self.name))
+        samples = {}
+        for number, sample in enumerate(read_json(path, list)):
+            where = f"{path}, entry {number}"
+            require(sample, ("id", "question_type"), where)
+            if sample["question_type"] == MULTIPLE_CHOICE:
+                require(sample, ("all_choices", "index2ans"), where)
+                if not sample["all_choices"]:
+                    raise ValueError(f"{where}: a multiple-choice question without choices.")
+            samples[str(sample["id"])] = sample
+        return samples, path
+
+    def _truths(self, data_dir: str | Path, samples: Mapping[str, dict], path: Path) -> dict[str, str | list[str]]:
+        """The right answers: from the official answer dictionary, else from the question file itself."""
+        official = find_file(data_dir, ("eval/answer_dict_val.json", "answer_dict_val.json"))
+        if official is None:
+            for identifier, sample in samples.items():
+                require(sample, ("answer",), f"{path}, question {identifier} (there is no eval/answer_dict_val.json)")
+            return {identifier: sample["answer"] for identifier, sample in samples.items()}
+        entries = read_json(official, dict)
+        absent = [identifier for identifier in samples if identifier not in entries]
+        if absent:
+            raise ValueError(f"{official}: no ground truth for {absent[0]!r} ({len(absent)} in all).")
+        for identifier in samples:
+            require(entries[identifier], ("ground_truth",), f"{official}, question {identifier}")
+        return {identifier: entries[identifier]["ground_truth"] for identifier in samples}
+
+
+def subject_of(identifier: str) -> str:
+    """Subject in an id: "validation_Art_Theory_1" -> "Art_Theory"."""
+    return "_".join(identifier.split("_")[1:-1])
+
+
+def draw(identifier: str, choices: Sequence[str]) -> str:
+    """A choice at random that depends on the question alone: the same on every machine, in every order."""
+    return choices[int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % len(choices)]
+
+
+def read_choice(response: str, choices: Sequence[str], texts: Mapping[str, str]) -> str | None:
+    """The chosen letter, or None where the official parser would draw (MMMU eval_utils.py).
+
+    "(B)" anywhere; else " B " as a word, punctuation at the response's ends aside; else, in more than five words, a
+    choice's text. Of several the last one counts.
+    """
+    for mark in ",.!?;:'":
+        response = response.strip(mark)
+    response = f" {response} "
+    lowered = response.lower()
+    places = {choice: response.rfind(f"({choice})") for choice in choices}
+    if max(places.values(), default=-1) < 0:
+        places = {choice: response.rfind(f" {choice} ") for choice in choices}
+    if max(places.values(), default=-1) < 0 and len(response.split()) > 5:
+        places = {choice: lowered.rfind(text.lower()) for choice, text in texts.items()}
+    best = max(places, key=places.__getitem__, default=None)
+    return None if best is None or places[best] < 0 else best
+
+
+_THOUSANDS = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
+_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
+_PLAIN = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+_SENTENCE_END = re.compile(r"\.\s(?=[A-Z])|\n")  # the first branch never fires: the text is in lower case by then
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+
+
+def read_open(response: str) -> list[str | float]:
+    """Candidate answers in a response to an open question, normalised (MMMU eval_utils.py)."""
+    keys = _key_parts(response)
+    numbers = [n for part in keys for p in (_THOUSANDS, _SCIENTIFIC, _PLAIN) for n in p.findall(part)]
+    return list(dict.fromkeys(value for candidate in keys + numbers for value in normalise(candidate)))
+
+
+def _key_parts(response: str) -> list[str]:
+    """For each line the shortest tail after a word that announces an answer; the whole response if there is none."""
+    response = response.strip().strip(".").lower()
+    lines = _SENTENCE_END.split(response)
+    parts = []
+    for number, line in enumerate(lines):
+        # An equation counts in the last line only.
+        indicators = _INDICATORS + (("=",) if number == len(lines) - 1 else ())
+        tails = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
+        tail = _shortest(tails)
+        if tail and tail not in {":", ",", ".", "!", "?", ";", "'"}:
+            parts.append(tail)
+    return parts or [response]
+
+
+def _shortest(tails: Sequence[str]) -> str:
+    """The first of the shortest; an empty tail is replaced by whatever comes next, as in the official loop."""
+    best = ""
+    for tail in tails:
+        if not best or len(tail) < len(best):
+            best = tail
+    return best
+
+
+def normalise(text: str) -> list[str | float]:
+    """A number rounded to two decimals, or the text in lower case; a lone letter is padded against chance matches."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def matches_open(truth: str | Sequence[str], candidates: Sequence[str | float]) -> bool:
+    """Whether a candidate contains a right text or equals a right number."""
+    right = [value for answer in ([truth] if isinstance(truth, str) else truth) for value in normalise(str(answer))]
+    texts = [value for value in right if isinstance(value, str)]
+    return any(
+        any(text in candidate for text in texts) if isinstance(candidate, str) else candidate in right
+        for candidate in candidates
+    )
