@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..registry import Registry
+from tinyllava_switchkd.registry import Registry
 from .knee import Order, finite, leading
 
 LossFactory = Registry("distillation loss")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from ..model.splice import Spliced, image_of_placeholder, splice
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.model.splice import Spliced, image_of_placeholder, splice
 from .chunked import PARTS, SupervisedTokens, TokenLoss
 from .losses import LogitLoss
 
