@@ -3,6 +3,7 @@
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
 from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.inspection import check_data
 from tinyllava_switchkd.data.module import check_supervision, make_supervised_data_module
 from tinyllava_switchkd.data.records import Records
 from tinyllava_switchkd.data.sampler import LengthGroupedSampler
@@ -19,6 +20,7 @@ __all__ = [
     "Template",
     "TemplateFactory",
     "TextPreprocess",
+    "check_data",
     "check_supervision",
     "check_template",
     "make_supervised_data_module",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class LazySupervisedDataset(Dataset):
             read, "raise" (the default) or "skip", which keeps the sample and learns nothing from it. Skipping ends in
             an error all the same once more than 1 % of the images are bad.
 
+        visit: see `Records`.
+
     Attributes:
         bad_images: how many images could not be read, over all workers.
 
@@ -44,8 +47,14 @@ class LazySupervisedDataset(Dataset):
         FileNotFoundError, ValueError: see `Records`; an unknown template or policy; images and no image processor.
     """
 
-    def __init__(self, data_path: str, tokenizer: Any, data_args: Any) -> None:
-        self.records = Records(data_path)
+    def __init__(
+        self,
+        data_path: str,
+        tokenizer: Any,
+        data_args: Any,
+        visit: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.records = Records(data_path, visit)
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.text_preprocess = TextPreprocess(tokenizer, data_args.conv_version)

@@ -75,4 +75,8 @@ def _with_backend(image_processor: Any, backend: str) -> Any:
     if twin == name or type(image_processor) is not getattr(transformers, name, None):
         return image_processor
     cls = getattr(transformers, twin, None)
-    return image_processor if cls is None else cls.from_dict(image_processor.to_dict())
+    if cls is None:
+        return image_processor
+    settings = image_processor.to_dict()
+    settings.pop("image_processor_type", None)  # names the class, which is what changes
+    return cls(**settings)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
+from tinyllava_switchkd.data.inspection import MISSING_IMAGES, DataChecker, DataReport
 from tinyllava_switchkd.data.template import check_template
 
 logger = logging.getLogger(__name__)
@@ -17,7 +19,7 @@ _TOLERATED_LOST_SHARE = 0.1
 
 
 def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
-    """Data set and collator (v1, ``data/dataset.py``), after the checks that need no image.
+    """Data set and collator (v1, ``data/dataset.py``), after looking the data over (see `inspection`).
 
     Args:
         tokenizer: the language model's tokenizer; its ``model_max_length`` is where samples are cut.
@@ -33,7 +35,11 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
             tenth of the samples lose every answer by being cut.
     """
     check_template(tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None))
-    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args)
+    # The main process alone looks the data over; a launcher ends the others when it fails.
+    checker = DataChecker(data_args.conv_version) if os.environ.get("RANK", "0") == "0" else None
+    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
+    if checker is not None:
+        _judge(checker.finish(dataset.image_folder), dataset)
     sees = dataset.image_preprocess is not None and getattr(data_args, "is_multimodal", True)
     collator = DataCollatorForSupervisedDataset(
         tokenizer,
@@ -42,6 +48,17 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
     )
     check_supervision(dataset, collator)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
+
+
+def _judge(report: DataReport, dataset: LazySupervisedDataset) -> None:
+    """Log the warnings of a report and raise its problems, missing images only if they are not to be skipped."""
+    if dataset.on_bad_image == "skip":
+        missing = report.problems.pop(MISSING_IMAGES, None)
+        if missing is not None:
+            report.warnings[MISSING_IMAGES] = missing
+    for kind, cases in report.warnings.items():
+        logger.warning("%s has %d %s, the first being %s.", dataset.records.path, cases.count, kind, cases.examples[0])
+    report.raise_problems(dataset.records.path)
 
 
 def check_supervision(dataset: LazySupervisedDataset, collator: DataCollatorForSupervisedDataset) -> float:

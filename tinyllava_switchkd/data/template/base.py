@@ -88,6 +88,26 @@ class Template:
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
+        prompt, questions, answers = self._compose(messages, mode, num_images)
+        if mode == "eval":
+            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            return {"input_ids": input_ids, "prompt": _reveal(prompt)}
+        if type(self).make_labels is not Template.make_labels:  # a third party's own labels
+            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            return {"input_ids": input_ids, "labels": self.make_labels(input_ids, _reveal(prompt), tokenizer)}
+        self._warn_about_masks()
+        spans = self._answer_spans(prompt, questions, answers)
+        input_ids, labels = _tokenize(prompt, tokenizer, spans)
+        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+
+    def check(self, messages: Sequence[dict[str, Any]], num_images: int) -> None:
+        """Raise what `encode` would raise of a training sample, without a tokenizer."""
+        self._compose(messages, "train", num_images)
+
+    def _compose(
+        self, messages: Sequence[dict[str, Any]], mode: str, num_images: int | None
+    ) -> tuple[str, list[str], list[str | None]]:
+        """Prompt, questions and answers; a ``<image>`` left in them is an image's place, the others are disguised."""
         questions, answers = self.get_list_from_message(messages)
         if mode == "train" and any(answer is None for answer in answers):
             raise ValueError("An answer is missing, and without it there is nothing to learn.")
@@ -102,16 +122,7 @@ class Template:
                 f"The sample has {num_images} image(s), but its questions have {places} {DEFAULT_IMAGE_TOKEN} to put "
                 f"them at; write one {DEFAULT_IMAGE_TOKEN} per image."
             )
-        if mode == "eval":
-            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
-            return {"input_ids": input_ids, "prompt": _reveal(prompt)}
-        if type(self).make_labels is not Template.make_labels:  # a third party's own labels
-            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
-            return {"input_ids": input_ids, "labels": self.make_labels(input_ids, _reveal(prompt), tokenizer)}
-        self._warn_about_masks()
-        spans = self._answer_spans(prompt, questions, answers)
-        input_ids, labels = _tokenize(prompt, tokenizer, spans)
-        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+        return prompt, questions, answers
 
     def get_list_from_message(self, messages: Sequence[dict[str, Any]]) -> tuple[list[str], list[str | None]]:
         """Split a conversation into its questions and its answers, equally many.
@@ -229,6 +240,12 @@ class Template:
                 "make your own.",
                 cls.__name__,
             )
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    """Whether an id is a special token, also one that has no role (bos, eos, …) in the tokenizer."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
 
 
 def _tokenize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Template
+from tinyllava_switchkd.data.template.base import Template, is_special
 from tinyllava_switchkd.data.template.factory import register_template
 from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
 
@@ -107,8 +107,7 @@ def _render(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: 
 
 def _end_token(tokenizer: Any, ending: str) -> str:
     """The special token that the text after an answer begins with, or all of that text."""
-    special = set(tokenizer.all_special_ids)
     for token in tokenizer(ending, add_special_tokens=False).input_ids:
-        if token in special:
+        if is_special(tokenizer, token):
             return tokenizer.convert_ids_to_tokens(token)
     return ending

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tinyllava_switchkd.data.template.base import Template
+from tinyllava_switchkd.data.template.base import Template, is_special
 from tinyllava_switchkd.data.template.factory import TemplateFactory
 
 
@@ -56,7 +56,7 @@ def _misfit(tokenizer: Any, template: Template, stops: set[int]) -> str | None:
     ids = tokenizer("a" + eos, add_special_tokens=False).input_ids[len(plain) :]
     if ids != [tokenizer.convert_tokens_to_ids(eos)]:
         return f"its end of an answer, {eos!r}, is no single token there"
-    if ids[0] not in tokenizer.all_special_ids and ids[0] not in stops:
+    if not is_special(tokenizer, ids[0]) and ids[0] not in stops:
         return f"its end of an answer, {eos!r}, is no special token there"
     if ids[0] not in stops:
         known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops)) or "nothing"

@@ -1,0 +1,303 @@
+"""Get the training data: ``python -m tinyllava_switchkd.data.download pretrain|finetune``.
+
+LLaVA-558K (pre-training) and LLaVA-Mix-665K (fine-tuning) in TinyLLaVA's tree (its docs, "Prepare Datasets")::
+
+    DATA_DIR/text_files/blip_laion_cc_sbu_558k.json      DATA_DIR/llava/llava_pretrain/images/
+    DATA_DIR/text_files/llava_v1_5_mix665k.json          DATA_DIR/{coco/train2017,gqa/images,ocr_vqa/images,...}
+
+Downloads resume; of the archives only the images that the JSON names are unpacked; at the end every one of them must
+be there and decode. The command may be run again at any time and does what is still to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..fetch import SourceError, download, extract, open_hub_dataset, write_bytes
+from .records import images_of, scan
+
+logger = logging.getLogger(__name__)
+
+COCO_URL = "http://images.cocodataset.org/zips/train2017.zip"
+GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+TEXTVQA_URL = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
+VG_URL = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set on the Hugging Face hub."""
+
+    repo_id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A folder of images and the archives that hold them.
+
+    Attributes:
+        prefix: how the JSON's image names begin; the rest is the name within `folder`.
+        folder: below the data directory.
+        archives: addresses or hub files; each is asked for what those before it lacked.
+    """
+
+    prefix: str
+    folder: str
+    archives: tuple[str | HubFile, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A LLaVA JSON, the number of its records, and where its images are from."""
+
+    title: str
+    json: HubFile
+    records: int
+    images: tuple[ImageSource, ...]
+
+    @property
+    def path(self) -> str:
+        """The JSON below the data directory."""
+        return f"text_files/{self.json.name}"
+
+
+# OCR-VQA's own addresses are mostly dead (LLaVA #1458, #1618); these are collections of its images for LLaVA-1.5.
+OCR_VQA = (
+    HubFile("weizhiwang/llava_v15_instruction_images", "ocr_vqa_images_llava_v15.zip"),
+    HubFile("qnguyen3/ocr_vqa", "ocr_vqa.zip"),
+)
+
+TRAINING_SETS = {
+    "pretrain": TrainingSet(
+        "LLaVA-558K",
+        HubFile("liuhaotian/LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json"),
+        558_128,
+        (ImageSource("", "llava/llava_pretrain/images", (HubFile("liuhaotian/LLaVA-Pretrain", "images.zip"),)),),
+    ),
+    "finetune": TrainingSet(
+        "LLaVA-Mix-665K",
+        HubFile("liuhaotian/LLaVA-Instruct-150K", "llava_v1_5_mix665k.json"),
+        665_298,
+        (
+            ImageSource("coco/train2017/", "coco/train2017", (COCO_URL,)),
+            ImageSource("gqa/images/", "gqa/images", (GQA_URL,)),
+            ImageSource("ocr_vqa/images/", "ocr_vqa/images", OCR_VQA),
+            ImageSource("textvqa/train_images/", "textvqa/train_images", (TEXTVQA_URL,)),
+            ImageSource("vg/VG_100K/", "vg/VG_100K", (f"{VG_URL}images.zip",)),
+            ImageSource("vg/VG_100K_2/", "vg/VG_100K_2", (f"{VG_URL}images2.zip",)),
+        ),
+    ),
+}
+
+
+def get_json(training_set: TrainingSet, data_dir: Path, downloads: Path) -> Path:
+    """The JSON of a training set in its place, downloaded unless it is there.
+
+    Raises:
+        SourceError: the hub can't be reached or doesn't have it.
+    """
+    path = data_dir / training_set.path
+    if not path.is_file():
+        logger.info("%s: getting %s from %s.", training_set.title, training_set.json.name, training_set.json.repo_id)
+        source = _get(training_set.json, downloads)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return path
+
+
+def named_images(path: Path, sources: Sequence[ImageSource]) -> tuple[int, list[list[str]]]:
+    """What a LLaVA JSON asks for.
+
+    Returns:
+        the number of records, and for every source the names of its images within its folder.
+
+    Raises:
+        ValueError: the file is malformed, or names an image that belongs to no source.
+    """
+    names: list[dict[str, None]] = [{} for _ in sources]
+    count = 0
+    for _, _, record in scan(str(path)):
+        for image in images_of(record, f"Record {count} of {path}"):
+            # The longest prefix decides: "" takes everything.
+            fitting = [index for index, source in enumerate(sources) if image.startswith(source.prefix)]
+            if not fitting or ".." in image.split("/") or image.startswith("/"):
+                raise ValueError(f"Record {count} of {path}: the image {image!r} is in none of the known folders.")
+            index = max(fitting, key=lambda index: len(sources[index].prefix))
+            names[index].setdefault(image[len(sources[index].prefix) :])
+        count += 1
+    return count, [list(found) for found in names]
+
+
+def get_images(source: ImageSource, names: Iterable[str], data_dir: Path, downloads: Path, keep: bool) -> list[str]:
+    """Unpack the named images of a source that are not there yet.
+
+    Args:
+        keep: keep the archives although all images are there.
+
+    Returns:
+        the names that no archive holds.
+
+    Raises:
+        SourceError: no archive could be had.
+        ValueError: an archive is damaged.
+    """
+    folder = data_dir / source.folder
+    missing = [name for name in names if not (folder / name).is_file()]
+    used, problems = [], []
+    for archive in source.archives:
+        if not missing:
+            break
+        logger.info("%s: %d images are missing; getting %s.", source.folder, len(missing), archive)
+        try:
+            path = _get(archive, downloads)
+        except SourceError as error:
+            problems.append(str(error))
+            continue
+        used.append(path)
+        missing = extract(path, {name: folder / name for name in missing})
+    if missing and not used:
+        raise SourceError(f"{source.folder}: {'; '.join(problems)}")
+    if not missing and not keep:
+        for path in used:
+            path.unlink(missing_ok=True)
+    return missing
+
+
+def _get(archive: str | HubFile, downloads: Path) -> Path:
+    if isinstance(archive, HubFile):
+        folder = downloads / archive.repo_id.replace("/", "--")
+        return open_hub_dataset((archive.repo_id,)).fetch(archive.name, folder)
+    # images.zip is the name of three archives: the address tells them apart.
+    return download(archive, downloads / archive.split("://", 1)[1].replace("/", "_"))
+
+
+def bad_images(paths: Sequence[Path], workers: int) -> list[tuple[Path, str]]:
+    """The images that are missing or don't decode, each with the reason, in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = tqdm(pool.map(_problem, paths), total=len(paths), unit=" images", desc="decoding", leave=False)
+        return [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+
+
+def _problem(path: Path) -> str | None:
+    if not path.is_file():
+        return "missing"
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"doesn't decode: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return None
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllava_switchkd.data.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("training_set", choices=tuple(TRAINING_SETS), help="LLaVA-558K or LLaVA-Mix-665K")
+    parser.add_argument("--data-dir", type=Path, default=Path("playground/data"), help="root of the tree (%(default)s)")
+    parser.add_argument("--download-dir", type=Path, help="where archives are kept (DATA_DIR/.downloads)")
+    parser.add_argument("--only", nargs="+", metavar="FOLDER", help="only these folders of images, e.g. coco gqa")
+    parser.add_argument("--check", action="store_true", help="download nothing, only verify what is there")
+    parser.add_argument("--no-decode", action="store_true", help="trust that images which are there decode")
+    parser.add_argument("--any-count", action="store_true", help="accept a JSON with another number of records")
+    parser.add_argument("--keep-archives", action="store_true", help="keep archives whose images are all there")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 if everything is there and decodes."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
+    try:
+        return 0 if _run(TRAINING_SETS[arguments.training_set], arguments) else 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
+    data_dir = arguments.data_dir
+    downloads = arguments.download_dir or data_dir / ".downloads"
+    path = data_dir / training_set.path
+    if not arguments.check:
+        get_json(training_set, data_dir, downloads)
+    elif not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; get it with python -m tinyllava_switchkd.data.download {arguments.training_set}."
+        )
+    sources = training_set.images
+    count, names = named_images(path, sources)
+    if count != training_set.records and not arguments.any_count:
+        raise ValueError(
+            f"{path} has {count:,} records, not {training_set.records:,}; delete it and run again, or pass --any-count "
+            f"if it is meant to be another."
+        )
+    print(f"{training_set.title}: {count:,} records in {path}")
+    chosen = _chosen(sources, arguments.only)
+    bad: list[tuple[Path, str]] = []
+    for source, wanted in zip(sources, names, strict=True):
+        if source not in chosen or not wanted:
+            continue
+        if not arguments.check:
+            try:
+                get_images(source, wanted, data_dir, downloads, arguments.keep_archives)
+            except (SourceError, ValueError) as error:  # the other folders go on
+                print(f"error: {error}", file=sys.stderr)
+        paths = [data_dir / source.folder / name for name in wanted]
+        if arguments.no_decode:
+            found = [(image, "missing") for image in paths if not image.is_file()]
+        else:
+            found = bad_images(paths, arguments.workers)
+        bad += found
+        missing = sum(reason == "missing" for _, reason in found)
+        broken = f", {len(found) - missing:,} don't decode" if len(found) > missing else ""
+        print(f"  {source.folder:<28} {len(wanted) - len(found):>9,} of {len(wanted):,} images{broken}")
+    return _report(bad, path.with_suffix(".bad_images.txt"))
+
+
+def _chosen(sources: Sequence[ImageSource], only: Sequence[str] | None) -> list[ImageSource]:
+    for wanted in only or ():
+        if not any(source.folder.startswith(wanted.rstrip("/")) for source in sources):
+            folders = ", ".join(source.folder for source in sources)
+            raise ValueError(f"There is no folder {wanted!r} among {folders} (--only).")
+    return [
+        source for source in sources if not only or any(source.folder.startswith(name.rstrip("/")) for name in only)
+    ]
+
+
+def _report(bad: list[tuple[Path, str]], path: Path) -> bool:
+    """Print the first bad images and list all of them in a file; returns whether there were none."""
+    if not bad:
+        path.unlink(missing_ok=True)
+        return True
+    write_bytes(path, "".join(f"{image}\t{reason}\n" for image, reason in bad).encode())
+    for image, reason in bad[:5]:
+        print(f"error: {image} {reason}", file=sys.stderr)
+    print(
+        f"error: {len(bad):,} images are not usable, listed in {path}; put them in their places, or take their records "
+        f"out of the JSON.",
+        file=sys.stderr,
+    )
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
