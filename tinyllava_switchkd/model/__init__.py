@@ -1,18 +1,36 @@
-"""The model: configuration, factories of its parts, the model itself, and its checkpoints."""
+"""The model: configuration, factories of its parts, the model itself, and its checkpoints.
 
-from .configuration import TinyLlavaConfig
-from .connector import ConnectorFactory, register_connector
-from .llm import LLMFactory, register_llm
-from .modeling import TinyLlavaForConditionalGeneration
-from .vision_tower import VisionTowerFactory, register_vision_tower
+Names are imported when first used: transformers' Auto classes are told of `TinyLlavaConfig` while transformers itself
+is being imported, and must not pull in half-made modules.
+"""
 
-__all__ = [
-    "ConnectorFactory",
-    "LLMFactory",
-    "TinyLlavaConfig",
-    "TinyLlavaForConditionalGeneration",
-    "VisionTowerFactory",
-    "register_connector",
-    "register_llm",
-    "register_vision_tower",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ConnectorFactory": "connector",
+    "register_connector": "connector",
+    "LLMFactory": "llm",
+    "register_llm": "llm",
+    "VisionTowerFactory": "vision_tower",
+    "register_vision_tower": "vision_tower",
+    "TinyLlavaConfig": "configuration",
+    "TinyLlavaForConditionalGeneration": "modeling",
+    "build_model": "checkpoint",
+    "load_checkpoint_weights": "checkpoint",
+    "load_pretrained_model": "checkpoint",
+    "save_pretrained_model": "checkpoint",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,4 +1,4 @@
-"""TinyLlavaConfig: TinyLLaVA v1's configuration, built from what the checkpoint holds before any base repository is asked."""
+"""TinyLlavaConfig: TinyLLaVA v1's configuration, built from the checkpoint alone wherever that suffices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 class TinyLlavaConfig(PretrainedConfig):
     """Configuration of a TinyLLaVA model: a language model, a vision tower and the connector between them.
 
-    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version`. A nested `text_config`
-    or `vision_config` is enough to build the part; only where one is absent is the base model's own configuration read
-    from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
+    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version`. A nested
+    `text_config` or `vision_config` is enough to build the part; only where one is absent is the base model's read from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
 
     Args:
         llm_model_name_or_path: base language model, a hub name or a folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .llm import resolve_llm
 from .splice import Spliced, splice
 from .vision_tower import resolve_vision_tower
 from .vision_tower.base import flatten_images
+from .weights import outside_zero_init, refuse
 
 
 @dataclass
@@ -81,6 +83,106 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         """Weights outside the language model and the tower's encoder: PyTorch's own initialisation."""
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: TinyLlavaConfig | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> TinyLlavaForConditionalGeneration:
+        """Load a checkpoint of any of v1's layouts (full, split, LoRA folder), from a folder or the hub.
+
+        Everything else (`dtype`, `device_map`, `quantization_config`, `attn_implementation`) is transformers' own, with
+        one difference: a weight that is missing, unexpected or of another shape is an error.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: its weights do not fit its configuration.
+        """
+        from . import checkpoint
+        from .weights import is_adapter, resolve_folder
+
+        folder = resolve_folder(
+            pretrained_model_name_or_path,
+            cache_dir=cache_dir,
+            force_download=force_download or None,
+            local_files_only=local_files_only or None,
+            token=token,
+            revision=revision,
+        )
+        config, tensors = checkpoint.open_checkpoint(folder / subfolder, config)
+        if not is_adapter(folder / subfolder):
+            return cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
+        # An adapter can only be merged exactly into weights that are not quantised yet.
+        plain = {name: value for name, value in kwargs.items() if name != "quantization_config"}
+        model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **plain)
+        model = checkpoint.merge_adapter(model, folder / subfolder)
+        if kwargs.get("quantization_config") is not None:
+            tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+            model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
+        return model
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: TinyLlavaConfig,
+        tensors: dict[str, Tensor],
+        source: Any,
+        *,
+        dtype: torch.dtype | str | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A model with given weights.
+
+        Args:
+            config: what to build.
+            tensors: every weight, under v1's names (a tied output head may be absent).
+            source: where they came from, for error messages.
+            dtype: of the weights; None or ``auto``: what the configuration says, else that of the embeddings.
+            output_loading_info: return (model, transformers' loading information) instead.
+            kwargs: for transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: a weight is missing, unexpected or of another shape.
+        """
+        config = copy.deepcopy(config)
+        if config.text_config.tie_word_embeddings:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
+        if dtype in (None, "auto"):
+            dtype = config.dtype or next((t.dtype for n, t in tensors.items() if "embed" in n), torch.float32)
+        with outside_zero_init():
+            model, info = super().from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the others and with the file's name
+                **kwargs,
+            )
+        tied = set(model.all_tied_weights_keys)
+        shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in info["mismatched_keys"]]
+        refuse(source, set(info["missing_keys"]) - tied, info["unexpected_keys"], shapes)
+        model.vision_tower.restore_buffers()
+        model.config.name_or_path = str(source)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """Write the checkpoint in v1's layout; a tied output head is left out."""
+        if state_dict is None:
+            state_dict = self.state_dict()
+        if self.config.text_config.tie_word_embeddings:
+            state_dict = {name: value for name, value in state_dict.items() if name != "language_model.lm_head.weight"}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     # The language model's embeddings and head are the model's.
     def get_input_embeddings(self) -> nn.Module:

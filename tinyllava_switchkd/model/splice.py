@@ -47,7 +47,7 @@ def splice(
         input_ids: [B, T] token ids, `IMAGE_TOKEN_INDEX` where an image belongs.
         attention_mask: [B, T], non-zero at tokens (padding may be on either side); None means all are tokens.
         labels: [B, T] or None (then the returned labels are all `IGNORE_INDEX`).
-        image_features: [I, K, D] visual tokens, see `_image_of_placeholder` for which belongs where; None for no image.
+        image_features: [I, K, D] visual tokens, see `image_of_placeholder` for which belongs where; None for no image.
         embed_tokens: token ids -> embeddings.
         max_length: cut each spliced sequence to this length (v1's truncation); None keeps everything.
         padding_side: ``right`` for training, ``left`` for generation.
@@ -64,7 +64,7 @@ def splice(
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & is_token  # [B, T]
     is_text = is_token & ~is_image  # [B, T]
     num_features = 0 if image_features is None else image_features.shape[0]
-    chosen = _image_of_placeholder(is_image, num_features)  # [P]
+    chosen = image_of_placeholder(is_image, num_features)  # [P]
     tokens_per_image = 0 if image_features is None else image_features.shape[1]
 
     span = is_text.long() + is_image.long() * tokens_per_image  # [B, T] positions that each input token takes
@@ -110,7 +110,7 @@ def splice(
     return Spliced(inputs_embeds, new_mask, position_ids, new_labels, image_mask)
 
 
-def _image_of_placeholder(is_image: Tensor, num_features: int) -> Tensor:
+def image_of_placeholder(is_image: Tensor, num_features: int) -> Tensor:
     """Index of the image that belongs to each placeholder, in reading order.
 
     With P placeholders, T samples without any and I images:

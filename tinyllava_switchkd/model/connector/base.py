@@ -17,12 +17,18 @@ class Connector(nn.Module):
         config: the model's `TinyLlavaConfig`; `vision_hidden_size`, `hidden_size` and `connector_type` are read.
     """
 
-    key_aliases: tuple[tuple[str, str], ...] = ()
-    """Pairs (regular expression of a v1 key, its name in the module tree), relative to the connector."""
-
     def __init__(self, config: Any = None) -> None:
         super().__init__()
         self._connector: nn.Module | None = None
+
+    @classmethod
+    def complete_config(cls, config: Any, tensors: dict[str, Tensor]) -> None:
+        """Fill in what a checkpoint's configuration leaves out about the connector, from its weights, in place.
+
+        Args:
+            config: the model's `TinyLlavaConfig`.
+            tensors: the checkpoint's weights under v1's names.
+        """
 
     def num_tokens(self, num_vision_tokens: int) -> int:
         """Visual tokens that leave the connector when `num_vision_tokens` enter it.

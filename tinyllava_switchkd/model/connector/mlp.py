@@ -21,7 +21,8 @@ class IdentityConnector(Connector):
         if config is not None and config.vision_hidden_size != config.hidden_size:
             raise ValueError(
                 f"The connector 'identity' needs a vision tower of the language model's width, but the tower has "
-                f"{config.vision_hidden_size} and the language model {config.hidden_size}; use 'linear' or 'mlp2x_gelu'."
+                f"{config.vision_hidden_size} and the language model {config.hidden_size}; use 'linear' or "
+                f"'mlp2x_gelu'."
             )
         self._connector = nn.Identity()
 

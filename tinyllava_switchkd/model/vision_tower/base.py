@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +30,6 @@ class VisionTower(nn.Module):
     """Tokens that the strategy ``patch`` drops. v1 drops one whatever the encoder, so SigLIP, which has no class token,
     loses its first patch (729 -> 728 tokens); every released checkpoint was trained so."""
 
-    key_aliases: tuple[tuple[str, str], ...] = ()
-    """Pairs (regular expression of a v1 key, its name in the module tree), relative to the tower."""
-
     def __init__(self, cfg: PretrainedConfig) -> None:
         super().__init__()
         self._vision_tower: nn.Module | None = None
@@ -43,6 +40,16 @@ class VisionTower(nn.Module):
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
         """Configuration of the encoder called `name` (prefix included), from its folder, library or the hub."""
         raise NotImplementedError
+
+    @classmethod
+    def complete_config(cls, config: PretrainedConfig, folder: Path | None, tensors: dict[str, Tensor]) -> None:
+        """Fill in what a checkpoint's nested configuration leaves out, from its folder or its weights, in place.
+
+        Args:
+            config: the tower's configuration.
+            folder: the checkpoint; None for a fresh model.
+            tensors: the checkpoint's weights under v1's names.
+        """
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -84,9 +91,20 @@ class VisionTower(nn.Module):
         """[I, 3, H, W] -> the output of the first `num_layers` layers, [I, total_tokens, width]."""
         raise NotImplementedError
 
-    def later_modules(self, num_layers: int) -> Iterator[nn.Module]:
-        """The modules that come after the first `num_layers` layers."""
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        """Pretrained weights, under the names of ``self.vision_tower``.
+
+        Args:
+            source: the base model (prefix included), or a folder that the pre-training stage wrote.
+            source2: the second base model of ``mof``.
+        """
         raise NotImplementedError
+
+    def restore_buffers(self) -> None:
+        """Set buffers that no checkpoint stores, after the tower was built without memory (on the meta device).
+
+        transformers does that for its own models; towers of other libraries take them from a newly built one.
+        """
 
     def layer_count(self, vision_feature_layer: int) -> int:
         """Number of layers to run for ``hidden_states[vision_feature_layer]``.
@@ -130,16 +148,23 @@ class VisionTower(nn.Module):
         return self.hidden_state(x, self.layer_count(vision_feature_layer))[:, dropped:]
 
     def freeze_unused(self, vision_feature_layer: int) -> int:
-        """Freeze the parameters that no loss can reach (layers after the feature layer, pooling heads).
+        """Freeze the parameters that no loss can reach (layers after the feature layer, pooling heads, mask tokens).
 
-        Distributed data parallel refuses trainable parameters without a gradient; they stay in checkpoints.
+        Distributed data parallel refuses trainable parameters without a gradient; they stay in checkpoints. Which they
+        are is read off the autograd graph of a twin without memory, so it holds for towers of any library.
 
         Returns:
             the number of parameters frozen.
         """
+        with torch.device("meta"):
+            twin = type(self)(self.config).requires_grad_(True)
+            features = twin(torch.zeros(1, 3, self.image_size, self.image_size), vision_feature_layer)
+        names, parameters = zip(*twin.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        unused = {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
         frozen = 0
-        for module in self.later_modules(self.layer_count(vision_feature_layer)):
-            for parameter in module.parameters():
+        for name, parameter in self.named_parameters():
+            if name in unused:
                 frozen += parameter.numel() if parameter.requires_grad else 0
                 parameter.requires_grad_(False)
         return frozen

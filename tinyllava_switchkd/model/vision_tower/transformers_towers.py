@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from ..weights import outside_zero_init, read_weights, resolve_folder
 from . import register_vision_tower
 from .base import VisionTower
 
@@ -37,6 +38,9 @@ class VisionModelHolder(nn.Module):
 
 class TransformersTower(VisionTower):
     """A tower whose encoder is a transformers model; subclasses say which."""
+
+    class_tokens = 0
+    """1 for an encoder with a class token."""
 
     def __init__(self, cfg: PretrainedConfig) -> None:
         super().__init__(cfg)
@@ -56,9 +60,6 @@ class TransformersTower(VisionTower):
     @property
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + self.class_tokens
-
-    class_tokens = 0
-    """1 for an encoder with a class token."""
 
     def build_image_processor(self) -> Any:
         processor = find_image_processor(self.config)
@@ -83,17 +84,32 @@ class HoldsVisionModel(TransformersTower):
         return self._vision_tower.vision_model.embeddings(pixels)
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
-        hidden = self.embed(pixels)  # [I, N, D]
-        for layer in self._vision_tower.vision_model.encoder.layers[:num_layers]:
-            hidden = layer(hidden, attention_mask=None)
-        return hidden
+        return run_vision_model(self._vision_tower.vision_model, self.embed(pixels), num_layers)
 
-    def later_modules(self, num_layers: int) -> Iterator[nn.Module]:
-        model = self._vision_tower.vision_model
-        yield from model.encoder.layers[num_layers:]
-        yield model.post_layernorm
-        if hasattr(model, "head"):
-            yield model.head
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        return read_vision_model(source)
+
+
+def run_vision_model(model: nn.Module, hidden: Tensor, num_layers: int) -> Tensor:
+    """The first `num_layers` layers of a SigLIP or CLIP vision model on its embeddings [I, N, D]."""
+    for layer in model.encoder.layers[:num_layers]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden
+
+
+def read_vision_model(source: str) -> dict[str, Tensor]:
+    """The vision half of a CLIP or SigLIP folder (both towers, the vision model alone, or v1's split folder).
+
+    Returns:
+        tensors whose names start with ``vision_model.``.
+    """
+    folder = resolve_folder(strip_prefix(source))
+    tensors = read_weights(folder)
+    if tensors is None:
+        raise FileNotFoundError(f"{folder} holds no weights of a vision tower.")
+    held = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    # transformers 5 saves a vision model of its own without the level that everybody else writes.
+    return held or {f"vision_model.{name}": tensor for name, tensor in tensors.items()}
 
 
 @register_vision_tower("siglip")
@@ -107,7 +123,7 @@ class SiglipVisionTower(HoldsVisionModel):
 
 
 @register_vision_tower("siglip2")
-class Siglip2VisionTower(HoldsVisionModel):
+class Siglip2VisionTower(SiglipVisionTower):
     """SigLIP 2: the fixed-resolution models are SigLIP's architecture, the NaFlex ones are fed one square size.
 
     A NaFlex encoder reads patches and their grid; here every image is a square of `num_patches` patches, so a batch
@@ -142,11 +158,9 @@ class Siglip2VisionTower(HoldsVisionModel):
         rows, columns = height // size, width // size
         grid = pixels.reshape(images, channels, rows, size, columns, size)  # [I, 3, r, p, c, p]
         patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [I, r*c, p*p*3]
-        shapes = torch.tensor([[rows, columns]] * images, device=pixels.device)  # [I, 2]
+        # On the CPU: the embeddings read the numbers of rows and columns one by one.
+        shapes = torch.tensor([[rows, columns]] * images, device="cpu")  # [I, 2]
         return embeddings(patches, shapes)
-
-    def default_image_processor(self) -> Any:
-        return SiglipImageProcessorPil(size={"height": self.image_size, "width": self.image_size}, resample=BICUBIC)
 
     def build_image_processor(self) -> Any:
         # NaFlex's own processor emits patches of any aspect ratio, which the square path above does not read.
@@ -162,17 +176,30 @@ class CLIPVisionTower(HoldsVisionModel):
     class_tokens = 1
 
     def embed(self, pixels: Tensor) -> Tensor:
-        model = self._vision_tower.vision_model
-        return model.pre_layrnorm(model.embeddings(pixels))
+        return embed_clip(self._vision_tower.vision_model, pixels)
 
     def default_image_processor(self) -> Any:
-        size = self.image_size
-        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        return clip_image_processor(self.image_size)
+
+
+def embed_clip(model: nn.Module, pixels: Tensor) -> Tensor:
+    """[I, 3, H, W] -> CLIP's embeddings [I, 1 + patches, width] (``pre_layrnorm`` is CLIP's own spelling)."""
+    return model.pre_layrnorm(model.embeddings(pixels))
+
+
+def clip_image_processor(size: int, **kwargs: Any) -> Any:
+    """CLIP's image processor: shortest edge to `size`, centre crop."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": kwargs.pop("resize_to", size)}, crop_size={"height": size, "width": size}, **kwargs
+    )
 
 
 @register_vision_tower("dinov2")
 class DINOv2VisionTower(TransformersTower):
-    """DINOv2: a class token, then the patches."""
+    """DINOv2: a class token, then the patches.
+
+    The published models know 518 x 518 pixels but their processors crop 224, which is what v1 fed them.
+    """
 
     model_types = ("dinov2",)
     class_tokens = 1
@@ -181,34 +208,58 @@ class DINOv2VisionTower(TransformersTower):
     def build_encoder(cls, cfg: PretrainedConfig) -> nn.Module:
         return Dinov2Model(cfg)
 
-    def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
-        return dinov2_hidden_state(self._vision_tower, pixels, num_layers)
+    @property
+    def image_size(self) -> int:
+        return 224 if self.config.image_size == 518 else int(self.config.image_size)
 
-    def later_modules(self, num_layers: int) -> Iterator[nn.Module]:
-        yield from dinov2_later_modules(self._vision_tower, num_layers)
+    def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
+        return run_dinov2(self._vision_tower, pixels, num_layers)
+
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        return read_dinov2(source, self.config)
 
     def default_image_processor(self) -> Any:
         size = self.image_size
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            image_mean=IMAGENET_MEAN,
-            image_std=IMAGENET_STD,
-        )
+        resize_to = 256 if size == 224 else size
+        return clip_image_processor(size, resize_to=resize_to, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
-def dinov2_hidden_state(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+def run_dinov2(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of DINOv2's first `num_layers` layers, [I, 1 + patches, width]."""
-    hidden = model.embeddings(pixels)
+    embeddings = model.embeddings
+    patches = embeddings.patch_embeddings(pixels)  # [I, N, D]
+    hidden = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # [I, 1+N, D]
+    rows, columns = (size // model.config.patch_size for size in pixels.shape[-2:])
+    hidden = embeddings.dropout(hidden + dinov2_positions(embeddings.position_embeddings, rows, columns))
     for layer in model.encoder.layer[:num_layers]:
         hidden = layer(hidden)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return hidden
 
 
-def dinov2_later_modules(model: nn.Module, num_layers: int) -> Iterator[nn.Module]:
-    """What of DINOv2 comes after its first `num_layers` layers."""
-    yield from model.encoder.layer[num_layers:]
-    yield model.layernorm
+def dinov2_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Position embeddings [1, 1 + P, D] for a grid of rows x columns patches.
+
+    Where the grid is not the trained one, they are interpolated as transformers 4.40 did (and so v1): by a scale factor
+    with 0.1 patch added. Later versions interpolate to the exact size, which moves every embedding a little.
+    """
+    side = int((positions.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, side, side]
+    scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+    grid = F.interpolate(grid.float(), scale_factor=scale, mode="bicubic", align_corners=False).to(positions.dtype)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def read_dinov2(source: str, config: PretrainedConfig) -> dict[str, Tensor]:
+    """DINOv2's weights from its folder, under the names of this transformers' module tree."""
+    folder = resolve_folder(strip_prefix(source))
+    with outside_zero_init():
+        model, info = Dinov2Model.from_pretrained(folder, config=config, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{folder} lacks weights of DINOv2: {', '.join(sorted(info['missing_keys'])[:4])}.")
+    return model.state_dict()
 
 
 def strip_prefix(name: str) -> str:

@@ -1,0 +1,325 @@
+"""Checkpoints: read TinyLLaVA v1's layouts, write self-contained ones in v1's names, build fresh models from parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor
+
+from .configuration import TinyLlavaConfig
+from .connector import ConnectorFactory
+from .legacy import config_from_bench, is_bench_config
+from .llm import load_tokenizer
+from .modeling import TinyLlavaForConditionalGeneration
+from .vision_tower import resolve_vision_tower
+from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+def load_pretrained_model(
+    model_name_or_path: str | os.PathLike,
+    load_type: str = "hf",
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    **hub: Any,
+) -> tuple[TinyLlavaForConditionalGeneration, Any, Any, int]:
+    """Load a checkpoint of any of v1's layouts, ready to generate.
+
+    The configuration, the tokenizer and the image processor come from the checkpoint itself where it has them; the base
+    models that it names are asked only for what it lacks.
+
+    Args:
+        model_name_or_path: a folder (full, split or LoRA layout) or a hub repository.
+        load_type: only ``hf`` (v1's argument).
+        load_8bit: quantise the language model to 8 bits (bitsandbytes, CUDA).
+        load_4bit: quantise it to 4 bits (NF4).
+        device_map: as in transformers; None puts the whole model on `device`.
+        device: where the model goes; this process's GPU if there is one, else the CPU.
+        dtype: of the weights; None keeps the checkpoint's own.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, or a dict by part (``text_config``,
+            ``vision_config``).
+        hub: `cache_dir`, `revision`, `token`, `local_files_only`.
+
+    Returns:
+        (model in eval mode, tokenizer, image processor, context length in positions).
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or it lacks weights or a tokenizer.
+        ValueError: its weights do not fit its configuration, or quantisation is impossible here.
+    """
+    if load_type != "hf":
+        raise ValueError(f"load_type is 'hf', not {load_type!r}: v1 knew no other either.")
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if load_8bit or load_4bit:
+        kwargs["quantization_config"] = _quantization_config(load_8bit, load_4bit)
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    device = device if device is not None else _default_device()
+    if device_map is None and "quantization_config" in kwargs:
+        device_map = {"": str(device)}  # quantised weights are made on the device
+    folder = resolve_folder(model_name_or_path, **hub)
+    model = TinyLlavaForConditionalGeneration.from_pretrained(folder, device_map=device_map, **kwargs)
+    if device_map is None:
+        model = model.to(device)
+    model.config.name_or_path = str(model_name_or_path)
+    model.tokenizer = tokenizer_of(folder, model.config)
+    model.image_processor = image_processor_of(folder, model)
+    return model, model.tokenizer, model.image_processor, model.config.tokenizer_model_max_length
+
+
+def _default_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization_config(load_8bit: bool, load_4bit: bool) -> Any:
+    from importlib.util import find_spec
+
+    if load_8bit and load_4bit:
+        raise ValueError("Ask for load_8bit or load_4bit, not both.")
+    asked = "load_8bit" if load_8bit else "load_4bit"
+    if not torch.cuda.is_available():
+        raise ValueError(f"{asked} needs a CUDA device, and none is visible here; load the model without it.")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{asked} needs the package bitsandbytes: pip install 'tinyllava_switchkd[qlora]'.")
+    from transformers import BitsAndBytesConfig
+
+    # The tower and the connector are small and sensitive; the output head stays exact, as transformers does by default.
+    exact = ["vision_tower", "connector", "lm_head"]
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=exact)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
+        llm_int8_skip_modules=exact,
+    )
+
+
+def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
+    """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    source = str(folder) if own else config.tokenizer_name_or_path
+    try:
+        return load_tokenizer(
+            source,
+            config.text_config,
+            llm=config.llm_model_name_or_path,
+            model_max_length=config.tokenizer_model_max_length,
+            padding_side=config.tokenizer_padding_side,
+            cache_dir=config.cache_dir,
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer, and the one it names, {source!r}, could not be read; "
+            f"put the tokenizer's files into the folder."
+        ) from error
+
+
+def image_processor_of(folder: Path, model: TinyLlavaForConditionalGeneration) -> Any:
+    """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
+    if (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return model.vision_tower.image_processor
+
+
+def read_config(folder: Path) -> TinyLlavaConfig:
+    """The configuration of a checkpoint, TinyLLaVABench's included.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of another kind of model.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no TinyLLaVA checkpoint: it has no config.json.")
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if is_bench_config(fields):
+        return config_from_bench(fields)
+    if fields.get("model_type") != TinyLlavaConfig.model_type:
+        raise ValueError(
+            f"{file} is the configuration of a {fields.get('model_type')!r} model, not of a TinyLLaVA "
+            f"(model_type {TinyLlavaConfig.model_type!r})."
+        )
+    return TinyLlavaConfig.from_dict(fields)
+
+
+def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
+    """Configuration and tensors (v1's names) of a checkpoint folder; a LoRA adapter beside them is left alone."""
+    config = config or read_config(folder)
+    tensors = read_checkpoint(folder)
+    tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
+    tower.complete_config(config.vision_config, folder, tensors)
+    ConnectorFactory(config.connector_type).complete_config(config, tensors)
+    return config, tensors
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Merge the LoRA adapter in `folder` into the model.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: some of the adapter's weights have no place in the model.
+    """
+    try:
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+        from peft.utils import load_peft_weights
+    except ImportError as error:
+        raise ImportError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft.") from error
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.inference_mode = True
+    # The plain PeftModel: the one for causal language models would wrap generate() by rules of its own.
+    peft_config.task_type = None
+    adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config)
+    stored = set(load_peft_weights(str(folder), device="cpu"))
+    placed = set(get_peft_model_state_dict(adapted))
+    if stored != placed:
+        odd = sorted(stored ^ placed)
+        raise ValueError(f"The adapter in {folder} does not fit the model: {len(odd)} weights differ ({odd[0]}, ...).")
+    return adapted.merge_and_unload()
+
+
+def save_pretrained_model(
+    model: TinyLlavaForConditionalGeneration,
+    tokenizer: Any,
+    image_processor: Any,
+    output_dir: str | os.PathLike,
+    conv_version: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint that needs nothing else: v1's layout in safetensors, tokenizer, image processor, template.
+
+    Args:
+        model: what to save.
+        tokenizer: saved beside it.
+        image_processor: saved beside it, as ``preprocessor_config.json``.
+        output_dir: made if it does not exist.
+        conv_version: conversation template of the model; None keeps the configuration's.
+        state_dict: weights to write instead of the model's own (gathered from a partitioned model).
+    """
+    if conv_version is not None:
+        model.config.conv_version = conv_version
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(output_dir, state_dict=state_dict)
+    tokenizer.save_pretrained(output_dir)
+    save_image_processor(image_processor, output_dir)
+
+
+def save_image_processor(image_processor: Any, output_dir: Path) -> None:
+    """Write ``preprocessor_config.json`` under the class name that every version of transformers knows."""
+    image_processor.save_pretrained(output_dir)
+    file = output_dir / "preprocessor_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["image_processor_type"] = fields["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def build_model(
+    model_name_or_path: str,
+    vision_tower: str,
+    connector_type: str = "mlp2x_gelu",
+    *,
+    tokenizer_name_or_path: str | None = None,
+    vision_tower2: str = "",
+    pretrained_llm_path: str | None = None,
+    pretrained_vision_tower_path: str | None = None,
+    pretrained_connector_path: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: Any = None,
+    device: str | torch.device = "cpu",
+    cache_dir: str | None = None,
+    **config_fields: Any,
+) -> tuple[TinyLlavaForConditionalGeneration, Any, Any]:
+    """A fresh TinyLLaVA of a base language model, a base vision tower and a connector.
+
+    Args:
+        model_name_or_path: base language model.
+        vision_tower: base vision tower.
+        connector_type: a registered connector; starts from random weights unless `pretrained_connector_path` is given.
+        tokenizer_name_or_path: the tokenizer, if it is not the language model's.
+        vision_tower2: the second tower of ``mof``.
+        pretrained_llm_path: folder of weights instead of the base language model's (v1's pre-training stage).
+        pretrained_vision_tower_path: the same for the tower.
+        pretrained_connector_path: a connector's folder or file, or a checkpoint that contains one.
+        dtype: of the weights; float32 if None.
+        attn_implementation: see `load_pretrained_model`.
+        device: where the model goes.
+        cache_dir: the hub's cache.
+        config_fields: further fields of `TinyLlavaConfig`.
+
+    Returns:
+        (model in eval mode with every parameter trainable, tokenizer, image processor).
+    """
+    config = TinyLlavaConfig(
+        llm_model_name_or_path=model_name_or_path,
+        tokenizer_name_or_path=tokenizer_name_or_path,
+        vision_model_name_or_path=vision_tower,
+        vision_model_name_or_path2=vision_tower2,
+        connector_type=connector_type,
+        cache_dir=cache_dir,
+        **config_fields,
+    )
+    tower_class = resolve_vision_tower(vision_tower, config.vision_config)
+    tower_class.complete_config(config.vision_config, None, {})
+    tokenizer = load_tokenizer(
+        config.tokenizer_name_or_path,
+        config.text_config,
+        llm=model_name_or_path,
+        model_max_length=config.tokenizer_model_max_length,
+        padding_side=config.tokenizer_padding_side,
+        cache_dir=cache_dir,
+    )
+    config.pad_token, config.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
+    llm_source = pretrained_llm_path or model_name_or_path
+    llm_weights = read_weights(resolve_folder(llm_source, cache_dir=cache_dir))
+    if llm_weights is None:
+        raise FileNotFoundError(f"{llm_source} holds no weights of a language model.")
+    with torch.device("meta"):
+        tower = tower_class(config.vision_config)
+    tower_weights = tower.base_state_dict(pretrained_vision_tower_path or vision_tower, vision_tower2)
+    if pretrained_connector_path is not None:
+        connector_weights = read_connector(pretrained_connector_path)
+    else:
+        connector_weights = ConnectorFactory(connector_type)(config).state_dict()
+    tensors = {f"language_model.{name}": tensor for name, tensor in llm_weights.items()}
+    tensors |= {f"vision_tower._vision_tower.{name}": tensor for name, tensor in tower_weights.items()}
+    tensors |= {f"connector.{name}": tensor for name, tensor in connector_weights.items()}
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = TinyLlavaForConditionalGeneration.from_tensors(
+        config,
+        tensors,
+        f"{llm_source}, {vision_tower} and {connector_type}",
+        dtype=dtype or torch.float32,
+        **kwargs,
+    ).to(device)
+    model.tokenizer = tokenizer
+    model.image_processor = model.vision_tower.image_processor
+    return model, model.tokenizer, model.image_processor
+
+
+def load_checkpoint_weights(model: TinyLlavaForConditionalGeneration, folder: str | os.PathLike) -> None:
+    """Put the weights of a checkpoint of any layout into an existing model (resuming, evaluating while training).
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    folder = Path(folder)
+    tensors = read_checkpoint(folder)
+    loaded = type(model).from_tensors(model.config, tensors, folder, dtype=model.dtype)
+    if is_adapter(folder):
+        loaded = merge_adapter(loaded, folder)
+    model.load_state_dict(loaded.state_dict())

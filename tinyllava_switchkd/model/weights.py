@@ -1,0 +1,237 @@
+"""Reading weights from disk and the hub: every layout of TinyLLaVA v1, brought to one set of names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# The parts of v1's split layout: folder -> prefix of its keys in the full layout.
+SPLIT_PARTS = {
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower._vision_tower.",
+    "connector": "connector.",
+}
+# Buffers that older versions of transformers wrote and newer ones compute.
+COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.(cos|sin)_cached|rotary_emb\.inv_freq|masked_bias)$")
+# TinyLLaVABench (the code before v1) -> v1; the names are those of v1's own converter.
+LEGACY_NAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower._vision_tower."),
+    (r"^model\.mm_projector\.", "connector._connector."),
+    (r"^model\.(embed_tokens|layers|norm|final_layernorm)\.", r"language_model.model.\1."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
+    """The local folder of a model: the path itself, or the hub's repository after download.
+
+    Args:
+        name_or_path: a folder, or a repository name.
+        hub: for `huggingface_hub.snapshot_download` (`cache_dir`, `revision`, `token`, `local_files_only`, ...).
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub = {name: value for name, value in hub.items() if value is not None}
+    try:
+        ignored = None
+        if not hub.get("local_files_only"):
+            known = {name: hub[name] for name in ("revision", "token") if name in hub}
+            files = list_repo_files(str(name_or_path), **known)
+            # Repositories that offer both formats would be downloaded twice over.
+            ignored = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else None
+        return Path(snapshot_download(str(name_or_path), allow_patterns=HUB_FILES, ignore_patterns=ignored, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"There is no folder {str(name_or_path)!r} (nor is it a name on the hub).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        try:  # offline, but perhaps downloaded before
+            return Path(snapshot_download(str(name_or_path), **{**hub, "local_files_only": True}))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"{str(name_or_path)!r} is no folder here and could not be fetched from the hub: {reason}"
+            ) from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor] | None:
+    """All tensors of the safetensors or ``.bin`` files in a folder, under the names they have there; None without any.
+
+    Tensors are memory-mapped, on the CPU. Pickles are read as plain tensors only (`weights_only`).
+    """
+    for stem, load in (("model", load_file), ("pytorch_model", _load_bin)):
+        suffix = ".safetensors" if stem == "model" else ".bin"
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (folder / f"{stem}{suffix}").is_file():
+            names = [f"{stem}{suffix}"]
+        else:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{index} names {name}, which is not in the folder: the checkpoint is incomplete."
+                )
+            tensors.update(load(folder / name))
+        return tensors
+    return None
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def is_split(folder: Path) -> bool:
+    """Whether a folder holds v1's split layout (a folder per part)."""
+    return (folder / "language_model").is_dir() and (folder / "connector").is_dir()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter: decided by its files, whatever the path is called."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a TinyLLaVA checkpoint of any layout, under v1's names of the full layout.
+
+    Raises:
+        FileNotFoundError: the folder, or one of its parts, holds no weights.
+    """
+    tensors = read_weights(folder)
+    if tensors is not None:
+        return normalise_keys(tensors)
+    if not is_split(folder):
+        raise FileNotFoundError(
+            f"{folder} holds no weights: neither model.safetensors, nor pytorch_model.bin, nor the folders "
+            f"{', '.join(SPLIT_PARTS)} of the split layout."
+        )
+    tensors = {}
+    for part, prefix in SPLIT_PARTS.items():
+        weights = read_weights(folder / part)
+        if weights is None:
+            raise FileNotFoundError(f"{folder / part} holds no weights (model.safetensors or pytorch_model.bin).")
+        tensors.update({prefix + name: tensor for name, tensor in weights.items()})
+    return normalise_keys(tensors)
+
+
+def normalise_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """v1's names for tensors named by TinyLLaVABench, by peft's base layers or by transformers 5.
+
+    transformers 5 has no ``vision_model.`` level in SigLIP and CLIP; checkpoints written without it get it back.
+    """
+    legacy = any(name.startswith("model.mm_projector.") for name in tensors)
+    flat_tower = any(
+        re.match(r"vision_tower\._vision_tower\.embeddings\.(patch_embedding|position_embedding)\.", name)
+        for name in tensors
+    )
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        name = name.replace(".base_layer.", ".")
+        if legacy:
+            for pattern, replacement in LEGACY_NAMES:
+                name = re.sub(pattern, replacement, name)
+        if flat_tower:
+            name = re.sub(r"^vision_tower\._vision_tower\.", "vision_tower._vision_tower.vision_model.", name)
+        if not COMPUTED_BUFFERS.search(name):
+            named[name] = tensor
+    return named
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Copy tensors into a module's parameters and buffers, every one of them.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if not COMPUTED_BUFFERS.search(name)}
+    wrong = [
+        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    refuse(source, own.keys() - tensors.keys(), tensors.keys() - own.keys(), wrong)
+    module.load_state_dict(tensors)
+
+
+def refuse(source: str | Path, missing: Iterable[str], unexpected: Iterable[str], wrong_shape: Iterable[str]) -> None:
+    """Raise a ValueError that names what does not fit; nothing if everything does."""
+    parts = [
+        f"{len(names)} weights {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for kind, names in (
+            ("are missing", sorted(missing)),
+            ("are not expected", sorted(unexpected)),
+            ("have another shape", sorted(wrong_shape)),
+        )
+        if names
+    ]
+    if parts:
+        raise ValueError(f"The weights of {source} do not fit the configuration: {'; '.join(parts)}.")
+
+
+def load_tower_weights(tower: nn.Module, source: str, source2: str = "") -> None:
+    """Fill a vision tower from its base model (or from a folder that the pre-training stage wrote)."""
+    fill(tower.vision_tower, tower.base_state_dict(source, source2), source)
+
+
+def load_connector_weights(connector: nn.Module, source: str | Path) -> None:
+    """Fill a connector from a folder or file: v1's ``connector/pytorch_model.bin``, or a checkpoint that contains one.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: there are, but not of this connector.
+    """
+    fill(connector, read_connector(source), source)
+
+
+def read_connector(source: str | Path) -> dict[str, Tensor]:
+    """A connector's tensors (names start with ``_connector.``) from its own folder or file, or a whole checkpoint."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        tensors = load_file(path) if path.suffix == ".safetensors" else _load_bin(path)
+    else:
+        folder = resolve_folder(source)
+        tensors = read_weights(folder)
+        if tensors is None and (folder / "connector").is_dir():
+            tensors = read_weights(folder / "connector")
+        if tensors is None:
+            raise FileNotFoundError(f"{folder} holds no connector (model.safetensors or pytorch_model.bin).")
+    named = normalise_keys(tensors)
+    # v1 cuts everything up to "_connector.", so that both its own file and a whole checkpoint can be given.
+    return {name[name.index("_connector.") :]: tensor for name, tensor in named.items() if "_connector." in name}
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Build whole models even while DeepSpeed ZeRO-3 is configured.
+
+    Under ZeRO-3, transformers would partition the parameters while it builds the model; a frozen teacher outside the
+    engine could then never gather them. The engine partitions the student itself when it starts.
+    """
+    from transformers.integrations import deepspeed
+
+    active = deepspeed.deepspeed_config() is not None and deepspeed._hf_deepspeed_config_weak_ref()
+    if not active:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(active)
