@@ -1,0 +1,347 @@
+"""Models by benchmarks::
+
+    python -m tinyllava_switchkd.eval.report RESULTS... [--with-paper] [--include-val]
+        [--format terminal,markdown,csv,latex] [--output-dir DIR]
+
+RESULTS are score files (`tinyllava_switchkd.eval.score --output`) or folders of them, as playground/results/MODEL, each
+optionally as LABEL=PATH. With --output-dir the table is written as report.md, report.csv and report.tex, and the radar
+chart of the paper's Figure 1 as radar.png and radar.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..visualize.paper import AVERAGES, COLUMNS, paper_tables
+from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, read_results
+
+logger = logging.getLogger(__name__)
+
+MARKS = {"val": " val", "missing": "*", "own data": "‡"}
+LATEX_MARKS = {"val": r"$^{\mathrm{val}}$", "missing": "$^{*}$", "own data": r"$^{\ddagger}$"}
+RADAR_NOTES = {"val": "val split", "missing": "answers are missing", "own data": "not the official questions"}
+FILES = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
+PAPER_RADAR_LLM = "Qwen2.5-0.5B"
+"""The paper's rows that the radar chart shows: its main student and those it is compared with."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows to show and how.
+
+    Attributes:
+        rows: own models.
+        paper: rows of the paper, if they are wanted.
+        include_val: whether val scores of VQAv2 and VizWiz enter the averages.
+    """
+
+    rows: list[Row]
+    paper: list[Row]
+    include_val: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """The paper's columns that some row has, in its order, then others."""
+        present = dict.fromkeys(column for row in [*self.rows, *self.paper] for column in row.scores)
+        return [column for column in COLUMNS.values() if column in present] + [
+            column for column in present if column not in COLUMNS.values()
+        ]
+
+    def notes(self) -> list[str]:
+        """Sentences that a reader needs beside the table."""
+        results = [(row.label, result) for row in self.rows for result in row.results.values()]
+        notes = []
+        if any(result.stand_in for _, result in results):
+            named = " and ".join(f"{COLUMNS[name]} ({split})" for name, split in SERVER_SPLITS.items())
+            used = (
+                "--include-val: they are in the averages here."
+                if self.include_val
+                else "They are left out of the averages (--include-val takes them in)."
+            )
+            notes.append(
+                f"val: a score on the validation split, where the paper has the server's score: {named}. {used}"
+            )
+        if missing := [
+            f"{label}, {result.column}: {result.missing:,} of {result.total:,}"
+            for label, result in results
+            if result.missing
+        ]:
+            notes.append(f"*: questions without an answer counted as wrong ({_some(missing)}).")
+        if own := [f"{label}, {result.column}: {result.total:,}" for label, result in results if result.own_data]:
+            notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
+        if unread := [f"{label}, {result.column}: {result.fallback:,}" for label, result in results if result.fallback]:
+            notes.append(f"Answers that no rule of the protocol could read ({_some(unread)}).")
+        everything = [*self.rows, *self.paper]
+        if any(row.average(name, self.include_val).value is None for row in everything for name in AVERAGES):
+            notes.append("– (k/n): only k of the n benchmarks of the average have a score, so there is no average.")
+        for row in self.rows:
+            if digests := different_checkpoints(row):
+                notes.append(f"{row.label}: the scores come from different checkpoints ({', '.join(digests)}).")
+        if self.paper:
+            notes.append(f"Rows of the paper: {paper_tables()['source']}, Table 1, as printed.")
+        return notes
+
+
+def _some(items: Sequence[str], most: int = 6) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def _cell(row: Row, column: str, marks: dict[str, str]) -> str:
+    if column not in row.scores:
+        return ""
+    result = row.results.get(column)
+    return f"{row.scores[column]:.1f}" + "".join(marks[mark] for mark in (result.marks if result else ()))
+
+
+def _average_cell(row: Row, name: str, include_val: bool, marks: dict[str, str], dash: str = "–") -> str:
+    average = row.average(name, include_val)
+    if average.value is not None:
+        return f"{average.value:.1f}" + "".join(marks[mark] for mark in average.marks)
+    return f"{dash} ({average.wanted - len(average.lacking)}/{average.wanted})"
+
+
+def _lines(report: Report, rows: list[Row], marks: dict[str, str], dash: str = "–") -> list[list[str]]:
+    return [
+        [
+            row.label,
+            *(_cell(row, column, marks) for column in report.columns),
+            *(_average_cell(row, name, report.include_val, marks, dash) for name in AVERAGES),
+        ]
+        for row in rows
+    ]
+
+
+def terminal(report: Report) -> str:
+    """Aligned columns, for a terminal of any width."""
+    header = ["Model", *report.columns, *AVERAGES]
+    own, paper = _lines(report, report.rows, MARKS), _lines(report, report.paper, MARKS)
+    widths = [max(map(len, column)) for column in zip(header, *own, *paper, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = cells
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        return "  ".join([first.ljust(widths[0]), *aligned]).rstrip()
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    parts = [line(header), rule, *map(line, own)]
+    if paper:
+        parts += [rule] * bool(own) + [line(cells) for cells in paper]
+    return "\n".join([*parts, rule, *report.notes()]) + "\n"
+
+
+def markdown(report: Report) -> str:
+    """The table, its notes, and how every score came about."""
+    header = ["Model", *report.columns, *AVERAGES]
+    text = _markdown_table(header, _lines(report, [*report.rows, *report.paper], MARKS))
+    text += "".join(f"\n- {_escape_markdown(note)}" for note in report.notes()) + "\n"
+    results = [(row.label, result) for row in report.rows for result in row.results.values()]
+    if results:
+        text += "\n## Scores\n\n"
+        header = ["Model", "Benchmark", "Metric", "Score", "Split", "Questions", "Answered", "Unread", "File"]
+        text += _markdown_table(header, [_score_line(label, result) for label, result in results])
+    for row in report.rows:
+        text += _runs(row)
+    return text
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    words = ("Model", "Benchmark", "Metric", "Split", "File")
+    rule = ["---" if title in words else "---:" for title in header]
+    rows = [header, rule, *([_escape_markdown(cell) for cell in line] for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _escape_markdown(text: str) -> str:
+    for character in "\\|*_":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _score_line(label: str, result: Result) -> list[str]:
+    return [
+        label,
+        result.benchmark,
+        result.metric,
+        f"{result.score:.2f}",
+        result.split,
+        f"{result.total:,}",
+        f"{result.answered:,}",
+        f"{result.fallback:,}",
+        result.path.as_posix(),
+    ]
+
+
+def _runs(row: Row) -> str:
+    """What made a model's answers: every distinct run of its score files, with the benchmarks it is behind."""
+    runs: dict[str, list[str]] = {}
+    for result in row.results.values():
+        if result.run:
+            runs.setdefault(json.dumps(result.run, sort_keys=True, ensure_ascii=False), []).append(result.column)
+    text = ""
+    for run, columns in runs.items():
+        text += f"\n## {_escape_markdown(row.label)}: {', '.join(columns)}\n\n"
+        text += "".join(f"- {_escape_markdown(f'{key}: {value}')}\n" for key, value in _flat(json.loads(run)))
+    return text
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def as_csv(report: Report) -> str:
+    """One line a model: unrounded scores with their splits, averages with the number of scores they would need."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    splits = [column for column in report.columns if any(column in row.results for row in report.rows)]
+    header = ["model", "source", *report.columns]
+    for name in AVERAGES:
+        header += [name, f"{name} scores", f"{name} marks"]
+    writer.writerow([*header, *(f"{column} split" for column in splits), *(f"{column} marks" for column in splits)])
+    for row in [*report.rows, *report.paper]:
+        line: list[Any] = [row.label, "own" if row.averages is None else paper_tables()["source"]]
+        line += [row.scores.get(column, "") for column in report.columns]
+        for name in AVERAGES:
+            average = row.average(name, report.include_val)
+            line += ["" if average.value is None else average.value]
+            line += [f"{average.wanted - len(average.lacking)}/{average.wanted}", " ".join(average.marks)]
+        found = [row.results.get(column) for column in splits]
+        line += [result.split if result else "" for result in found]
+        line += [" ".join(result.marks) if result else "" for result in found]
+        writer.writerow(line)
+    return file.getvalue()
+
+
+def latex(report: Report) -> str:
+    """A booktabs table."""
+    header = ["Model", *report.columns, *AVERAGES]
+    body = [" & ".join(map(_escape_latex, header)) + r" \\", r"\midrule"]
+    groups = [group for group in (report.rows, report.paper) if group]
+    for number, group in enumerate(groups):
+        body += [r"\midrule"] * (number > 0)
+        for label, *cells in _lines(report, group, LATEX_MARKS, "--"):
+            body.append(" & ".join([_escape_latex(label), *cells]) + r" \\")
+    notes = [_escape_latex(note).replace("‡", r"$\ddagger$").replace("–", "--") for note in report.notes()]
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par\smallskip{{\footnotesize {note}}}" for note in notes),
+            "",
+        ]
+    )
+
+
+def _escape_latex(text: str) -> str:
+    text = text.replace("\\", "\0")
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    for character, name in (("\0", "backslash"), ("~", "asciitilde"), ("^", "asciicircum")):
+        text = text.replace(character, rf"\text{name}{{}}")
+    return text
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "terminal": terminal,
+    "markdown": markdown,
+    "csv": as_csv,
+    "latex": latex,
+}
+
+
+def write_radar(report: Report, output_dir: Path) -> list[Path]:
+    """The radar chart of own models and, if the paper is wanted, of the rows about its main student.
+
+    Its axes are averages: val scores enter them under the same condition.
+
+    Returns:
+        the files; none, with a line in the log, where there are too few benchmarks or too many models.
+    """
+    from ..visualize.radar import draw_radar
+
+    models = {row.label: row.comparable(report.include_val) for row in report.rows}
+    own = set(models)
+    for row in report.paper:
+        if PAPER_RADAR_LLM in row.label and len(row.scores) == len(COLUMNS):
+            models[f"{row.label}, paper" if report.rows else row.label] = row.scores
+    shown = [
+        result
+        for row in report.rows
+        for column, result in row.results.items()
+        if result.marks and column in row.comparable(report.include_val)
+    ]
+    marked = {mark: dict.fromkeys(result.column for result in shown if mark in result.marks) for mark in RADAR_NOTES}
+    note = "; ".join(f"{', '.join(columns)}: {RADAR_NOTES[mark]}" for mark, columns in marked.items() if columns)
+    try:
+        return draw_radar(models, output_dir / "radar", note=note, dashed=models.keys() - own if own else ())
+    except ValueError as error:
+        logger.warning("No radar chart: %s", error)
+        return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllava_switchkd.eval.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="*", metavar="RESULTS", help="score file or folder, or LABEL=PATH")
+    parser.add_argument("--with-paper", action="store_true", help="put the rows of the paper's Table 1 beside")
+    parser.add_argument(
+        "--include-val", action="store_true", help="let val scores of VQAv2 and VizWiz enter the averages, and say so"
+    )
+    parser.add_argument(
+        "--format", help=f"some of {','.join(FORMATS)} (terminal; with --output-dir all), written or printed"
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write files and the radar chart there")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        formats = _formats(arguments.format, arguments.output_dir)
+        if not arguments.results and not arguments.with_paper:
+            raise ValueError("Nothing to report: give score files or folders, or --with-paper.")
+        report = Report(
+            read_results(arguments.results), paper_rows() if arguments.with_paper else [], arguments.include_val
+        )
+        for name in formats:
+            text = FORMATS[name](report)
+            if name == "terminal" or arguments.output_dir is None:
+                print(text)
+            else:
+                arguments.output_dir.mkdir(parents=True, exist_ok=True)
+                (arguments.output_dir / FILES[name]).write_text(text, encoding="utf-8")
+        if arguments.output_dir is not None:
+            write_radar(report, arguments.output_dir)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _formats(wanted: str | None, output_dir: Path | None) -> list[str]:
+    if wanted is None:
+        return list(FORMATS) if output_dir is not None else ["terminal"]
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise ValueError(f"--format is {wanted!r}; it lists some of {', '.join(FORMATS)}.")
+    return list(dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

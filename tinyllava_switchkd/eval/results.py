@@ -1,0 +1,250 @@
+"""Results of several models side by side: reading score files, and averages that say what they leave out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..visualize.paper import AVERAGES, COLUMNS, paper_tables
+from .benchmarks.files import read_json
+from .prepare import PreparerFactory
+
+logger = logging.getLogger(__name__)
+
+SERVER_SPLITS = {"vqav2": "test-dev", "vizwiz": "test"}
+"""Benchmarks whose number in the paper is a server's: the ground truth of the split is not public, val's is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One score file: a model on one benchmark.
+
+    Attributes:
+        benchmark: registered name.
+        score: on 0-100, unrounded.
+        run: how the answers were made (model, checkpoint digest, prompt protocol, decoding, package versions, ...), as
+            the file has it.
+        path: the file.
+    """
+
+    benchmark: str
+    metric: str
+    score: float
+    split: str
+    total: int
+    answered: int
+    fallback: int
+    run: dict[str, Any]
+    path: Path
+
+    @property
+    def column(self) -> str:
+        """The paper's name of the benchmark; its own where the paper doesn't have it."""
+        return COLUMNS.get(self.benchmark, self.benchmark)
+
+    @property
+    def missing(self) -> int:
+        """Questions without an answer; they counted as wrong."""
+        return self.total - self.answered
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether the score is a val score where the paper has a server's test score."""
+        return self.benchmark in SERVER_SPLITS and self.split.startswith("val")
+
+    @property
+    def official_totals(self) -> tuple[int, ...]:
+        """Numbers of questions that releases of this benchmark have; empty where that is not known."""
+        if self.benchmark not in PreparerFactory:
+            return ()
+        preparer = PreparerFactory(self.benchmark)
+        return preparer.files(self.split)[0].rows if self.split in preparer.splits else ()
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the questions are not the official ones, to judge by their number: a part of them, or others."""
+        return bool(self.official_totals) and self.total not in self.official_totals
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What sets the score apart: "val", "missing", "own data"."""
+        found = {"val": self.stand_in, "missing": self.missing > 0, "own data": self.own_data}
+        return tuple(name for name, is_so in found.items() if is_so)
+
+
+@dataclass
+class Row:
+    """A model's line of the table.
+
+    Attributes:
+        label: the model.
+        scores: column -> unrounded score.
+        results: column -> its file, empty for a row of the paper.
+        averages: printed averages of a row of the paper (they were taken before rounding).
+    """
+
+    label: str
+    scores: dict[str, float] = field(default_factory=dict)
+    results: dict[str, Result] = field(default_factory=dict)
+    averages: dict[str, float | None] | None = None
+
+    def comparable(self, include_val: bool) -> dict[str, float]:
+        """The scores that may enter an average: those on the paper's splits, or all of them."""
+        stand_ins = {column for column, result in self.results.items() if result.stand_in and not include_val}
+        return {column: score for column, score in self.scores.items() if column not in stand_ins}
+
+    def average(self, name: str, include_val: bool) -> Average:
+        """Avg7 or Avg10 over unrounded scores, with what it lacks."""
+        columns = AVERAGES[name]
+        scores = self.comparable(include_val)
+        lacking = [column for column in columns if column not in scores]
+        if self.averages is not None:
+            return Average(self.averages.get(name), tuple(lacking), len(columns), ())
+        used = [self.results[column] for column in columns if column not in lacking]
+        marks = dict.fromkeys(mark for result in used for mark in result.marks)
+        value = None if lacking else sum(self.scores[column] for column in columns) / len(columns)
+        return Average(value, tuple(lacking), len(columns), tuple(marks))
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over columns, or how many of them there are: half an average is not a number to compare.
+
+    Attributes:
+        value: None if a column is lacking.
+        lacking: these columns.
+        wanted: number of columns of the average.
+        marks: of the scores that went in.
+    """
+
+    value: float | None
+    lacking: tuple[str, ...]
+    wanted: int
+    marks: tuple[str, ...]
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def read_results(sources: Sequence[str]) -> list[Row]:
+    """Score files as rows of a table, models and columns in the order in which they come.
+
+    Args:
+        sources: score files or folders of them, each optionally as ``LABEL=PATH``. Without a label a model is called
+            what its run says, else by its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no score in it.
+        ValueError: a file is malformed, or two files have the same model, benchmark and split.
+    """
+    rows: dict[str, Row] = {}
+    for source in sources:
+        label, path = _labelled(source)
+        for result in _results_of(path):
+            _add(rows, label or _model_name(result), result)
+    for row in rows.values():
+        row.results = dict(sorted(row.results.items(), key=lambda item: _place(item[0])))
+    return list(rows.values())
+
+
+def _place(column: str) -> tuple[int, str]:
+    order = list(COLUMNS.values())
+    return (order.index(column) if column in order else len(order), column)
+
+
+def _labelled(source: str) -> tuple[str | None, Path]:
+    if not Path(source).exists() and "=" in source:
+        label, _, source = source.partition("=")
+        return label.strip() or None, Path(source)
+    return None, Path(source)
+
+
+def _results_of(path: Path) -> list[Result]:
+    if path.is_dir():
+        candidates = sorted(path.glob("*.json")) or sorted(path.glob("*/*.json"))
+    elif path.is_file():
+        candidates = [path]
+    else:
+        raise FileNotFoundError(
+            f"There is no score file or folder {path}; make one with tinyllava_switchkd.eval.score."
+        )
+    results = []
+    for candidate in candidates:
+        document = read_json(candidate, object, what="score file")
+        if isinstance(document, dict) and {"benchmark", "score"} <= document.keys():
+            if document["score"] is None:
+                logger.warning("%s has no score: %s's ground truth is with the server.", candidate, document["split"])
+            else:
+                results.append(_result(document, candidate))
+        elif candidate == path:
+            raise ValueError(f"{path} is not a score file: it has no 'benchmark' and 'score'.")
+    if not results and path.is_dir():
+        raise FileNotFoundError(f"There is no score file in {path}; tinyllava_switchkd.eval.score makes them.")
+    return results
+
+
+def _result(document: dict[str, Any], path: Path) -> Result:
+    score = document["score"]
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
+        raise ValueError(f"{path}: the score is {score!r}, not a number on 0-100.")
+    counts = {}
+    for key, default in (("total", 0), ("answered", None), ("fallback", 0)):
+        value = document.get(key, counts.get("total") if default is None else default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{path}: {key!r} is {value!r}, not a count.")
+        counts[key] = value
+    run = document.get("run") or {}
+    if not isinstance(run, dict):
+        raise ValueError(f"{path}: 'run' is a JSON {type(run).__name__}, not an object.")
+    return Result(
+        benchmark=str(document["benchmark"]),
+        metric=str(document.get("metric", "")),
+        score=float(score),
+        split=str(document.get("split", "")),
+        run=run,
+        path=path,
+        **counts,
+    )
+
+
+def _model_name(result: Result) -> str:
+    name = next((result.run[key] for key in ("model_name", "model_id", "model") if result.run.get(key)), None)
+    return str(name).rstrip("/").rsplit("/", 1)[-1] if name else result.path.resolve().parent.name
+
+
+def _add(rows: dict[str, Row], label: str, result: Result) -> None:
+    row = rows.setdefault(label, Row(label))
+    known = row.results.get(result.column)
+    if known is not None and known.stand_in == result.stand_in:
+        raise ValueError(
+            f"{known.path} and {result.path} are both {label}'s score on {result.benchmark} ({result.split}); give one "
+            f"of them, or label the models: LABEL=PATH."
+        )
+    if known is None or known.stand_in:  # a test score takes the place of its stand-in
+        row.scores[result.column] = result.score
+        row.results[result.column] = result
+
+
+def paper_rows() -> list[Row]:
+    """Table 1 of the paper, with the averages as printed."""
+    return [
+        Row(
+            f"{entry['method']} ({entry['llm']})",
+            scores=dict(entry["scores"]),
+            averages={name: entry[name] for name in AVERAGES},
+        )
+        for entry in paper_tables()["table1"]
+    ]
+
+
+def different_checkpoints(row: Row) -> list[str]:
+    """Digests of the checkpoints behind a row, if there is more than one: then it is not one model's row."""
+    digests: dict[str, None] = {}
+    for result in row.results.values():
+        digest = next((result.run[key] for key in result.run if "digest" in key and result.run[key]), None)
+        if digest:
+            digests.setdefault(str(digest))
+    return list(digests) if len(digests) > 1 else []
