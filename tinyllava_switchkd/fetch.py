@@ -8,6 +8,7 @@ then moved), and work that was interrupted continues where it stopped.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -72,6 +73,18 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
     with atomic_file(path) as file:
         for row in rows:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def image_problem(image: bytes | Path) -> str | None:
+    """Why an image, or the bytes of one, doesn't decode; None if it does."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return _first_line(error)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ downloads

@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
-from ..fetch import SourceError, download, extract, open_hub_dataset, write_bytes
+from ..fetch import SourceError, download, extract, image_problem, open_hub_dataset, write_bytes
 from .records import images_of, scan
 
 logger = logging.getLogger(__name__)
@@ -194,12 +193,8 @@ def bad_images(paths: Sequence[Path], workers: int) -> list[tuple[Path, str]]:
 def _problem(path: Path) -> str | None:
     if not path.is_file():
         return "missing"
-    try:
-        with Image.open(path) as image:
-            image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"doesn't decode: {(str(error) or type(error).__name__).splitlines()[0]}"
-    return None
+    problem = image_problem(path)
+    return f"doesn't decode: {problem}" if problem else None
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

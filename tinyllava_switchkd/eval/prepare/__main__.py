@@ -37,12 +37,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--download-dir", type=Path, help="where the authors' archives are kept (EVAL_DIR/.downloads); delete it after"
     )
-    parser.add_argument(
-        "--multi-image",
-        choices=("first", "skip"),
-        default="first",
-        help="MMMU questions with several images: show the first, or none as TinyLLaVA does (%(default)s)",
-    )
     parser.add_argument("--any-count", action="store_true", help="accept row counts that are not the official ones")
     parser.add_argument("--force", action="store_true", help="build again although the folder is complete")
     return parser.parse_args(argv)
@@ -102,7 +96,6 @@ def _prepare(preparer: Preparer, arguments: argparse.Namespace) -> bool:
             repos=(arguments.repo_id,) if arguments.repo_id else preparer.repos,
             downloads=arguments.download_dir or arguments.eval_dir / ".downloads",
             revision=arguments.revision,
-            multi_image=arguments.multi_image,
         )
         logger.info("%s (%s): building from %s.", preparer.title, split, source)
         try:

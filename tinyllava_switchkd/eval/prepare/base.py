@@ -6,7 +6,6 @@ layout. Everything shared (hub or archive access, image writing, checking) is he
 
 from __future__ import annotations
 
-import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from ...fetch import (
     HubDataset,
     SourceError,
     download,
+    image_problem,
     open_hub_dataset,
     parquet_rows,
     write_bytes,
@@ -64,7 +64,6 @@ class Job:
     repos: tuple[str, ...]
     downloads: Path
     revision: str | None = None
-    multi_image: str = "first"
     undecodable: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     _dataset: HubDataset | None = None
@@ -111,23 +110,11 @@ class Job:
         if path in self.undecodable or target.is_file():
             return
         data = (cell or {}).get("bytes")
-        problem = "no image data" if not data else decoding_problem(data)
+        problem = "no image data" if not data else image_problem(data)
         if problem:
             self.undecodable[path] = problem
         else:
             write_bytes(target, data)
-
-
-def decoding_problem(data: bytes) -> str | None:
-    """Why these bytes are not an image; None if they are one."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).splitlines()[0]
-    return None
 
 
 class Preparer(ABC):

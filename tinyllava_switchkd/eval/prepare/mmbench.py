@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...fetch import atomic_file
+from ...fetch import atomic_file, image_problem
 from ..benchmarks.files import read_tsv
 from .base import (
     ExpectedFile,
     Job,
     Preparer,
-    decoding_problem,
     register_preparer,
 )
 
@@ -69,7 +68,7 @@ class MMBench(Preparer):
             for row in job.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
                 index = int(row["index"])
                 data = row["image"]["bytes"]
-                if problem := decoding_problem(data):
+                if problem := image_problem(data):
                     job.undecodable[f"{self.file_name}, index {index}"] = problem
                 line = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
                 for position, letter in enumerate(OPTIONS):

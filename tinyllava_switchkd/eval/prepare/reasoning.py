@@ -186,8 +186,8 @@ def scienceqa_sample(pid: str, problem: dict[str, Any]) -> dict[str, Any]:
 class Mmmu(Preparer):
     """The validation split: 900 questions of 30 subjects.
 
-    A question with several images gets the first one (the authors' LLaVA code, MMMU #9); with ``multi_image="skip"`` it
-    gets none, as in TinyLLaVA's file, whose evaluation then guesses.
+    A question with several images gets the first one, as in the authors' code for LLaVA (MMMU #9). TinyLLaVA's file has
+    none for those, and its evaluation guesses.
     """
 
     name = "mmmu"
@@ -204,18 +204,13 @@ class Mmmu(Preparer):
 
     def from_hf(self, job: Job) -> None:
         samples, answers = [], {}
-        columns = ("id", "question", "options", "answer", "question_type", "image_1", "image_2")
+        columns = ("id", "question", "options", "answer", "question_type", "image_1")
         for row in job.rows("validation", "*", columns):
             name = f"{row['id']}_1.png"
-            several = bool(row["image_2"])
             job.write_image(f"all_images/{name}", row["image_1"])
-            sample = mmmu_sample(row) | {"img_path": name}
-            if not several or job.multi_image == "first":
-                sample["image"] = name
-            samples.append(sample)
+            samples.append(mmmu_sample(row) | {"image": name, "img_path": name})
             kind = "multiple-choice" if row["question_type"] == "multiple-choice" else "short-answer"
             answers[row["id"]] = {"question_type": kind, "ground_truth": _listed(row["answer"])}
-        job.provenance["multi_image"] = job.multi_image
         write_json(job.root / "eval" / "answer_dict_val.json", answers, indent=1)
         write_json(job.root / "anns_for_eval.json", samples, indent=1)
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Evaluation data in LLaVA's layout: bash scripts/data/prepare_eval.sh [BENCH ...|all] [options of ...eval.prepare]
+#
+#   EVAL_DIR    where it goes (playground/data/eval)
+#   PYTHON      the interpreter
+#   HF_ENDPOINT a mirror of the Hugging Face hub
+#
+# BENCH: mme mmbench mmbench_cn vqav2 gqa scienceqa mmmu textvqa vizwiz pope; all of them by default.
+# Interrupted? Run it again. Only list what is there and what is missing: --check.
+set -euo pipefail
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+case "${1:-}" in
+    "" | -*) set -- all "$@" ;;
+esac
+exec "$PYTHON" -m tinyllava_switchkd.eval.prepare "$@" --eval-dir "${EVAL_DIR:-$REPO/playground/data/eval}"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# LLaVA-Mix-665K for fine-tuning: bash scripts/data/prepare_finetune.sh [options of tinyllava_switchkd.data.download]
+#
+#   DATA_DIR    root of the data (playground/data): text_files/llava_v1_5_mix665k.json, coco/, gqa/, ocr_vqa/, textvqa/, vg/
+#   PYTHON      the interpreter
+#   HF_ENDPOINT a mirror of the Hugging Face hub
+#
+# About 75 GB are downloaded; an archive is deleted when all its images are unpacked (--keep-archives keeps it).
+# Interrupted? Run it again. One part at a time: --only coco. Only verify: --check.
+set -euo pipefail
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m tinyllava_switchkd.data.download finetune --data-dir "${DATA_DIR:-$REPO/playground/data}" "$@"
