@@ -1,0 +1,102 @@
+"""What the measurements share: a description of the machine, and a section of their own in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+HEADING = """# Benchmarks
+
+Each section is written by the command that it names, between markers; run the command again and its section is
+replaced. Read the ratios, which are measured side by side in one run: absolute times are those of one machine.
+"""
+
+Table = tuple[Sequence[str], Sequence[Sequence[object]]]
+
+
+def machine() -> str:
+    """Processor, threads, accelerator and versions, in one line."""
+    parts = [f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})")
+    parts.append(f"Python {platform.python_version()}")
+    for package in ("torch", "transformers"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "; ".join(parts)
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def command() -> str:
+    """The command line that is running, by the script's path in the repository."""
+    script = Path(sys.argv[0]).resolve()
+    module = script.relative_to(ROOT).with_suffix("") if script.is_relative_to(ROOT) else script.with_suffix("")
+    return " ".join(["python -m", ".".join(module.parts), *sys.argv[1:]])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, padded so that it reads well as text; the first column is left-aligned, the others right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    rule = [
+        f"{'-' * (width - 1)}{'-' if column == 0 else ':'}" for column, width in enumerate(map(_at_least_2, widths))
+    ]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, map(_at_least_2, widths), strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def _at_least_2(width: int) -> int:
+    return max(width, 2)
+
+
+def write_section(
+    key: str, title: str, tables: Sequence[Table], machine: str, note: str = "", document: Path = DOCUMENT
+) -> None:
+    """Print tables, and put them into the document in place of the section of the same key.
+
+    Args:
+        key: names the section's markers.
+        title: its heading.
+        tables: header and rows of each.
+        machine: from `machine()`.
+        note: what the figures were measured on, one or more sentences.
+        document: a Markdown file; made if it is not there.
+    """
+    parts = [f"## {title}", *([note] if note else []), *(markdown(*table) for table in tables)]
+    parts.append(f"{machine}. Made by `{command()}`.")
+    section = "\n\n".join(parts)
+    print(section)
+    begin, end = f"<!-- begin: {key} -->", f"<!-- end: {key} -->"
+    text = document.read_text(encoding="utf-8") if document.is_file() else HEADING
+    block = f"{begin}\n{section}\n{end}"
+    if begin in text and end in text:
+        head, tail = text[: text.index(begin)], text[text.index(end) + len(end) :]
+        text = head + block + tail
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n"
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(text, encoding="utf-8")
