@@ -68,7 +68,8 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # A plain sum would give seed 1 in epoch 0 the order of seed 0 in epoch 1.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         groups = [torch.arange(len(self.lengths))]
         if self.group_by_modality:
             groups = [group for sign in (1, -1) if len(group := (self.lengths.sign() == sign).nonzero().flatten())]
