@@ -25,7 +25,7 @@ from .files import require
 ANNOTATORS = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBER_WITH_COMMA = re.compile(r"\d,+\d")
+_NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 # The official pattern means "a period between digits stays", but its look-behind is mistyped; what it matches is this.
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_AT_MOST = 32  # the official call passes re.UNICODE (= 32) where `count` belongs
@@ -165,7 +165,7 @@ def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str]
             before a further suffix) is given the submission form instead of the raw text.
     """
     row: dict[str, Any] = {"question_id": question_id, "text": None if answer is None else answer.text}
-    row["truth"] = max(set(annotators), key=annotators.count)
+    row["truth"] = max(annotators, key=annotators.count)
     for name, scorer in scorers.items():
         if answer is None:
             row[name] = 0.0
