@@ -124,6 +124,17 @@ def test_constant_infinite_and_extreme_logits_are_defined(name):
     assert student.grad[3, 5] == 0  # an infinite logit learns nothing
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("vocab", [64, 5000])
+def test_a_broken_model_is_seen(name, vocab):
+    """NaN anywhere in a token's logits makes its loss NaN, and no other's."""
+    student, teacher = random_logits(tokens=4, vocab=vocab)
+    student[1, 7] = torch.nan
+    teacher[2, vocab - 1] = torch.nan
+    values = LossFactory(name)()(student, teacher)
+    assert torch.isnan(values).tolist() == [False, True, True, False]
+
+
 def test_products_and_logarithms_agree_where_both_work(monkeypatch):
     student, teacher = random_logits(vocab=300, scale=80.0)
     by_products = LossFactory("dbild")(temperature=1.0)(student, teacher)

@@ -22,6 +22,9 @@ FULL_SORT_BELOW = 4096
 BINS = 4096
 """Bins of the histogram. More bins leave fewer logits to sort and cost more to scan."""
 
+BLOCK_ELEMENTS = (2**27, 2**20)
+"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 12 MiB of buffers)."""
+
 
 class Order(NamedTuple):
     """The largest logits of every token, in descending order; equal logits stay in vocabulary order.
@@ -41,7 +44,8 @@ def finite(logits: Tensor) -> Tensor:
     """Logits with infinities replaced by the row's largest or smallest finite value (zeros in a row that has none).
 
     A logit of minus infinity marks a token that can't occur; as the row's smallest value it takes part in no pair that
-    matters, and neither the knee nor a gradient becomes undefined. NaN stays NaN, so that a broken model is seen.
+    matters, and neither the knee nor a gradient becomes undefined. A NaN makes its whole row NaN: a broken model is
+    seen.
     """
     values = logits.detach()
     low, high = _extremes(values)
@@ -51,7 +55,8 @@ def finite(logits: Tensor) -> Tensor:
     low = values.masked_fill(infinite, torch.inf).amin(-1, keepdim=True)
     high = values.masked_fill(infinite, -torch.inf).amax(-1, keepdim=True)
     low, high = (bound.masked_fill(torch.isinf(bound), 0.0) for bound in (low, high))
-    return torch.where(infinite, torch.where(values > 0, high, low), logits)
+    logits = torch.where(infinite, torch.where(values > 0, high, low), logits)
+    return logits.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
 
 
 @torch.no_grad()
@@ -71,7 +76,7 @@ def knee(logits: Tensor) -> Tensor:
         ValueError: `logits` is not a matrix, or the vocabulary has fewer than 2 entries.
     """
     _check(logits)
-    return _knee(_widen(finite(logits.detach())))[0]
+    return _knee(_comparable(finite(logits.detach())))[0]
 
 
 @torch.no_grad()
@@ -83,7 +88,7 @@ def leading(logits: Tensor, k: int | None = None) -> Order:
         k: a fixed number for every token (BiLD's 8), or None for each token's knee.
     """
     _check(logits)
-    z = _widen(logits.detach())
+    z = _comparable(logits.detach())
     tokens, vocab = z.shape
     if k is None:
         counts, threshold = _knee(z)
@@ -116,35 +121,46 @@ def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
 
 
-def _widen(logits: Tensor) -> Tensor:
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+def _comparable(logits: Tensor) -> Tensor:
+    """In a dtype to compare in; rows of NaN, whose order means nothing, become constant."""
+    z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    broken = z[:, :1].isnan()
+    return z.masked_fill(broken, 0.0) if bool(broken.any()) else z
 
 
 def _knee(z: Tensor) -> tuple[Tensor, Tensor]:
     """k [tokens] and the value of the k-th largest logit [tokens]."""
-    if z.shape[0] == 0:
+    tokens, vocab = z.shape
+    if tokens == 0:
         return z.new_zeros(0, dtype=torch.long), z.new_zeros(0)
     low, high = _extremes(z)
-    if z.shape[1] < FULL_SORT_BELOW:
+    if vocab < FULL_SORT_BELOW:
         values = z.sort(dim=-1, descending=True).values
-        ranks = torch.arange(1, z.shape[1] + 1, device=z.device).expand_as(values)
-    else:
-        values, ranks = _candidates(z, low, high)
-    height = _height(values, ranks, low, high, z.shape[1])
-    best = height.argmax(dim=-1, keepdim=True)
-    k = ranks.gather(1, best).squeeze(1).clamp_(min=2)
-    threshold = values.gather(1, best)
-    constant = ~(high > low)
-    return k.masked_fill_(constant.squeeze(1), 2), torch.where(constant, high, threshold).squeeze(1)
+        ranks = torch.arange(1, vocab + 1, device=z.device).expand_as(values)
+        return _highest(values, ranks, low, high, vocab)
+    # Blocks of tokens keep the work in buffers that are allocated once; fresh memory costs more than the arithmetic.
+    block = min(tokens, max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // vocab))
+    buffers = (torch.empty_like(z[:block]), torch.empty(block, vocab, dtype=torch.long, device=z.device))
+    found = []
+    for rows in torch.arange(tokens).split(block):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        values, ranks = _candidates(z[part], low[part], high[part], *(buffer[: len(rows)] for buffer in buffers))
+        found.append(_highest(values, ranks, low[part], high[part], vocab))
+    k, threshold = zip(*found, strict=True)
+    return torch.cat(k), torch.cat(threshold)
 
 
-def _height(values: Tensor, ranks: Tensor, low: Tensor, high: Tensor, vocab: int) -> Tensor:
-    """(1 - x) - y of Eq. 9 in float64; minus infinity at padding (rank 0)."""
+def _highest(values: Tensor, ranks: Tensor, low: Tensor, high: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Rank and value where (1 - x) - y of Eq. 9 is highest, in float64; entries of rank 0 are padding."""
     y = (values.double() - low.double()) / (high.double() - low.double())
-    return ((1 - ranks.double() / vocab) - y).masked_fill_(ranks == 0, -torch.inf)
+    height = ((1 - ranks.double() / vocab) - y).masked_fill_(ranks == 0, -torch.inf)
+    best = height.argmax(dim=-1, keepdim=True)
+    constant = ~(high > low)
+    k = ranks.gather(1, best).clamp_(min=2).masked_fill_(constant, 2)
+    return k.squeeze(1), torch.where(constant, high, values.gather(1, best)).squeeze(1)
 
 
-def _candidates(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _candidates(z: Tensor, low: Tensor, high: Tensor, work: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     """Logits that can be the knee, in descending order, with their ranks among all; padding has rank 0.
 
     Bin b (0 holds the largest logits) begins after `above_b` larger logits, so its largest logit has rank
@@ -152,9 +168,9 @@ def _candidates(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     (b + 1) / BINS - (above_b + 1) / N. Bins whose upper bound stays below the best lower bound can't hold the knee.
     """
     tokens, vocab = z.shape
-    scale = BINS / (high - low).clamp(min=torch.finfo(z.dtype).tiny)
-    # The binning is monotone in z whatever the rounding, so bins never mix the order.
-    bins = ((high - z) * scale).nan_to_num_(0.0).clamp_(max=BINS - 1).long()
+    # The binning is monotone in z whatever the rounding, so bins never mix the order. NaN goes to bin 0.
+    scale = BINS / (high - low).clamp(min=1e-30)
+    bins.copy_(torch.sub(high, z, out=work).mul_(scale).nan_to_num_(0.0).clamp_(max=BINS - 1))
     counts = torch.zeros(tokens, BINS, dtype=torch.long, device=z.device)
     counts.scatter_add_(1, bins, torch.ones((), dtype=torch.long, device=z.device).expand_as(bins))
     above = counts.cumsum(1) - counts
@@ -167,9 +183,8 @@ def _candidates(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     values, order = values.sort(dim=-1, descending=True)
     chosen_counts = counts * chosen
     shift = above - (chosen_counts.cumsum(1) - chosen_counts)
-    ranks = torch.arange(1, values.shape[1] + 1, device=z.device) + shift.gather(
-        1, bins.gather(1, indices.gather(1, order))
-    )
+    bin_of = bins.gather(1, indices.gather(1, order))
+    ranks = torch.arange(1, values.shape[1] + 1, device=z.device) + shift.gather(1, bin_of)
     return values, ranks.masked_fill_(values == -torch.inf, 0)
 
 

@@ -17,10 +17,13 @@ The file needs torch, `knee.py` beside it, and the project's `Registry` (two lin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.registry import Registry
+
 from .knee import Order, finite, leading
 
 LossFactory = Registry("distillation loss")
@@ -144,12 +147,8 @@ class LogitDifferenceKL(LogitLoss):
         student, teacher = _sides(student_logits, teacher_logits)
         teacher_order = teacher_order or leading(teacher, self.top_k)
         student_order = student_order or leading(student, self.top_k)
-        loss = 0.0
-        for order in (teacher_order, student_order):
-            led_student = student.gather(1, order.indices)
-            led_teacher = teacher.gather(1, order.indices)
-            loss = loss + pair_kl(led_student, led_teacher, order.mask, self.temperature, reverse=self.reverse)
-        return loss
+        orders = (teacher_order, student_order)
+        return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, top_k={self.top_k or 'knee'}"
@@ -193,29 +192,79 @@ class DBiLDReverseKL(_Knee):
     reverse = True
 
 
-def pair_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, *, reverse: bool = True) -> Tensor:
-    """KL between softmax(differences / tau) of two sides over all pairs m < n, in O(k).
+def logit_difference_kl(
+    student: Tensor, teacher: Tensor, orders: Sequence[Order], temperature: float, *, reverse: bool = True
+) -> Tensor:
+    """KL between softmax(differences / tau) of two sides over all pairs of each order, summed over the orders; O(k).
 
     Args:
-        student: [tokens, k] logits in leader order, padded on the right; receives the gradient.
-        teacher: [tokens, k] logits at the same indices.
-        mask: [tokens, k], true where an entry counts (at least two of each row).
+        student: [tokens, vocab] finite logits; receives the gradient.
+        teacher: [tokens, vocab].
+        orders: the leading logits, of one leader or of several.
         temperature: tau.
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
 
     Returns:
-        [tokens], in the students' dtype; computed in float64.
+        [tokens], in the student's dtype; computed in float64.
     """
-    dtype = student.dtype
-    a, b = student.double() / temperature, teacher.detach().double() / temperature
-    a, b = (torch.where(mask, side, side[:, :1]) for side in (a, b))  # padding must not widen a row's spread
-    if a.numel() == 0:
-        return student.sum(-1)
-    spread = max(float((side.amax(-1) - side.amin(-1)).max().detach()) for side in (a, b))
-    if spread <= LINEAR_RANGE:
-        return _PairKL.apply(a, b, mask, reverse).to(dtype)
-    q, p = (a, b) if reverse else (b, a)
-    return _pair_kl_in_logs(q, p, mask).to(dtype)
+    needs_gradient = student.requires_grad and torch.is_grad_enabled()
+    loss = student.new_zeros(len(student), dtype=torch.float64)
+    gradients = []
+    for order in orders:
+        led = (side.detach().gather(1, order.indices).double() / temperature for side in (student, teacher))
+        value, gradient = pair_kl(*led, order.mask, reverse=reverse, needs_gradient=needs_gradient)
+        loss += value
+        if needs_gradient:
+            gradients += [order.indices, gradient.div_(temperature).to(student.dtype)]
+    loss = loss.to(student.dtype)
+    return _WithGradient.apply(student, loss, *gradients) if needs_gradient else loss
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient was found along with it, at a few vocabulary entries of each token."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, loss: Tensor, *indices_and_gradients: Tensor) -> Tensor:
+        ctx.shape = student.shape
+        ctx.save_for_backward(*indices_and_gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        out = grad_loss.new_zeros(ctx.shape)
+        for indices, gradient in zip(saved[::2], saved[1::2], strict=True):
+            out.scatter_add_(1, indices, gradient * grad_loss[:, None])
+        return out, None, *(None for _ in saved)
+
+
+def pair_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, reverse: bool = True, needs_gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """KL over all pairs m < n of one order, and its gradient.
+
+    Args:
+        student: [tokens, k] float64 logits / tau in leader order, padded on the right.
+        teacher: [tokens, k] at the same indices.
+        mask: [tokens, k], true where an entry counts (at least two of each row).
+        reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
+        needs_gradient: whether to take the gradient.
+
+    Returns:
+        loss [tokens] and its gradient by `student` [tokens, k] (zero at padding).
+    """
+    if student.numel() == 0:
+        return student.sum(-1), student.clone()
+    student, teacher = (torch.where(mask, side, side[:, :1]) for side in (student, teacher))  # padding widens nothing
+    spread = torch.stack([(side.amax(-1) - side.amin(-1)).max() for side in (student, teacher)]).max()
+    if float(spread) <= LINEAR_RANGE:
+        return _pair_kl_by_products(student, teacher, mask, reverse, needs_gradient)
+    with torch.enable_grad():
+        leaf = student.detach().requires_grad_()
+        loss = _pair_kl_by_logarithms(*((leaf, teacher) if reverse else (teacher, leaf)), mask)
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0] if needs_gradient else None
+    return loss.detach(), gradient
 
 
 class _Marginals:
@@ -233,38 +282,29 @@ class _Marginals:
         self.columns = self.down * before / self.z
 
 
-class _PairKL(torch.autograd.Function):
-    """KL(q || p) over pairs with its closed-form gradient, taken in the forward pass: O(k) saved a token."""
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, mask: Tensor, reverse: bool) -> Tensor:
-        q, p = (student, teacher) if reverse else (teacher, student)
-        of_q, of_p = _Marginals(q, mask), _Marginals(p, mask)
-        delta = (q - p) * mask
-        flow = of_q.rows - of_q.columns
-        expected = (delta * flow).sum(-1)
-        loss = expected - of_q.log_z + of_p.log_z
-        if ctx.needs_input_grad[0]:
-            if reverse:
-                # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs
-                # in which m comes first, less those in which it comes second.
-                excess = expected[:, None]
-                gradient = of_q.rows * (delta - excess) + of_q.columns * (delta + excess)
-                gradient -= of_q.up * _after(of_q.down * delta) / of_q.z
-                gradient -= of_q.down * _before(of_q.up * delta) / of_q.z
-            else:
-                gradient = (of_p.rows - of_p.columns) - flow
-            ctx.save_for_backward(gradient.mul_(mask))
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss[:, None], None, None, None
+def _pair_kl_by_products(
+    student: Tensor, teacher: Tensor, mask: Tensor, reverse: bool, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    q, p = (student, teacher) if reverse else (teacher, student)
+    of_q, of_p = _Marginals(q, mask), _Marginals(p, mask)
+    delta = (q - p) * mask
+    flow = of_q.rows - of_q.columns
+    expected = (delta * flow).sum(-1)
+    loss = expected - of_q.log_z + of_p.log_z
+    if not needs_gradient:
+        return loss, None
+    if not reverse:
+        return loss, ((of_p.rows - of_p.columns) - flow).mul_(mask)
+    # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs in which m
+    # comes first, less those in which it comes second.
+    excess = expected[:, None]
+    gradient = of_q.rows * (delta - excess) + of_q.columns * (delta + excess)
+    gradient -= of_q.up * _after(of_q.down * delta) / of_q.z
+    gradient -= of_q.down * _before(of_q.up * delta) / of_q.z
+    return loss, gradient.mul_(mask)
 
 
-def _pair_kl_in_logs(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+def _pair_kl_by_logarithms(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
     """The same through logsumexp, differentiated by autograd: for logits too far apart for products of exponentials."""
     log_z_q, flow = _log_marginals(q, mask)
     log_z_p, _ = _log_marginals(p, mask)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.model.splice import Spliced, image_of_placeholder, splice
+
 from .chunked import PARTS, SupervisedTokens, TokenLoss
 from .losses import LogitLoss
 
