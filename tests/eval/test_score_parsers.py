@@ -324,4 +324,6 @@ def test_choice_none_is_an_option_where_the_table_has_it():
 
 def test_reader_prefers_the_longer_option_and_a_whole_option_to_a_letter_in_it():
     assert read_choice("it says no parking", {"A": "parking", "B": "no parking"}) == "B"
+    assert read_choice("it shows bananas", {"A": "NA", "B": "banana"}) == "B"
+    assert read_choice("a banana, final answer", {"A": "NA", "B": "banana"}) == "B"
     assert read_choice("Vitamin C", {"A": "Vitamin C", "B": "Vitamin D", "C": "Iron"}) == "A"

@@ -98,7 +98,9 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     if len(small) == 1:
         return small.pop()
     lowered = text.lower()
-    named = {letter: option for letter, option in plain.items() if option and option in lowered}
+    named = {letter: option for letter, option in plain.items() if option and _has_words(lowered, option)} or {
+        letter: option for letter, option in plain.items() if option and option in lowered
+    }
     # "no parking" names "no", too; the longer option is what was said.
     longest = [a for a in named if not any(named[a] in named[b] and named[a] != named[b] for b in named)]
     return longest[0] if len(longest) == 1 else None
@@ -106,6 +108,11 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
 
 def _plain(option: str) -> str:
     return unicodedata.normalize("NFKC", option).strip(_EDGES).lower()
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Whether the words are in the text and are not parts of longer (English) words."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])", text) is not None
 
 
 def _is_article(match: re.Match[str], text: str) -> bool:
