@@ -34,9 +34,9 @@ class LazySupervisedDataset(Dataset):
             lines of the same.
         tokenizer: the language model's tokenizer.
         data_args: the data arguments; read are ``conv_version``, ``image_folder``, ``image_processor``,
-            ``image_aspect_ratio``, ``image_backend`` and ``on_bad_image``: what becomes of an image that cannot be
-            read, "raise" (the default) or "skip", which keeps the sample and learns nothing from it. Skipping ends in
-            an error all the same once more than 1 % of the images are bad.
+            ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`) and ``on_bad_image``:
+            what becomes of an image that cannot be read, "raise" (the default) or "skip", which keeps the sample and
+            learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
 
         visit: see `Records`.
 
@@ -57,7 +57,9 @@ class LazySupervisedDataset(Dataset):
         self.records = Records(data_path, visit)
         self.tokenizer = tokenizer
         self.data_args = data_args
-        self.text_preprocess = TextPreprocess(tokenizer, data_args.conv_version)
+        self.text_preprocess = TextPreprocess(
+            tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None)
+        )
         self.on_bad_image = getattr(data_args, "on_bad_image", None) or "raise"
         if self.on_bad_image not in BAD_IMAGE_POLICIES:
             raise ValueError(

@@ -125,28 +125,22 @@ def scan(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     count = 0
     while True:
         character = text.skip_space()
-        if is_list and character == "]":
-            text.position += 1
-            character = text.skip_space()
-            if character:
-                raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte()}.")
-            return
-        if not character:
-            if is_list:
-                raise ValueError(f"{path} ends in the middle of its list, after record {count - 1}; it may be cut off.")
-            return
-        if is_list and count:
+        if character == ("]" if is_list else ""):
+            break
+        if is_list and count and character:
             if character != ",":
                 raise ValueError(
-                    f"{path}: a comma or the end of the list should follow record {count - 1} "
-                    f"at byte {text.byte()}, not {character!r}."
+                    f"{path}: a comma or the end of the list should follow record {count - 1} at byte {text.byte()}, "
+                    f"not {character!r}."
                 )
             text.position += 1
             character = text.skip_space()
+        if not character:
+            raise ValueError(f"{path} ends in the middle of its list, after {count} records; it may be cut off.")
         if character != "{":
             raise ValueError(
-                f"{path}: record {count}, at byte {text.byte()}, is no object but begins "
-                f"with {character!r}; a LLaVA JSON is a list of objects."
+                f"{path}: record {count}, at byte {text.byte()}, is no object but begins with {character!r}; "
+                f"a LLaVA JSON is a list of objects."
             )
         start = text.byte()
         while True:
@@ -162,6 +156,9 @@ def scan(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         text.position = end
         yield start, text.byte(), record
         count += 1
+    text.position += 1
+    if is_list and text.skip_space():
+        raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte()}.")
 
 
 class _Text:

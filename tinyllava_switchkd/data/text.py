@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -23,11 +23,13 @@ class TextPreprocess:
     Args:
         tokenizer: the language model's tokenizer.
         version: name of a conversation template, see `TemplateFactory`.
+        eos_token_ids: the ids that generation stops at, the tokenizer's eos if None; see `check_template`.
     """
 
-    def __init__(self, tokenizer: Any, version: str) -> None:
+    def __init__(self, tokenizer: Any, version: str, eos_token_ids: int | Collection[int] | None = None) -> None:
         self.tokenizer = tokenizer
         self.version = version
+        self.eos_token_ids = eos_token_ids
         self.template = TemplateFactory(version)()
         self._checked = False
         # A third party's template may have v1's encode(messages, tokenizer, mode).
@@ -51,7 +53,7 @@ class TextPreprocess:
                 the conversation does not fit the template.
         """
         if mode == "train" and not self._checked:
-            check_template(self.tokenizer, self.version)
+            check_template(self.tokenizer, self.version, self.eos_token_ids)
             self._checked = True
         if self._counts_images:
             return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)

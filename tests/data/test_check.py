@@ -1,0 +1,172 @@
+"""The look at a data file, by function, by command, and before training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.data.conftest import RECORDS, data_args, write
+from tests.data.tokenizers import FIXTURES, qwen2
+from tinyllava_switchkd.data import (
+    DataCollatorForSupervisedDataset,
+    LazySupervisedDataset,
+    check_data,
+    check_supervision,
+    make_supervised_data_module,
+)
+from tinyllava_switchkd.data.check import main
+
+
+def talk(*texts):
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
+def test_good_data(folder):
+    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), num_image_tokens=15, decode=True)
+    assert report.ok
+    assert not report.warnings
+    assert report.counts["samples"] == 3
+    assert report.counts["of them text-only"] == 1
+    assert report.counts["images named"] == 3
+    assert report.counts["different images"] == 2
+    assert report.counts["samples encoded"] == 3
+    assert report.counts["of them cut"] == 0
+    assert "ready" in str(report)
+    report.raise_problems("data.json")
+
+
+def test_every_kind_of_problem_is_found(folder):
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-100])
+    records = [
+        *RECORDS,
+        {"id": "gone", "image": "a/gone.png", "conversations": talk("<image>", "x")},
+        {"id": "order", "conversations": talk("a", "b")[::-1] + talk("a")},
+        {"id": "place", "image": "a/red.png", "conversations": talk("no place", "x")},
+        {"id": "literal", "conversations": talk("<image> is a tag", "yes")},
+        {"id": "eos", "conversations": talk("a", "b<|endoftext|>c")},
+    ]
+    report = check_data(write(folder, records), str(folder), decode=True)
+    problems = {kind: (cases.count, cases.examples[0]) for kind, cases in report.problems.items()}
+    assert problems["image(s) that do not exist"] == (1, str(folder / "a" / "gone.png"))
+    assert problems["image(s) that cannot be read"][0] == 1
+    count, example = problems["sample(s) that cannot be encoded"]
+    assert count == 2
+    assert example.startswith("sample 4 (id 'order')")
+    assert len(problems) == 3
+    warnings = {kind: cases.examples for kind, cases in report.warnings.items()}
+    assert ["sample 6 (id 'literal')"] in warnings.values()
+    assert ["sample 7 (id 'eos')"] in warnings.values()
+    with pytest.raises(ValueError, match=r"data\.json cannot be trained on. It has 2 sample\(s\).*gone\.png"):
+        report.raise_problems("data.json")
+
+
+def test_many_files_of_a_folder(folder):
+    names = [f"many/{index}.png" for index in range(100)]
+    (folder / "many").mkdir()
+    for name in names[5:]:
+        (folder / name).touch()
+    path = write(folder, [{"id": name, "image": name, "conversations": talk("<image>", "x")} for name in names])
+    for root, missing in ((folder, 5), (folder / "a", 100)):
+        cases = check_data(path, str(root)).problems["image(s) that do not exist"]
+        assert cases.count == missing
+        assert len(cases.examples) == min(10, missing)
+
+
+def test_unreadable_file_is_a_problem_and_a_misfit_too(folder):
+    assert "holds no record" in str(check_data(write(folder, [])))
+    (folder / "data.json").write_text("[")
+    report = check_data(folder / "data.json")
+    assert "cut off" in str(report)
+    assert not report.ok
+    write(folder, RECORDS)
+    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), conv_version="llama")
+    assert list(report.problems) == ["template that does not fit"]
+    with pytest.raises(ValueError, match="Unknown conversation template"):
+        check_data(folder / "data.json", conv_version="unknown")
+
+
+def test_cut_answers_are_counted(folder):
+    report = check_data(
+        folder / "data.json", str(folder), tokenizer=qwen2(), num_image_tokens=500, model_max_length=300
+    )
+    assert report.ok
+    assert report.counts["of them cut"] == 2
+    assert [cases.count for cases in report.warnings.values()] == [2]
+
+
+def test_command(folder, capsys):
+    arguments = [str(folder / "data.json"), "--image-folder", str(folder)]
+    tokenizer = str(FIXTURES / "tokenizers" / "qwen2-tiny")
+    assert main([*arguments, "--tokenizer", tokenizer, "--decode"]) == 0
+    assert "The data is ready." in capsys.readouterr().out
+    assert main([*arguments, "--conv-version", "nothing"]) == 1
+    assert "Unknown conversation template" in capsys.readouterr().err
+    assert main([str(folder / "nowhere.json")]) == 1
+    assert "nowhere.json" in capsys.readouterr().out
+
+
+def test_command_as_a_command(folder):
+    (folder / "b.jpg").unlink()
+    command = [sys.executable, "-m", "tinyllava_switchkd.data.check", str(folder / "data.json")]
+    done = subprocess.run([*command, "--image-folder", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert str(folder / "b.jpg") in done.stdout
+    assert "Warning" not in done.stderr
+
+
+class TestModule:
+    def test_what_a_trainer_gets(self, folder):
+        module = make_supervised_data_module(qwen2(), data_args(folder))
+        assert set(module) == {"train_dataset", "eval_dataset", "data_collator"}
+        assert module["eval_dataset"] is None
+        data, collator = module["train_dataset"], module["data_collator"]
+        batch = collator([data[index] for index in range(3)])
+        assert batch["images"].shape == (3, 3, 56, 56)
+        assert collator([data[1]])["images"].shape == (1, 3, 56, 56)
+        assert collator.num_image_tokens == 15
+        module = make_supervised_data_module(qwen2(), data_args(folder, is_multimodal=False))
+        assert "images" not in module["data_collator"]([data[1]])
+
+    def test_refusals(self, folder, monkeypatch):
+        with pytest.raises(ValueError, match="'gemma' does not fit"):
+            make_supervised_data_module(qwen2(), data_args(folder, conv_version="gemma"))
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            make_supervised_data_module(qwen2(), data_args(folder, data_path="nowhere.json"))
+        (folder / "b.jpg").unlink()
+        with pytest.raises(ValueError, match=r"1 image\(s\) that do not exist: .*b\.jpg"):
+            make_supervised_data_module(qwen2(), data_args(folder))
+        monkeypatch.setenv("RANK", "1")  # the main process looks
+        make_supervised_data_module(qwen2(), data_args(folder))
+
+    def test_missing_images_that_are_to_be_skipped(self, folder, caplog):
+        (folder / "b.jpg").unlink()
+        make_supervised_data_module(qwen2(), data_args(folder, on_bad_image="skip"))
+        assert "b.jpg" in caplog.text
+
+    def test_eos_that_generation_stops_at(self, folder):
+        args = data_args(folder, conv_version="qwen2_instruct", eos_token_ids=[1202])
+        make_supervised_data_module(qwen2(), args)
+
+    def test_too_short_a_model(self, folder):
+        with pytest.raises(ValueError, match=r"2 of 3 samples.*200 tokens, 728 of which.*raise model_max_length"):
+            tokenizer = qwen2()
+            tokenizer.model_max_length = 200
+            make_supervised_data_module(tokenizer, data_args(folder, num_image_tokens=728))
+
+    def test_a_few_lost_answers_are_reported(self, folder, caplog):
+        records = [{"id": index, "conversations": talk("a", "b")} for index in range(30)]
+        records[7]["conversations"][0]["value"] = "a " * 300
+        write(folder, records)
+        data = LazySupervisedDataset(str(folder / "data.json"), qwen2(), data_args(folder))
+        collator = DataCollatorForSupervisedDataset(qwen2(), model_max_length=200)
+        assert check_supervision(data, collator) == pytest.approx(1 / 30)
+        assert "1 of 30 samples" in caplog.text
+        assert collator.counts.sum() == 0
+
+
+def test_json_lines(folder):
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    assert check_data(folder / "data.jsonl", str(folder)).counts["samples"] == 3
+    Image.new("RGB", (4, 4)).save(folder / "b.jpg")

@@ -1,0 +1,127 @@
+"""The data set: samples, what their images do, and errors that name the sample."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tests.data.conftest import RECORDS, data_args, write
+from tests.data.tokenizers import qwen2
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data import (
+    DataCollatorForSupervisedDataset,
+    ImagePreprocess,
+    LazySupervisedDataset,
+    TextPreprocess,
+)
+
+
+def dataset(folder, **kwargs):
+    args = data_args(folder, **kwargs)
+    return LazySupervisedDataset(args.data_path, qwen2(), args)
+
+
+def test_samples(folder):
+    data = dataset(folder)
+    assert len(data) == 3
+    text, image = TextPreprocess(qwen2(), "phi"), ImagePreprocess(data_args(folder).image_processor)
+    for index, names in enumerate([["a/red.png"], [], ["a/red.png", "b.jpg"]]):
+        expected = text(RECORDS[index]["conversations"], num_images=len(names))
+        assert torch.equal(data[index]["input_ids"], expected["input_ids"])
+        assert torch.equal(data[index]["labels"], expected["labels"])
+        assert int((data[index]["input_ids"] == IMAGE_TOKEN_INDEX).sum()) == len(names)
+        if names:
+            assert torch.equal(data[index]["images"], torch.stack([image(Image.open(folder / n)) for n in names]))
+        else:
+            assert "images" not in data[index]
+        assert torch.equal(data.encode(index)["labels"], expected["labels"])
+
+
+def test_lengths_are_v1s(folder):
+    data = dataset(folder)
+    words = [4, 12, 5]
+    assert data.lengths == [words[0] + 128, words[1], words[2] + 128]
+    assert data.modality_lengths == [words[0], -words[1], words[2]]
+    write(folder, [{"id": 0, "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": " "}]}])
+    assert dataset(folder).modality_lengths == [-1]
+
+
+def test_pretrain_gives_a_sample_without_image_no_place(folder):
+    data = dataset(folder, conv_version="pretrain")
+    assert [int((data[i]["input_ids"] == IMAGE_TOKEN_INDEX).sum()) for i in range(3)] == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"conversations": RECORDS[0]["conversations"][:1]}, "1 turns"),
+        ({"conversations": RECORDS[0]["conversations"][::-1]}, "1 turns|Turn"),
+        ({"image": ["a/red.png", "b.jpg"]}, r"2 image\(s\)"),
+        ({"image": "gone.png"}, r"image .*gone.png does not exist\. Set on_bad_image"),
+        ({"image": "data.json"}, r"image .*data.json cannot be read"),
+    ],
+)
+def test_errors_name_the_sample(folder, change, match):
+    write(folder, [RECORDS[1], {**RECORDS[0], **change}])
+    data = dataset(folder)
+    with pytest.raises(ValueError, match=r"Sample 1 \(id 'one'\) of .*data\.json: .*" + match):
+        data[1]
+    assert "images" not in data[0]
+
+
+def test_bad_images_can_be_skipped(folder, caplog):
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:200])
+    data = dataset(folder, on_bad_image="skip")
+    good, bad = data[0], data[2]
+    assert (good["labels"] != IGNORE_INDEX).any()
+    assert (bad["labels"] == IGNORE_INDEX).all()
+    assert len(bad["labels"]) == len(bad["input_ids"])
+    assert bad["images"].shape == (2, 3, 56, 56)
+    assert bad["images"][0].any()
+    assert not bad["images"][1].any()
+    assert data.bad_images == 1
+    assert "'two'" in caplog.text
+    assert "b.jpg" in caplog.text
+    with pytest.raises(ValueError, match=r"'two'.*on_bad_image"):
+        dataset(folder)[2]
+
+
+def test_skipping_ends_where_most_images_are_bad(folder, caplog):
+    caplog.set_level(logging.ERROR)
+    (folder / "a" / "red.png").unlink()
+    data = dataset(folder, on_bad_image="skip")
+    with pytest.raises(ValueError, match="too many to skip them"):
+        for _ in range(20):
+            data[0]
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_count_into_one_place(folder, method):
+    (folder / "b.jpg").write_bytes(b"")
+    data = dataset(folder, on_bad_image="skip")
+    collator = DataCollatorForSupervisedDataset(qwen2(), model_max_length=95)
+    loader = DataLoader(data, batch_size=1, collate_fn=collator, num_workers=1, multiprocessing_context=method)
+    assert len(list(loader)) == 3
+    assert data.bad_images == 1
+    assert collator.counts[0] == 3
+    assert collator.counts[1] >= 1
+
+
+def test_settings(folder):
+    with pytest.raises(ValueError, match="on_bad_image 'ignore'; choose one of raise, skip"):
+        dataset(folder, on_bad_image="ignore")
+    with pytest.raises(ValueError, match="no image_processor"):
+        dataset(folder, image_processor=None)
+    write(folder, [RECORDS[1]])
+    assert "images" not in dataset(folder, image_processor=None)[0]
+
+
+def test_a_template_that_does_not_count_is_counted(folder, monkeypatch):
+    data = dataset(folder)
+    one = TextPreprocess(qwen2(), "phi")(RECORDS[0]["conversations"])
+    monkeypatch.setattr(data, "text_preprocess", lambda messages, num_images: copy.deepcopy(one))
+    with pytest.raises(ValueError, match=r"Sample 2 .* has 2 image\(s\) and 1 place"):
+        data[2]
