@@ -171,12 +171,6 @@ def _read_tag(part: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- archives
 
 
-def archive_names(archive: str | os.PathLike) -> list[str]:
-    """Names of the files in a zip or tar archive."""
-    with _Archive(Path(archive)) as opened:
-        return [name for name, _ in opened.members()]
-
-
 def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]:
     """Write the wanted members of a zip or tar archive to their places; files that are there already are kept.
 
