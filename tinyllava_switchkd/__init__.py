@@ -1,3 +1,7 @@
 """TinyLLaVA in plugin shape, with Switch-KD: train, evaluate and show small vision-language models."""
 
+from tinyllava_switchkd import _auto
+
 __version__ = "0.1.0"
+
+_auto.install()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -12,8 +14,9 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 class TinyLlavaConfig(PretrainedConfig):
     """Configuration of a TinyLLaVA model: a language model, a vision tower and the connector between them.
 
-    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version`. A nested
-    `text_config` or `vision_config` is enough to build the part; only where one is absent is the base model's read from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
+    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version` and `qformer_config`.
+    A nested `text_config` or `vision_config` is enough to build the part; only where one is absent is the base model's
+    read, from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
 
     Args:
         llm_model_name_or_path: base language model, a hub name or a folder.
@@ -26,8 +29,8 @@ class TinyLlavaConfig(PretrainedConfig):
         vision_feature_layer: index into the tower's hidden states (0 = embeddings), -2 is the last layer but one.
         vision_feature_select_strategy: ``patch`` drops the tower's first token, ``cls_patch`` keeps all.
         num_queries: visual tokens that ``resampler`` and ``qformer`` emit.
-        resampler_hidden_size: width of ``qformer``; kept, as in v1, but not used by ``resampler``.
-        num_resampler_layers: depth of ``resampler``; of ``qformer`` only where `qformer_config` says nothing.
+        resampler_hidden_size: stored as in v1, where nothing reads it either (``resampler`` has the model's width).
+        num_resampler_layers: depth of ``resampler``.
         qformer_config: overrides of the Q-Former's own configuration (a dict), None for v1's (BERT base).
         image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (to a square of the mean colour first).
         tokenizer_model_max_length: positions of a sequence, image tokens included.
@@ -124,6 +127,7 @@ class TinyLlavaConfig(PretrainedConfig):
         if isinstance(vision_config, PretrainedConfig):
             config = vision_config
         elif vision_config:
+            importlib.import_module(".vision_tower", __package__)  # registers timm's and open_clip's configurations
             config = config_from_dict(vision_config, "clip_vision_model", "vision_config")
         elif self.vision_model_name_or_path:
             from .vision_tower import VisionTowerFactory
@@ -146,6 +150,26 @@ class TinyLlavaConfig(PretrainedConfig):
         config.model_name_or_path = self.vision_model_name_or_path
         config.model_name_or_path2 = self.vision_model_name_or_path2
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers. Whoever reads a configuration may next ask AutoModelForCausalLM for the model."""
+        importlib.import_module(".modeling", __package__)  # registers the model class
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the folders of the machine that the model was trained on (v1 kept them)."""
+        fields = super().to_dict()
+        names = ("llm_model_name_or_path", "tokenizer_name_or_path")
+        towers = [f"{prefix}model_name_or_path{number}" for prefix in ("vision_", "") for number in ("", "2")]
+        for part, keys in ((fields, (*names, *towers)), (fields.get("vision_config") or {}, towers)):
+            for key in keys:
+                if part.get(key):
+                    part[key] = without_folder(part[key])
+        for part in (fields, fields.get("text_config") or {}, fields.get("vision_config") or {}):
+            part.pop("_name_or_path", None)
+        fields.pop("cache_dir", None)
+        return fields
 
     @classmethod
     def from_model_args(cls, model_args: Any) -> TinyLlavaConfig:
@@ -183,6 +207,14 @@ class TinyLlavaConfig(PretrainedConfig):
         return self
 
 
+def without_folder(name: str) -> str:
+    """``"mof:/data/clip-vit"`` -> ``"mof:clip-vit"``; hub names and relative paths stay as they are."""
+    prefix, colon, path = name.rpartition(":")
+    if Path(path).expanduser().is_absolute():
+        path = Path(path).name
+    return prefix + colon + path
+
+
 def config_from_dict(fields: dict[str, Any], default_type: str, where: str) -> PretrainedConfig:
     """A transformers configuration from its dict, by its ``model_type``.
 
@@ -197,3 +229,6 @@ def config_from_dict(fields: dict[str, Any], default_type: str, where: str) -> P
             f"register its configuration with AutoConfig.register (remote code is never run)."
         )
     return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+AutoConfig.register(TinyLlavaConfig.model_type, TinyLlavaConfig, exist_ok=True)

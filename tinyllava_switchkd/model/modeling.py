@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
@@ -392,6 +392,12 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
 
+    def chat(self, prompt: str, image: Any = None, tokenizer: Any = None, **kwargs: Any) -> str:
+        """Answer a question about an image; see `tinyllava_switchkd.model.chat.chat` for every argument."""
+        from .chat import chat
+
+        return chat(self, prompt, image, tokenizer, **kwargs)
+
     def _pad_token_id(self) -> int | None:
         eos = self.language_model.generation_config.eos_token_id
         first_eos = eos[0] if isinstance(eos, list) else eos
@@ -417,3 +423,6 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
     if isinstance(count, Tensor):
         count = count.to(total.device)
     return total / count
+
+
+AutoModelForCausalLM.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration, exist_ok=True)

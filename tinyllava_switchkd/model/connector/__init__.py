@@ -7,7 +7,7 @@ from tinyllava_switchkd.registry import Registry
 ConnectorFactory = Registry("connector", fuzzy=True)
 register_connector = ConnectorFactory.register
 
-from . import mlp  # noqa: E402 (the entries need the decorator above)
+from . import ldpv2, mlp, qformer, resampler  # noqa: E402 (the entries need the decorator above)
 from .base import Connector  # noqa: E402
 
-__all__ = ["Connector", "ConnectorFactory", "mlp", "register_connector"]
+__all__ = ["Connector", "ConnectorFactory", "ldpv2", "mlp", "qformer", "register_connector", "resampler"]

@@ -54,13 +54,16 @@ def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> 
     return VisionTowerFactory(name)
 
 
-from . import transformers_towers  # noqa: E402 (the entries need the decorator above)
+from . import mof, open_clip, timm, transformers_towers  # noqa: E402 (the entries need the decorator above)
 from .base import VisionTower  # noqa: E402
 
 __all__ = [
     "VisionTower",
     "VisionTowerFactory",
+    "mof",
+    "open_clip",
     "register_vision_tower",
     "resolve_vision_tower",
+    "timm",
     "transformers_towers",
 ]

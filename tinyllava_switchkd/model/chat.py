@@ -1,0 +1,116 @@
+"""One question, one answer: the convenience behind `TinyLlavaForConditionalGeneration.chat`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+
+logger = logging.getLogger(__name__)
+
+# Template of a checkpoint that does not name one, by language model (README of TinyLLaVA v1).
+TEMPLATE_OF_LLM = {
+    "qwen2": "qwen2_base",
+    "qwen3": "qwen2_base",
+    "phi": "phi",
+    "phi3": "phi",
+    "stablelm": "phi",
+    "llama": "llama",
+    "gemma": "gemma",
+}
+
+
+def conversation_template(model: Any, tokenizer: Any) -> str:
+    """Name of the conversation template of a model: the one stored in it, else v1's for its language model.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    if model.config.conv_version:
+        return model.config.conv_version
+    model_type = model.config.text_config.model_type
+    version = TEMPLATE_OF_LLM.get(model_type)
+    if version is None:
+        raise ValueError(
+            f"The checkpoint names no conversation template, and none is known for {model_type!r}; pass conv_version."
+        )
+    if version == "qwen2_base" and tokenizer.eos_token == "<|im_end|>":
+        version = "qwen2_instruct"
+    logger.info("The checkpoint names no conversation template; using %r.", version)
+    return version
+
+
+def chat(
+    model: Any,
+    prompt: str,
+    image: Image.Image | str | Path | Sequence[Image.Image | str | Path] | None = None,
+    tokenizer: Any = None,
+    *,
+    image_processor: Any = None,
+    history: Sequence[tuple[str, str]] = (),
+    conv_version: str | None = None,
+    max_new_tokens: int = 512,
+    **generate: Any,
+) -> str:
+    """Answer a question about an image (or several, or none).
+
+    Args:
+        model: a `TinyLlavaForConditionalGeneration`.
+        prompt: the question.
+        image: a PIL image or the path of one; several belong to the first question, in order.
+        tokenizer: the model's own if None.
+        image_processor: the model's own if None.
+        history: earlier (question, answer) pairs of this conversation.
+        conv_version: conversation template; the checkpoint's own if None.
+        max_new_tokens: longest answer.
+        generate: for `generate` (`do_sample`, `temperature`, `num_beams`, ...); greedy by default.
+
+    Returns:
+        the answer's text.
+
+    Raises:
+        ValueError: the model came without a tokenizer and none is given.
+    """
+    # The data room stands on the same floor; it is only needed here, so that models load without it.
+    from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+
+    tokenizer = tokenizer or model.tokenizer
+    if tokenizer is None:
+        raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
+    paths_or_images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    images = [item if isinstance(item, Image.Image) else _open(item) for item in paths_or_images]
+    template = TextPreprocess(tokenizer, conv_version or conversation_template(model, tokenizer))
+    messages = []
+    for index, (question, answer) in enumerate([*history, (prompt, None)]):
+        marks = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) if index == 0 else ""
+        messages += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+    encoded = template(messages, mode="eval", num_images=len(images))
+    input_ids = encoded["input_ids"][None].to(model.device)  # [1, T]
+    pixels = None
+    if images:
+        processor = image_processor or model.image_processor or model.vision_tower.image_processor
+        preprocess = ImagePreprocess(processor, model.config)
+        pixels = torch.stack([preprocess(item) for item in images])  # [I, 3, H, W]
+    generate.setdefault("do_sample", False)
+    new_ids = model.generate(
+        input_ids,
+        images=pixels,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        **generate,
+    )
+    return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
+
+
+def _open(path: str | Path) -> Image.Image:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no image {str(path)!r}.")
+    with Image.open(file) as image:
+        return image.convert("RGB")

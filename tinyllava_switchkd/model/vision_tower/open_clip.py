@@ -1,0 +1,192 @@
+"""Vision towers from open_clip: ``open_clip:NAME`` or ``open_clip:NAME/TAG``.
+
+Examples: ``open_clip:ViT-L-14/datacomp_xl_s13b_b90k``, ``open_clip:hf-hub:org/name``, ``open_clip:local-dir:folder``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from . import register_vision_tower
+from .timm import LibraryTower, geometry, intermediate, keep_initialisation
+
+
+class OpenClipVisionConfig(PretrainedConfig):
+    """What rebuilds the vision half of an open_clip model.
+
+    Args:
+        vision_cfg: open_clip's own ``vision_cfg``.
+        embed_dim: width of CLIP's joint space (of a projection that is not used, but stored).
+        quick_gelu: OpenAI's approximation of GELU.
+        image_size, patch_size, hidden_size, num_hidden_layers, num_prefix_tokens: as in other towers.
+        image_mean, image_std, interpolation: preprocessing.
+    """
+
+    model_type = "open_clip_vision_tower"
+
+    def __init__(
+        self,
+        vision_cfg: dict[str, Any] | None = None,
+        embed_dim: int = 512,
+        quick_gelu: bool = False,
+        image_size: int = 224,
+        patch_size: int = 16,
+        hidden_size: int = 0,
+        num_hidden_layers: int = 0,
+        num_prefix_tokens: int = 1,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        interpolation: str = "bicubic",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_cfg = vision_cfg or {}
+        self.embed_dim = embed_dim
+        self.quick_gelu = quick_gelu
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_prefix_tokens = num_prefix_tokens
+        self.image_mean = image_mean or [0.48145466, 0.4578275, 0.40821073]
+        self.image_std = image_std or [0.26862954, 0.26130258, 0.27577711]
+        self.interpolation = interpolation
+        super().__init__(**kwargs)
+
+
+AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig, exist_ok=True)
+
+
+@register_vision_tower("open_clip")
+class OpenClipVisionTower(LibraryTower):
+    """open_clip's vision transformer, or the timm trunk that many of its models have."""
+
+    model_types = (OpenClipVisionConfig.model_type,)
+
+    def __init__(self, cfg: PretrainedConfig) -> None:
+        super().__init__(cfg)
+        self._vision_tower = create(cfg.vision_cfg, cfg.embed_dim, cfg.quick_gelu)
+        keep_initialisation(self._vision_tower)
+
+    @classmethod
+    def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
+        import open_clip
+
+        model_name, tag = split_tag(name)
+        model_cfg = read_model_cfg(model_name)
+        vision_cfg, embed_dim = model_cfg["vision_cfg"], model_cfg["embed_dim"]
+        quick_gelu = bool(model_cfg.get("quick_gelu", False))
+        preprocess = open_clip.get_pretrained_cfg(model_name, tag) if tag else preprocess_cfg_of(model_name)
+        quick_gelu = quick_gelu or bool(preprocess.get("quick_gelu", False))
+        with torch.device("meta"):
+            visual = create(vision_cfg, embed_dim, quick_gelu)
+        image_size = visual.image_size
+        fields = geometry(visual.trunk) if hasattr(visual, "trunk") else vit_geometry(visual)
+        kept = {"image_mean": "mean", "image_std": "std", "interpolation": "interpolation"}
+        return OpenClipVisionConfig(
+            vision_cfg={key: value for key, value in vision_cfg.items() if key != "timm_model_pretrained"},
+            embed_dim=embed_dim,
+            quick_gelu=quick_gelu,
+            image_size=image_size[0] if isinstance(image_size, (tuple, list)) else image_size,
+            **{field: preprocess[key] for field, key in kept.items() if preprocess.get(key) is not None},
+            **fields,
+        )
+
+    def layer_count(self, vision_feature_layer: int) -> int:
+        layers = super().layer_count(vision_feature_layer)
+        if layers == 0:
+            raise ValueError("vision_feature_layer 0 (the embeddings) is not offered by open_clip's towers.")
+        return layers
+
+    def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
+        visual = self._vision_tower
+        if hasattr(visual, "trunk"):
+            return intermediate(visual.trunk, pixels, num_layers)
+        output = visual.forward_intermediates(
+            pixels,
+            indices=[num_layers - 1],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
+
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        if Path(source).is_dir():  # the folder of the pre-training stage
+            from ..weights import read_weights
+
+            return read_weights(Path(source)) or {}
+        import open_clip
+
+        model_name, tag = split_tag(source)
+        if ":" not in model_name and tag is None:
+            tags = open_clip.list_pretrained_tags_by_model(model_name)
+            raise ValueError(
+                f"open_clip's {model_name!r} comes with several weights; name one as open_clip:{model_name}/TAG, where "
+                f"TAG is one of {', '.join(tags) or '(none published)'}."
+            )
+        return open_clip.create_model(model_name, pretrained=tag, require_pretrained=True).visual.state_dict()
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """``open_clip:ViT-L-14/openai`` -> (``ViT-L-14``, ``openai``); a hub or local name has no tag."""
+    name = name.split(":", 1)[-1]
+    if ":" in name:
+        return name, None
+    model_name, _, tag = name.partition("/")
+    return model_name, tag or None
+
+
+def read_model_cfg(model_name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model.
+
+    Raises:
+        ValueError: open_clip has none of this name.
+    """
+    import open_clip
+
+    try:
+        model_cfg = open_clip.get_model_config(model_name)
+    except OSError as error:
+        raise ValueError(f"open_clip's configuration of {model_name!r} cannot be read: {error}.") from error
+    if model_cfg is None:
+        raise ValueError(f"open_clip has no model {model_name!r}; open_clip.list_models() names them.")
+    return model_cfg
+
+
+def preprocess_cfg_of(model_name: str) -> dict[str, Any]:
+    """The preprocessing that a local folder of open_clip's stores; {} where there is none to read."""
+    if not model_name.startswith("local-dir:"):
+        return {}
+    file = Path(model_name.removeprefix("local-dir:")) / "open_clip_config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+
+
+def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> nn.Module:
+    """open_clip's vision tower with random weights.
+
+    Raises:
+        ValueError: it is a ResNet, whose stages have different widths.
+    """
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    if isinstance(vision_cfg.get("layers"), (list, tuple)):
+        raise ValueError("open_clip's ResNets cannot be vision towers; choose a vision transformer or a timm trunk.")
+    cfg = CLIPVisionCfg(**{**vision_cfg, "timm_model_pretrained": False})
+    return _build_vision_tower(embed_dim, cfg, quick_gelu)
+
+
+def vit_geometry(visual: nn.Module) -> dict[str, int]:
+    """Fields of a configuration that open_clip's own vision transformer tells about itself."""
+    return {
+        "hidden_size": visual.conv1.out_channels,
+        "patch_size": visual.patch_size[0],
+        "num_hidden_layers": len(visual.transformer.resblocks),
+        "num_prefix_tokens": 1,
+    }

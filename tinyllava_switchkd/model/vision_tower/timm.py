@@ -1,0 +1,223 @@
+"""Vision towers from timm: ``timm:NAME``, where NAME is whatever `timm.create_model` takes.
+
+Examples: ``timm:vit_small_patch14_dinov2.lvd142m``, ``timm:hf-hub:org/name``, ``timm:local-dir:folder``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from . import register_vision_tower
+from .base import VisionTower
+from .transformers_towers import clip_image_processor, find_image_processor
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+class TimmVisionConfig(PretrainedConfig):
+    """What rebuilds a timm model without timm's hub.
+
+    Args:
+        architecture: timm's name of it, without a pretrained tag.
+        model_args: arguments for `timm.create_model`.
+        image_size: pixels of a side.
+        patch_size: pixels of a token's side.
+        hidden_size: width of the last layer's tokens.
+        num_hidden_layers: blocks of a transformer, stages of a convolutional network.
+        num_prefix_tokens: class and register tokens before the patches.
+        image_mean, image_std: normalisation.
+        interpolation: how images are resized.
+    """
+
+    model_type = "timm_vision_tower"
+
+    def __init__(
+        self,
+        architecture: str = "",
+        model_args: dict[str, Any] | None = None,
+        image_size: int = 224,
+        patch_size: int = 16,
+        hidden_size: int = 0,
+        num_hidden_layers: int = 0,
+        num_prefix_tokens: int = 0,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        interpolation: str = "bicubic",
+        **kwargs: Any,
+    ) -> None:
+        self.architecture = architecture
+        self.model_args = model_args or {}
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_prefix_tokens = num_prefix_tokens
+        self.image_mean = image_mean or [0.5, 0.5, 0.5]
+        self.image_std = image_std or [0.5, 0.5, 0.5]
+        self.interpolation = interpolation
+        super().__init__(**kwargs)
+
+
+AutoConfig.register(TimmVisionConfig.model_type, TimmVisionConfig, exist_ok=True)
+
+
+class LibraryTower(VisionTower):
+    """What towers of timm and open_clip share. Their strategy ``patch`` drops the class and register tokens, if any."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.config.num_prefix_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return (self.image_size // self.config.patch_size) ** 2 + self.config.num_prefix_tokens
+
+    def build_image_processor(self) -> Any:
+        return find_image_processor(self.config) or self.default_image_processor()
+
+    def default_image_processor(self) -> Any:
+        """Shortest side to the image size, centre crop: without timm's margin, for the answer may lie at the edge."""
+        cfg = self.config
+        return clip_image_processor(
+            self.image_size,
+            image_mean=list(cfg.image_mean),
+            image_std=list(cfg.image_std),
+            resample=RESAMPLE.get(cfg.interpolation, RESAMPLE["bicubic"]),
+        )
+
+    def restore_buffers(self) -> None:
+        named = {
+            f"{name}.{buffer}" if name else buffer
+            for name, module in self._vision_tower.named_modules()
+            for buffer in module._non_persistent_buffers_set
+        }
+        if named:
+            fresh = dict(type(self)(self.config).vision_tower.named_buffers())
+            for name, buffer in self._vision_tower.named_buffers():
+                if name in named:
+                    buffer.copy_(fresh[name])
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        self._vision_tower.set_grad_checkpointing(enable)
+
+
+@register_vision_tower("timm")
+class TimmVisionTower(LibraryTower):
+    """A timm model; any with `forward_intermediates`: vision transformers, but also convolutional networks' stages."""
+
+    model_types = (TimmVisionConfig.model_type,)
+
+    def __init__(self, cfg: PretrainedConfig) -> None:
+        super().__init__(cfg)
+        self._vision_tower = create(cfg.architecture, cfg.model_args)
+        keep_initialisation(self._vision_tower)
+
+    @classmethod
+    def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
+        name = name.split(":", 1)[-1]
+        model_args = model_args_of(name)
+        with torch.device("meta"):
+            model = create(name, model_args)
+        cfg = model.pretrained_cfg
+        image_size = model_args.get("img_size") or cfg["input_size"][-1]
+        return TimmVisionConfig(
+            architecture=cfg["architecture"],
+            model_args=model_args,
+            image_size=image_size[0] if isinstance(image_size, (tuple, list)) else image_size,
+            image_mean=list(cfg["mean"]),
+            image_std=list(cfg["std"]),
+            interpolation=cfg.get("interpolation", "bicubic"),
+            **geometry(model),
+        )
+
+    def layer_count(self, vision_feature_layer: int) -> int:
+        layers = super().layer_count(vision_feature_layer)
+        widths = [info["num_chs"] for info in self._vision_tower.feature_info]
+        if layers == 0 or widths[layers - 1] != self.config.hidden_size:
+            usable = [index + 1 for index, width in enumerate(widths) if width == self.config.hidden_size]
+            raise ValueError(
+                f"vision_feature_layer {vision_feature_layer} of timm's {self.config.architecture} has another width "
+                f"than the last; choose one of {usable}, or -1."
+            )
+        return layers
+
+    def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
+        return intermediate(self._vision_tower, pixels, num_layers)
+
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        if Path(source).is_dir():  # the folder of the pre-training stage
+            from ..weights import read_weights
+
+            return read_weights(Path(source)) or {}
+        import timm
+
+        model = timm.create_model(source.split(":", 1)[-1], pretrained=True, num_classes=0, **self.config.model_args)
+        return model.state_dict()
+
+
+def create(name: str, model_args: dict[str, Any]) -> nn.Module:
+    """timm's model with random weights and no classifier.
+
+    Raises:
+        ValueError: timm does not know it, or it cannot hand out intermediate features.
+    """
+    import timm
+
+    try:
+        # A folder or repository brings its arguments itself; given again they are the same.
+        model = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"timm has no model {name!r}: {error}.") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"timm's {name!r} has no intermediate features and cannot be a vision tower.")
+    return model
+
+
+def model_args_of(name: str) -> dict[str, Any]:
+    """The arguments that a repository or folder of timm's stores beside the architecture's name."""
+    if name.startswith("local-dir:"):
+        file = Path(name.removeprefix("local-dir:")) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"timm's folder {str(file.parent)!r} has no config.json.")
+        return json.loads(file.read_text(encoding="utf-8")).get("model_args") or {}
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        from timm.models import load_model_config_from_hf
+
+        return load_model_config_from_hf(name.split(":", 1)[1])[2] or {}
+    return {}
+
+
+def geometry(model: nn.Module) -> dict[str, int]:
+    """Fields of a configuration that a timm model tells about itself."""
+    last = model.feature_info[-1]
+    return {
+        "hidden_size": last["num_chs"],
+        "patch_size": last["reduction"],
+        "num_hidden_layers": len(list(model.feature_info)),
+        "num_prefix_tokens": getattr(model, "num_prefix_tokens", 0),
+    }
+
+
+def intermediate(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+    """[I, 3, H, W] -> the output of a timm model's first `num_layers` layers, [I, prefix + patches, width]."""
+    wants_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    kwargs = {"return_prefix_tokens": True} if wants_prefix else {}
+    output = model.forward_intermediates(
+        pixels, indices=[num_layers - 1], stop_early=True, intermediates_only=True, output_fmt="NCHW", **kwargs
+    )[0]
+    grid, prefix = output if isinstance(output, tuple) else (output, None)  # [I, D, h, w], [I, P, D]
+    patches = grid.flatten(2).transpose(1, 2)  # [I, h*w, D]
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+def keep_initialisation(model: nn.Module) -> None:
+    """Tell transformers that the library has initialised its modules (by rules of its own)."""
+    for module in model.modules():
+        module._is_hf_initialized = True
