@@ -299,7 +299,7 @@ def _like_weights(features: Tensor, module: nn.Module) -> Tensor:
 @contextmanager
 def _checkpointing(language_model: nn.Module) -> Iterator[None]:
     """transformers 5 checkpoints activations only in training mode; the teacher is in it just for the switch pass."""
-    language_model.train(getattr(language_model, "is_gradient_checkpointing", False))
+    language_model.train(any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules()))
     try:
         yield
     finally:

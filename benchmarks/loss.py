@@ -1,0 +1,236 @@
+"""Time and peak memory of the distillation losses, forward and backward, a token.
+
+    python -m benchmarks.loss [--tokens 64] [--vocab 32000 151936] [--device cpu|cuda] [--repeats 7]
+
+Beside ours stand the ways others take: pairs enumerated one by one at the true knee, pairs at a fixed k = 8 (BiLD), the
+knee of a list cut to the 256 largest logits (the one public attempt; another loss), full-vocabulary reverse KL, and
+Liger's chunked JSD where it is installed. All are run in turn in one process, so that the ratios are of one run. Memory
+is what a process of its own grows by (CPU), or the allocator's peak (CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks._memory import peak_resident
+from benchmarks._table import machine, write_section
+from tinyllava_switchkd.distill import LossFactory, knee
+from tinyllava_switchkd.distill.knee import Order
+from tinyllava_switchkd.distill.losses import logit_difference_kl, pair_kl
+
+TEMPERATURE = 3.0
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def language_model_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits of a bulk and a few hundred hot tokens: the knee falls in the thousands."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = 2 * torch.randn(tokens, vocab, generator=generator)
+    hot = max(vocab // 500, 1)
+    teacher[:, :hot] += 15 * torch.rand(tokens, hot, generator=generator)
+    student = teacher + 0.5 * torch.randn(tokens, vocab, generator=generator)
+    return student.to(device), teacher.to(device)
+
+
+def enumerate_pairs(student: Tensor, teacher: Tensor, top_k: int | None) -> Tensor:
+    """DBiLD with every pair written out, one token at a time (k differs): what the O(k) form replaces."""
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        total = 0.0
+        for leader in (t, s.detach()):
+            k = top_k or int(knee(leader[None]))
+            indices = leader.topk(k).indices
+            m, n = torch.triu_indices(k, k, offset=1, device=s.device)
+            q = ((s[indices][m] - s[indices][n]) / TEMPERATURE).log_softmax(0)
+            p = ((t[indices][m] - t[indices][n]) / TEMPERATURE).log_softmax(0)
+            total = total + (q.exp() * (q - p)).sum()
+        losses.append(total)
+    return torch.stack(losses)
+
+
+def enumerate_eight(student: Tensor, teacher: Tensor) -> Tensor:
+    """BiLD as its authors compute it: 28 pairs a leader, all tokens at once."""
+    total = 0.0
+    m, n = torch.triu_indices(8, 8, offset=1, device=student.device)
+    for leader in (teacher, student.detach()):
+        indices = leader.topk(8).indices
+        s, t = student.gather(1, indices), teacher.gather(1, indices)
+        q = ((s[:, m] - s[:, n]) / TEMPERATURE).log_softmax(-1)
+        p = ((t[:, m] - t[:, n]) / TEMPERATURE).log_softmax(-1)
+        total = total + (q.exp() * (q - p)).sum(-1)
+    return total
+
+
+def truncated(student: Tensor, teacher: Tensor) -> Tensor:
+    """The knee looked for among the 256 largest logits only: cheap, and another loss."""
+    orders = []
+    for leader in (teacher, student.detach()):
+        values, indices = leader.topk(256)
+        k = knee(values)
+        orders.append(Order(indices, torch.arange(256, device=student.device) < k[:, None], k, values[:, -1]))
+    return logit_difference_kl(student, teacher, orders, TEMPERATURE)
+
+
+def implementations(vocab: int) -> dict[str, tuple[Loss, int]]:
+    """Name -> (loss, tokens it can bear at once)."""
+    ours, rkl = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
+    return {
+        "full-vocabulary reverse KL": (rkl, 10**9),
+        "DBiLD, ours (exact, O(k))": (ours, 10**9),
+        "DBiLD, pairs enumerated at the knee (exact)": (lambda s, t: enumerate_pairs(s, t, None), 2),
+        "BiLD, pairs enumerated at k = 8": (enumerate_eight, 10**9),
+        "knee of the top 256 (another loss)": (truncated, 10**9),
+        **liger(vocab),
+    }
+
+
+def liger(vocab: int) -> dict[str, tuple[Loss, int]]:
+    """Liger's chunked JSD on logits, given an identity for a head it would need; only on CUDA, if installed."""
+    try:
+        from liger_kernel.transformers import LigerJSD
+    except ImportError:
+        return {}
+    jsd = LigerJSD(beta=0.5)
+    return {
+        "Liger JSD (another loss)": (
+            lambda s, t: jsd((s / TEMPERATURE).log_softmax(-1), (t / TEMPERATURE).log_softmax(-1)).expand(len(s)),
+            10**9,
+        )
+    }
+
+
+def run(loss: Loss, student: Tensor, teacher: Tensor) -> None:
+    leaf = student.detach().requires_grad_()
+    loss(leaf, teacher).sum().backward()
+    if student.is_cuda:
+        torch.cuda.synchronize()
+
+
+def timed(loss: Loss, student: Tensor, teacher: Tensor) -> float:
+    start = time.perf_counter()
+    run(loss, student, teacher)
+    return (time.perf_counter() - start) / len(student)
+
+
+def peak_memory(name: str, tokens: int, vocab: int, device: str) -> float:
+    """Bytes a token beyond the two sides' logits themselves."""
+    if device == "cuda":
+        loss, _ = implementations(vocab)[name]
+        student, teacher = language_model_logits(tokens, vocab, device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(loss, student, teacher)
+        return (torch.cuda.max_memory_allocated() - before) / tokens
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_grown, (name, tokens, vocab))
+
+
+def _grown(name: str, tokens: int, vocab: int) -> float:
+    torch.set_num_threads(1)
+    loss, _ = implementations(vocab)[name]
+    student, teacher = language_model_logits(tokens, vocab, "cpu")
+    run(LossFactory("rkl")(), student[:1, :64], teacher[:1, :64])
+    peak, before = peak_resident(lambda: run(loss, student, teacher))
+    return (peak - before) / tokens
+
+
+def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str]]:
+    table = implementations(vocab)
+    student, teacher = language_model_logits(tokens, vocab, device)
+    seconds: dict[str, list[float]] = {name: [] for name in table}
+    for repeat in range(repeats + 1):
+        for name, (loss, most) in table.items():
+            if most < 10 and repeat > 2:
+                continue  # the enumeration takes seconds a token and varies little
+            value = timed(loss, student[:most], teacher[:most])
+            if repeat:  # the first round warms up
+                seconds[name].append(value)
+    base = statistics.median(seconds["full-vocabulary reverse KL"])
+    rows = []
+    for name, (_, most) in table.items():
+        median = statistics.median(seconds[name])
+        memory = peak_memory(name, min(tokens, most), vocab, device)
+        rows.append([f"{vocab:,}", name, f"{median * 1e3:.3g}", f"{median / base:.2f}", f"{memory / 2**20:.3g}"])
+    return rows
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Least-squares slope of log y over log x."""
+    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = statistics.mean(lx), statistics.mean(ly)
+    return sum((a - mx) * (b - my) for a, b in zip(lx, ly, strict=True)) / sum((a - mx) ** 2 for a in lx)
+
+
+def growth(device: str, repeats: int) -> list[list[str]]:
+    """How the pair term grows with k at a given order, and the whole loss with the vocabulary."""
+
+    def median(function: Callable[[], None]) -> float:
+        function()
+        values = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            values.append(time.perf_counter() - start)
+        return statistics.median(values)
+
+    def linear(k: int, tokens: int = 64) -> float:
+        student, teacher = (x.sort(-1, descending=True).values for x in language_model_logits(tokens, k, device))
+        student, teacher = student.double() / TEMPERATURE, teacher.double() / TEMPERATURE
+        mask = torch.ones_like(student, dtype=torch.bool)
+        return median(lambda: pair_kl(student, teacher, mask)) / tokens
+
+    def quadratic(k: int) -> float:
+        student, teacher = language_model_logits(1, k, device)
+        return median(lambda: run(lambda s, t: enumerate_pairs(s, t, k), student, teacher))
+
+    ks_linear, ks_pairs = [1024, 4096, 16384, 65536], [256, 512, 1024, 2048]
+    vocabularies = [16_000, 32_000, 64_000, 128_000]
+    loss = LossFactory("dbild")(temperature=TEMPERATURE)
+    whole = []
+    for vocab in vocabularies:
+        student, teacher = language_model_logits(32, vocab, device)
+        whole.append(median(lambda s=student, t=teacher: run(loss, s, t)))
+    return [
+        ["pair term, ours", "k", _range(ks_linear), f"{slope(ks_linear, [linear(k) for k in ks_linear]):.2f}"],
+        ["pair term, enumerated", "k", _range(ks_pairs), f"{slope(ks_pairs, [quadratic(k) for k in ks_pairs]):.2f}"],
+        ["whole loss, ours", "vocabulary", _range(vocabularies), f"{slope(vocabularies, whole):.2f}"],
+    ]
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]:,} to {values[-1]:,}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens at once (default 64)")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 151_936], help="vocabulary sizes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats after a warm-up; medians are printed")
+    args = parser.parse_args()
+    rows = [row for vocab in args.vocab for row in compare(args.tokens, vocab, args.device, args.repeats)]
+    write_section(
+        f"loss-{args.device}",
+        f"Distillation losses, forward and backward ({args.device})",
+        [
+            (["vocabulary", "loss", "ms a token", "x reverse KL", "peak MiB a token"], rows),
+            (["what grows", "with", "range", "log-log slope"], growth(args.device, args.repeats)),
+        ],
+        machine(),
+        note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most it bears here).",
+    )
+
+
+if __name__ == "__main__":
+    main()
