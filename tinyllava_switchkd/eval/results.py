@@ -196,7 +196,7 @@ def _result(document: dict[str, Any], path: Path) -> Result:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{path}: {key!r} is {value!r}, not a count.")
         counts[key] = value
-    run = document.get("run") or {}
+    run = {} if document.get("run") is None else document["run"]
     if not isinstance(run, dict):
         raise ValueError(f"{path}: 'run' is a JSON {type(run).__name__}, not an object.")
     return Result(

@@ -133,13 +133,14 @@ def draw_radar(
 
 
 def axis_scale(values: Sequence[float]) -> tuple[float, float]:
-    """Round ends of an axis that hold the values, with room on both sides."""
+    """Round ends of an axis that hold the values, if possible with room below the lowest."""
     low, high = min(values), max(values)
-    step = next(step for step in (1, 2, 5, 10, 20, 25) if (high - low) * 1.25 <= step * (RINGS - 1) or step == 25)
-    start = step * math.floor((low - 0.125 * (high - low)) / step)
-    while start + step * (RINGS - 1) < high:
-        start += step
-    return float(start), float(start + step * (RINGS - 1))
+    for step in (1, 2, 5, 10, 15, 20, 25, 30, 35):
+        for bottom in (low - 0.125 * (high - low), low):
+            start = step * math.floor(max(bottom, 0.0) / step)
+            if start + step * (RINGS - 1) >= high:
+                return float(start), float(start + step * (RINGS - 1))
+    raise ValueError(f"The values of an axis are not on 0-100: {low:g} to {high:g}.")
 
 
 def _radius(value: float, scale: tuple[float, float]) -> float:
