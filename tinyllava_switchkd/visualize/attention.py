@@ -1,0 +1,319 @@
+"""Where a model looks while it answers: attention from answer tokens to visual tokens, as a map over the image.
+
+As a command it draws several models on one image side by side (Switch-KD, Figure 3):
+
+    python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model-path A B C --output FIGURE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
+from tinyllava_switchkd.registry import base_name
+from tinyllava_switchkd.visualize.grid import token_grid, visible_box
+from tinyllava_switchkd.visualize.overlay import fit, overlay
+from tinyllava_switchkd.visualize.pieces import text_groups
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention of an answer to its images.
+
+    Attributes:
+        tokens: [A] pieces of the answer's text (a token, or the tokens of one character).
+        weights: [A, I, side, side] attention to every cell of every image, averaged over heads and layers; NaN where
+            the model has no token for a cell.
+    """
+
+    tokens: tuple[str, ...]
+    weights: np.ndarray
+
+    @property
+    def share(self) -> np.ndarray:
+        """[A] how much of a token's attention goes to the images at all, in 0..1."""
+        return np.nansum(self.weights, axis=(1, 2, 3))
+
+    def of(self, token: int | None = None, image: int = 0) -> np.ndarray:
+        """[side, side] map of one token over one image, or of the whole answer (the mean of its tokens)."""
+        return self.weights[:, image].mean(axis=0) if token is None else self.weights[token, image]
+
+
+@contextmanager
+def eager_attention(language_model: Any) -> Iterator[None]:
+    """Compute attention by the implementation that returns its weights, then go back to the one before.
+
+    The switch is the model's, so nothing else may run on the model meanwhile.
+    """
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def attention_map(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    image_features: Tensor,
+    answer_ids: Sequence[int],
+    layers: slice | None = None,
+) -> AttentionMap:
+    """Attention from each token of an answer to the visual tokens of its prompt.
+
+    A token's attention is read where it was predicted: at the position before it. The prompt goes through the model
+    once with its usual attention; only the answer's few rows are computed with weights, so memory stays small.
+
+    Args:
+        model: a `TinyLlavaForConditionalGeneration`.
+        tokenizer: the model's.
+        input_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
+        image_features: [I, K, D], `model.encode_images` of the prompt's images.
+        answer_ids: the tokens that were generated.
+        layers: decoder layers to average over; all if None.
+
+    Returns:
+        an `AttentionMap`.
+
+    Raises:
+        ValueError: there is no image or no answer, the visual tokens have no place in the image (see `token_grid`), or
+            the language model has no attention weights to show.
+    """
+    grid = token_grid(model)
+    if image_features is None or len(image_features) == 0:
+        raise ValueError("The conversation has no image, so there is nothing to draw attention on.")
+    groups = text_groups(tokenizer, answer_ids)
+    if not groups:
+        raise ValueError("The answer is empty, so no token's attention can be shown.")
+    language_model, device = model.language_model, image_features.device
+    spliced = model.prepare_inputs(input_ids[None].to(device), image_features=image_features)
+    prompt = spliced.inputs_embeds  # [1, P, D]
+    answer = torch.tensor([list(answer_ids[:-1])], dtype=torch.long, device=device)  # [1, A-1]
+    rows = torch.cat([prompt[:, -1:], model.get_input_embeddings()(answer).to(prompt.dtype)], dim=1)  # [1, A, D]
+    cache = language_model(inputs_embeds=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    with eager_attention(language_model):
+        outputs = language_model(
+            inputs_embeds=rows, past_key_values=cache, use_cache=True, output_attentions=True, logits_to_keep=1
+        )
+    maps = [layer for layer in outputs.attentions or () if layer is not None][layers or slice(None)]
+    if not maps:
+        raise ValueError(
+            f"{type(language_model).__name__} returned no attention weights for layers {layers}; it has "
+            f"{language_model.config.num_hidden_layers} layers."
+        )
+    # Layer by layer [1, heads, A, P+A-1] -> [A, P-1]; the prompt's last token is text, so no visual token is lost.
+    to_prompt = sum(layer[0].float().mean(dim=0)[:, : prompt.shape[1]] for layer in maps) / len(maps)
+    to_images = to_prompt[:, spliced.image_mask[0]].cpu().numpy()  # [A, I*K]
+    to_images = to_images.reshape(len(answer_ids), len(image_features), -1)  # [A, I, K]
+    merged = np.stack([to_images[indices].mean(axis=0) for _, indices in groups])  # [groups, I, K]
+    return AttentionMap(tuple(text for text, _ in groups), grid.spread(merged))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One model's answer to a question about an image, and where it looked (None if the answer is empty)."""
+
+    name: str
+    answer: str
+    attention: AttentionMap | None
+    box: tuple[float, ...]
+
+
+def look(
+    model: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    image: Image.Image,
+    question: str,
+    name: str = "",
+    conv_version: str | None = None,
+    max_new_tokens: int = 64,
+    layers: slice | None = None,
+) -> Look:
+    """Ask a model a question about an image (greedy decoding) and read its attention.
+
+    Args:
+        model: a `TinyLlavaForConditionalGeneration`, with its tokenizer and image processor.
+        conv_version: conversation template; None for the checkpoint's own.
+
+    Raises:
+        ValueError: the checkpoint names no template and none is given; or see `attention_map`.
+    """
+    template = conversation_template(model.config, conv_version, name)
+    turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}, {"from": "gpt", "value": None}]
+    input_ids = TextPreprocess(tokenizer, template)(turns, mode="eval", num_images=1)["input_ids"]  # [T]
+    pixels = ImagePreprocess(image_processor, model.config)(image)[None].to(model.device)  # [1, 3, H, W]
+    with torch.no_grad():
+        features = model.encode_images(pixels)  # [1, K, D]
+    output = model.generate(
+        input_ids[None].to(model.device),
+        image_features=features,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+    )[0].tolist()
+    is_empty = not text_groups(tokenizer, output)
+    return Look(
+        name=name,
+        answer=tokenizer.decode(output, skip_special_tokens=True).strip(),
+        attention=None if is_empty else attention_map(model, tokenizer, input_ids, features, output, layers),
+        box=visible_box(image.size, image_processor, model.config.image_aspect_ratio),
+    )
+
+
+def conversation_template(config: Any, conv_version: str | None, name: str) -> str:
+    """The conversation template that a checkpoint was trained with, or the one asked for.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    version = conv_version or config.conv_version
+    if version is None:
+        raise ValueError(
+            f"The checkpoint {name} does not say which conversation template it was trained with; pass --conv-mode, "
+            f"one of {', '.join(TemplateFactory.list())}."
+        )
+    return version
+
+
+def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Any:
+    """A figure of the image and, beside it, every model's map of its whole answer.
+
+    Args:
+        image: what the models were shown.
+        question: what they were asked; the title.
+        looks: one per model.
+        by_token: one row per model and one map per token of its answer, instead of one map per model.
+        columns: at most so many tokens per model.
+
+    Returns:
+        a matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    plain = fit(image.convert("RGB"))
+    rows: list[list[tuple[str, Image.Image]]] = [[("", plain)]]
+    if by_token:
+        rows = []
+        for look in looks:
+            tokens = enumerate(look.attention.tokens[:columns] if look.attention else ())
+            maps = [(repr(text)[1:-1], overlay(image, look.attention.of(index), look.box)) for index, text in tokens]
+            rows.append([(look.name, plain), *maps])
+    else:
+        for look in looks:
+            title = f"{look.name}\n{look.answer or '(no answer)'}"
+            rows[0].append((title, overlay(image, look.attention.of(), look.box) if look.attention else plain))
+    width = max(len(row) for row in rows)
+    height = 2.6 * image.height / image.width + (0.4 if by_token else 0.9)
+    figure = Figure(figsize=(2.6 * width, height * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for cells, places in zip(rows, axes, strict=True):
+        for (title, picture), axis in zip(cells, places, strict=False):
+            axis.imshow(picture)
+            lines = [textwrap.shorten(_printable(line), 90, placeholder=" …") for line in title.splitlines()]
+            axis.set_title("\n".join(textwrap.fill(line, 34) for line in lines), fontsize=9, parse_math=False)
+    figure.suptitle(textwrap.fill(_printable(question), 30 * width), fontsize=10, parse_math=False)
+    return figure
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def parse_layers(text: str) -> slice:
+    """``"8:16"`` -> ``slice(8, 16)``; either side may be empty.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no range.
+    """
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return slice(int(first) if first else None, int(last) if last else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"layers are a range such as 8:16, not {text!r}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Attention maps of one or several models on one image, as a figure.")
+    parser.add_argument("--model-path", nargs="+", required=True, help="checkpoints: folders or hub names")
+    parser.add_argument(
+        "--names", nargs="+", help="what to call them in the figure; the last part of each path if left out"
+    )
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--output", required=True, help="figure to write: .png, .pdf or .svg")
+    parser.add_argument("--by-token", action="store_true", help="one map per token of the answer")
+    parser.add_argument("--layers", type=parse_layers, help="decoder layers to average, such as 8:16; default: all")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the models one after another, so that only one is in memory, and write the figure."""
+    from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+
+    names = args.names or [base_name(path) for path in args.model_path]
+    if len(names) != len(args.model_path):
+        raise ValueError(f"--names has {len(names)} names for {len(args.model_path)} models.")
+    try:
+        with Image.open(args.image) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{args.image} is no image that can be opened ({error}).") from error
+    looks = []
+    for path, name in zip(args.model_path, names, strict=True):
+        model, tokenizer, processor, _ = load_pretrained_model(path, device=args.device)
+        looks.append(
+            look(
+                model,
+                tokenizer,
+                processor,
+                image,
+                args.question,
+                name=name,
+                conv_version=args.conv_mode,
+                max_new_tokens=args.max_new_tokens,
+                layers=args.layers,
+            )
+        )
+        print(f"{name}: {looks[-1].answer}")
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(image, args.question, looks, by_token=args.by_token).savefig(output, dpi=160, bbox_inches="tight")
+    print(f"Wrote {output}.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

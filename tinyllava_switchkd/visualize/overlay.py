@@ -1,0 +1,71 @@
+"""A heat map laid over an image."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+_SMALLEST, _LARGEST = 448, 1024  # pixels of the longer side of what is drawn
+_TOP = 0.995  # quantile drawn as the hottest: a few outliers do not blacken the rest
+_COLOURS = "turbo"
+
+
+def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None = None) -> Image.Image:
+    """Draw a map over the image that it belongs to.
+
+    Colours are relative to the map itself: its least cell is transparent, its greatest is red. What the model did not
+    see (outside `box`) and cells without a token stay without colour.
+
+    Args:
+        image: any size; enlarged or reduced to a size that is good to look at.
+        heat: [rows, columns]; NaN counts as the least.
+        box: the part of the image that the map covers (left, top, right, bottom in pixels); the whole image if None.
+
+    Returns:
+        an RGB image with the aspect ratio of `image`.
+    """
+    import matplotlib
+
+    shown = fit(image.convert("RGB"))
+    width, height = image.size
+    left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
+    rows, columns = heat.shape
+    # Corners of the whole image, in cells of the map.
+    extent = (
+        -left * columns / (right - left),
+        -top * rows / (bottom - top),
+        (width - left) * columns / (right - left),
+        (height - top) * rows / (bottom - top),
+    )
+    cells = Image.fromarray(normalise(heat).astype(np.float32))
+    smooth = cells.transform(shown.size, Image.Transform.EXTENT, extent, resample=Image.Resampling.BICUBIC)
+    strength = np.clip(np.asarray(smooth), 0.0, 1.0)  # [H, W]
+    colours = matplotlib.colormaps[_COLOURS](0.15 + 0.8 * strength)[..., :3] * 255  # [H, W, 3]
+    picture = np.asarray(shown, dtype=np.float64)
+    grey = picture.mean(axis=-1, keepdims=True)
+    muted = 0.55 * picture + 0.3 * grey  # the map's colours are not mistaken for the image's
+    alpha = (0.15 + 0.55 * strength)[..., None] * (strength > 0)[..., None]
+    return Image.fromarray((muted * (1 - alpha) + colours * alpha).round().astype(np.uint8))
+
+
+def normalise(heat: np.ndarray) -> np.ndarray:
+    """A map on 0..1; NaN becomes 0, and a map of one value throughout becomes 0 everywhere."""
+    known = heat[~np.isnan(heat)]
+    if known.size == 0:
+        return np.zeros_like(heat)
+    low, high = known.min(), np.quantile(known, _TOP, method="higher")
+    if high <= low:
+        return np.zeros_like(heat)
+    return np.clip((np.nan_to_num(heat, nan=low) - low) / (high - low), 0.0, 1.0)
+
+
+def fit(image: Image.Image) -> Image.Image:
+    """The image with its longer side brought between 448 and 1024 pixels."""
+    longer = max(image.size)
+    scale = min(max(1.0, _SMALLEST / longer), _LARGEST / longer)
+    if scale == 1.0:
+        return image
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    # Tiny images are made of pixels that should stay recognisable; large ones are reduced without aliasing.
+    method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    return image.resize(size, method)

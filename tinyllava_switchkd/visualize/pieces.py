@@ -1,0 +1,71 @@
+"""Token ids to the pieces of text that they add, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinyllava_switchkd.data.template.base import is_special
+
+_INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of a character that has more tokens to come
+_LONGEST = 8  # tokens that a character may take; more are broken bytes, and are shown as such
+
+
+class TextPieces:
+    """Decodes a growing sequence: each token gives the text that it adds, '' while a character is incomplete.
+
+    A token's text may depend on its left neighbours (SentencePiece drops the first space), so every step decodes from
+    the piece before the last one; the cost of a step does not grow with the sequence.
+
+    Args:
+        tokenizer: a tokenizer of transformers; special tokens add no text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here ...
+        self._read = 0  # ... and the text of what comes before here has been given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes."""
+        self._ids.append(int(token))
+        return self._step(force=False)
+
+    def flush(self) -> str:
+        """What is left at the end: the broken rest of a character that generation cut in the middle."""
+        return self._step(force=True)
+
+    def _step(self, force: bool) -> str:
+        before = self._decode(self._ids[self._context : self._read])
+        now = self._decode(self._ids[self._context :])
+        is_waiting = now.endswith(_INCOMPLETE) and len(self._ids) - self._read < _LONGEST
+        if is_waiting and not force:
+            return ""
+        if len(now) <= len(before):
+            return ""
+        self._context, self._read = self._read, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_groups(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Split a sequence into the smallest runs of tokens that make readable text.
+
+    Returns:
+        (text, indices of its tokens) in order; special tokens are left out, and the texts together are the whole text.
+    """
+    pieces, groups, waiting = TextPieces(tokenizer), [], []
+    for index, token in enumerate(ids):
+        text = pieces.push(token)
+        if not is_special(tokenizer, int(token)):
+            waiting.append(index)
+        if text and waiting:
+            groups.append((text, waiting))
+            waiting = []
+    rest = pieces.flush()
+    if rest and waiting:
+        groups.append((rest, waiting))
+    return groups
