@@ -107,7 +107,8 @@ class TestGrid:
             ("clip", "cls_patch", 4, -1),
         ],
     )
-    def test_towers(self, tower, strategy, side, first):
+    def test_towers(self, tower, strategy, first):
+        side = 4
         model = tiny_llava(tower=tower, vision_feature_select_strategy=strategy)
         grid = token_grid(model)
         assert grid.side == side
