@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
 from tests.data.tokenizers import FIXTURES
 from tinyllava_switchkd.data import ImagePreprocess
@@ -23,6 +29,32 @@ def test_v1_pixel_values(name, aspect_ratio):
     preprocess = ImagePreprocess(processor(name), SimpleNamespace(image_aspect_ratio=aspect_ratio))
     pixels = preprocess(Image.open(V1 / "image.png"))
     assert torch.equal(pixels, torch.from_numpy(np.load(V1 / "pixel_values.npz")[name]))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        SiglipImageProcessor(size={"height": 384, "width": 384}),
+        SiglipImageProcessor(size={"height": 30, "width": 50}, do_normalize=False),
+        CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        CLIPImageProcessor(size={"shortest_edge": 60}, crop_size={"height": 33, "width": 48}),
+        CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 48, "width": 48}),
+        CLIPImageProcessor(do_resize=False, crop_size={"height": 20, "width": 20}),
+        BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}),
+        ViTImageProcessor(size={"height": 40, "width": 40}, do_rescale=False, do_normalize=False),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_pixel_values_are_the_processors_bit_for_bit(made):
+    preprocess = ImagePreprocess(made)
+    rng = np.random.default_rng(1)
+    for height, width in ((48, 64), (64, 48), (50, 50), (33, 200), (57, 56), (301, 33), (1, 9)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        try:
+            expected = preprocess.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        except ValueError:
+            continue  # an image of one row is beyond some processors
+        assert torch.equal(preprocess(image), expected)
 
 
 def test_backends():
