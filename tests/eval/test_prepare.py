@@ -337,6 +337,26 @@ def test_vqav2_of_its_authors_for_val_and_for_the_server(
     assert found == {row["image"] for row in shown}  # only test-dev is looked at
 
 
+def test_vqav2_for_the_server_falls_back_on_the_hub(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site(hub, monkeypatch, vqa, "VQA_URL", "COCO_URL")  # which has nothing
+    folder = hub.folder("lmms-lab/VQAv2") / "data"
+    rows = [
+        {"question_id": 10 * number, "image_id": number, "question": f"What {number}?", "image": picture(number)}
+        for number in range(5)
+    ]
+    write_parquet(folder / "testdev-00000-of-00001.parquet", "VQAv2", rows[:2])
+    write_parquet(folder / "test-00000-of-00001.parquet", "VQAv2", rows)
+    assert prepare(tmp_path, "vqav2", "--split", "test") == 0
+    root = tmp_path / "eval" / "vqav2"
+    asked = read_jsonl(root / "llava_vqav2_mscoco_test-dev2015.jsonl")
+    assert [row["question_id"] for row in asked] == [0, 10]
+    assert asked[1]["text"] == "What 1?\nAnswer the question using a single word or phrase."
+    assert len(read_jsonl(root / "llava_vqav2_mscoco_test2015.jsonl")) == 5
+    assert {path.name for path in (root / "test2015").iterdir()} == {row["image"] for row in asked}
+
+
 def test_vizwiz_and_textvqa_of_their_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site(hub, monkeypatch, vqa, "VIZWIZ_URL", "TEXTVQA_URL")
     folder = hub.root / "site"

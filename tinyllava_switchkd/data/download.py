@@ -223,6 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
     try:
         return 0 if _run(TRAINING_SETS[arguments.training_set], arguments) else 1
+    except KeyboardInterrupt:
+        print("Interrupted; run the command again to continue.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -288,7 +288,7 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
     note = "; ".join(f"{', '.join(columns)}: {RADAR_NOTES[mark]}" for mark, columns in marked.items() if columns)
     try:
         return draw_radar(models, output_dir / "radar", note=note, dashed=models.keys() - own if own else ())
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         logger.warning("No radar chart: %s", error)
         return []
 

@@ -56,9 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for preparer in preparers:
         try:
             complete &= (_check if arguments.check else _prepare)(preparer, arguments)
+        except KeyboardInterrupt:
+            print(f"{preparer.title}: interrupted; run the command again to continue.", file=sys.stderr)
+            return 130
         except (ValueError, OSError) as error:  # the others go on
             print(f"{preparer.title}: {error}", file=sys.stderr)
             complete = False
+        except ModuleNotFoundError as error:
+            print(f"error: {error}; pip install 'tinyllava_switchkd[eval]'", file=sys.stderr)
+            return 2
     return 0 if complete else 1
 
 
