@@ -1,0 +1,285 @@
+"""A checkpoint that converses: prompts from its own template, answers streamed, stopped and timed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.serve.conversation import Conversation, Sampling
+from tinyllava_switchkd.visualize.attention import AttentionMap, attention_map, conversation_template
+from tinyllava_switchkd.visualize.grid import visible_box
+from tinyllava_switchkd.visualize.pieces import TextPieces
+
+logger = logging.getLogger(__name__)
+
+_CACHED_IMAGES = 8
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, complete or in the making.
+
+    Attributes:
+        text: the answer so far.
+        token_ids: its tokens.
+        finish: None while it grows, then why it ended: "end" (the model was done), "length" (max_new_tokens),
+            "stopped" (the user), "time" (the time limit).
+        first_token: seconds from the start of the work on the request (images included, waiting for other requests
+            not) to the first token.
+        rate: tokens a second after the first.
+        prompt_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
+        images: the prompt's images.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: str | None
+    first_token: float | None
+    rate: float | None
+    prompt_ids: Tensor
+    images: tuple[Image.Image, ...]
+
+
+class ChatModel:
+    """A model with what is needed to talk to it. Requests from several threads are answered one after another.
+
+    Args:
+        model: a `TinyLlavaForConditionalGeneration` in eval mode.
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        context_len: positions that prompt and answer may take together.
+        name: what people see.
+        conv_version: conversation template; None for the checkpoint's own.
+
+    Raises:
+        ValueError: no template is known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        context_len: int,
+        name: str,
+        conv_version: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.context_len = context_len
+        self.name = name
+        self.conv_version = conversation_template(model.config, conv_version, name)
+        self._text = TextPreprocess(tokenizer, self.conv_version)
+        self._pixels = ImagePreprocess(image_processor, model.config)
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()  # the model, its attention implementation and the cache of features
+
+    @classmethod
+    def load(cls, path: str, name: str | None = None, conv_version: str | None = None, **kwargs: Any) -> ChatModel:
+        """Load a checkpoint; `kwargs` are those of `load_pretrained_model`."""
+        model, tokenizer, image_processor, context_len = load_pretrained_model(path, **kwargs)
+        return cls(model, tokenizer, image_processor, context_len, name or display_names([path])[0], conv_version)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, the vision tower's included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def stream(
+        self,
+        conversation: Conversation,
+        question: str,
+        sampling: Sampling | None = None,
+        stop: threading.Event | None = None,
+        time_limit: float | None = None,
+    ) -> Iterator[Reply]:
+        """Answer a question, token by token.
+
+        The answer, whole or stopped midway, is recorded in the conversation; one that did not get to its first word is
+        not. Closing the iterator stops the work too.
+
+        Args:
+            conversation: what was said before, and the images that come with this question.
+            question: the question.
+            sampling: greedy by default.
+            stop: set it from anywhere to stop the answer after the current token.
+            time_limit: seconds after which the answer is stopped. The first token takes as long as it takes.
+
+        Yields:
+            the `Reply` so far; the last one has `finish`.
+
+        Raises:
+            ValueError: an empty question, or a conversation longer than the model reads.
+        """
+        sampling, stop = sampling or Sampling(), stop or threading.Event()
+        question = question.strip()
+        if not question:
+            raise ValueError("The question is empty.")
+        images = tuple(conversation.images())
+        prompt_ids = self._text(conversation.messages(question), mode="eval", num_images=len(images))["input_ids"]
+        room = self._room(prompt_ids, len(images))
+        kwargs = sampling.generate_kwargs()
+        kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], room)
+
+        work = _Work(stop, time_limit)
+        threading.Thread(target=self._generate, args=(work, prompt_ids, images, kwargs), daemon=True).start()
+        pieces, text, token_ids = TextPieces(self.tokenizer), "", []
+        try:
+            while (token := work.tokens.get()) is not None:
+                token_ids.append(token)
+                piece = pieces.push(token)
+                text += piece
+                if piece:
+                    yield Reply(text.strip(), tuple(token_ids), None, work.first_token, work.rate, prompt_ids, images)
+        finally:
+            work.cancelled.set()  # not joined: whoever closes the iterator need not wait for the current token
+        if work.error is not None:
+            raise work.error
+        text = (text + pieces.flush()).strip()
+        finish = work.finish(self._eos_ids, token_ids)
+        if text or finish == "end":
+            conversation.record(question, text)
+        yield Reply(text, tuple(token_ids), finish, work.first_token, work.rate, prompt_ids, images)
+
+    def attend(self, reply: Reply) -> AttentionMap:
+        """Attention of an answer to its images, see `attention_map`."""
+        with self._lock, torch.no_grad():
+            features = self._encode(reply.images)
+            return attention_map(self.model, self.tokenizer, reply.prompt_ids, features, reply.token_ids)
+
+    def visible_box(self, image: Image.Image) -> tuple[float, ...]:
+        """The part of an image that the model sees, see `grid.visible_box`."""
+        return visible_box(image.size, self.image_processor, self.model.config.image_aspect_ratio)
+
+    @property
+    def _eos_ids(self) -> set[int]:
+        eos = self.model.language_model.generation_config.eos_token_id
+        return {eos} if isinstance(eos, int) else set(eos or ())
+
+    def _room(self, prompt_ids: Tensor, num_images: int) -> int:
+        """Positions left for the answer."""
+        length = len(prompt_ids) + num_images * (self.model.num_image_tokens - 1)
+        if length >= self.context_len:
+            raise ValueError(
+                f"The conversation takes {length} positions, {num_images * self.model.num_image_tokens} of them for "
+                f"{num_images} image(s), and {self.name} reads at most {self.context_len}; start a new conversation."
+            )
+        return self.context_len - length
+
+    def _generate(self, work: _Work, prompt_ids: Tensor, images: Sequence[Image.Image], kwargs: dict[str, Any]) -> None:
+        """Runs in a thread of its own; tokens, the end and errors go through `work`."""
+        try:
+            while not self._lock.acquire(timeout=_POLL_SECONDS):
+                if work.is_over():
+                    return
+            try:
+                work.begin()
+                with torch.no_grad():
+                    self.model.generate(
+                        prompt_ids[None].to(self.model.device),
+                        image_features=self._encode(images),
+                        stopping_criteria=StoppingCriteriaList([work]),
+                        **kwargs,
+                    )
+            finally:
+                self._lock.release()
+        except Exception as error:  # raised where the answer is read
+            work.error = error
+        finally:
+            work.tokens.put(None)
+
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor | None:
+        """Visual tokens [I, K, D]; those of the last few images are kept, so that a follow-up need not encode again."""
+        if not images:
+            return None
+        features = []
+        for image in images:
+            key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+            if key not in self._features:
+                pixels = self._pixels(image)[None].to(self.model.device)  # [1, 3, H, W]
+                self._features[key] = self.model.encode_images(pixels)[0]  # [K, D]
+            self._features.move_to_end(key)
+            features.append(self._features[key])
+        while len(self._features) > _CACHED_IMAGES:
+            self._features.popitem(last=False)
+        return torch.stack(features)
+
+
+class _Work(StoppingCriteria):
+    """One answer in the making: sees every token as it is chosen, keeps time, and says when to stop.
+
+    `generate` asks its stopping criteria after every token, which makes them the one place that sees tokens, whatever
+    the decoding loop; a model fed with embeddings hands them the new tokens only.
+    """
+
+    def __init__(self, stop: threading.Event, time_limit: float | None) -> None:
+        self.tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
+        self.error: Exception | None = None
+        self._stop, self._time_limit = stop, time_limit
+        self._started = self._first = self._last = None
+        self._count = 0
+        self._timed_out = self._stopped = False
+
+    def begin(self) -> None:
+        """The work starts now."""
+        self._started = time.perf_counter()
+
+    def is_over(self) -> bool:
+        """Whether nobody wants more tokens."""
+        self._stopped = self._stop.is_set() or self.cancelled.is_set()
+        return self._stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        token = int(input_ids[0, -1])  # waits for the device
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._count += 1
+        self.tokens.put(token)
+        self._timed_out = self._time_limit is not None and self._last - self._started > self._time_limit
+        return torch.tensor([self.is_over() or self._timed_out], device=input_ids.device)
+
+    @property
+    def first_token(self) -> float | None:
+        return None if self._first is None else self._first - self._started
+
+    @property
+    def rate(self) -> float | None:
+        if self._count < 2 or self._last <= self._first:
+            return None
+        return (self._count - 1) / (self._last - self._first)
+
+    def finish(self, eos_ids: set[int], token_ids: Sequence[int]) -> str:
+        """Why the answer ended, see `Reply`."""
+        if token_ids and token_ids[-1] in eos_ids:
+            return "end"
+        if self._stopped or self._stop.is_set():
+            return "stopped"
+        return "time" if self._timed_out else "length"
+
+
+def display_names(paths: Sequence[str]) -> list[str]:
+    """A short, distinct name for every checkpoint: the last part of its path, with its parents' where needed."""
+    parts = [[part for part in Path(path).parts if part not in ("/", "\\", ".", "..")] or [path] for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({index})" for index, name in enumerate(names, start=1)]

@@ -1,0 +1,82 @@
+"""Images from people: opened with limits, turned upright, in RGB."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""The decoders that are tried; formats that need an outside program, such as EPS, are never opened."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost.
+
+    Attributes:
+        max_bytes: size of the file.
+        max_pixels: width times height; checked from the header, before anything is decoded, because a file of a few
+            kilobytes can unfold into gigabytes.
+        max_side: larger images are reduced to this many pixels on the longer side; None keeps them as they are.
+    """
+
+    max_bytes: int = 200 * 2**20
+    max_pixels: int = 100_000_000
+    max_side: int | None = None
+
+
+def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | None = None) -> Image.Image:
+    """Open an image file.
+
+    Args:
+        path: the file.
+        limits: see `ImageLimits`.
+        name: what to call the file in messages; the path if None.
+
+    Returns:
+        an RGB image, turned as its camera noted (EXIF); the first frame of an animation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, is damaged, or is over a limit.
+    """
+    path, limits = Path(path), limits or ImageLimits()
+    name = str(path) if name is None else name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is not there, or is no file.")
+    size = path.stat().st_size
+    if size > limits.max_bytes:
+        raise ValueError(f"{name} has {size / 2**20:.1f} MB; at most {limits.max_bytes / 2**20:.0f} MB are taken.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            opened = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} has too many pixels; at most {_millions(limits.max_pixels)} are taken.") from None
+    except (OSError, ValueError, SyntaxError):
+        raise ValueError(f"{name} is no image that can be read here ({', '.join(FORMATS)}).") from None
+    with opened:
+        pixels = opened.width * opened.height
+        if pixels > limits.max_pixels:
+            raise ValueError(
+                f"{name} has {opened.width} x {opened.height} = {_millions(pixels)} pixels; at most "
+                f"{_millions(limits.max_pixels)} are taken."
+            )
+        try:
+            if limits.max_side is not None:
+                opened.draft(
+                    "RGB", (limits.max_side, limits.max_side)
+                )  # JPEG: decoded at a reduced size, never smaller
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            raise ValueError(f"{name} is damaged and cannot be decoded ({type(error).__name__}).") from error
+    if limits.max_side is not None and max(image.size) > limits.max_side:
+        image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+    return image
+
+
+def _millions(pixels: int) -> str:
+    return f"{pixels / 1e6:.1f} million"
