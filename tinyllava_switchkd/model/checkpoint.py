@@ -15,14 +15,12 @@ from transformers import AutoImageProcessor
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
 from .legacy import config_from_bench, is_bench_config
-from .llm import load_tokenizer
+from .llm import has_tokenizer, load_tokenizer
 from .modeling import TinyLlavaForConditionalGeneration
 from .vision_tower import resolve_vision_tower
 from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 def load_pretrained_model(
@@ -111,22 +109,15 @@ def _quantization_config(load_8bit: bool, load_4bit: bool) -> Any:
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
     """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
-    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    source = str(folder) if own else config.tokenizer_name_or_path
-    try:
-        return load_tokenizer(
-            source,
-            config.text_config,
-            llm=config.llm_model_name_or_path,
-            model_max_length=config.tokenizer_model_max_length,
-            padding_side=config.tokenizer_padding_side,
-            cache_dir=config.cache_dir,
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer, and the one it names, {source!r}, could not be read; "
-            f"put the tokenizer's files into the folder."
-        ) from error
+    source = str(folder) if has_tokenizer(folder) else config.tokenizer_name_or_path
+    return load_tokenizer(
+        source,
+        config.text_config,
+        llm=config.llm_model_name_or_path,
+        model_max_length=config.tokenizer_model_max_length,
+        padding_side=config.tokenizer_padding_side,
+        cache_dir=config.cache_dir,
+    )
 
 
 def image_processor_of(folder: Path, model: TinyLlavaForConditionalGeneration) -> Any:

@@ -120,7 +120,9 @@ class TinyLlavaConfig(PretrainedConfig):
             # v1 leaves out what equals its default, and its default is a llama configuration.
             return config_from_dict(text_config, "llama", "text_config")
         if self.llm_model_name_or_path:
-            return AutoConfig.from_pretrained(self.llm_model_name_or_path, cache_dir=self.cache_dir)
+            from .llm import read_base_config
+
+            return read_base_config(self.llm_model_name_or_path, self.cache_dir)
         return CONFIG_MAPPING["llama"]()
 
     def _build_vision_config(self, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:

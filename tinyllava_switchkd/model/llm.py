@@ -7,6 +7,7 @@ An entry is a function without arguments that returns ``(ModelCls, (TokenizerCls
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tinyllava_switchkd.registry import Registry
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 LLMEntry = tuple[type, tuple[type, Callable[[Any], Any]]]
 
@@ -26,12 +29,29 @@ def read_model_type(name_or_path: str) -> str | None:
         if not file.is_file():
             return None
         config = json.loads(file.read_text(encoding="utf-8"))
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
+        return None  # not the form of a hub name: do not wait for an answer
     else:
         try:
             config, _ = PretrainedConfig.get_config_dict(name_or_path)
         except (OSError, ValueError):  # no such repository, no network: the registry then lists its names
             return None
     return config.get("model_type")
+
+
+def read_base_config(name_or_path: str, cache_dir: str | None = None) -> PretrainedConfig:
+    """Configuration of a base model, without remote code.
+
+    Raises:
+        FileNotFoundError: neither a folder with a ``config.json`` nor, as far as can be told, a hub repository.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The configuration of the base model {name_or_path!r} could not be read: there is no such folder with a "
+            f"config.json here, nor did the hub give one."
+        ) from error
 
 
 LLMFactory = Registry("language model", fuzzy=True, fallback=read_model_type, resolve=lambda entry: entry())
@@ -129,6 +149,11 @@ def return_stablelmclass() -> LLMEntry:
     return StableLmForCausalLM, (AutoTokenizer, keep_tokens)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(
     name_or_path: str,
     text_config: PretrainedConfig | None = None,
@@ -147,11 +172,23 @@ def load_tokenizer(
         model_max_length: positions of a sequence; the tokenizer's own if None.
         padding_side: ``right`` for training.
         cache_dir: the hub's cache.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
     """
     llm = llm or name_or_path
     if text_config is None:
-        text_config = AutoConfig.from_pretrained(llm, cache_dir=cache_dir)
+        text_config = read_base_config(llm, cache_dir)
     tokenizer_class, post_load = resolve_llm(llm, text_config)[1]
     kwargs = {} if model_max_length is None else {"model_max_length": model_max_length}
-    tokenizer = tokenizer_class.from_pretrained(name_or_path, padding_side=padding_side, cache_dir=cache_dir, **kwargs)
+    kwargs |= {"padding_side": padding_side, "cache_dir": cache_dir}
+    try:
+        if Path(name_or_path).is_dir() and not has_tokenizer(Path(name_or_path)):
+            raise FileNotFoundError(name_or_path)
+        tokenizer = tokenizer_class.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no tokenizer in {name_or_path!r}: put its files (tokenizer.json, tokenizer_config.json) there, "
+            f"or name another."
+        ) from error
     return post_load(tokenizer)

@@ -28,7 +28,7 @@ LEGACY_NAMES = (
     (r"^model\.(embed_tokens|layers|norm|final_layernorm)\.", r"language_model.model.\1."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
@@ -44,28 +44,21 @@ def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hub = {name: value for name, value in hub.items() if value is not None}
+    name = str(name_or_path)
+    hub = {key: value for key, value in hub.items() if value is not None}
     try:
-        ignored = None
-        if not hub.get("local_files_only"):
-            known = {name: hub[name] for name in ("revision", "token") if name in hub}
-            files = list_repo_files(str(name_or_path), **known)
-            # Repositories that offer both formats would be downloaded twice over.
-            ignored = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else None
-        return Path(snapshot_download(str(name_or_path), allow_patterns=HUB_FILES, ignore_patterns=ignored, **hub))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **hub))
+        if not any(folder.rglob("*.safetensors")):  # only then: many repositories hold their weights in both formats
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], **hub))
     except HFValidationError as error:
-        raise FileNotFoundError(f"There is no folder {str(name_or_path)!r} (nor is it a name on the hub).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        try:  # offline, but perhaps downloaded before
-            return Path(snapshot_download(str(name_or_path), **{**hub, "local_files_only": True}))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"{str(name_or_path)!r} is no folder here and could not be fetched from the hub: {reason}"
-            ) from error
+        raise FileNotFoundError(f"There is no folder {name!r} (nor is it a name on the hub).") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"There is no folder {name!r}, and the hub did not give one: {reason}") from error
+    return folder
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:

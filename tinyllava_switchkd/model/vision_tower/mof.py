@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PretrainedConfig
+from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, PretrainedConfig
 
+from ..llm import read_base_config
 from . import register_vision_tower
 from .base import VisionTower
 from .transformers_towers import (
@@ -63,7 +64,7 @@ class MoFVisionTower(VisionTower):
         if not name2:
             raise ValueError(f"The tower {name!r} needs a second one (--vision_tower2 mof:facebook/dinov2-large).")
         config = CLIPVisionTower.load_config(name, cache_dir=cache_dir)
-        config.dinov2_config = AutoConfig.from_pretrained(strip_prefix(name2), cache_dir=cache_dir).to_diff_dict()
+        config.dinov2_config = read_base_config(strip_prefix(name2), cache_dir).to_diff_dict()
         return config
 
     @classmethod
@@ -76,7 +77,7 @@ class MoFVisionTower(VisionTower):
         if found:
             config.dinov2_config = Dinov2Config.from_pretrained(found[0]).to_diff_dict()
             return
-        config.dinov2_config = dinov2_config_of(tensors)
+        config.dinov2_config = dinov2_config_of(tensors, config.num_attention_heads)
         if config.dinov2_config is None:
             raise ValueError(
                 f"The configuration of the second vision tower {name!r} is not in the checkpoint and cannot be told "
@@ -125,13 +126,17 @@ class MoFVisionTower(VisionTower):
         return torch.stack([clip[:, dropped:], dinov2[:, dropped:]], dim=2).flatten(1, 2)  # [I, N, 2, D] -> [I, 2N, D]
 
 
-def dinov2_config_of(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """DINOv2's configuration read off its weights (64 channels a head, as in every released one), or None."""
+def dinov2_config_of(tensors: dict[str, Tensor], num_heads: int) -> dict[str, Any] | None:
+    """DINOv2's configuration read off its weights; None where there are none.
+
+    The number of heads leaves no trace in the weights. The towers have one width, so it is taken to be CLIP's, which
+    holds for every published pair (64 channels a head).
+    """
     prefix = "vision_tower._vision_tower.dinov2."
     positions = tensors.get(f"{prefix}embeddings.position_embeddings")
     patches = tensors.get(f"{prefix}embeddings.patch_embeddings.projection.weight")
     hidden = tensors.get(f"{prefix}encoder.layer.0.mlp.fc1.weight")
-    if positions is None or patches is None or positions.shape[-1] % 64:
+    if positions is None or patches is None:
         return None
     layers = [re.match(rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.", name) for name in tensors]
     width, patch = positions.shape[-1], patches.shape[-1]
@@ -139,7 +144,7 @@ def dinov2_config_of(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         "model_type": "dinov2",
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
-        "num_attention_heads": width // 64,
+        "num_attention_heads": num_heads,
         "mlp_ratio": 4 if hidden is None else hidden.shape[0] // width,
         "use_swiglu_ffn": hidden is None,
         "patch_size": patch,

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from ..llm import read_base_config
 from ..weights import outside_zero_init, read_weights, resolve_folder
 from . import register_vision_tower
 from .base import VisionTower
@@ -53,7 +53,7 @@ class TransformersTower(VisionTower):
 
     @classmethod
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
-        config = AutoConfig.from_pretrained(strip_prefix(name), cache_dir=cache_dir)
+        config = read_base_config(strip_prefix(name), cache_dir)
         # A CLIP or SigLIP repository holds both towers; ours is the vision half.
         return getattr(config, "vision_config", config)
 
