@@ -28,11 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import CONFIG_MAPPING
 
-from benchmarks._memory import peak_resident
+from benchmarks._memory import peak_resident, resident
 from benchmarks._table import machine, write_section
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import SupervisedTask, SwitchDistiller, build_distiller, register_loss
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.train.estimate import estimate
 
 
 @dataclass(frozen=True)
@@ -264,9 +265,10 @@ def matrix_rate(device: str) -> float:
 
 
 def _peak_of_process(variant: str, args: argparse.Namespace) -> float:
+    before = resident()
     bench = Bench(args)
     bench.step(variant)  # the optimiser makes its state
-    return peak_resident(lambda: bench.step(variant))[0]
+    return peak_resident(lambda: bench.step(variant))[0] - before
 
 
 def peak_memory(bench: Bench, variant: str, args: argparse.Namespace) -> float:
@@ -274,6 +276,30 @@ def peak_memory(bench: Bench, variant: str, args: argparse.Namespace) -> float:
         return bench.peak(variant)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_of_process, (variant, args))
+
+
+def predicted(variant: str, args: argparse.Namespace) -> str:
+    """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train."""
+    if variant not in ("SFT", "align only", "align + switch", "+ checkpointing"):
+        return ""
+    student, teacher, vision, text = SIZES[args.size]
+    learner = model(student, vision, 0, "meta", torch.float32).train()
+    learner.freeze_unused_parameters()
+    guide = None if variant == "SFT" else model(teacher, vision, 1, "meta", torch.float32).requires_grad_(False)
+    result = estimate(
+        learner,
+        guide,
+        batch_size=args.batch_size,
+        text_tokens=(args.text or text) - 1,
+        supervised_tokens=(args.text or text) // 2,
+        master_weights=False,
+        mixed_precision=args.device == "cuda",
+        checkpointing=variant == "+ checkpointing",
+        switch=variant != "align only",
+    )
+    # The models of all variants are loaded, whichever of them runs.
+    unused = 0 if guide else sum(p.numel() for p in model(teacher, vision, 1, "meta", torch.float32).parameters())
+    return f"{(result.peak + unused * (2 if args.device == 'cuda' else 4)) / 2**30:.2f}"
 
 
 def main() -> None:
@@ -309,6 +335,7 @@ def main() -> None:
                 f"{median / medians.get('passes, no heads', median):.2f}",
                 f"{tokens / median:,.0f}",
                 f"{peak_memory(bench, variant, args) / 2**30:.2f}",
+                predicted(variant, args),
                 f"{100 * achieved / rate:.0f} %",
             ]
         )
@@ -316,7 +343,7 @@ def main() -> None:
     if {"align + switch", "heads, trivial loss"} <= medians.keys():
         share = 1 - medians["heads, trivial loss"] / medians["align + switch"]
         note += f"; the loss, heads excluded, takes {100 * share:.1f} % of the align + switch step"
-    header = ["step", "seconds", "x SFT", "x passes", "tokens/s", "peak GiB", "of matrix rate"]
+    header = ["step", "seconds", "x SFT", "x passes", "tokens/s", "peak GiB", "estimated", "of matrix rate"]
     write_section(
         f"step-{args.size}-{args.device}",
         f"One optimiser step, {args.size} ({args.device})",

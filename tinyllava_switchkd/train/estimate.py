@@ -1,0 +1,216 @@
+"""What a configuration needs of each GPU's memory, before anything is loaded.
+
+Weights, gradients and optimiser state are counted from the configurations; activations are counted by running the three
+passes once on torch's meta device, where tensors have shapes but no storage, and adding up what autograd would keep.
+Nothing is downloaded but configurations, nothing allocated. What DeepSpeed's communication buckets, the allocator's
+fragments and the CUDA context take comes on top (`OVERHEAD`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tinyllava_switchkd.distill.chunked import CHUNK_ELEMENTS
+
+OVERHEAD = 0.0
+"""Share added for fragments and buckets; measured figures replace it in docs/benchmarks.md."""
+
+LOGIT_COPIES = (3, 7, 9)
+"""Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
+the switch term too (softmax, gradients on their way, the teacher's logits, buffers); measured by benchmarks/step.py."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """The fullest moment: at the start of the backward pass, or in the optimiser's step."""
+        resident = self.weights + self.teacher + self.optimizer
+        return int((resident + max(self.activations + self.logits, self.gradients)) * (1 + OVERHEAD))
+
+    def table(self) -> list[tuple[str, float]]:
+        """Rows (what, GiB), the peak last."""
+        rows = [(name, size / 2**30) for name, size in asdict(self).items()]
+        return [*rows, ("peak", self.peak / 2**30)]
+
+
+def estimate(
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    *,
+    batch_size: int,
+    text_tokens: int,
+    supervised_tokens: int | None = None,
+    gpus: int = 1,
+    zero_stage: int = 0,
+    offload: bool = False,
+    mixed_precision: bool = True,
+    master_weights: bool = True,
+    checkpointing: bool = False,
+    switch: bool = True,
+    chunk_size: int | None = None,
+) -> Estimate:
+    """Memory of a training step.
+
+    Args:
+        student: a TinyLLaVA whose parameters have `requires_grad` as in training; built on the meta device.
+        teacher: the same, or None for ordinary training.
+        batch_size: samples a GPU, one image each.
+        text_tokens: tokens of a sample beside its visual ones.
+        supervised_tokens: those that reach a head; None takes half of the text.
+        gpus: ranks that ZeRO shards over.
+        zero_stage: 0 to 3.
+        offload: optimiser state on the CPU.
+        mixed_precision: weights, gradients and activations in bfloat16 or float16; otherwise in float32.
+        master_weights: in mixed precision, optimiser state and a copy of the weights in float32, as DeepSpeed keeps.
+        checkpointing: activation checkpointing in the student and in the teacher's switch pass.
+        switch: whether the switch pass runs.
+        chunk_size: as in `build_distiller`.
+    """
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in student.parameters()) - trained
+    size = 2 if mixed_precision else 4
+    shard = lambda stage, bytes_: bytes_ // gpus if zero_stage >= stage else bytes_  # noqa: E731
+    states = 12 if mixed_precision and master_weights else 2 * size
+    optimizer = 0 if offload else shard(1, trained * states)
+    length = text_tokens + student.num_image_tokens
+    with _fused_attention(student, teacher):
+        passes = [lambda recompute: _student_bytes(student, batch_size, length, recompute, size)]
+        layers = [_layers(student)]
+        if teacher is not None and switch:
+            passes.append(lambda recompute: _switch_bytes(student, teacher, batch_size, length, recompute, size))
+            layers.append(_layers(teacher))
+        activations = sum(run(checkpointing) for run in passes)
+        if checkpointing:  # and one layer, recomputed
+            activations += max(run(False) // count for run, count in zip(passes, layers, strict=True))
+    supervised = supervised_tokens if supervised_tokens is not None else text_tokens // 2
+    head = student.get_output_embeddings().weight
+    supervised *= batch_size
+    chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
+    terms = 0 if teacher is None else 2 if switch else 1
+    logits = LOGIT_COPIES[terms] * chunk * head.shape[0] * 4
+    if head.requires_grad:  # its gradient waits for the backward pass, in float32 while chunks are added up
+        logits += head.numel() * (4 if chunk < supervised else size)
+    return Estimate(
+        weights=shard(3, trained * size) + shard(3, frozen * size),
+        gradients=shard(2, trained * size),
+        optimizer=optimizer,
+        teacher=0 if teacher is None else sum(p.numel() for p in teacher.parameters()) * size,
+        activations=activations,
+        logits=logits,
+    )
+
+
+def _student_bytes(student: nn.Module, batch: int, length: int, checkpointing: bool, size: int) -> int:
+    def run() -> Tensor:
+        features = student.vision_features(_pixels(student, batch))
+        visual = student.connector(features)
+        return _decode(student, visual, length)
+
+    return _saved(run, [student], student.train(), checkpointing, size)
+
+
+def _switch_bytes(
+    student: nn.Module, teacher: nn.Module, batch: int, length: int, checkpointing: bool, size: int
+) -> int:
+    sees = any(p.requires_grad for p in student.vision_tower.parameters())
+
+    def run() -> Tensor:
+        tokens = student.vision_tower.num_tokens(student.config.vision_feature_select_strategy)
+        features = torch.empty(batch, tokens, student.config.vision_hidden_size, device="meta", requires_grad=sees)
+        return _decode(teacher, teacher.connector(features), length)
+
+    return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size)
+
+
+def _pixels(model: nn.Module, batch: int) -> Tensor:
+    return torch.empty(batch, 3, model.image_size, model.image_size, device="meta")
+
+
+def _decode(model: nn.Module, visual: Tensor, length: int) -> Tensor:
+    embeddings = model.get_input_embeddings()
+    ids = torch.zeros(visual.shape[0], length - visual.shape[1], dtype=torch.long, device="meta")
+    inputs = torch.cat([visual, embeddings(ids)], dim=1)
+    return model.language_model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+def _saved(
+    run: Callable[[], Tensor], models: list[nn.Module], module: nn.Module, checkpointing: bool, size: int
+) -> int:
+    """Bytes that autograd keeps of one pass, each storage once, weights left out; float32 counts as `size`."""
+    weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (
+                tensor,
+                storage.nbytes() * size // 4 if tensor.dtype == torch.float32 else storage.nbytes(),
+            )
+        return tensor
+
+    if checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = run()
+        return sum(size for _, size in kept.values()) + out.numel() * size
+    finally:
+        if checkpointing:
+            module.gradient_checkpointing_disable()
+
+
+def _layers(model: nn.Module) -> int:
+    return model.config.text_config.num_hidden_layers
+
+
+class _FlashLike(torch.autograd.Function):
+    """Attention that keeps what a fused kernel keeps: queries, keys, values, outputs and a normaliser a row."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object):
+    return _FlashLike.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register("tinyllava_memory_estimate", _attention)
+
+
+@contextmanager
+def _fused_attention(*models: nn.Module | None) -> Iterator[None]:
+    """transformers' modules call `_attention`: on the meta device torch would otherwise keep whole score matrices."""
+    configs = {id(m.config): m.config for model in models if model for m in model.modules() if hasattr(m, "config")}
+    before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = "tinyllava_memory_estimate"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
