@@ -1,0 +1,123 @@
+"""Resuming: where a run stands, and that a resumed run ends where an uninterrupted one does."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
+from tinyllava_switchkd.train import resume
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, as a crash after a checkpoint would, without changing its schedule."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize(("distil", "accumulate"), [(False, 1), (True, 1), (True, 2)])
+def test_a_resumed_run_gives_the_same_weights(tmp_path, distil, accumulate):
+    """Two epochs of six steps, stopped in the middle of the second; the order differs from epoch to epoch."""
+    kwargs = {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": accumulate,
+        "group_by_modality_length": True,
+        "save_strategy": "steps",
+        "save_steps": 8 // accumulate,
+        "optim": "adamw_torch",
+        "weight_decay": 0.1,
+        "vision_tower_lr": 1e-3,
+        "warmup_steps": 0.2,
+        "lr_scheduler_type": "cosine",
+    }
+    through = toy_trainer(toy_arguments(tmp_path / "through", **kwargs), toy_task(distil))
+    through.train()
+    assert through.state.global_step == 12 // accumulate
+
+    stopped = toy_trainer(
+        toy_arguments(tmp_path / "stopped", **kwargs), toy_task(distil), callbacks=[StopAt(8 // accumulate)]
+    )
+    stopped.train()
+    checkpoint = resume.find_checkpoint(tmp_path / "stopped")
+    assert Path(checkpoint).name == f"checkpoint-{8 // accumulate}"
+    resumed = toy_trainer(toy_arguments(tmp_path / "stopped", **kwargs), toy_task(distil, seed=7))  # other weights
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 12 // accumulate
+    assert largest_difference(weights(through.model), weights(resumed.model)) < 1e-7
+    assert logged(resumed, "ce") == pytest.approx(logged(through, "ce"), abs=1e-6)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with two checkpoints that look complete."""
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 20}))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_bytes(b"x")
+    (tmp_path / "checkpoint-latest").mkdir()
+    return tmp_path
+
+
+def test_the_latest_checkpoint_is_found(run):
+    assert resume.find_checkpoint(run) == str(run / "checkpoint-10")
+    assert resume.find_checkpoint(run / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "broken", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "cut off"]
+)
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(run, caplog, broken):
+    if broken == "cut off":
+        file = run / "checkpoint-10" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        (run / "checkpoint-10" / broken).unlink()
+    assert resume.find_checkpoint(run) == str(run / "checkpoint-5")
+    assert "checkpoint-10 is incomplete" in caplog.text
+
+
+def test_a_sharded_checkpoint_needs_all_its_files(run):
+    folder = run / "checkpoint-10"
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    assert resume.what_is_missing(folder) is None
+    index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors", "v": "model-2.safetensors"}}))
+    assert "weights" in resume.what_is_missing(folder)
+
+
+def test_deepspeeds_state_counts_as_the_optimisers(run):
+    folder = run / "checkpoint-10"
+    (folder / "optimizer.pt").unlink()
+    (folder / "latest").write_text("global_step10")
+    assert "no optimiser state" in resume.what_is_missing(folder)
+    (folder / "global_step10").mkdir()
+    (folder / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    assert resume.what_is_missing(folder) is None
+
+
+def test_another_number_of_processes_is_refused(run):
+    with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
+        resume.find_checkpoint(run, world_size=2)
+
+
+def test_a_run_is_finished_when_its_state_says_so(run):
+    assert not resume.is_finished(run)
+    shutil.copy(run / "checkpoint-10" / "trainer_state.json", run)
+    assert not resume.is_finished(run)
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 20, "max_steps": 20}))
+    assert resume.is_finished(run)
+    resume.remove_checkpoints(run)
+    assert not resume.is_finished(run) and resume.find_checkpoint(run) is None

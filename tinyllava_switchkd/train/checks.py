@@ -1,0 +1,101 @@
+"""Everything that can be known to be wrong before weights are read: names, paths, the teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tinyllava_switchkd.data import TemplateFactory
+from tinyllava_switchkd.distill import LossFactory, check_compatible
+from tinyllava_switchkd.model import ConnectorFactory, VisionTowerFactory
+
+from .arguments import Arguments
+from .recipes import TrainingRecipeFactory
+from .skeleton import Skeleton
+
+
+def check_names(arguments: Arguments) -> None:
+    """Every registered name must exist; a fresh model's language model is looked up when its configuration is read.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
+    model, data, training, distill, _ = arguments
+    TrainingRecipeFactory.name_of(training.training_recipe)
+    TemplateFactory.name_of(data.conv_version)
+    if training.pretrained_model_path is None:
+        _check_base_model("model_name_or_path", model.model_name_or_path)
+        _check_base_model("vision_tower", model.vision_tower)
+        VisionTowerFactory.name_of(model.vision_tower)
+        ConnectorFactory.name_of(model.connector_type)
+    if distill.teacher_path is not None:
+        LossFactory.name_of(distill.distill_loss)
+
+
+def check_paths(arguments: Arguments) -> None:
+    """Whatever is named by a path must exist, and the output must be writable.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: with the argument, the path and the remedy.
+    """
+    _, data, training, distill, _ = arguments
+    if not Path(data.data_path).is_file():
+        raise FileNotFoundError(f"--data_path {data.data_path} does not exist; give a JSON file in LLaVA's format.")
+    if data.image_folder and not Path(data.image_folder).is_dir():
+        raise FileNotFoundError(f"--image_folder {data.image_folder} is no folder; give the one with the images.")
+    for name, path in (
+        ("pretrained_model_path", training.pretrained_model_path),
+        ("teacher_path", distill.teacher_path),
+        ("resume_from_checkpoint", training.resume_from_checkpoint),
+    ):
+        if path is not None and _is_path(path) and not Path(path).is_dir():
+            raise FileNotFoundError(
+                f"--{name} {path} does not exist; give the folder of a trained model"
+                + (" (pretrain.sh writes one)." if name == "pretrained_model_path" else ".")
+            )
+    if isinstance(training.deepspeed, str) and not Path(training.deepspeed).is_file():
+        raise FileNotFoundError(f"--deepspeed {training.deepspeed} does not exist; scripts/train has zero2.json.")
+    check_writable(training.output_dir)
+
+
+def check_writable(output_dir: str) -> None:
+    """Whether the output folder can be made and written to; nothing is made.
+
+    Raises:
+        NotADirectoryError, PermissionError: it can't.
+    """
+    existing = Path(output_dir).expanduser().absolute()
+    while not existing.exists() and not existing.is_symlink():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output_dir {output_dir} cannot be made: {existing} is a file; choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {output_dir} is not writable: {existing} forbids it; choose another.")
+
+
+def check_teacher(arguments: Arguments, student: Skeleton, teacher: Skeleton) -> None:
+    """Refuse a teacher that the student cannot learn from.
+
+    Raises:
+        ValueError: with what differs, on both sides.
+    """
+    check_compatible(
+        student.model,
+        teacher.model,
+        student_tokenizer=student.tokenizer,
+        teacher_tokenizer=teacher.tokenizer,
+        student_image_processor=student.image_processor,
+        teacher_image_processor=teacher.image_processor,
+        switch=arguments.distill.switch_weight > 0,
+    )
+
+
+def _check_base_model(name: str, value: str) -> None:
+    path = value.split(":", 1)[-1]  # a tower may carry its kind in front
+    if _is_path(path) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"--{name} {value} does not exist; give a folder or a name on the hub.")
+
+
+def _is_path(value: str) -> bool:
+    """Whether a name can only be a path: a hub name is ``owner/model`` or ``model``."""
+    return value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists()

@@ -1,0 +1,56 @@
+"""Which parameters of a model train: the tune types of TinyLLaVA v1 (``training_recipe/base.py``)."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+MODULES = {"llm": "language_model", "vision_tower": "vision_tower", "connector": "connector"}
+"""The parts of a model, as the arguments call them, and their sub-modules."""
+
+_ENCODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.(\d+)\.")
+"""The layer number in the parameter names of transformers' (layers, layer), timm's and open_clip's encoders."""
+
+
+def set_tune_type(module: nn.Module, tune_type: str) -> None:
+    """Make all of a part trainable ("full") or none of it ("frozen"); adapters are left as their recipe set them."""
+    if tune_type in ("frozen", "full"):
+        module.requires_grad_(tune_type == "full")
+
+
+def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> int:
+    """Train a vision tower's encoder layers from a number on, and nothing else of it ("partially-tune").
+
+    Returns:
+        the number of layers that train.
+
+    Raises:
+        ValueError: the tower has no such layer.
+    """
+    layers: set[int] = set()
+    for name, parameter in vision_tower.named_parameters():
+        match = _ENCODER_LAYER.search(name)
+        parameter.requires_grad_(match is not None and int(match[1]) >= from_layer)
+        if match is not None:
+            layers.add(int(match[1]))
+    trained = {layer for layer in layers if layer >= from_layer}
+    if not trained:
+        raise ValueError(
+            f"--tune_vision_tower_from_layer is {from_layer}, but the vision tower has {len(layers)} encoder layers, "
+            f"the first of them 0; nothing of it would be trained."
+        )
+    return len(trained)
+
+
+def describe(model: nn.Module) -> str:
+    """One line of parameter counts, trainable of all, part by part."""
+    counts = []
+    for name in MODULES.values():
+        parameters = list(getattr(model, name).parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        counts.append(f"{name} {trainable:,} of {sum(p.numel() for p in parameters):,}")
+    return "Trainable parameters: " + ", ".join(counts)

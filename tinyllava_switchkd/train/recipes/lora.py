@@ -1,0 +1,127 @@
+"""LoRA: low-rank adapters in the linear layers of some parts; the others train or rest as their tune types say."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinyllava_switchkd.model.checkpoint import save_image_processor
+from tinyllava_switchkd.model.weights import SPLIT_PARTS, refuse
+
+from ..parts import MODULES
+from .base import BaseTrainingRecipe, register_training_recipe
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+"""Name of the adapter inside the model (peft's)."""
+
+
+@register_training_recipe("lora")
+class LoRATrainingRecipe(BaseTrainingRecipe):
+    """Trains LoRA matrices instead of weights in every part whose tune type is "lora".
+
+    peft puts its layers into the model in place, so the model stays a TinyLLaVA and the tasks need not know.
+    """
+
+    def training_model_converse(self, model: nn.Module) -> nn.Module:
+        """Put adapters into the linear layers of the parts to be adapted; everything else of the model is frozen."""
+        from peft import LoraConfig, get_peft_model
+
+        arguments = self.training_arguments
+        config = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            bias=arguments.lora_bias,
+            target_modules=self.linear_names(model),
+        )
+        with warnings.catch_warnings():  # peft asks transformers by a name that is going away
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            # without a task type: the wrapper for causal language models expects one's methods
+            self._peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+        return model
+
+    def linear_names(self, model: nn.Module, tune_types: tuple[str, ...] = ("lora", "qlora")) -> list[str]:
+        """Full names of the linear layers of the parts with these tune types, heads left out (as v1 does).
+
+        Raises:
+            ValueError: there are none.
+        """
+        names = []
+        for part, module_name in MODULES.items():
+            if self.training_arguments.tune_type(part) in tune_types:
+                module = model.get_submodule(module_name)
+                found = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+                names += [f"{module_name}.{name}" for name in found if "head" not in name]
+        if not names:
+            raise ValueError(f"No part with the tune type {' or '.join(tune_types)} has a linear layer to adapt.")
+        return names
+
+    def write_student(self, model: nn.Module, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """v1's LoRA folder: the adapter, and in one folder a part the weights that it belongs to.
+
+        The weights below an adapter keep peft's name (``….base_layer.weight``), as v1's files do.
+        """
+        from peft import get_peft_model_state_dict
+
+        state = self.plain_state(model, model.state_dict() if state_dict is None else state_dict)
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, prefix in SPLIT_PARTS.items():
+            weights = {
+                name[len(prefix) :]: value.detach().cpu().clone()
+                for name, value in state.items()
+                if name.startswith(prefix) and ".lora_" not in name and not self._is_tied(model, name)
+            }
+            (folder / part).mkdir(exist_ok=True)
+            torch.save(weights, folder / part / "pytorch_model.bin")
+        model.config.text_config.save_pretrained(folder / "language_model")
+        model.config.vision_config.save_pretrained(folder / "vision_tower")
+        model.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        save_image_processor(model.image_processor, folder)
+        config = copy.copy(self._peft_model.peft_config[ADAPTER])
+        config.task_type, config.inference_mode = "CAUSAL_LM", True  # as v1's
+        config.save_pretrained(str(folder))
+        adapter = get_peft_model_state_dict(
+            self._peft_model,
+            {f"base_model.model.{name}": value for name, value in state.items()},
+            save_embedding_layers=False,
+        )
+        adapter = {name: value.detach().cpu().contiguous() for name, value in adapter.items()}
+        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def read_student(self, model: nn.Module, folder: str) -> None:
+        root = Path(folder)
+        state: dict[str, Any] = {}
+        for part, prefix in SPLIT_PARTS.items():
+            weights = torch.load(root / part / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            state |= {prefix + name: value for name, value in weights.items()}
+        for name, value in load_file(root / "adapter_model.safetensors").items():
+            name = name.removeprefix("base_model.model.")
+            state[re.sub(r"\.lora_([AB])\.", rf".lora_\1.{ADAPTER}.", name)] = value
+        state = self.loadable_state(state)
+        expected = {name for name in self.loadable_state(model.state_dict()) if not self._is_tied(model, name)}
+        refuse(folder, expected - state.keys(), state.keys() - expected, ())
+        model.load_state_dict(state, strict=False)
+
+    def plain_state(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's weights as they are written."""
+        return state
+
+    def loadable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some weights that a resumed run reads."""
+        return state
+
+    @staticmethod
+    def _is_tied(model: nn.Module, name: str) -> bool:
+        return name == "language_model.lm_head.weight" and model.config.text_config.tie_word_embeddings

@@ -1,0 +1,97 @@
+"""QLoRA: LoRA whose frozen weights are held in 8 or 4 bits (bitsandbytes, CUDA)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import TrainingArguments
+from .base import register_training_recipe
+from .lora import LoRATrainingRecipe
+
+
+@register_training_recipe("qlora", "qlora_int8")
+class QLoRATrainingRecipe(LoRATrainingRecipe):
+    """LoRA; in the parts whose tune type is "qlora" the adapted layers' own weights are quantised.
+
+    8 bits, as in v1's ``qlora_int8``, unless ``--bits 4`` (then ``--quant_type`` and ``--double_quant`` count).
+    What is written is v1's LoRA folder, with the weights that the quantised ones stand for.
+
+    Raises:
+        ValueError: without CUDA or under ZeRO-3.
+        ImportError: without bitsandbytes.
+    """
+
+    def __init__(self, training_arguments: TrainingArguments) -> None:
+        super().__init__(training_arguments)
+        self.check_installation()
+        config = getattr(training_arguments, "hf_deepspeed_config", None)
+        if config is not None and config.is_zero3():
+            raise ValueError(
+                "--training_recipe qlora does not work with ZeRO-3, which cannot share out quantised weights."
+            )
+
+    def check_installation(self) -> None:
+        """Refuse a machine that cannot quantise."""
+        if not torch.cuda.is_available() or self.training_arguments.use_cpu:
+            raise ValueError(
+                f"--training_recipe {self.training_arguments.training_recipe} needs a CUDA GPU and there is none; use "
+                "--training_recipe lora."
+            )
+        if find_spec("bitsandbytes") is None:
+            raise ImportError("--training_recipe qlora needs bitsandbytes: pip install 'tinyllava_switchkd[qlora]'.")
+
+    def training_model_converse(self, model: nn.Module) -> nn.Module:
+        names = self.linear_names(model, ("qlora",))
+        for name in names:
+            model.set_submodule(name, self._quantised(model.get_submodule(name)))
+        # peft picks its layers by these
+        model.is_loaded_in_4bit = self.training_arguments.bits == 4
+        model.is_loaded_in_8bit = not model.is_loaded_in_4bit
+        model = super().training_model_converse(model)
+        self._quantised_names = {f"{name}.base_layer" for name in names}
+        return model
+
+    def _quantised(self, linear: nn.Linear) -> nn.Module:
+        """A layer that is quantised when it moves to the GPU."""
+        import bitsandbytes as bnb
+
+        shape = {"input_features": linear.in_features, "output_features": linear.out_features}
+        if self.training_arguments.bits == 4:
+            how: dict[str, Any] = {
+                "compress_statistics": self.training_arguments.double_quant,
+                "quant_type": self.training_arguments.quant_type,
+            }
+            layer = bnb.nn.Linear4bit(
+                **shape, bias=linear.bias is not None, compute_dtype=self.compute_dtype(), device="meta", **how
+            )
+            layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
+        else:
+            layer = bnb.nn.Linear8bitLt(
+                **shape, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+            )
+            layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.bias = linear.bias
+        return layer
+
+    def plain_state(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        from peft.utils.integrations import dequantize_module_weight
+
+        plain = {name: value for name, value in state.items() if not self._is_quantised(name)}
+        for name in self._quantised_names:
+            module = model.get_submodule(name)
+            plain[f"{name}.weight"] = dequantize_module_weight(module).to(self.compute_dtype())
+            if module.bias is not None:
+                plain[f"{name}.bias"] = module.bias
+        return plain
+
+    def loadable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        # quantised from the same weights as when the checkpoint was written, and frozen since
+        return {name: value for name, value in state.items() if not self._is_quantised(name)}
+
+    def _is_quantised(self, name: str) -> bool:
+        head, found, _ = name.partition(".base_layer.")
+        return bool(found) and f"{head}.base_layer" in self._quantised_names

@@ -1,0 +1,118 @@
+"""Where a run stands: finished, to be resumed from a checkpoint, or to be begun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import struct
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def is_finished(output_dir: str | Path) -> bool:
+    """Whether a run in this folder has ended: its state is written last, after the final weights."""
+    state = _read_state(Path(output_dir))
+    return bool(state) and state.get("global_step", 0) >= state.get("max_steps", 1)
+
+
+def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
+    """The latest complete checkpoint of a run, or None; incomplete ones are passed over with a warning.
+
+    Args:
+        output_dir: the run's folder.
+        world_size: processes of the run; each has written its own state of the random numbers.
+
+    Raises:
+        ValueError: the latest complete checkpoint was written by another number of processes.
+    """
+    for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
+        missing = what_is_missing(folder, world_size)
+        if missing is None:
+            return str(folder)
+        logger.warning("The checkpoint %s is incomplete (%s) and is skipped.", folder, missing)
+    return None
+
+
+def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
+    """What keeps a checkpoint from being resumed from, in words; None if nothing does.
+
+    Raises:
+        ValueError: it is complete, but another number of processes wrote it.
+    """
+    folder = Path(folder)
+    if _read_state(folder) is None:
+        return "trainer_state.json is missing or cut off"
+    if not _weights_complete(folder):
+        return "its weights are missing or cut off"
+    if (folder / "latest").is_file():  # DeepSpeed's optimiser and scheduler
+        tag = folder / (folder / "latest").read_text().strip()
+        shards = list(tag.glob("*_optim_states.pt"))
+        if not shards:
+            return f"{tag.name} holds no optimiser state"
+    elif not ((folder / "optimizer.pt").is_file() and (folder / "scheduler.pt").is_file()):
+        return "optimizer.pt or scheduler.pt is missing"
+    written = len(list(folder.glob("rng_state*.pth")))
+    if not written:
+        return "the state of the random numbers is missing"
+    if written != world_size:
+        raise ValueError(
+            f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it with "
+            f"{written}, or begin anew with --overwrite_output_dir True."
+        )
+    return None
+
+
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Remove the checkpoints and the state of an earlier run, so that none of them is taken for the new one's."""
+    for folder in _checkpoints(output_dir):
+        shutil.rmtree(folder)
+    (Path(output_dir) / "trainer_state.json").unlink(missing_ok=True)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    return [path for path in output_dir.iterdir() if _CHECKPOINT.match(path.name) and path.is_dir()]
+
+
+def _step(folder: Path) -> int:
+    return int(_CHECKPOINT.match(folder.name)[1])
+
+
+def _read_state(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _weights_complete(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError):
+            return False
+        return all(_safetensors_complete(folder / name) for name in names)
+    if (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts it belongs to
+        parts = [folder / part / "pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
+        return _safetensors_complete(folder / "adapter_model.safetensors") and all(part.is_file() for part in parts)
+    return _safetensors_complete(folder / "model.safetensors")
+
+
+def _safetensors_complete(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return file.stat().st_size >= 8 + length + end
+    except (OSError, ValueError, struct.error, KeyError, TypeError):
+        return False

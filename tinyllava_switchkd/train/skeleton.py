@@ -1,0 +1,143 @@
+"""A model without its weights: what can be checked before gigabytes are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.checkpoint import image_processor_of, open_checkpoint, tokenizer_of
+from tinyllava_switchkd.model.llm import load_tokenizer
+from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+from tinyllava_switchkd.model.weights import resolve_folder
+
+from .arguments import Arguments
+
+
+class Skeleton(NamedTuple):
+    """A model on the meta device, with its tokenizer and image processor."""
+
+    model: nn.Module
+    tokenizer: Any
+    image_processor: Any
+
+    @property
+    def eos_token_ids(self) -> int | list[int] | None:
+        """The ids that generation stops at."""
+        config = self.model.language_model.generation_config
+        return config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
+
+
+FROM_ARGUMENTS = {
+    "connector_type": "connector_type",
+    "mm_vision_select_layer": "vision_feature_layer",
+    "mm_vision_select_feature": "vision_feature_select_strategy",
+    "num_queries": "num_queries",
+    "resampler_hidden_size": "resampler_hidden_size",
+    "num_resampler_layers": "num_resampler_layers",
+}
+"""Arguments that shape the model -> their names in its configuration. A checkpoint has settled them."""
+
+PER_RUN = {"model_max_length": "tokenizer_model_max_length", "tokenizer_padding_side": "tokenizer_padding_side"}
+"""Arguments that may change with every run -> their names in the configuration."""
+
+
+def model_settings(arguments: Arguments) -> dict[str, Any]:
+    """What `tinyllava_switchkd.model.build_model` wants to know, from the arguments."""
+    model = arguments.model
+    settings = {ours: getattr(model, name) for name, ours in {**FROM_ARGUMENTS, **PER_RUN}.items()}
+    return settings | {
+        "model_name_or_path": model.model_name_or_path,
+        "tokenizer_name_or_path": model.tokenizer_name_or_path,
+        "vision_tower": model.vision_tower,
+        "vision_tower2": model.vision_tower2,
+        "attn_implementation": attention(model.attn_implementation),
+        "cache_dir": model.cache_dir,
+        "image_aspect_ratio": arguments.data.image_aspect_ratio,
+        "conv_version": arguments.data.conv_version,
+    }
+
+
+def attention(implementation: str | None) -> dict[str, str] | None:
+    """The attention asked for goes to the language model alone, as in v1: towers may not support it."""
+    return None if implementation is None else {"text_config": implementation}
+
+
+def fresh_skeleton(settings: dict[str, Any]) -> Skeleton:
+    """The model that `build_model(**settings)` will make.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a part does not exist or the parts do not fit together.
+    """
+    renamed = {
+        "model_name_or_path": "llm_model_name_or_path",
+        "vision_tower": "vision_model_name_or_path",
+        "vision_tower2": "vision_model_name_or_path2",
+    }
+    fields = {renamed.get(name, name): value for name, value in settings.items() if name != "attn_implementation"}
+    config = TinyLlavaConfig(**fields)
+    resolve_vision_tower(settings["vision_tower"], config.vision_config).complete_config(config.vision_config, None, {})
+    tokenizer = load_tokenizer(
+        config.tokenizer_name_or_path,
+        config.text_config,
+        llm=settings["model_name_or_path"],
+        model_max_length=config.tokenizer_model_max_length,
+        padding_side=config.tokenizer_padding_side,
+        cache_dir=config.cache_dir,
+    )
+    model = _on_meta(config)
+    return Skeleton(model, tokenizer, model.vision_tower.image_processor)
+
+
+def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> Skeleton:
+    """The model in a checkpoint of any layout.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is incomplete.
+    """
+    folder = resolve_folder(path, cache_dir=cache_dir)
+    config, _ = open_checkpoint(Path(folder))
+    model = _on_meta(config)
+    return Skeleton(model, tokenizer_of(folder, config), image_processor_of(folder, model))
+
+
+def student_skeleton(arguments: Arguments) -> Skeleton:
+    """The student before its weights are read, with this run's settings.
+
+    Raises:
+        ValueError: the command line contradicts the checkpoint that the run starts from.
+    """
+    path = arguments.training.pretrained_model_path
+    if path is None:
+        return fresh_skeleton(model_settings(arguments))
+    skeleton = checkpoint_skeleton(path, arguments.model.cache_dir)
+    for name, field in FROM_ARGUMENTS.items():
+        asked, stored = getattr(arguments.model, name), getattr(skeleton.model.config, field)
+        if name in arguments.given and asked != stored and stored is not None:
+            raise ValueError(
+                f"--{name} is {asked}, but the checkpoint {path} was trained with {stored}; leave the argument out, or "
+                f"start from a checkpoint that fits."
+            )
+    apply_run_settings(skeleton.model, skeleton.tokenizer, arguments)
+    return skeleton
+
+
+def apply_run_settings(model: nn.Module, tokenizer: Any, arguments: Arguments) -> None:
+    """Put what this run asks for into a checkpoint's configuration and tokenizer; the rest stays as it was."""
+    config = model.config
+    for name, field in PER_RUN.items():
+        if name in arguments.given:
+            setattr(config, field, getattr(arguments.model, name))
+    if "image_aspect_ratio" in arguments.given:
+        config.image_aspect_ratio = arguments.data.image_aspect_ratio
+    config.conv_version = arguments.data.conv_version
+    tokenizer.model_max_length = config.tokenizer_model_max_length
+    tokenizer.padding_side = config.tokenizer_padding_side
+
+
+def _on_meta(config: TinyLlavaConfig) -> nn.Module:
+    with torch.device("meta"):
+        return TinyLlavaForConditionalGeneration(config)

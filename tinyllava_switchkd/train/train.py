@@ -1,0 +1,176 @@
+"""The entry point of every training: ``python -m tinyllava_switchkd.train.train --data_path ...``.
+
+Pre-training, supervised fine-tuning and, with ``--teacher_path``, distilled fine-tuning are one program; scripts/train
+has the arguments of each. What can be checked is checked before weights are read and before anything is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+from transformers import set_seed
+
+from tinyllava_switchkd.data import make_supervised_data_module
+from tinyllava_switchkd.distill import SupervisedTask, build_distiller
+from tinyllava_switchkd.model import load_pretrained_model
+
+from . import checks, resume
+from .arguments import Arguments
+from .argv import parse_arguments
+from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
+from .skeleton import (
+    Skeleton,
+    apply_run_settings,
+    attention,
+    checkpoint_skeleton,
+    model_settings,
+    student_skeleton,
+)
+from .trainer import LLaVATrainer, is_main_process
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, OSError, ImportError)
+"""What a wrong argument, file or installation raises, with a sentence that says so."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a training from a command line; the exit code."""
+    _set_up_logging()
+    try:
+        train(parse_arguments(argv))
+    except USER_ERRORS as error:
+        if "TINYLLAVA_TRACEBACK" in os.environ:
+            raise
+        if is_main_process():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(arguments: Arguments) -> None:
+    """Check, load, train, save.
+
+    Raises:
+        ValueError, OSError, ImportError: something is wrong with the arguments or the files they name.
+    """
+    training = arguments.training
+    checks.check_names(arguments)
+    checks.check_paths(arguments)
+    checkpoint = _where_to_begin(arguments)
+    if checkpoint == FINISHED:
+        return
+
+    skeleton = student_skeleton(arguments)
+    if arguments.distill.teacher_path is not None:
+        teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
+        checks.check_teacher(arguments, skeleton, teacher)
+    data_module = _data_module(arguments, skeleton)
+
+    set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
+    recipe = TrainingRecipeFactory(training.training_recipe)(training)
+    model = recipe.load(recipe.add_args(model_settings(arguments)))
+    apply_run_settings(model, model.tokenizer, arguments)
+    model = recipe(model)
+    task = build_task(arguments, model, recipe)
+    trainer = LLaVATrainer(
+        task,
+        training,
+        save_student=partial(recipe.write_student, model),
+        load_student=partial(recipe.read_student, model),
+        **data_module,
+    )
+    if training.overwrite_output_dir and trainer.is_world_process_zero():
+        resume.remove_checkpoints(training.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    recipe.save(model, trainer)
+    report = data_module["data_collator"].report()
+    if report is not None:
+        logger.warning(report)
+    logger.info("The trained model is in %s.", training.output_dir)
+
+
+def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> SupervisedTask:
+    """What the trainer trains: the model alone, or the model with a teacher."""
+    distill = arguments.distill
+    if distill.teacher_path is None:
+        return SupervisedTask(model, chunk_size=distill.chunk_size)
+    teacher, tokenizer, image_processor, _ = load_pretrained_model(
+        distill.teacher_path,
+        device=arguments.training.device,
+        dtype=recipe.compute_dtype(),  # frozen, it needs no float32 copy: on a GPU usually bfloat16
+        attn_implementation=attention(arguments.model.attn_implementation),
+        cache_dir=arguments.model.cache_dir,
+    )
+    return build_distiller(
+        model,
+        teacher,
+        loss=distill.distill_loss,
+        temperature=distill.temperature,
+        align_weight=distill.align_weight,
+        switch_weight=distill.switch_weight,
+        top_k=distill.top_k,
+        chunk_size=distill.chunk_size,
+        student_tokenizer=model.tokenizer,
+        teacher_tokenizer=tokenizer,
+        student_image_processor=model.image_processor,
+        teacher_image_processor=image_processor,
+    )
+
+
+FINISHED = "finished"
+
+
+def _where_to_begin(arguments: Arguments) -> str | None:
+    """The checkpoint to resume from, None to begin at the beginning, `FINISHED` if there is nothing to do."""
+    training = arguments.training
+    if training.overwrite_output_dir:
+        return None
+    if training.resume_from_checkpoint is not None:
+        missing = resume.what_is_missing(training.resume_from_checkpoint, training.world_size)
+        if missing is not None:
+            raise ValueError(f"--resume_from_checkpoint {training.resume_from_checkpoint} is incomplete: {missing}.")
+        return training.resume_from_checkpoint
+    if resume.is_finished(training.output_dir):
+        logger.info(
+            "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "
+            "--overwrite_output_dir True.",
+            training.output_dir,
+        )
+        return FINISHED
+    checkpoint = resume.find_checkpoint(training.output_dir, training.world_size)
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+    return checkpoint
+
+
+def _data_module(arguments: Arguments, skeleton: Skeleton) -> dict:
+    """Data set and collator, after the data has been looked over."""
+    data = arguments.data
+    data.image_processor = skeleton.image_processor
+    data.num_image_tokens = skeleton.model.num_image_tokens
+    data.eos_token_ids = skeleton.eos_token_ids
+    data.image_aspect_ratio = skeleton.model.config.image_aspect_ratio
+    module = make_supervised_data_module(skeleton.tokenizer, data)
+    module.pop("eval_dataset", None)
+    return module
+
+
+def _set_up_logging() -> None:
+    """Messages of this package on stderr: from the main process all, from the others warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    package = logging.getLogger("tinyllava_switchkd")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    package.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""LLaVATrainer: transformers' Trainer around a task (SupervisedTask or SwitchDistiller).
+
+What differs from the Trainer:
+
+* the loss is divided by the supervised tokens of the whole optimiser step, all micro-batches and all ranks, so that
+  batch 4, batch 1 accumulated four times, and two ranks give the same gradients;
+* the task's losses and measures are logged beside it, averaged over the logging window and all ranks;
+* connector and vision tower may have learning rates of their own;
+* samples are grouped by modality or length with an order that depends on seed and epoch alone;
+* checkpoints hold the student alone, complete enough to be loaded by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data import LengthGroupedSampler
+from tinyllava_switchkd.distill import SupervisedTask
+
+from .arguments import TrainingArguments
+
+STEP_SUMS = ("ce", "align", "visual_switch")
+"""Parts that a task has divided by the step's tokens: summed over micro-batches and ranks they are the step's mean."""
+
+TOKEN_MEANS = ("knee_teacher", "knee_student", "topk_overlap")
+"""Measures that a task averages over its own batch: weighted by its tokens in the window's mean."""
+
+
+class LLaVATrainer(Trainer):
+    """Trains a task.
+
+    Args:
+        model: a task, or a TinyLLaVA model, which then trains by itself (cross-entropy).
+        args: training arguments.
+        save_student: writes the student as a self-contained checkpoint: called with the folder and the student's
+            complete state dict (None: the student's own), on the main process only.
+        load_student: loads such a checkpoint's weights into the student, for resuming without DeepSpeed.
+        kwargs: for `transformers.Trainer` (train_dataset, data_collator, callbacks, ...).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        save_student: Callable[[str, dict[str, Tensor] | None], None],
+        load_student: Callable[[str], None],
+        **kwargs: Any,
+    ) -> None:
+        task = model if isinstance(model, SupervisedTask) else SupervisedTask(model)
+        reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
+        self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
+        self._save_student, self._load_student = save_student, load_student
+        self._epoch_sampler: Sampler | None = None
+        self._window = _Window()
+        super().__init__(model=task, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
+        self.add_callback(_Begin(self))
+
+    @property
+    def student(self) -> nn.Module:
+        return self.model.student
+
+    # The loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of an optimiser step, and the number of supervised tokens in them on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # the first position of a sequence is never predicted, with an image there or without
+        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]
+        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return batches, total.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The task's loss; the rest of what it reports goes into the logging window."""
+        if self._gradient_of_images:
+            inputs["images"].requires_grad_()
+        losses = model(inputs, num_items_in_batch=num_items_in_batch)
+        loss = losses["loss"]
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, not summed
+        if self.model.training:
+            placeholders = (inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum()
+            tokens = inputs["attention_mask"].sum() + placeholders * (self.student.num_image_tokens - 1)
+            self._window.add(losses, tokens)
+        return (loss, losses) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the window's losses, measures and speed beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._window.close(self.accelerator, self.state.global_step)}
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            # tasks speak of gradient checkpointing, as all supported versions of transformers understand
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
+            return super().train(*args, **kwargs)
+
+    # Order of the samples
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if not args.group_by_modality_length and args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        by_modality = args.group_by_modality_length
+        self._epoch_sampler = LengthGroupedSampler(
+            args.train_batch_size,
+            args.world_size,
+            lengths=dataset.modality_lengths if by_modality else dataset.lengths,
+            group_by_modality=by_modality,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self._epoch_sampler
+
+    # The optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser over groups: learning rate by part, weight decay not for norms and biases."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(self.parameter_groups(model), **kwargs)
+        return self.optimizer
+
+    def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
+        """Trainable parameters by learning rate and weight decay; groups without any are left out."""
+        model = self.model if model is None else model
+        rates = {"connector": self.args.mm_projector_lr, "vision_tower": self.args.vision_tower_lr}
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                part = next((part for part in rates if part in name.split(".") and rates[part] is not None), "")
+                groups.setdefault((part, name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": rates[part] if part else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+            }
+            for (part, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ]
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        if state_dict is not None:
+            prefix = "student."
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        self._save_student(output_dir, state_dict)
+        torch.save(self.args, Path(output_dir, "training_args.bin"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json is written next and marks the checkpoint as complete: every rank must be done by then
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_student(resume_from_checkpoint)
+
+
+class _Begin(TrainerCallback):
+    """Opens the logging window where the run begins, and tells the sampler the epoch.
+
+    accelerate does not reach the sampler through the nested batch samplers of a resumed run.
+    """
+
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._window.open(state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._epoch_sampler is not None:
+            self._trainer._epoch_sampler.set_epoch(int(state.epoch + 1e-6))
+
+
+class _Window:
+    """What happened since the last line of the log, on this rank."""
+
+    def __init__(self) -> None:
+        self.open(0)
+
+    def open(self, step: int) -> None:
+        self._step, self._start = step, time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor], tokens: Tensor) -> None:
+        supervised = losses["supervised_tokens"]
+        for name, value in losses.items():
+            if name in STEP_SUMS:
+                self._add(name, value.detach())
+            elif name in TOKEN_MEANS:
+                self._add(name, value.detach() * supervised)
+        self._add("supervised_tokens", supervised)
+        self._add("tokens", tokens)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.double() if value.device.type != "mps" else value.float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def close(self, accelerator: Any, step: int) -> dict[str, float]:
+        """Means over the window and all ranks, and tokens per second; begins the next window."""
+        names, steps = sorted(self._sums), max(step - self._step, 1)
+        if not names:
+            return {}
+        sums = torch.stack([self._sums[name] for name in names])
+        sums = dict(zip(names, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        self.open(step)
+        supervised = sums.pop("supervised_tokens")
+        logs = {
+            name: value / (max(supervised, 1) if name in TOKEN_MEANS else steps)
+            for name, value in sums.items()
+            if name != "tokens"
+        }
+        logs["supervised_tokens_per_second"] = supervised / seconds
+        logs["tokens_per_second"] = sums["tokens"] / seconds
+        return logs
+
+
+def _choose_checkpointing(args: TrainingArguments) -> bool:
+    """Choose the kind of activation checkpointing, unless the user has; whether it is the reentrant one.
+
+    Before DeepSpeed 0.19.8, ZeRO-3 hands torch's non-reentrant checkpointing other tensors on recomputing a frozen
+    module than it saved, which is an error (transformers issue 47254, DeepSpeed pull request 8130).
+    """
+    chosen = dict(args.gradient_checkpointing_kwargs or {})
+    config = getattr(args, "hf_deepspeed_config", None)
+    if "use_reentrant" not in chosen:
+        old = config is not None and config.is_zero3() and Version(version("deepspeed")) < Version("0.19.8")
+        chosen["use_reentrant"] = old
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if hasattr(args, name):
+            setattr(args, name, chosen)
+    return chosen["use_reentrant"]
+
+
+def _needs_gradient_of_images(student: nn.Module) -> bool:
+    """Whether something trains that no other trained weight comes before.
+
+    Reentrant checkpointing sees only whether a module's inputs have gradients: a trained layer behind frozen ones (a
+    tower tuned from some layer on, adapters) would silently get none. A gradient of the images leads to all of them.
+    """
+    tower = [parameter.requires_grad for parameter in student.vision_tower.parameters()]
+    before_llm = [*tower, *(p.requires_grad for p in student.connector.parameters())]
+    embeddings = student.get_input_embeddings().weight.requires_grad
+    return (any(tower) and not tower[0]) or not (any(before_llm) or embeddings)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and speaks, also before there is a process group."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) <= 0
