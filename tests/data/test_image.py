@@ -47,6 +47,7 @@ def test_v1_pixel_values(name, aspect_ratio):
 )
 def test_pixel_values_are_the_processors_bit_for_bit(made):
     preprocess = ImagePreprocess(made)
+    assert (preprocess._shortcut is not None) == made.do_resize
     rng = np.random.default_rng(1)
     for height, width in ((48, 64), (64, 48), (50, 50), (33, 200), (57, 56), (301, 33), (1, 9)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -37,7 +37,6 @@ class LazySupervisedDataset(Dataset):
             ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`) and ``on_bad_image``:
             what becomes of an image that cannot be read, "raise" (the default) or "skip", which keeps the sample and
             learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
-
         visit: see `Records`.
 
     Attributes:

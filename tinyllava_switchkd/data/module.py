@@ -35,8 +35,8 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
             tenth of the samples lose every answer by being cut.
     """
     check_template(tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None))
-    # The main process alone looks the data over; a launcher ends the others when it fails.
-    checker = DataChecker(data_args.conv_version) if os.environ.get("RANK", "0") == "0" else None
+    # One process a machine looks the data over; a launcher ends the others when it fails.
+    checker = DataChecker(data_args.conv_version) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
         _judge(checker.finish(dataset.image_folder), dataset)
