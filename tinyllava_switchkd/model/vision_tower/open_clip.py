@@ -53,8 +53,8 @@ class OpenClipVisionConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_prefix_tokens = num_prefix_tokens
-        self.image_mean = image_mean or [0.48145466, 0.4578275, 0.40821073]
-        self.image_std = image_std or [0.26862954, 0.26130258, 0.27577711]
+        self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
+        self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
         self.interpolation = interpolation
         super().__init__(**kwargs)
 

@@ -1,0 +1,57 @@
+"""The Auto classes know TinyLLaVA after ``import tinyllava_switchkd``, whichever was imported first; torch stays out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = "tests/fixtures/upstream/ckpt_siglip_patch"
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_importing_the_package_is_light():
+    heavy = "('torch', 'transformers', 'numpy')"
+    assert run(f"import sys, tinyllava_switchkd; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
+
+
+# Every import of torch and transformers costs seconds, so each process answers several questions.
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tinyllava_switchkd\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig",
+        "from transformers import AutoConfig, AutoModelForCausalLM\nimport tinyllava_switchkd",
+    ],
+)
+def test_auto_classes_in_either_order(imports):
+    """Both classes load a checkpoint; the hook is gone; nothing that only training or serving needs was imported."""
+    code = f"""
+import sys
+{imports}
+config = AutoConfig.from_pretrained({CHECKPOINT!r})
+model = AutoModelForCausalLM.from_pretrained({CHECKPOINT!r})
+print(type(config).__name__, type(model).__name__, type(model.config).__name__)
+
+from transformers.models.auto import configuration_auto
+print(any("tinyllava" in type(finder).__module__ for finder in sys.meta_path))
+print(type(configuration_auto.__spec__.loader).__name__)
+
+from tinyllava_switchkd.model import load_pretrained_model
+unwanted = ["gradio", "bitsandbytes", "timm", "open_clip", "matplotlib"]
+if "Trainer" not in globals():  # transformers' own Trainer imports these
+    unwanted += ["deepspeed", "peft", "pandas", "datasets"]
+print([name for name in unwanted if name in sys.modules])
+"""
+    lines = run(code).splitlines()
+    assert lines == [
+        "TinyLlavaConfig TinyLlavaForConditionalGeneration TinyLlavaConfig",
+        "False",
+        "SourceFileLoader",
+        "[]",
+    ]
