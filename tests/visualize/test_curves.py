@@ -1,0 +1,86 @@
+"""Curves of runs: what is read, how it is smoothed, and that pictures come out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyllava_switchkd.visualize.curves import draw_knees, draw_losses, main, read_history, series, smooth
+
+
+def history(steps: int, distilled: bool) -> list[dict[str, float]]:
+    """A log as the trainer writes it, with the summary that has no loss at its end."""
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 2.0 / step, "ce": 1.0 / step, "learning_rate": 1e-3}
+        if distilled:
+            row |= {"align": 0.5 / step, "visual_switch": 0.5 / step, "knee_teacher": 9.0, "knee_student": 7.0 + step}
+            row |= {"topk_overlap": 0.8}
+        rows.append(row)
+    return [*rows, {"step": steps, "train_runtime": 3.5}]
+
+
+def state(folder, rows) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": len(rows), "log_history": rows}))
+
+
+def test_history_of_a_run_and_of_one_that_still_trains(tmp_path):
+    state(tmp_path / "done", history(5, False))
+    state(tmp_path / "going" / "checkpoint-3", history(3, False))
+    assert len(read_history(tmp_path / "done")) == 6
+    assert read_history(tmp_path / "done" / "trainer_state.json") == read_history(tmp_path / "done")
+    assert len(read_history(tmp_path / "going")) == 4
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="output folder of a training run"):
+        read_history(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="no log_history"):
+        read_history(tmp_path)
+
+
+def test_series_leaves_out_what_was_not_logged():
+    steps, values = series(history(4, True), "knee_student")
+    assert steps.tolist() == [1, 2, 3, 4] and values.tolist() == [8, 9, 10, 11]
+    assert len(series(history(4, False), "align")[0]) == 0
+
+
+def test_smoothing_is_a_centred_mean_that_keeps_the_ends():
+    values = np.array([0.0, 3.0, 0.0, 3.0, 9.0])
+    assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 4.0, 9.0]
+    assert smooth(values, 1).tolist() == values.tolist()
+    line = np.arange(100.0)
+    assert np.allclose(smooth(line), line)  # a straight line stays one
+
+
+def test_pictures(tmp_path):
+    runs = {"SFT": history(40, False), "Switch-KD": history(40, True)}
+    with Image.open(draw_losses(runs, tmp_path / "a" / "losses.png")) as losses:
+        assert losses.width > 2 * losses.height  # three panels: cross-entropy, align, visual switch
+    with Image.open(draw_losses({"SFT": runs["SFT"]}, tmp_path / "one.png")) as one:
+        assert one.width < losses.width / 2
+    with Image.open(draw_knees(runs["Switch-KD"], tmp_path / "knees.png", vocabulary=53, title="t")) as knees:
+        assert knees.width > knees.height
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match="no knee"):
+        draw_knees(history(3, False), "never.png")
+    with pytest.raises(ValueError, match="None of the runs"):
+        draw_losses({"empty": []}, "never.png")
+    with pytest.raises(ValueError, match="one to 7 runs, not 8"):
+        draw_losses({str(number): history(3, False) for number in range(8)}, "never.png")
+
+
+def test_command(tmp_path, capsys):
+    state(tmp_path / "sft", history(10, False))
+    state(tmp_path / "switch", history(10, True))
+    assert main([str(tmp_path / "sft"), str(tmp_path / "switch"), "--output", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"losses.png", "knees_switch.png"}
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err

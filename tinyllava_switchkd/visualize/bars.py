@@ -1,0 +1,74 @@
+"""Grouped bars: models side by side over several measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .curves import STYLE
+from .radar import COLOURS, INK
+
+
+def draw_bars(
+    models: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    spread: Mapping[str, Mapping[str, float]] | None = None,
+    titles: Mapping[str, str] | None = None,
+    ylabel: str = "accuracy (%)",
+    note: str = "",
+) -> Path:
+    """Draw one group of bars a measure, one bar a model, the value written on each.
+
+    Args:
+        models: label -> measure -> value on 0-100; the first model's measures, in order, are the groups.
+        path: file to write.
+        spread: label -> measure -> half length of an error bar (a standard deviation).
+        titles: measure -> what is written under its group.
+        ylabel: of the axis.
+        note: a line below the chart.
+
+    Raises:
+        ValueError: no model, too many to tell apart, or one without a measure of the first.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not 1 <= len(models) <= len(COLOURS):
+        raise ValueError(f"A bar chart shows one to {len(COLOURS)} models, not {len(models)}.")
+    measures = list(next(iter(models.values())))
+    for label, values in models.items():
+        missing = [measure for measure in measures if values.get(measure) is None]
+        if missing:
+            raise ValueError(f"{label} has no value for {missing[0]!r}.")
+    width = 0.8 / len(models)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, 1.25 * len(measures) + 1.2), 3.5), layout="constrained")
+        axis = figure.add_subplot()
+        for order, (label, values) in enumerate(models.items()):
+            at = [group + (order - (len(models) - 1) / 2) * width for group in range(len(measures))]
+            errors = None if not spread or label not in spread else [spread[label].get(m, 0.0) for m in measures]
+            heights = [values[measure] for measure in measures]
+            axis.bar(
+                at,
+                heights,
+                0.92 * width,
+                color=COLOURS[order],
+                label=label,
+                yerr=errors,
+                error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 1.5},
+            )
+            for number, (x, height) in enumerate(zip(at, heights, strict=True)):
+                top = height + (errors[number] if errors else 0.0)
+                axis.text(x, top + 0.8, f"{height:.0f}", ha="center", va="bottom", fontsize=6.5, color="#555555")
+        axis.set_xticks(range(len(measures)), [(titles or {}).get(measure, measure) for measure in measures])
+        axis.tick_params(axis="x", length=0, labelcolor=INK)
+        axis.set(ylabel=ylabel, ylim=(0, 108), yticks=range(0, 101, 20), xlim=(-0.55, len(measures) - 0.45))
+        axis.set_axisbelow(True)
+        axis.grid(axis="y")
+        figure.legend(loc="outside upper left", ncols=len(models), columnspacing=1.4, handlelength=1.1)
+        if note:
+            axis.set_xlabel(note, color="#666666", fontsize=8, loc="left", labelpad=8)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200, facecolor="white")
+    return path

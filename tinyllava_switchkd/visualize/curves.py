@@ -1,0 +1,219 @@
+"""Curves of training runs from the log that the trainer keeps: losses, knees, overlap.
+
+As a command it draws the runs it is given into one picture each:
+
+    python -m tinyllava_switchkd.visualize.curves RUN... --output FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .radar import COLOURS, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+History = Sequence[Mapping[str, Any]]
+"""``log_history`` of a trainer_state.json: one mapping a logging step, with "step" and what was measured."""
+
+PARTS = {"ce": "cross-entropy", "align": "align (DBiLD)", "visual_switch": "visual switch (DBiLD)"}
+"""Parts of the loss, as `SwitchDistiller` names them, and their titles; unweighted."""
+
+KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.unicode_minus": False,
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+}
+"""matplotlib settings of the project's line and bar charts."""
+
+
+def read_history(run: str | Path) -> list[dict[str, Any]]:
+    """The log of a run.
+
+    Args:
+        run: a ``trainer_state.json``, or an output folder that holds one (or, while it trains, a checkpoint's).
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a trainer's state.
+    """
+    run = Path(run)
+    file = run
+    if run.is_dir():
+        checkpoints = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+        candidates = [run / "trainer_state.json", *reversed(checkpoints)]
+        file = next((candidate for candidate in candidates if candidate.is_file()), run / "trainer_state.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}; give the output folder of a training run.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not the state of a training run: it has no log_history.") from None
+
+
+def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one measure; empty if it was never logged."""
+    rows = [(row["step"], row[name]) for row in history if name in row and "step" in row]
+    steps, values = zip(*rows, strict=True) if rows else ((), ())
+    return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+
+
+def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Centred running mean; the window shrinks towards both ends so that these stay where they are.
+
+    Args:
+        values: [steps].
+        window: number of values, a fifteenth of them if None.
+    """
+    window = max(1, len(values) // 15) if window is None else window
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
+    """Parts of the loss over the steps, a panel a part, a line a run; raw values faint behind the smoothed ones.
+
+    A run that logged no parts (trained elsewhere) shows its "loss" as cross-entropy.
+
+    Raises:
+        ValueError: no run logged any loss, or there are too many runs to tell apart.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    _check_number(runs)
+    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for label, history in runs.items():
+        for part in PARTS:
+            steps, values = series(history, part)
+            if part == "ce" and not len(steps):
+                steps, values = series(history, "loss")
+            if len(steps):
+                found.setdefault(part, {})[label] = (steps, values)
+    if not found:
+        raise ValueError("None of the runs has logged a loss.")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(found) + 0.4, 3.1), layout="constrained")
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for panel, (part, lines) in zip(panels, found.items(), strict=True):
+            for order, label in enumerate(runs):
+                if label in lines:
+                    _line(panel, *lines[label], COLOURS[order], label)
+            panel.set(title=PARTS[part], xlabel="step", ylim=(0, _headroom([values for _, values in lines.values()])))
+            panel.grid(axis="y")
+        panels[0].set_ylabel("loss per answer token")
+        panels[0].legend(loc="upper right")
+        return _save(figure, path)
+
+
+def draw_knees(history: History, path: str | Path, vocabulary: int | None = None, title: str = "") -> Path:
+    """The mean knee of both leaders, and how far their top-k agree, over the steps of a distilled run.
+
+    Args:
+        history: log of the run.
+        path: file to write.
+        vocabulary: size of the vocabulary, noted beside k.
+        title: of the picture.
+
+    Raises:
+        ValueError: the run has logged no knee.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    lines = {name: series(history, name) for name in KNEES}
+    if not any(len(steps) for steps, _ in lines.values()):
+        raise ValueError("The run has logged no knee; only distillation with a DBiLD loss does.")
+    overlap = series(history, "topk_overlap")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.6 if len(overlap[0]) else 4.0, 3.1), layout="constrained")
+        panels = figure.subplots(1, 2 if len(overlap[0]) else 1, squeeze=False)[0]
+        for order, (name, (steps, values)) in enumerate(lines.items()):
+            if len(steps):
+                _line(panels[0], steps, values, COLOURS[order], KNEES[name])
+        size = f" of {vocabulary:,}" if vocabulary else ""
+        panels[0].set(title=f"logits up to the knee (mean k{size})", xlabel="step", ylabel="k")
+        panels[0].set_ylim(bottom=0)
+        panels[0].legend(loc="best")
+        if len(overlap[0]):
+            _line(panels[1], overlap[0], 100 * overlap[1], COLOURS[2], "")
+            panels[1].set(title="overlap of the two top-k sets", xlabel="step", ylabel="%", ylim=(0, 100))
+        for panel in panels:
+            panel.grid(axis="y")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+        return _save(figure, path)
+
+
+def _line(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    panel.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+    panel.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
+
+
+def _headroom(lines: Sequence[np.ndarray]) -> float:
+    """Top of a loss axis: the first few values, which fall fast, may leave the picture."""
+    top = max(float(np.quantile(values, 0.98)) for values in lines)
+    return 1.15 * top if top > 0 else 1.0
+
+
+def _check_number(runs: Mapping[str, Any]) -> None:
+    if not 1 <= len(runs) <= len(COLOURS):
+        raise ValueError(f"A chart shows one to {len(COLOURS)} runs, not {len(runs)}.")
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200, facecolor="white")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllava_switchkd.visualize.curves", description="Draw the losses and knees of training runs."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs")
+    parser.add_argument("--output", default=".", help="folder for losses.png and knees_<run>.png (default: here)")
+    args = parser.parse_args(argv)
+    try:
+        runs = {Path(run).resolve().name: read_history(run) for run in args.runs}
+        files = [draw_losses(runs, Path(args.output, "losses.png"))]
+        for label, history in runs.items():
+            if len(series(history, "knee_teacher")[0]):
+                files.append(draw_knees(history, Path(args.output, f"knees_{label}.png"), title=label))
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for file in files:
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
