@@ -198,7 +198,9 @@ def test_generation_stops_and_pads():
     data = batch(2)
     new = model.generate(data["input_ids"], images=data["images"], max_new_tokens=8, do_sample=False)
     stop = int(new[0, 1])
-    stopped = model.generate(data["input_ids"], images=data["images"], max_new_tokens=8, eos_token_id=stop, pad_token_id=3)
+    stopped = model.generate(
+        data["input_ids"], images=data["images"], max_new_tokens=8, eos_token_id=stop, pad_token_id=3
+    )
     assert stopped[0].tolist() == [*new[0, : new[0].tolist().index(stop) + 1].tolist()] + [3] * (
         stopped.shape[1] - new[0].tolist().index(stop) - 1
     )
@@ -349,7 +351,10 @@ def test_configuration_of_an_unknown_model_type():
 
 
 def test_missing_base_models_are_one_sentence(tmp_path):
-    for fields in ({"llm_model_name_or_path": "org/qwen2-none"}, {"vision_model_name_or_path": str(tmp_path / "siglip")}):
+    for fields in (
+        {"llm_model_name_or_path": "org/qwen2-none"},
+        {"vision_model_name_or_path": str(tmp_path / "siglip")},
+    ):
         with pytest.raises(FileNotFoundError, match="could not be read"):
             TinyLlavaConfig(**fields)
 

@@ -143,7 +143,13 @@ def test_base_folders_load_exactly(tmp_path, name):
 def test_both_towers_of_a_clip_repository_are_told_apart(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
     vision = tiny_vision_config("clip").to_dict()
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     clip.save_pretrained(tmp_path / "clip-tiny")

@@ -21,6 +21,7 @@ _HOMES = {
     "build_model": "checkpoint",
     "load_checkpoint_weights": "checkpoint",
     "load_pretrained_model": "checkpoint",
+    "push_pretrained_model": "checkpoint",
     "save_pretrained_model": "checkpoint",
 }
 __all__ = list(_HOMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,25 @@ def save_pretrained_model(
     model.save_pretrained(output_dir, state_dict=state_dict)
     tokenizer.save_pretrained(output_dir)
     save_image_processor(image_processor, output_dir)
+
+
+def push_pretrained_model(
+    model: TinyLlavaForConditionalGeneration,
+    tokenizer: Any,
+    image_processor: Any,
+    repo_id: str,
+    conv_version: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a self-contained checkpoint (see `save_pretrained_model`) to the hub; returns its address there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained_model(model, tokenizer, image_processor, folder, conv_version)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model"))
 
 
 def save_image_processor(image_processor: Any, output_dir: Path) -> None:

@@ -1,0 +1,175 @@
+"""A conversation template of ours as the Jinja chat template that transformers, vLLM and SGLang render."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data.template import Template, TemplateFactory
+
+Turns = Sequence[tuple[str, str | None]]
+"""(question, answer) pairs; the last answer may be None."""
+
+# A noncharacter: no template's own text contains it, so what stands around it is the template's.
+_MARK = "\ufdd5"
+
+# As `Template.prompt`: the images of a question stand in front of it, and only a question with images is stripped.
+_JINJA = """\
+{{- BOS -}}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- if not SYSTEM_IS_TEXT -%}{{- raise_exception('This model has a system prompt of its own.') -}}{%- endif -%}
+  {%- set system = messages[0]['content'] -%}
+  {%- if system is not string -%}{%- set system = system | map(attribute='text') | join('') -%}{%- endif -%}
+  {{- (system | trim) ~ SYSTEM_END -}}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {{- SYSTEM -}}
+  {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- set turn = namespace(text='', images=0) -%}
+  {%- if message['content'] is string -%}
+    {%- set turn.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] in ['image', 'image_url'] -%}
+        {%- set turn.images = turn.images + 1 -%}
+      {%- elif part['type'] == 'text' -%}
+        {%- set turn.text = turn.text ~ part['text'] -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if message['role'] == 'user' -%}
+    {%- set pieces = turn.text.split(IMAGE) -%}
+    {%- set turn.images = turn.images + (pieces | length) - 1 -%}
+    {%- if turn.images -%}
+      {%- set turn.text = (IMAGE_LINE * turn.images ~ (pieces | join('') | trim)) | trim -%}
+    {%- endif -%}
+    {{- USER_BEGIN ~ turn.text ~ USER_END -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ANSWER_BEGIN ~ turn.text ~ ANSWER_END -}}
+  {%- else -%}
+    {{- raise_exception('The roles are system (first), user and assistant, not ' ~ message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- PROMPT -}}{%- endif -%}
+"""
+
+# Conversations on which a chat template must agree with the template it was made from.
+PROBES: tuple[Turns, ...] = (
+    (("<image>\nWhat is this?", None),),
+    (("How many are there?\n<image>", "Two dogs, and one cat."), ("Why so?", None)),
+    (("Is 7 a prime number? Say yes or no.", "Yes."), (" Which comes next? ", None)),
+    (("<image>\n<image>\nWhich is larger", None),),
+    (("<image>", "A cat.\nIt sleeps."), ("Est-ce sûr?", "Yes"), ("Where: left or right?", "Left")),
+)
+
+
+def jinja_template(version: str, tokenizer: Any) -> str:
+    """The chat template that renders what a conversation template writes, image marks included.
+
+    Where the tokenizer puts a begin token in front, the chat template writes it: whoever renders a chat template
+    tokenises the text without adding one.
+
+    Args:
+        version: name of a conversation template.
+        tokenizer: the exported tokenizer, to which ``<image>`` is one token.
+
+    Raises:
+        ValueError: the template does not write turn after turn, or this tokenizer makes other ids of the text.
+    """
+    template = TemplateFactory(version)()
+    fitted = hasattr(template, "for_tokenizer")
+    if fitted:
+        template = template.for_tokenizer(tokenizer)
+    bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
+    jinja = _fill(template, bos, DEFAULT_IMAGE_TOKEN, system_is_text=not fitted)
+    if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(template, probe) for probe in PROBES):
+        raise ValueError(
+            f"The conversation template {version!r} does not write one question and answer after the other, so no chat "
+            f"template can be made of it; pass --conv-version with the one to converse in."
+        )
+    # The text after an image is tokenised by itself in training. Tokenizers of the SentencePiece kind begin every text
+    # with a space, but not the text after a special token: there the space has to be written.
+    spaced = _fill(template, bos, DEFAULT_IMAGE_TOKEN + " ", system_is_text=not fitted)
+    expected = [_ids_in_training(template, probe, tokenizer) for probe in PROBES]
+    for candidate in (jinja, spaced):
+        texts = [_render(tokenizer, candidate, probe) for probe in PROBES]
+        if [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == expected:
+            return candidate
+    raise ValueError(
+        f"The tokenizer splits the text around {DEFAULT_IMAGE_TOKEN} otherwise once that is a token of its own, so no "
+        f"chat template renders what the model was trained on with the template {version!r}."
+    )
+
+
+def conv_version_of(jinja: str, tokenizer: Any) -> str | None:
+    """Which of our conversation templates a chat template found in a checkpoint renders; None if it is none of them."""
+    for version in TemplateFactory.list():
+        try:
+            own = jinja_template(version, tokenizer)
+            if all(_render(tokenizer, jinja, probe) == _render(tokenizer, own, probe) for probe in PROBES):
+                return version
+        except Exception:  # another's Jinja may fail on these conversations in ways of its own
+            continue
+    return None
+
+
+def messages_of(turns: Turns) -> list[dict[str, str]]:
+    """A conversation as transformers' list of messages; an answer that is None is left out."""
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _fill(template: Template, bos: str, image: str, system_is_text: bool) -> str | None:
+    """The chat template of a template's formatters; None if one of them does not show what it is given."""
+    user = template.format_user.apply(content=_MARK).partition(_MARK)
+    answer = template.format_assistant.apply(content=_MARK).partition(_MARK)
+    image_line = template.format_image_token.apply(content=_MARK).partition(_MARK)
+    if not (user[1] and answer[1] and image_line[1]) or image_line[2]:
+        return None
+    system = template.system.apply()
+    values = {
+        "BOS": bos,
+        "SYSTEM": system,
+        "SYSTEM_IS_TEXT": system_is_text,
+        "SYSTEM_END": system[len(system.rstrip()) :],
+        "USER_BEGIN": user[0],
+        "USER_END": user[2],
+        "ANSWER_BEGIN": answer[0],
+        "ANSWER_END": answer[2],
+        "IMAGE": DEFAULT_IMAGE_TOKEN,
+        "IMAGE_LINE": image_line[0].replace(DEFAULT_IMAGE_TOKEN, image),
+        "PROMPT": template.format_assistant.apply(content=None),
+    }
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items()) + _JINJA
+
+
+def _puts_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _render(tokenizer: Any, jinja: str, turns: Turns) -> str:
+    return tokenizer.apply_chat_template(
+        messages_of(turns), chat_template=jinja, tokenize=False, add_generation_prompt=turns[-1][1] is None
+    )
+
+
+def _text(template: Template, turns: Turns) -> str:
+    questions, answers = zip(*turns, strict=True)
+    return template.prompt(list(questions), list(answers))
+
+
+def _ids_in_training(template: Template, turns: Turns, tokenizer: Any) -> list[int]:
+    messages = []
+    for question, answer in turns:
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    ids = template.encode(messages, tokenizer, mode="eval")["input_ids"].tolist()
+    image = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    return [image if token == IMAGE_TOKEN_INDEX else token for token in ids]

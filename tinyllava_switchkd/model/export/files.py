@@ -1,0 +1,61 @@
+"""Files of an export: where it goes, and what older versions of transformers need in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def empty_folder(output_dir: str | os.PathLike) -> Path:
+    """The folder as a path.
+
+    Raises:
+        FileExistsError: there is something in it.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that nothing is mixed.")
+    return output_dir
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, fields: dict[str, Any]) -> None:
+    """Write an object as transformers does: indented, sorted."""
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_by_older_versions(folder: Path) -> None:
+    """Add to a folder's configuration files what transformers 4 reads under other names.
+
+    Without ``rope_theta`` it would take its default and silently compute something else; the other names it stumbles
+    over. transformers 5 reads both.
+    """
+    fields = read_json(folder / "config.json")
+    rope = fields["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        fields["text_config"]["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            fields["text_config"]["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    fields["torch_dtype"] = fields.get("dtype")
+    write_json(folder / "config.json", fields)
+
+    file = folder / "tokenizer_config.json"
+    fields = read_json(file)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    for name in ("backend", "is_local", "local_files_only"):
+        fields.pop(name, None)
+    write_json(file, fields)
+
+    file = folder / "processor_config.json"
+    if file.is_file():  # the image processor has a file of its own, preprocessor_config.json
+        write_json(file, {k: v for k, v in read_json(file).items() if k != "image_processor"})

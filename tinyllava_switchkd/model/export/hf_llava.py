@@ -1,0 +1,231 @@
+"""TinyLLaVA -> transformers' own LLaVA: `LlavaForConditionalGeneration`, `LlavaProcessor` and a chat template.
+
+The weights get the names of the LLaVA models on the hub (``language_model.model.*``, ``vision_tower.vision_model.*``,
+``multi_modal_projector.linear_1.*``), which every version of transformers, vLLM and SGLang reads.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict
+from PIL import Image
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory
+
+from ..chat import conversation_template
+from ..checkpoint import load_pretrained_model, save_image_processor
+from .chat_template import jinja_template
+from .files import empty_folder, read_by_older_versions, write_json
+
+TOWERS = ("siglip_vision_model", "clip_vision_model")
+ONE_LAYER = ("identity", "linear", "mlp1x_gelu")
+STRATEGIES = {"patch": "default", "cls_patch": "full"}
+RECORD = "tinyllava"
+"""Key of ``config.json`` for what LLaVA's own fields do not say; it makes the way back exact."""
+
+
+def to_hf_llava(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    conv_version: str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Write a TinyLLaVA checkpoint as transformers' LLaVA.
+
+    The visual tokens are the same: LLaVA's strategy ``default`` drops a tower's first token whatever it is, as v1's
+    ``patch`` does, so SigLIP loses its first patch in both (729 -> 728), and the processor writes as many ``<image>``.
+    That token takes a spare row of the embeddings, or a new one.
+
+    Args:
+        source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
+        output_dir: a folder that is empty or does not exist.
+        conv_version: conversation template; the checkpoint's own if None.
+        dtype: of the weights; None keeps the checkpoint's own.
+
+    Raises:
+        ValueError: LLaVA cannot express the model, its conversation template or its image processing.
+    """
+    output_dir = empty_folder(output_dir)
+    model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
+    reason = why_not_llava(model)
+    if reason is not None:
+        raise ValueError(f"{source} cannot be exported: {reason}")
+    conv_version = conv_version or conversation_template(model, tokenizer)
+    record = _record(model, tokenizer, conv_version)
+    image_token = _add_image_token(tokenizer)
+    processor = _processor(model, tokenizer, image_processor, jinja_template(conv_version, tokenizer))
+    tensors = _tensors(model, image_token)
+    rows = len(tensors["language_model.model.embed_tokens.weight"])
+    record["image_token_added"] = rows > model.config.vocab_size
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, output_dir)
+    write_json(output_dir / "config.json", _config(model, image_token, rows) | {RECORD: record})
+    _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    save_image_processor(processor.image_processor, output_dir)
+    read_by_older_versions(output_dir)
+
+
+def why_not_llava(model: Any) -> str | None:
+    """Why transformers' LLaVA cannot compute what a model computes, in one sentence; None if it can."""
+    config = model.config
+    if config.vision_config.model_type not in TOWERS or not hasattr(model.vision_tower.vision_tower, "vision_model"):
+        return f"LLaVA's vision tower is one SigLIP or CLIP, not a {type(model.vision_tower).__name__}."
+    if config.connector_type.lower() not in (*ONE_LAYER, "mlp2x_gelu"):
+        return f"LLaVA's projector is a perceptron of two layers, which {config.connector_type!r} is not."
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return f"LLaVA's output head has no bias, and the one of {config.text_config.model_type!r} has."
+    return None
+
+
+def _record(model: Any, tokenizer: Any, conv_version: str) -> dict[str, Any]:
+    """The fields of the TinyLLaVA's own configuration and tokenizer that the export has no place for."""
+    fields = model.config.to_diff_dict()
+    for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
+        fields.pop(name, None)
+    return fields | {
+        "conv_version": conv_version,
+        "vocab_size": model.config.vocab_size,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _add_image_token(tokenizer: Any) -> int:
+    """Make ``<image>`` one special token of the tokenizer and return its id; batches are padded on the left."""
+    token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.padding_side = "left"
+    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+
+
+def _processor(model: Any, tokenizer: Any, image_processor: Any, chat_template: str) -> LlavaProcessor:
+    """The processor, held against our own preparation of images on one of them.
+
+    Raises:
+        ValueError: pixels or the number of image tokens differ.
+    """
+    config = model.config
+    processor = LlavaProcessor(
+        image_processor=_image_processor(image_processor, config),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=STRATEGIES[config.vision_feature_select_strategy],
+        num_additional_image_tokens=model.vision_tower.class_tokens,
+        chat_template=chat_template,
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    inputs = processor(images=image, text=DEFAULT_IMAGE_TOKEN, return_tensors="pt")
+    count = int((inputs["input_ids"] == processor.image_token_id).sum())
+    pixels = ImagePreprocess(image_processor, config)(image)  # [3, H, W]
+    if count != model.num_image_tokens or not torch.allclose(inputs["pixel_values"][0], pixels, atol=1e-5):
+        raise ValueError(
+            f"LLaVA's processor cannot do what this checkpoint's {type(image_processor).__name__} does with "
+            f"image_aspect_ratio {config.image_aspect_ratio!r} ({count} image tokens instead of "
+            f"{model.num_image_tokens}, or other pixels)."
+        )
+    return processor
+
+
+def _image_processor(image_processor: Any, config: Any) -> Any:
+    """The image processor that also fills up to a square where the model wants it, which LLaVA's own does."""
+    settings = image_processor.to_dict() | {"do_convert_rgb": True}
+    settings.pop("image_processor_type", None)
+    if not settings.get("crop_size"):  # SigLIP crops nothing; LlavaProcessor still reads the size of its input here
+        settings |= {"crop_size": settings["size"], "do_center_crop": False}
+    if config.image_aspect_ratio == "pad":
+        return LlavaImageProcessorPil(**settings, do_pad=True)
+    return type(image_processor)(**settings)
+
+
+def _tensors(model: Any, image_token: int) -> dict[str, Tensor]:
+    """The weights under LLaVA's names, with a row for the image token."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("connector."):
+            continue
+        tensors[name.replace("vision_tower._vision_tower.", "vision_tower.")] = tensor
+    if model.config.text_config.tie_word_embeddings:
+        del tensors["language_model.lm_head.weight"]
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if name in tensors:
+            tensors[name] = _with_row(tensors[name], image_token)
+    return tensors | _projector(model)
+
+
+def _with_row(weight: Tensor, index: int) -> Tensor:
+    """[V, D] -> [max(V, index + 1), D], new rows being the mean of all.
+
+    As an output head, the mean row's logit is the mean of all logits: never the largest, and its probability at most
+    1 / (V + 1).
+    """
+    missing = index + 1 - len(weight)
+    if missing <= 0:
+        return weight
+    mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(missing, -1)])
+
+
+def _projector(model: Any) -> dict[str, Tensor]:
+    """The connector as two linear layers; one layer (or none) is followed by the identity, exactly."""
+    own = list(model.connector.parameters())
+    config = model.config
+    eye = torch.eye(config.hidden_size, dtype=model.dtype)
+    zero = torch.zeros(config.hidden_size, dtype=model.dtype)
+    if len(own) == 0:
+        own = [eye, zero]
+    if len(own) == 2:
+        own += [eye.clone(), zero.clone()]
+    names = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+    return {f"multi_modal_projector.{name}": tensor.detach() for name, tensor in zip(names, own, strict=True)}
+
+
+def _config(model: Any, image_token: int, rows: int) -> dict[str, Any]:
+    """LLaVA's ``config.json``."""
+    config = model.config
+    text = config.text_config.to_dict() | {"architectures": [type(model.language_model).__name__], "vocab_size": rows}
+    vision = config.vision_config.to_dict()
+    for name in ("model_name_or_path", "model_name_or_path2", "_name_or_path"):
+        text.pop(name, None)
+        vision.pop(name, None)
+    llava = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token,
+        image_seq_length=model.num_image_tokens,
+        projector_hidden_act="linear" if config.connector_type.lower() in ONE_LAYER else "gelu",
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=STRATEGIES[config.vision_feature_select_strategy],
+        tie_word_embeddings=config.text_config.tie_word_embeddings,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=model.dtype,
+    )
+    return llava.to_diff_dict()
+
+
+def _generation_config(model: Any, tokenizer: Any, conv_version: str, image_token: int, rows: int) -> GenerationConfig:
+    """Greedy; stops where the model stopped and where the conversation template ends an answer."""
+    eos = model.language_model.generation_config.eos_token_id
+    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    template = TemplateFactory(conv_version)()
+    if hasattr(template, "for_tokenizer"):
+        template = template.for_tokenizer(tokenizer)
+    end = tokenizer(template.eos, add_special_tokens=False).input_ids
+    if len(end) == 1:
+        stops |= set(end)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        # Only a row that the model never had is kept out; the logits of all others are the model's.
+        suppress_tokens=[image_token] if rows > model.config.vocab_size else None,
+    )
