@@ -1,0 +1,37 @@
+"""The measurement of the data runs, and what it measures is there."""
+
+import json
+
+import pytest
+
+from benchmarks import data_loading
+from tinyllava_switchkd.data import Records
+
+
+@pytest.fixture
+def path(tmp_path):
+    data_loading.write_samples(tmp_path / "data.json", 600)
+    return tmp_path / "data.json"
+
+
+def test_made_up_samples_are_llavas(path):
+    records = Records(path)
+    assert list(records) == json.loads(path.read_text())
+    assert 0 < (records.num_images == 0).sum() < 100
+
+
+def test_parts_of_a_sample_are_timed():
+    rows = data_loading.samples(2)
+    assert [row[0] for row in rows] == ["pil", "torchvision"]
+    assert all(float(cell) >= 0 for row in rows for cell in row[1:])
+
+
+def test_grouping_pads_less(path):
+    shares = {row[0]: float(row[1].rstrip("%")) for row in data_loading.padding(Records(path), ranks=2, accumulation=1)}
+    assert shares["by modality and length"] < 0.5 * shares["random"]
+
+
+@pytest.mark.slow
+def test_opening(path):
+    rows = data_loading.opening(path, workers=2)
+    assert [row[0] for row in rows] == ["list of dicts (v1)", "ours"]
