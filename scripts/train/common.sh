@@ -13,11 +13,13 @@
 #   OUTPUT_ROOT            where the runs' folders go (playground/checkpoints)
 #   SAVE_STEPS             a checkpoint every so many steps, or every such share of the run (0.1); SAVE_TOTAL_LIMIT keeps 1
 #   LOGGING_STEPS, REPORT_TO, NUM_WORKERS, ATTN_IMPLEMENTATION, GRADIENT_CHECKPOINTING, IMAGE_ASPECT_RATIO, SELECT_LAYER
+#   PRETRAIN_X, FINETUNE_X, DISTILL_X    the same for one stage alone, e.g. DISTILL_LEARNING_RATE=1e-5
 #   MASTER_PORT            29501
 #   HOSTFILE               several nodes with deepspeed
 #   NNODES, NODE_RANK, MASTER_ADDR    several nodes with torchrun
 #   EXTRA_ARGS             anything else for the entry point, appended last
 #   PYTHON                 the interpreter
+#   DRY_RUN=1              print the command instead of running it
 
 set -euo pipefail
 
@@ -56,6 +58,17 @@ run_name() {
     echo "$OUTPUT_ROOT/tiny-llava-$(variant "$1")-$(variant "$2")-$3-$4"
 }
 
+# stage NAME: what is set for this stage alone (NAME_LEARNING_RATE, ...) takes the place of what is set for all
+stage() {
+    local name own
+    for name in LEARNING_RATE CONNECTOR_LR VISION_TOWER_LR EPOCHS MAX_STEPS WARMUP WEIGHT_DECAY GLOBAL_BATCH_SIZE \
+        PER_DEVICE_BATCH_SIZE GRAD_ACCUM TUNE_LLM TUNE_VISION_TOWER TUNE_CONNECTOR ZERO SAVE_STEPS SEED NUM_WORKERS \
+        GRADIENT_CHECKPOINTING EXTRA_ARGS; do
+        own="$1_$name"
+        if [ -n "${!own+set}" ]; then printf -v "$name" '%s' "${!own}"; fi
+    done
+}
+
 is_lora() {
     case "$1" in lora | qlora*) return 0 ;; *) return 1 ;; esac
 }
@@ -88,6 +101,7 @@ find_devices() {
         esac
     else
         DEVICE=cpu
+        export DS_ACCELERATOR=cpu
         GPU_IDS=""
         NPROC="${GPUS:-1}"
         case "$NPROC" in *[!0-9]* | 0) die "GPUS is '$NPROC'; on a CPU it is the number of processes." ;; esac
@@ -199,29 +213,32 @@ train() {
     read -r -a extra <<<"${EXTRA_ARGS:-}"
     arguments+=("${extra[@]}")
 
-    local module=tinyllava_switchkd.train.train
+    local module=tinyllava_switchkd.train.train launch
     case "$LAUNCHER" in
-        python)
-            [ -z "$GPU_IDS" ] || export CUDA_VISIBLE_DEVICES="$GPU_IDS"
-            "$PYTHON" -m "$module" "${arguments[@]}"
-            ;;
+        python) launch=("$PYTHON" -m "$module") ;;
         torchrun)
-            [ -z "$GPU_IDS" ] || export CUDA_VISIBLE_DEVICES="$GPU_IDS"
-            "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "${NNODES:-1}" \
-                --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" \
-                -m "$module" "${arguments[@]}"
+            launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "${NNODES:-1}"
+                --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT"
+                -m "$module")
             ;;
         deepspeed)
-            local where=()
+            launch=("$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT")
             if [ -n "${HOSTFILE:-}" ]; then
-                where=(--hostfile "$HOSTFILE")
+                launch+=(--hostfile "$HOSTFILE")
             elif [ -n "$GPU_IDS" ]; then
-                where=(--include "localhost:$GPU_IDS")
+                launch+=(--include "localhost:$GPU_IDS")
             else
-                where=(--num_gpus "$NPROC")
+                launch+=(--num_gpus "$NPROC")
             fi
-            "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --master_port "$MASTER_PORT" \
-                --module "$module" "${arguments[@]}"
+            launch+=(--module "$module")
             ;;
     esac
+    # deepspeed sets the visible devices itself
+    if [ -n "$GPU_IDS" ] && [ "$LAUNCHER" != deepspeed ]; then export CUDA_VISIBLE_DEVICES="$GPU_IDS"; fi
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${launch[@]}" "${arguments[@]}"
+        echo
+    else
+        "${launch[@]}" "${arguments[@]}"
+    fi
 }

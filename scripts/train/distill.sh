@@ -4,6 +4,7 @@
 #   DISTILL_LOSS (dbild)  TEMPERATURE (3.0)  ALIGN_WEIGHT (1.0)  SWITCH_WEIGHT (1.0)
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_arguments 11 "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE MODEL_MAX_LENGTH TEACHER_PATH" "$@"
+stage DISTILL
 
 DATA_PATH="$1"          # conversations: a JSON file in LLaVA's format
 IMAGE_PATH="$2"         # folder that its image paths start from
@@ -30,7 +31,7 @@ train 128 8 "$LEARNING_RATE_HERE" \
     --image_folder "$IMAGE_PATH" \
     --model_name_or_path "$LLM_VERSION" \
     --vision_tower "$VT_VERSION" \
-    --vision_tower2 "$VT_VERSION2" \
+    ${VT_VERSION2:+--vision_tower2 "$VT_VERSION2"} \
     --connector_type "$CN_VERSION" \
     --conv_version "$CONV_VERSION" \
     --model_max_length "$MODEL_MAX_LENGTH" \

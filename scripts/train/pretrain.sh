@@ -3,6 +3,7 @@
 # TinyLLaVA's arguments; everything else comes from the environment (see common.sh).
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_arguments 9 "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION VERSION TRAIN_RECIPE MODEL_MAX_LENGTH" "$@"
+stage PRETRAIN
 
 DATA_PATH="$1"        # captions: a JSON file in LLaVA's format
 IMAGE_PATH="$2"       # folder that its image paths start from
@@ -21,7 +22,7 @@ train 256 32 1e-3 \
     --image_folder "$IMAGE_PATH" \
     --model_name_or_path "$LLM_VERSION" \
     --vision_tower "$VT_VERSION" \
-    --vision_tower2 "$VT_VERSION2" \
+    ${VT_VERSION2:+--vision_tower2 "$VT_VERSION2"} \
     --connector_type "$CN_VERSION" \
     --conv_version pretrain \
     --model_max_length "$MODEL_MAX_LENGTH" \

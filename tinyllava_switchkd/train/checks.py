@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from tinyllava_switchkd.data import TemplateFactory
@@ -59,7 +60,7 @@ def check_paths(arguments: Arguments) -> None:
 
 
 def check_writable(output_dir: str) -> None:
-    """Whether the output folder can be made and written to; nothing is made.
+    """Whether the output folder is one or can be made; nothing is made.
 
     Raises:
         NotADirectoryError, PermissionError: it can't.
@@ -71,6 +72,22 @@ def check_writable(output_dir: str) -> None:
         raise NotADirectoryError(f"--output_dir {output_dir} cannot be made: {existing} is a file; choose another.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"--output_dir {output_dir} is not writable: {existing} forbids it; choose another.")
+
+
+def prepare_output(output_dir: str) -> None:
+    """Make the output folder and write to it, once: permissions do not tell of full or read-only file systems.
+
+    Raises:
+        OSError: it failed.
+    """
+    try:
+        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"--output_dir {output_dir} cannot be written to: {reason}; choose another.") from error
 
 
 def check_teacher(arguments: Arguments, student: Skeleton, teacher: Skeleton) -> None:

@@ -10,7 +10,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 from transformers import set_seed
@@ -36,25 +39,50 @@ from .trainer import LLaVATrainer, is_main_process
 logger = logging.getLogger(__name__)
 
 USER_ERRORS = (ValueError, OSError, ImportError)
-"""What a wrong argument, file or installation raises, with a sentence that says so."""
+"""What a wrong argument, file or installation raises before training, with a sentence that says so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a training from a command line; the exit code."""
+    """Run a training from a command line; the exit code.
+
+    What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
+    """
     _set_up_logging()
     try:
-        train(parse_arguments(argv))
+        run = prepare(parse_arguments(argv))
     except USER_ERRORS as error:
-        if "TINYLLAVA_TRACEBACK" in os.environ:
+        if os.environ.get("TINYLLAVA_TRACEBACK"):
             raise
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if run is not None:
+        run()
     return 0
 
 
-def train(arguments: Arguments) -> None:
-    """Check, load, train, save.
+@dataclass
+class Run:
+    """A training that is ready to start."""
+
+    recipe: BaseTrainingRecipe
+    model: nn.Module
+    trainer: LLaVATrainer
+    checkpoint: str | None
+    """Where to resume from."""
+
+    def __call__(self) -> None:
+        """Train, and write the student."""
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.recipe.save(self.model, self.trainer)
+        truncation = self.trainer.data_collator.report()
+        if truncation is not None:
+            logger.warning(truncation)
+        logger.info("The trained model is in %s.", self.trainer.args.output_dir)
+
+
+def prepare(arguments: Arguments) -> Run | None:
+    """Check everything, then load everything; None if the run is finished already.
 
     Raises:
         ValueError, OSError, ImportError: something is wrong with the arguments or the files they name.
@@ -62,24 +90,29 @@ def train(arguments: Arguments) -> None:
     training = arguments.training
     checks.check_names(arguments)
     checks.check_paths(arguments)
-    checkpoint = _where_to_begin(arguments)
-    if checkpoint == FINISHED:
-        return
-
+    if not training.overwrite_output_dir and resume.is_finished(training.output_dir):
+        logger.info(
+            "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "
+            "--overwrite_output_dir True.",
+            training.output_dir,
+        )
+        return None
+    checkpoint = _where_to_resume(arguments)
+    recipe = TrainingRecipeFactory(training.training_recipe)(training)
     skeleton = student_skeleton(arguments)
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
     data_module = _data_module(arguments, skeleton)
+    if is_main_process():
+        checks.prepare_output(training.output_dir)
 
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
-    recipe = TrainingRecipeFactory(training.training_recipe)(training)
     model = recipe.load(recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
-    task = build_task(arguments, model, recipe)
     trainer = LLaVATrainer(
-        task,
+        build_task(arguments, model, recipe),
         training,
         save_student=partial(recipe.write_student, model),
         load_student=partial(recipe.read_student, model),
@@ -88,12 +121,7 @@ def train(arguments: Arguments) -> None:
     if training.overwrite_output_dir and trainer.is_world_process_zero():
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    recipe.save(model, trainer)
-    report = data_module["data_collator"].report()
-    if report is not None:
-        logger.warning(report)
-    logger.info("The trained model is in %s.", training.output_dir)
+    return Run(recipe, model, trainer, checkpoint)
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> SupervisedTask:
@@ -124,42 +152,33 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
     )
 
 
-FINISHED = "finished"
-
-
-def _where_to_begin(arguments: Arguments) -> str | None:
-    """The checkpoint to resume from, None to begin at the beginning, `FINISHED` if there is nothing to do."""
+def _where_to_resume(arguments: Arguments) -> str | None:
+    """The checkpoint to go on from; None to begin at the beginning."""
     training = arguments.training
     if training.overwrite_output_dir:
         return None
-    if training.resume_from_checkpoint is not None:
-        missing = resume.what_is_missing(training.resume_from_checkpoint, training.world_size)
+    asked = training.resume_from_checkpoint
+    if asked is not None:
+        missing = resume.what_is_missing(asked, training.world_size)
         if missing is not None:
-            raise ValueError(f"--resume_from_checkpoint {training.resume_from_checkpoint} is incomplete: {missing}.")
-        return training.resume_from_checkpoint
-    if resume.is_finished(training.output_dir):
-        logger.info(
-            "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "
-            "--overwrite_output_dir True.",
-            training.output_dir,
-        )
-        return FINISHED
+            raise ValueError(f"--resume_from_checkpoint {asked} is incomplete: {missing}.")
+        return asked
     checkpoint = resume.find_checkpoint(training.output_dir, training.world_size)
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
     return checkpoint
 
 
-def _data_module(arguments: Arguments, skeleton: Skeleton) -> dict:
+def _data_module(arguments: Arguments, skeleton: Skeleton) -> dict[str, Any]:
     """Data set and collator, after the data has been looked over."""
-    data = arguments.data
-    data.image_processor = skeleton.image_processor
-    data.num_image_tokens = skeleton.model.num_image_tokens
-    data.eos_token_ids = skeleton.eos_token_ids
-    data.image_aspect_ratio = skeleton.model.config.image_aspect_ratio
-    module = make_supervised_data_module(skeleton.tokenizer, data)
-    module.pop("eval_dataset", None)
-    return module
+    settings = vars(arguments.data) | {
+        "image_processor": skeleton.image_processor,
+        "image_aspect_ratio": skeleton.model.config.image_aspect_ratio,
+        "num_image_tokens": skeleton.model.num_image_tokens,
+        "eos_token_ids": skeleton.eos_token_ids,
+    }
+    module = make_supervised_data_module(skeleton.tokenizer, SimpleNamespace(**settings))
+    return {name: module[name] for name in ("train_dataset", "data_collator")}
 
 
 def _set_up_logging() -> None:
