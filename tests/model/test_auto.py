@@ -1,4 +1,4 @@
-"""The Auto classes know TinyLLaVA after ``import tinyllava_switchkd``, whichever was imported first; torch stays out."""
+"""The Auto classes know TinyLLaVA after ``import tinyllava_switchkd``, whichever came first; torch stays out."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout: full, split, LoRA, legacy; strictness; building from base models; the hub."""
+"""Checkpoints: saved and loaded in the full and split layouts, strictness, options, building from base models."""
 
 import json
 import shutil
@@ -6,50 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import tiny_llava, tiny_tokenizer, write_tiny_llm, write_tiny_tower
+from tests.model.checkpoints import logits, save, write_v1_split
+from tests.tiny import tiny_config, tiny_llava, tiny_vision_config, write_tiny_llm, write_tiny_tower
 from tinyllava_switchkd.model import (
     TinyLlavaForConditionalGeneration,
     build_model,
     load_checkpoint_weights,
     load_pretrained_model,
-    push_pretrained_model,
     save_pretrained_model,
 )
 from tinyllava_switchkd.model.weights import normalise_keys, read_checkpoint, read_weights
-
-PIXELS = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-IDS = torch.tensor([[1, -200, 2, 3, 4]])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS, images=PIXELS).logits
-
-
-def save(model, folder, **kwargs):
-    save_pretrained_model(model, tiny_tokenizer(), model.vision_tower.image_processor, folder, **kwargs)
-    return folder
-
-
-def write_v1_split(model, folder, rename=lambda name: name):
-    """v1's pre-training layout: a folder of pickled weights per part, names from named_parameters (no tied head)."""
-    parts = {
-        "language_model": model.language_model,
-        "vision_tower": model.vision_tower.vision_tower,
-        "connector": model.connector,
-    }
-    for name, part in parts.items():
-        (folder / name).mkdir(parents=True)
-        torch.save(
-            {rename(key): value.data for key, value in part.named_parameters()}, folder / name / "pytorch_model.bin"
-        )
-    model.config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
 
 PARTS = [
     {"tower": "siglip"},
@@ -117,8 +85,6 @@ def test_dinov2_is_written_under_v1s_names(tmp_path):
 @pytest.mark.parametrize("known", ["stored", "beside", "told from the weights"])
 def test_mof(known, tmp_path):
     """v1 stores CLIP's configuration only; DINOv2's lies beside, or is read off the weights."""
-    from tests.tiny import tiny_config, tiny_vision_config
-
     config = tiny_config(tower="clip", connector="mof_mlp", vision_model_name_or_path="mof:clip-tiny")
     config.vision_model_name_or_path2 = config.vision_config.model_name_or_path2 = "mof:dinov2-tiny"
     config.vision_config.dinov2_config = tiny_vision_config("dinov2").to_diff_dict()
@@ -287,6 +253,17 @@ def test_device_map(tmp_path):
     assert torch.equal(logits(mapped), logits(model))
 
 
+def test_written_over_itself(tmp_path):
+    """A loaded model does not live in its file: writing over that is safe."""
+    save(tiny_llava(), tmp_path)
+    model = load_pretrained_model(tmp_path, device="cpu")[0]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    with torch.no_grad():
+        model.connector._connector[0].weight.add_(1)
+    save(model, tmp_path)
+    assert torch.equal(logits(load_pretrained_model(tmp_path, device="cpu")[0]), logits(model))
+
+
 def test_state_dict_may_be_given(tmp_path):
     """A partitioned model is saved from weights gathered elsewhere."""
     model, other = tiny_llava(), tiny_llava(seed=1)
@@ -361,141 +338,6 @@ def test_build_model_refuses_what_is_missing(tmp_path):
     (Path(llm) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights of a language model"):
         build_model(llm, tower)
-
-
-# LoRA
-
-
-def make_lora(tmp_path, layout):
-    """v1's LoRA folder: adapter, and the base weights split by part with peft's ``.base_layer`` in their names."""
-    from peft import LoraConfig, get_peft_model
-
-    base = tiny_llava(llm_model_name_or_path="qwen2-tiny")
-    targets = ["q_proj", "v_proj", "down_proj"]
-    torch.manual_seed(3)
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
-    folder = tmp_path / "run"  # nothing in this path says what the folder holds
-    adapted.save_pretrained(folder)
-    expected = logits(adapted)
-    model = adapted.base_model.model
-    if layout == "split":
-        write_v1_split(model, folder, rename=lambda name: name)
-        for part in ("language_model", "vision_tower"):
-            file = folder / part / "pytorch_model.bin"
-            torch.save({k: v for k, v in torch.load(file).items() if "lora_" not in k}, file)
-        assert any(".base_layer." in key for key in torch.load(folder / "language_model" / "pytorch_model.bin"))
-    else:
-        plain = adapted.unload()
-        save(plain, folder)
-    return folder, expected
-
-
-@pytest.mark.parametrize("layout", ["split", "full"])
-def test_lora_folder_is_merged(layout, tmp_path):
-    folder, expected = make_lora(tmp_path, layout)
-    model = load_pretrained_model(folder, device="cpu")[0]
-    assert isinstance(model, TinyLlavaForConditionalGeneration)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
-    assert not any("lora" in name for name in model.state_dict())
-    save(model, tmp_path / "merged")
-    assert torch.equal(logits(load_pretrained_model(tmp_path / "merged", device="cpu")[0]), logits(model))
-
-
-def test_lora_in_the_name_means_nothing(tmp_path):
-    save(tiny_llava(), tmp_path / "my-lora-run")
-    assert torch.equal(logits(load_pretrained_model(tmp_path / "my-lora-run", device="cpu")[0]), logits(tiny_llava()))
-
-
-def test_adapter_that_does_not_fit(tmp_path):
-    folder, _ = make_lora(tmp_path, "full")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    tensors[name.replace("layers.0", "layers.7")] = tensors.pop(name)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"adapter in .* does not fit"):
-        load_pretrained_model(folder, device="cpu")
-
-
-# TinyLLaVABench
-
-
-def test_legacy_checkpoint(tmp_path, monkeypatch):
-    """Names and configuration of the code before v1; the released models' SigLIP is known by heart."""
-    from tinyllava_switchkd.model import legacy
-
-    model = tiny_llava("phi", llm_model_name_or_path="microsoft/phi-2")
-    tiny_siglip = model.config.vision_config.to_diff_dict()
-    monkeypatch.setattr(legacy, "SIGLIP_SO400M_CONFIG", {**tiny_siglip, "model_type": "siglip_vision_model"})
-    old = {}
-    for key, value in model.state_dict().items():
-        key = key.replace("vision_tower._vision_tower.", "model.vision_tower.vision_tower.")
-        key = key.replace("connector._connector.", "model.mm_projector.")
-        old[key.replace("language_model.", "")] = value.contiguous().clone()
-    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        **model.config.text_config.to_dict(),
-        "architectures": ["TinyLlavaPhiForCausalLM"],
-        "model_type": "tiny_llava_phi",
-        "mm_vision_tower": "bczhou/TinyLLaVA-3.1B-SigLIP",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": "pad",
-        "tokenizer_model_max_length": 3072,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer("phi").save_pretrained(tmp_path)
-    loaded, _, _, context_len = load_pretrained_model(tmp_path, device="cpu")
-    assert torch.equal(logits(loaded), logits(model))
-    assert context_len == 3072 and loaded.config.image_aspect_ratio == "pad"
-    config["architectures"] = ["Other"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'Other'"):
-        load_pretrained_model(tmp_path, device="cpu")
-
-
-# the hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub in a folder: what is uploaded appears in the cache that downloads are answered from."""
-    from huggingface_hub import HfApi
-
-    cache = tmp_path / "hub"
-
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        repository = cache / f"models--{repo_id.replace('/', '--')}"
-        shutil.copytree(folder_path, repository / "snapshots" / "0123abc")
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0123abc")
-        return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: None)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    return cache
-
-
-def test_pushed_and_pulled(hub):
-    from transformers import AutoModelForCausalLM
-
-    model = tiny_llava()
-    url = push_pretrained_model(
-        model, tiny_tokenizer(), model.vision_tower.image_processor, "someone/tiny", conv_version="qwen2_base"
-    )
-    assert url == "https://hub/someone/tiny"
-    loaded, tokenizer, _, _ = load_pretrained_model("someone/tiny", device="cpu", cache_dir=str(hub))
-    assert torch.equal(logits(loaded), logits(model)) and loaded.config.conv_version == "qwen2_base"
-    assert tokenizer("a").input_ids == tiny_tokenizer()("a").input_ids
-    auto = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=str(hub))
-    assert torch.equal(logits(auto), logits(model))
-
-
-def test_unreachable_names_are_one_sentence():
-    with pytest.raises(FileNotFoundError, match=r"There is no folder 'someone/none'.*hub") as error:
-        load_pretrained_model("someone/none")
-    assert "\n" not in str(error.value)
 
 
 def test_readers(tmp_path):

@@ -20,7 +20,7 @@ from .llm import resolve_llm
 from .splice import Spliced, splice
 from .vision_tower import resolve_vision_tower
 from .vision_tower.base import flatten_images
-from .weights import outside_zero_init, refuse
+from .weights import outside_zero_init, own_memory, refuse
 
 
 @dataclass
@@ -173,6 +173,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in info["mismatched_keys"]]
         refuse(source, set(info["missing_keys"]) - tied, info["unexpected_keys"], shapes)
         model.vision_tower.restore_buffers()
+        own_memory(model, tensors.values())
         model.config.name_or_path = str(source)
         return (model, info) if output_loading_info else model
 

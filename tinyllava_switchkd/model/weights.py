@@ -210,6 +210,17 @@ def read_connector(source: str | Path) -> dict[str, Tensor]:
     return {name[name.index("_connector.") :]: tensor for name, tensor in named.items() if "_connector." in name}
 
 
+def own_memory(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Copy what a module shares with the tensors it was made of.
+
+    Those are mapped from files: a checkpoint written over the file it came from would pull the ground from under them.
+    """
+    shared = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    for value in (*module.parameters(), *module.buffers()):
+        if value.untyped_storage().data_ptr() in shared:
+            value.data = value.data.clone()
+
+
 @contextmanager
 def outside_zero_init() -> Iterator[None]:
     """Build whole models even while DeepSpeed ZeRO-3 is configured.

@@ -1,0 +1,75 @@
+"""chat(): the prompt of the template, the images' order, the template's choice."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import tiny_llava, tiny_tokenizer
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model.chat import conversation_template
+
+
+def picture(seed):
+    pixels = torch.randint(0, 255, (30, 40, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def expected(model, messages, images):
+    """The same by hand."""
+    tokenizer = tiny_tokenizer()
+    encoded = TextPreprocess(tokenizer, "qwen2_base")(messages, mode="eval", num_images=len(images))
+    preprocess = ImagePreprocess(model.vision_tower.image_processor, model.config)
+    pixels = torch.stack([preprocess(image) for image in images]) if images else None
+    new = model.generate(encoded["input_ids"][None], images=pixels, max_new_tokens=5, do_sample=False)
+    return tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+def test_question_about_an_image(tmp_path):
+    model = tiny_llava(conv_version="qwen2_base")
+    tokenizer = tiny_tokenizer()
+    image = picture(0)
+    messages = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": None}]
+    answer = expected(model, messages, [image])
+    assert model.chat("What is it?", image, tokenizer, max_new_tokens=5) == answer
+    image.save(tmp_path / "image.png")
+    model.tokenizer, model.image_processor = tokenizer, model.vision_tower.image_processor
+    assert model.chat("What is it?", tmp_path / "image.png", max_new_tokens=5) == answer
+
+
+def test_history_several_images_and_none():
+    model = tiny_llava(conv_version="qwen2_base")
+    model.tokenizer = tiny_tokenizer()
+    images = [picture(1), picture(2)]
+    messages = [
+        {"from": "human", "value": "<image>\n<image>\nA?"},
+        {"from": "gpt", "value": "B."},
+        {"from": "human", "value": "C?"},
+        {"from": "gpt", "value": None},
+    ]
+    answer = model.chat("C?", images, history=[("A?", "B.")], max_new_tokens=5)
+    assert answer == expected(model, messages, images)
+    messages = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": None}]
+    assert model.chat("Hello", max_new_tokens=5) == expected(model, messages, [])
+
+
+def test_template_of_a_checkpoint_that_names_none():
+    base, instruct = tiny_tokenizer("qwen2"), tiny_tokenizer("qwen2_instruct")
+    assert conversation_template(tiny_llava(conv_version="chatml"), base) == "chatml"
+    assert conversation_template(tiny_llava(), base) == "qwen2_base"
+    assert conversation_template(tiny_llava(), instruct) == "qwen2_instruct"
+    assert conversation_template(tiny_llava("stablelm"), base) == "phi"
+    model = tiny_llava()
+    model.config.text_config.__class__.model_type, kept = "other", model.config.text_config.model_type
+    try:
+        with pytest.raises(ValueError, match="'other'; pass conv_version"):
+            conversation_template(model, base)
+    finally:
+        model.config.text_config.__class__.model_type = kept
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    model = tiny_llava(conv_version="qwen2_base")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.chat("What?")
+    with pytest.raises(FileNotFoundError, match="no image"):
+        model.chat("What?", tmp_path / "none.png", tiny_tokenizer())
