@@ -85,15 +85,15 @@ def jinja_template(version: str, tokenizer: Any) -> str:
     if fitted:
         template = template.for_tokenizer(tokenizer)
     bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
-    jinja = _fill(template, bos, DEFAULT_IMAGE_TOKEN, system_is_text=not fitted)
+    jinja = _fill(template, bos, "", system_is_text=not fitted)
     if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(template, probe) for probe in PROBES):
         raise ValueError(
             f"The conversation template {version!r} does not write one question and answer after the other, so no chat "
             f"template can be made of it; pass --conv-version with the one to converse in."
         )
-    # The text after an image is tokenised by itself in training. Tokenizers of the SentencePiece kind begin every text
-    # with a space, but not the text after a special token: there the space has to be written.
-    spaced = _fill(template, bos, DEFAULT_IMAGE_TOKEN + " ", system_is_text=not fitted)
+    # In training, the text after an image is tokenised by itself. Tokenizers of the SentencePiece kind begin every text
+    # with a space, but (Llama's) not the text after a special token: there the space has to be written.
+    spaced = _fill(template, bos, " ", system_is_text=not fitted)
     expected = [_ids_in_training(template, probe, tokenizer) for probe in PROBES]
     for candidate in (jinja, spaced):
         texts = [_render(tokenizer, candidate, probe) for probe in PROBES]
@@ -127,8 +127,14 @@ def messages_of(turns: Turns) -> list[dict[str, str]]:
     return messages
 
 
-def _fill(template: Template, bos: str, image: str, system_is_text: bool) -> str | None:
-    """The chat template of a template's formatters; None if one of them does not show what it is given."""
+def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str | None:
+    """The chat template of a template's formatters; None if one of them does not show what it is given.
+
+    Args:
+        bos: the begin token, or ''.
+        gap: what to write behind begin token and images.
+        system_is_text: whether the system prompt is plain text, which another may replace.
+    """
     user = template.format_user.apply(content=_MARK).partition(_MARK)
     answer = template.format_assistant.apply(content=_MARK).partition(_MARK)
     image_line = template.format_image_token.apply(content=_MARK).partition(_MARK)
@@ -136,7 +142,7 @@ def _fill(template: Template, bos: str, image: str, system_is_text: bool) -> str
         return None
     system = template.system.apply()
     values = {
-        "BOS": bos,
+        "BOS": bos + gap if bos else "",
         "SYSTEM": system,
         "SYSTEM_IS_TEXT": system_is_text,
         "SYSTEM_END": system[len(system.rstrip()) :],
@@ -145,7 +151,7 @@ def _fill(template: Template, bos: str, image: str, system_is_text: bool) -> str
         "ANSWER_BEGIN": answer[0],
         "ANSWER_END": answer[2],
         "IMAGE": DEFAULT_IMAGE_TOKEN,
-        "IMAGE_LINE": image_line[0].replace(DEFAULT_IMAGE_TOKEN, image),
+        "IMAGE_LINE": image_line[0].replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN + gap),
         "PROMPT": template.format_assistant.apply(content=None),
     }
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items()) + _JINJA

@@ -1,0 +1,184 @@
+"""transformers' LLaVA -> TinyLLaVA: the way back of an export, and the way in for LLaVAs trained elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data import TemplateFactory
+
+from ..checkpoint import save_pretrained_model
+from ..configuration import TinyLlavaConfig
+from ..modeling import TinyLlavaForConditionalGeneration
+from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
+from .chat_template import conv_version_of
+from .files import empty_folder, read_by_older_versions, read_json, write_json
+from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
+
+# transformers 5's names -> the hub's -> v1's.
+NAMES = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^vision_tower\.(vision_model\.)?", "vision_tower._vision_tower.vision_model."),
+)
+
+
+def is_hf_llava(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of transformers' LLaVA."""
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == "llava"
+
+
+def from_hf_llava(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    conv_version: str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Write a checkpoint of transformers' LLaVA in TinyLLaVA v1's layout.
+
+    What `to_hf_llava` wrote comes back as it was.
+
+    Args:
+        source: the checkpoint, a folder or a name on the hub.
+        output_dir: a folder that is empty or does not exist.
+        conv_version: conversation template; None finds the one that the chat template renders.
+        dtype: of the weights; None keeps the checkpoint's own.
+
+    Raises:
+        ValueError: TinyLLaVA cannot express the model, or its chat template is none of ours.
+    """
+    output_dir = empty_folder(output_dir)
+    folder = resolve_folder(source)
+    fields = read_json(folder / "config.json")
+    reason = why_not_tinyllava(fields)
+    if reason is not None:
+        raise ValueError(f"{source} cannot be converted: {reason}")
+    record = fields.get(RECORD) or {}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    conv_version = (
+        conv_version or record.get("conv_version") or conv_version_of(tokenizer.chat_template or "", tokenizer)
+    )
+    if conv_version is None:
+        raise ValueError(
+            f"The chat template of {source} is none of ours ({', '.join(TemplateFactory.list())}); register a "
+            f"conversation template that writes the same, or pass --conv-version with one that comes close."
+        )
+    settings = _image_settings(folder)
+    tensors = read_weights(folder)
+    if tensors is None:
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors or pytorch_model.bin).")
+    tensors = _tensors(tensors, fields, record)
+    config = _config(fields, record, tensors, tokenizer, conv_version, bool(settings.pop("do_pad", False)))
+    model = TinyLlavaForConditionalGeneration.from_tensors(config, tensors, source, dtype=dtype)
+    image_processor = type(model.vision_tower.default_image_processor())(**settings)
+    tokenizer.chat_template = record.get("chat_template", tokenizer.chat_template)
+    tokenizer.padding_side = config.tokenizer_padding_side
+    save_pretrained_model(model, tokenizer, image_processor, output_dir)
+    if record.get("adds_image_token"):
+        _forget_image_token(output_dir)
+    read_by_older_versions(output_dir)
+
+
+def why_not_tinyllava(fields: dict[str, Any]) -> str | None:
+    """Why a LLaVA's configuration cannot be a TinyLLaVA's, in one sentence; None if it can."""
+    tower = fields.get("vision_config", {}).get("model_type", "clip_vision_model")
+    if tower not in TOWERS:
+        return f"its vision tower is {tower!r}, not one of {', '.join(TOWERS)}."
+    if not isinstance(fields.get("vision_feature_layer", -2), int):
+        return "it reads several layers of its vision tower."
+    if not fields.get("multimodal_projector_bias", True):
+        return "its projector has no bias."
+    if fields.get("projector_hidden_act", "gelu") not in CONNECTORS.values():
+        return f"its projector's activation is {fields['projector_hidden_act']!r}, not 'gelu'."
+    return None
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor, in whichever of transformers' two files they are."""
+    file = folder / "preprocessor_config.json"
+    settings = read_json(file) if file.is_file() else read_json(folder / "processor_config.json")["image_processor"]
+    if not settings.get("do_center_crop", True):
+        settings.pop("crop_size", None)
+        settings.pop("do_center_crop")
+    for name in ("image_processor_type", "processor_class"):
+        settings.pop(name, None)
+    return settings
+
+
+def _tensors(tensors: dict[str, Tensor], fields: dict[str, Any], record: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights under v1's names, without the row that the export added."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        if COMPUTED_BUFFERS.search(name):
+            continue
+        if name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            tensor = tensor[: record.get("vocab_size")]
+        named[name] = tensor
+    projector = {
+        name.removeprefix("multi_modal_projector."): named.pop(name)
+        for name in list(named)
+        if name.startswith("multi_modal_projector.")
+    }
+    weight, bias, weight2, bias2 = (
+        projector[f"{layer}.{kind}"] for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")
+    )
+    if fields.get("projector_hidden_act", "gelu") == "gelu":
+        layers = {"0.weight": weight, "0.bias": bias, "2.weight": weight2, "2.bias": bias2}
+    else:  # two linear layers with nothing between them are one
+        prefix = "0." if record.get("connector_type", "linear").startswith("mlp") else ""
+        layers = {f"{prefix}weight": weight2 @ weight, f"{prefix}bias": weight2 @ bias + bias2}
+    return named | {f"connector._connector.{name}": tensor for name, tensor in layers.items()}
+
+
+def _config(
+    fields: dict[str, Any],
+    record: dict[str, Any],
+    tensors: dict[str, Tensor],
+    tokenizer: Any,
+    conv_version: str,
+    pad: bool,
+) -> TinyLlavaConfig:
+    text, vision = dict(fields["text_config"]), dict(fields["vision_config"])
+    text["vocab_size"] = len(tensors["language_model.model.embed_tokens.weight"])
+    if "language_model.lm_head.weight" not in tensors:
+        text["tie_word_embeddings"] = True
+    for part in (text, vision):
+        part.pop("architectures", None)
+    if "siglip" in vision.get("model_type", "") and not any(".vision_model.head." in name for name in tensors):
+        vision["vision_use_head"] = False  # many LLaVAs leave SigLIP's pooling head behind
+    own = {k: v for k, v in record.items() if k not in ("vocab_size", "chat_template", "adds_image_token")}
+    own.setdefault("connector_type", "mlp2x_gelu" if fields.get("projector_hidden_act", "gelu") == "gelu" else "linear")
+    own.setdefault("tokenizer_model_max_length", min(tokenizer.model_max_length, text["max_position_embeddings"]))
+    own.setdefault("pad_token", tokenizer.pad_token)
+    own.setdefault("pad_token_id", tokenizer.pad_token_id)
+    strategy = fields.get("vision_feature_select_strategy", "default")
+    own |= {
+        "conv_version": conv_version,
+        "image_aspect_ratio": "pad" if pad else "square",
+        "vision_feature_layer": fields.get("vision_feature_layer", -2),
+        "vision_feature_select_strategy": next(ours for ours, theirs in STRATEGIES.items() if theirs == strategy),
+    }
+    return TinyLlavaConfig(text_config=text, vision_config=vision, **own)
+
+
+def _forget_image_token(folder: Path) -> None:
+    """Take ``<image>`` out of a saved tokenizer, to which it is no token in TinyLLaVA."""
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        fields = read_json(folder / name)
+        entries = fields.get(key) or {}
+        if isinstance(entries, list):
+            fields[key] = [entry for entry in entries if entry["content"] != DEFAULT_IMAGE_TOKEN]
+        elif entries:
+            fields[key] = {k: entry for k, entry in entries.items() if entry["content"] != DEFAULT_IMAGE_TOKEN}
+        write_json(folder / name, fields)

@@ -26,7 +26,8 @@ from .chat_template import jinja_template
 from .files import empty_folder, read_by_older_versions, write_json
 
 TOWERS = ("siglip_vision_model", "clip_vision_model")
-ONE_LAYER = ("identity", "linear", "mlp1x_gelu")
+CONNECTORS = {"mlp2x_gelu": "gelu", "linear": "linear", "mlp1x_gelu": "linear"}
+"""Connectors that LLaVA's two linear layers can be, and the activation between them."""
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
 RECORD = "tinyllava"
 """Key of ``config.json`` for what LLaVA's own fields do not say; it makes the way back exact."""
@@ -59,12 +60,11 @@ def to_hf_llava(
     if reason is not None:
         raise ValueError(f"{source} cannot be exported: {reason}")
     conv_version = conv_version or conversation_template(model, tokenizer)
-    record = _record(model, tokenizer, conv_version)
+    record = _record(model, tokenizer, conv_version)  # before the tokenizer changes
     image_token = _add_image_token(tokenizer)
     processor = _processor(model, tokenizer, image_processor, jinja_template(conv_version, tokenizer))
     tensors = _tensors(model, image_token)
     rows = len(tensors["language_model.model.embed_tokens.weight"])
-    record["image_token_added"] = rows > model.config.vocab_size
 
     output_dir.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, output_dir)
@@ -80,7 +80,7 @@ def why_not_llava(model: Any) -> str | None:
     config = model.config
     if config.vision_config.model_type not in TOWERS or not hasattr(model.vision_tower.vision_tower, "vision_model"):
         return f"LLaVA's vision tower is one SigLIP or CLIP, not a {type(model.vision_tower).__name__}."
-    if config.connector_type.lower() not in (*ONE_LAYER, "mlp2x_gelu"):
+    if config.connector_type.lower() not in CONNECTORS:
         return f"LLaVA's projector is a perceptron of two layers, which {config.connector_type!r} is not."
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return f"LLaVA's output head has no bias, and the one of {config.text_config.model_type!r} has."
@@ -88,7 +88,7 @@ def why_not_llava(model: Any) -> str | None:
 
 
 def _record(model: Any, tokenizer: Any, conv_version: str) -> dict[str, Any]:
-    """The fields of the TinyLLaVA's own configuration and tokenizer that the export has no place for."""
+    """What the TinyLLaVA's configuration and tokenizer say and LLaVA's do not."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
         fields.pop(name, None)
@@ -96,6 +96,7 @@ def _record(model: Any, tokenizer: Any, conv_version: str) -> dict[str, Any]:
         "conv_version": conv_version,
         "vocab_size": model.config.vocab_size,
         "chat_template": tokenizer.chat_template,
+        "adds_image_token": DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab(),
     }
 
 
@@ -176,17 +177,13 @@ def _with_row(weight: Tensor, index: int) -> Tensor:
 
 
 def _projector(model: Any) -> dict[str, Tensor]:
-    """The connector as two linear layers; one layer (or none) is followed by the identity, exactly."""
-    own = list(model.connector.parameters())
-    config = model.config
-    eye = torch.eye(config.hidden_size, dtype=model.dtype)
-    zero = torch.zeros(config.hidden_size, dtype=model.dtype)
-    if len(own) == 0:
-        own = [eye, zero]
+    """The connector as two linear layers; after a single one comes the identity."""
+    own = [parameter.detach() for parameter in model.connector.parameters()]
     if len(own) == 2:
-        own += [eye.clone(), zero.clone()]
+        weight, bias = own
+        own += [torch.eye(len(bias), dtype=weight.dtype), torch.zeros_like(bias)]
     names = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
-    return {f"multi_modal_projector.{name}": tensor.detach() for name, tensor in zip(names, own, strict=True)}
+    return {f"multi_modal_projector.{name}": tensor for name, tensor in zip(names, own, strict=True)}
 
 
 def _config(model: Any, image_token: int, rows: int) -> dict[str, Any]:
@@ -202,7 +199,7 @@ def _config(model: Any, image_token: int, rows: int) -> dict[str, Any]:
         vision_config=vision,
         image_token_index=image_token,
         image_seq_length=model.num_image_tokens,
-        projector_hidden_act="linear" if config.connector_type.lower() in ONE_LAYER else "gelu",
+        projector_hidden_act=CONNECTORS[config.connector_type.lower()],
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=STRATEGIES[config.vision_feature_select_strategy],
         tie_word_embeddings=config.text_config.tie_word_embeddings,

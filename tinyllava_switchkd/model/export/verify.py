@@ -1,0 +1,75 @@
+"""Does an export compute what its original does? Asked of the files, through transformers' own classes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+
+from ..checkpoint import load_pretrained_model
+from .hf_llava import RECORD
+
+QUESTION = "What is shown in this picture? Answer briefly."
+
+
+@torch.no_grad()
+def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_new_tokens: int = 8) -> float:
+    """Ask both models one question about an image of noise, on the CPU.
+
+    Args:
+        source: the TinyLLaVA checkpoint.
+        exported: what `to_hf_llava` made of it.
+        max_new_tokens: length of the greedy answers.
+
+    Returns:
+        the largest difference between two logits.
+
+    Raises:
+        ValueError: other prompts, logits that differ by more than 1e-4 (in 16 bits: by a hundredth of the largest), or
+            other answers.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    theirs = AutoModelForImageTextToText.from_pretrained(exported, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(exported, backend="pil")
+    ours, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=theirs.dtype)
+
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(dtype=theirs.dtype)
+    record = getattr(theirs.config, RECORD)
+    messages = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": None}]
+    prompt = TextPreprocess(tokenizer, record["conv_version"])(messages, mode="eval")["input_ids"][None]  # [1, T]
+    pixels = ImagePreprocess(image_processor, ours.config)(image)[None]  # [1, 3, H, W]
+
+    image_token = theirs.config.image_token_index
+    expanded = [
+        token
+        for piece in prompt[0].tolist()
+        for token in ([image_token] * ours.num_image_tokens if piece == IMAGE_TOKEN_INDEX else [piece])
+    ]
+    if inputs["input_ids"][0].tolist() != expanded:
+        raise ValueError(f"{exported} reads the prompt as other tokens than {source}; do not use it.")
+    expected = ours(prompt, images=pixels).logits[0]  # [L, V]
+    logits = theirs(**inputs).logits[0, :, : expected.shape[-1]]  # [L, V]
+    difference = float((logits.float() - expected.float()).abs().max())
+    allowed = 1e-4 if theirs.dtype == torch.float32 else 0.01 * float(expected.float().abs().max())
+    if not difference <= allowed:
+        raise ValueError(f"The logits of {exported} differ from those of {source} by {difference:.2g}; do not use it.")
+    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    answer = ours.generate(prompt, images=pixels, attention_mask=torch.ones_like(prompt), **kwargs)[0].tolist()
+    their_answer = theirs.generate(**inputs, **kwargs)[0, len(expanded) :].tolist()
+    if answer != their_answer[: len(answer)]:
+        raise ValueError(f"{exported} answers {their_answer} where {source} answers {answer}; do not use it.")
+    return difference
