@@ -1,0 +1,239 @@
+"""The answers of a run on disk: appended as they come, found again after a kill, merged only when none is missing.
+
+A folder holds one run of one benchmark:
+
+    answers.jsonl           the answers in the question file's order; there only once a run is complete
+    answers.part-0.jsonl    what process 0 has so far (one file a process; gone after the merge)
+    run.json                how the answers are made
+    .lock                   whose byte r process r holds while it lives
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .benchmarks import Question, answer_key
+from .benchmarks.files import read_json, read_jsonl, require
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+
+SETTINGS = (
+    "benchmark",
+    "split",
+    "checkpoint_digest",
+    "prompt_protocol",
+    "conversation_template",
+    "image_aspect_ratio",
+    "decoding",
+)
+"""What the answers of one folder must have in common."""
+
+
+def check_keys(questions: Sequence[Question], source: str | Path) -> None:
+    """Refuse questions that an answers file could not tell apart.
+
+    Raises:
+        ValueError: two different questions have the same id and prompt.
+    """
+    seen: dict[Key, tuple[str | None, str]] = {}
+    for question in questions:
+        pair = question.image_key, question.prompt
+        if seen.setdefault(question.key, pair) != pair:
+            raise ValueError(
+                f"Two questions in {source} have the id {question.question_id!r} and the same text, but different "
+                f"images: their answers could not be told apart. Give them ids of their own."
+            )
+
+
+class AnswerFolder:
+    """The files of one run, see the module.
+
+    Args:
+        folder: made if it does not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.merged = self.folder / "answers.jsonl"
+        self.run_file = self.folder / "run.json"
+        self._lock: int | None = None
+
+    def part(self, process: int) -> Path:
+        """The file that a process appends to."""
+        return self.folder / f"answers.part-{process}.jsonl"
+
+    @property
+    def parts(self) -> list[Path]:
+        """What the processes of this run, and of earlier ones, have left."""
+        return sorted(self.folder.glob("answers.part-*.jsonl"))
+
+    # -------------------------------------------------------------------------------------------- one run at a time
+
+    def lock(self, process: int) -> None:
+        """Hold this process's byte of the lock file until it ends, however it ends.
+
+        The kernel lets go of it when the process dies; processes forked from it do not inherit it.
+
+        Raises:
+            ValueError: another run writes to the folder.
+            OSError: the file system has no locks.
+        """
+        if self._lock is None:
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, process)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"Another run is writing to {self.folder}; wait for its end, or choose another folder."
+                ) from None
+            raise OSError(
+                error.errno, f"{self.folder} cannot be locked ({error.strerror}); choose a folder on a local disk"
+            ) from None
+
+    def unlock(self) -> None:
+        """Let go of it before the process ends."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def wait_for(self, process: int) -> None:
+        """Wait until another process of this run has ended, however it ended; the caller holds a byte of its own."""
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, process)
+        fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, process)
+
+    # -------------------------------------------------------------------------------------------- what the run is
+
+    def claim(self, run: Mapping[str, Any]) -> None:
+        """Write `run.json`, unless the folder holds answers that were made otherwise.
+
+        Raises:
+            ValueError: it does.
+        """
+        if self.merged.is_file() or any(part.stat().st_size for part in self.parts):
+            if not self.run_file.is_file():
+                raise ValueError(
+                    f"{self.folder} holds answers, but no run.json that says how they were made; move them away, or "
+                    f"choose another folder."
+                )
+            known = read_json(self.run_file, dict)
+            for name in SETTINGS:
+                if known.get(name) != run.get(name):
+                    raise ValueError(
+                        f"The answers in {self.folder} were made with {name} = {known.get(name)!r}, and now it is "
+                        f"{run.get(name)!r}; move them away, or choose another folder."
+                    )
+        self.write_run(run)
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Replace `run.json`."""
+        _replace(self.run_file, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+    # ---------------------------------------------------------------------------------------------------- the rows
+
+    def repair(self) -> None:
+        """Cut off the line that a killed process had half written, in every part."""
+        for part in self.parts:
+            with part.open("r+b") as file:
+                data = file.read()
+                end = data.rfind(b"\n") + 1
+                if end < len(data):
+                    logger.warning("%s ends in half a line (the process was killed); it is dropped.", part)
+                    file.truncate(end)
+
+    def read(self) -> dict[Key, list[dict[str, Any]]]:
+        """All answers there are, by `answer_key`.
+
+        Raises:
+            ValueError: a line is not an answer.
+        """
+        rows: dict[Key, list[dict[str, Any]]] = {}
+        for path in (self.merged, *self.parts):
+            if not path.is_file():
+                continue
+            for where, row in read_jsonl(path, what="answers file"):
+                require(row, ("question_id", "prompt", "text"), where)
+                rows.setdefault(answer_key(row), []).append(row)
+        return rows
+
+    @contextlib.contextmanager
+    def writer(self, process: int) -> Iterator[AnswerWriter]:
+        """Append to a process's part."""
+        with self.part(process).open("a", encoding="utf-8") as file:
+            yield AnswerWriter(file)
+
+    def merge(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put `answers.jsonl` in the place of the parts; at no time is an answer on neither side."""
+        _replace(self.merged, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for part in self.parts:
+            part.unlink()
+
+
+class AnswerWriter:
+    """Appends rows to an open file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; they are on the disk when this returns."""
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def split_answered(
+    questions: Sequence[Question], rows: Mapping[Key, Sequence[Mapping[str, Any]]]
+) -> tuple[list[Question], list[Question]]:
+    """Questions that have an answer and those that have none; equal questions need one answer each."""
+    left = Counter({key: len(found) for key, found in rows.items()})
+    answered, pending = [], []
+    for question in questions:
+        if left[question.key] > 0:
+            left[question.key] -= 1
+            answered.append(question)
+        else:
+            pending.append(question)
+    return answered, pending
+
+
+def in_question_order(
+    questions: Sequence[Question], rows: Mapping[Key, Sequence[Mapping[str, Any]]], folder: Path
+) -> list[Mapping[str, Any]]:
+    """One row for each answered question, in the question file's order.
+
+    Raises:
+        ValueError: a row answers none of the questions.
+    """
+    left = {key: list(found) for key, found in rows.items()}
+    ordered = [left[question.key].pop(0) for question in questions if left.get(question.key)]
+    known = {question.key for question in questions}
+    for key in left:
+        if key not in known:
+            raise ValueError(
+                f"{folder} holds an answer to the question {key[0]!r}, which the data do not have: they have "
+                f"changed since. Move the answers away, or choose another folder."
+            )
+    return ordered
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,181 @@
+"""What is asked in which order: each (image, prompt) once, an image's questions together, similar lengths together."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .benchmarks import Question
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no image, a broken one or a huge one."""
+
+
+@dataclass
+class Task:
+    """One generation, and the questions that its text answers.
+
+    Attributes:
+        prompt: the user's turn without the image token.
+        image: a path, encoded bytes, or None.
+        image_key: equal for the same picture; None without one.
+        questions: equal (image, prompt) pairs of the question file (POPE repeats 43 % of its pairs).
+    """
+
+    prompt: str
+    image: Path | bytes | None
+    image_key: str | None
+    questions: list[Question] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Tasks that are generated together.
+
+    Attributes:
+        tasks: in order.
+        load: pictures that no earlier batch has shown, by key.
+        drop: keys of pictures that no later batch shows.
+    """
+
+    tasks: list[Task]
+    load: dict[str, Path | bytes] = field(default_factory=dict)
+    drop: set[str] = field(default_factory=set)
+
+
+def pair_of(question: Question) -> tuple[str | None, str]:
+    """Picture and prompt: what the answer depends on."""
+    return question.image_key, question.prompt
+
+
+def tasks_of(questions: Iterable[Question]) -> list[Task]:
+    """The distinct (image, prompt) pairs of some questions, in the order of their first sight."""
+    tasks: dict[Hashable, Task] = {}
+    for question in questions:
+        pair = pair_of(question)
+        if pair not in tasks:
+            tasks[pair] = Task(question.prompt, question.image, question.image_key)
+        tasks[pair].questions.append(question)
+    return list(tasks.values())
+
+
+def in_order(tasks: Iterable[Task], shard: int = 0, shards: int = 1) -> list[Task]:
+    """One process's share of the tasks, in the order in which they are best asked.
+
+    Questions about one picture stay together, so that it is decoded and encoded once, and by one process. The groups
+    go by length, longest first: batches then hold little padding, a batch that is too large for the memory shows at
+    once, and the time left is guessed too long rather than too short. The shards take the groups in turn.
+    """
+    groups: dict[Hashable, list[Task]] = {}
+    for number, task in enumerate(tasks):
+        groups.setdefault(number if task.image_key is None else task.image_key, []).append(task)
+    for group in groups.values():
+        group.sort(key=_length, reverse=True)
+    ordered = sorted(groups.values(), key=lambda group: _length(group[0]), reverse=True)
+    return [task for group in ordered[shard::shards] for task in group]
+
+
+def _length(task: Task) -> tuple[bool, int]:
+    """Visual tokens are all alike and outnumber the words, hence come first; words are counted in characters."""
+    return task.image_key is not None, len(task.prompt)
+
+
+def batches_of(tasks: Sequence[Task], batch_size: int) -> list[Batch]:
+    """Cut ordered tasks into batches, and note in which a picture is needed first and last.
+
+    Raises:
+        ValueError: the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"The batch size is a positive number, not {batch_size}.")
+    batches = [Batch(list(tasks[start : start + batch_size])) for start in range(0, len(tasks), batch_size)]
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for number, batch in enumerate(batches):
+        for task in batch.tasks:
+            if task.image_key is not None:
+                if task.image_key not in first:
+                    first[task.image_key] = number
+                    batch.load[task.image_key] = task.image
+                last[task.image_key] = number
+    for key, number in last.items():
+        batches[number].drop.add(key)
+    return batches
+
+
+def open_image(image: Path | bytes) -> Image.Image:
+    """A decoded picture.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it is not there, or does not decode.
+    """
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        opened.load()
+        return opened
+
+
+@dataclass
+class Prepared:
+    """A batch made ready by a worker.
+
+    Attributes:
+        prompts: token ids [T] of each task.
+        pixels: [3, H, W] of each picture of `Batch.load` that could be read, by key.
+        unreadable: why the others could not, by key.
+    """
+
+    prompts: list[Tensor]
+    pixels: dict[str, Tensor]
+    unreadable: dict[str, str]
+
+
+class Prefetched(Dataset):
+    """Batches with their prompts tokenised and their new pictures decoded, resized and normalised.
+
+    Args:
+        batches: the plan.
+        prompt_ids: text and number of images -> token ids [T].
+        pixels_of: picture -> pixel values [3, H, W].
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        prompt_ids: Callable[[str, int], Tensor],
+        pixels_of: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.batches = batches
+        self.prompt_ids = prompt_ids
+        self.pixels_of = pixels_of
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Prepared:
+        batch = self.batches[index]
+        prompts = [self.prompt_ids(task.prompt, int(task.image_key is not None)) for task in batch.tasks]
+        prepared = Prepared(prompts, {}, {})
+        for key, image in batch.load.items():
+            try:
+                prepared.pixels[key] = self.pixels_of(open_image(image))
+            except UNREADABLE as error:
+                prepared.unreadable[key] = str(error) or type(error).__name__
+        return prepared
+
+    def loader(self, num_workers: int) -> Iterable[Prepared]:
+        """The batches in order, made ahead of time by so many processes (0: when they are asked for, in this one)."""
+        options: dict[str, Any] = {}
+        if num_workers:
+            options["prefetch_factor"] = 2
+            if "fork" in multiprocessing.get_all_start_methods():
+                # Quick, and the workers end with this process however it ends: those of a fork server would outlive it.
+                options["multiprocessing_context"] = "fork"
+        return DataLoader(self, batch_size=None, shuffle=False, num_workers=num_workers, **options)

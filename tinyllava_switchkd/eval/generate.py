@@ -1,0 +1,290 @@
+"""Answers of a checkpoint to batches of prompts: greedy, padded on the left, asked in the way it was trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..constants import DEFAULT_IMAGE_TOKEN
+from ..data import ImagePreprocess, TemplateFactory, TextPreprocess
+from ..model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from ..model.checkpoint import load_pretrained_model, read_config
+from ..model.weights import resolve_folder
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def template_of(config: TinyLlavaConfig, conv_mode: str | None, where: str | Path) -> str:
+    """The conversation template to ask a checkpoint with: its own, unless the user insists on another.
+
+    Args:
+        config: of the checkpoint.
+        conv_mode: the user's wish, or None.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ValueError: neither names a template, or the name is unknown.
+    """
+    own = config.conv_version
+    if conv_mode is None and own is None:
+        raise ValueError(
+            f"The checkpoint {where} does not name its conversation template, as those of TinyLLaVA v1 do not: pass "
+            f"--conv-mode (phi for its Phi-2, StableLM and Qwen2 models, llama for TinyLlama and OpenELM, gemma)."
+        )
+    chosen = TemplateFactory.name_of(conv_mode or own)
+    if own is not None and chosen != TemplateFactory.name_of(own):
+        logger.warning(
+            "The checkpoint was trained with the conversation template %r and is asked with %r: expect lower scores.",
+            own,
+            chosen,
+        )
+    return chosen
+
+
+def image_policy_of(config: TinyLlavaConfig, image_aspect_ratio: str | None) -> str:
+    """How images become square ("square" or "pad"): as in training, unless the user insists on the other way."""
+    own = config.image_aspect_ratio or "square"
+    if image_aspect_ratio not in (None, own):
+        logger.warning(
+            "The checkpoint was trained with image_aspect_ratio %r and is shown images with %r: expect lower scores.",
+            own,
+            image_aspect_ratio,
+        )
+    return image_aspect_ratio or own
+
+
+def dtype_of(config: TinyLlavaConfig, dtype: str, device: str | torch.device) -> torch.dtype:
+    """The weights' type: on a CPU float32; on a GPU the checkpoint's own half precision, bfloat16 if it has none.
+
+    Raises:
+        ValueError: the name is none of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    own = getattr(config, "dtype", None) or getattr(config.text_config, "dtype", None)
+    own = getattr(torch, own, None) if isinstance(own, str) else own
+    return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+class PromptEncoder:
+    """Token ids of a user's turn. Holds no model, so that workers may have one each.
+
+    Args:
+        tokenizer: the language model's.
+        template: name of the conversation template.
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._encode = TextPreprocess(tokenizer, template)
+
+    def __call__(self, text: str, num_images: int = 1) -> Tensor:
+        """Token ids [T] of a turn up to its answer; an image's place is one `IMAGE_TOKEN_INDEX` at the front."""
+        places = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
+        messages = [{"from": "human", "value": places + text}, {"from": "gpt", "value": None}]
+        return self._encode(messages, mode="eval", num_images=num_images)["input_ids"]
+
+
+class Answerer:
+    """A model with all that is needed to ask it.
+
+    Decoding is greedy and takes nothing from a ``generation_config.json`` but its stop tokens: Qwen's, for one, has a
+    repetition penalty, which is for chats and not for benchmarks.
+
+    Args:
+        model: in eval mode.
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        template: name of the conversation template.
+        image_aspect_ratio: "square" or "pad"; the model's own if None.
+
+    Attributes:
+        prompt_ids: text and number of images -> token ids, see `PromptEncoder`.
+        pixels_of: picture -> pixel values [3, H, W].
+        batch_limit: rows that fit into memory, None until a batch did not.
+    """
+
+    def __init__(
+        self,
+        model: TinyLlavaForConditionalGeneration,
+        tokenizer: Any,
+        image_processor: Any,
+        template: str,
+        image_aspect_ratio: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_aspect_ratio = image_aspect_ratio or model.config.image_aspect_ratio or "square"
+        policy = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
+        self.pixels_of = ImagePreprocess(image_processor, policy)
+        self.prompt_ids = PromptEncoder(tokenizer, template)
+        self.stop_token_ids = stop_token_ids(model, tokenizer, TemplateFactory(template)())
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.batch_limit: int | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str = "auto",
+        conv_mode: str | None = None,
+        image_aspect_ratio: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> Answerer:
+        """Load a checkpoint of any layout, see `load_pretrained_model`.
+
+        Args:
+            model_path: a folder or a hub repository.
+            device: this process's GPU if there is one, else the CPU.
+            dtype: one of `DTYPES`, see `dtype_of`.
+            conv_mode: conversation template; the checkpoint's own if None.
+            image_aspect_ratio: "square" or "pad"; the checkpoint's own if None.
+            attn_implementation: as in transformers.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it does not fit together, or names no template and neither do you.
+        """
+        folder = resolve_folder(model_path)
+        config = read_config(folder)
+        template = template_of(config, conv_mode, model_path)
+        policy = image_policy_of(config, image_aspect_ratio)
+        device = default_device() if device is None else device
+        model, tokenizer, image_processor, _ = load_pretrained_model(
+            folder, device=device, dtype=dtype_of(config, dtype, device), attn_implementation=attn_implementation
+        )
+        return cls(model, tokenizer, image_processor, template, policy)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Pixel values [I, 3, H, W] -> visual tokens [I, K, D], as many at a time as fit into memory."""
+        return torch.stack(self._in_chunks(len(pixels), lambda rows: list(self.model.encode_images(pixels[rows]))))
+
+    def answer(
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: Any
+    ) -> list[str]:
+        """Answer a batch of prompts: their texts, stripped; otherwise as `answer_ids`."""
+        ids = self.answer_ids(prompts, images, max_new_tokens, **sampling)
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+    @torch.inference_mode()
+    def answer_ids(
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: Any
+    ) -> list[list[int]]:
+        """Answer a batch of prompts.
+
+        If it does not fit into a GPU's memory it is answered in parts, and so are the batches after it.
+
+        Args:
+            prompts: token ids [T] of each, see `PromptEncoder`.
+            images: visual tokens [images of the prompt, K, D] of each, None for a prompt without one.
+            max_new_tokens: length limit.
+            sampling: other decoding than greedy, as in transformers (`do_sample`, `temperature`, `num_beams`, ...).
+
+        Returns:
+            token ids of the answers, without what ended them.
+        """
+        decoding = self.decoding(max_new_tokens, **sampling)
+        return self._in_chunks(len(prompts), lambda rows: self._answer(prompts[rows], images[rows], decoding))
+
+    def decoding(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
+        """The decoding settings, complete: nothing of the language model's own is mixed in."""
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+        return GenerationConfig(
+            **{**greedy, **sampling},
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self.stop_token_ids),
+            pad_token_id=self.pad_token_id,
+        )
+
+    def _in_chunks(self, count: int, compute: Callable[[slice], list[Any]]) -> list[Any]:
+        """`compute(slice)` over all rows, by halves and quarters where memory runs out; the results in one list."""
+        results: list[Any] = []
+        while len(results) < count:
+            size = min(count - len(results), self.batch_limit or count)
+            try:
+                chunk = compute(slice(len(results), len(results) + size))
+            except torch.OutOfMemoryError:
+                if size <= 1:
+                    raise
+                self.batch_limit = size // 2
+                logger.warning("%d rows do not fit into memory; going on with %d at a time.", size, self.batch_limit)
+            else:
+                results.extend(chunk)
+                continue
+            torch.cuda.empty_cache()  # outside the handler: the traceback holds the tensors of the failed attempt
+        return results
+
+    def _answer(
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
+    ) -> list[list[int]]:
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.full((len(prompts), width), self.pad_token_id)  # [B, T]
+        attention_mask = torch.zeros_like(input_ids)  # [B, T]
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = prompt
+            attention_mask[row, width - len(prompt) :] = 1
+        visual = [tokens for tokens in images if tokens is not None]
+        language_model = self.model.language_model
+        own = language_model.generation_config  # what is None in ours would be filled in from there
+        language_model.generation_config = decoding
+        try:
+            output = self.model.generate(
+                input_ids.to(self.model.device),
+                attention_mask=attention_mask.to(self.model.device),
+                image_features=torch.cat(visual) if visual else None,
+            )
+        finally:
+            language_model.generation_config = own
+        return [self._cut(row) for row in output.tolist()]
+
+    def _cut(self, token_ids: list[int]) -> list[int]:
+        """Up to the first stop token: what follows pads the row while others go on."""
+        end = next((place for place, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
+        return token_ids[:end]
+
+
+def default_device() -> str:
+    """This process's GPU (torchrun and accelerate number the processes of a machine), else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def stop_token_ids(model: TinyLlavaForConditionalGeneration, tokenizer: Any, template: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the language model's, the tokenizer's, and the template's where it is one token.
+
+    Raises:
+        ValueError: nothing would end an answer.
+    """
+    sources = [
+        model.language_model.generation_config.eos_token_id,
+        model.config.text_config.eos_token_id,
+        tokenizer.eos_token_id,
+    ]
+    ids = [token for source in sources for token in (source if isinstance(source, list) else [source])]
+    if hasattr(template, "for_tokenizer"):
+        template = template.for_tokenizer(tokenizer)
+    end = template.eos
+    if end and end in tokenizer.get_vocab():
+        ids.append(tokenizer.convert_tokens_to_ids(end))
+    found = tuple(dict.fromkeys(token for token in ids if token is not None))
+    if not found:
+        raise ValueError("Neither the language model nor its tokenizer names a token that ends an answer.")
+    return found

@@ -1,0 +1,66 @@
+"""How answers were made: the `run` object that goes with every result."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..model.weights import SPLIT_PARTS
+
+PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "timm", "open_clip_torch", "pillow")
+
+_FILES = (
+    *("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "adapter_model*.bin"),
+    *("config.json", "adapter_config.json", "preprocessor_config.json", "generation_config.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+)
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """SHA-256 over all that a checkpoint's answers depend on: weights, configuration, tokenizer, image processor.
+
+    Optimiser states, logs and the model card are left out, so that they may come and go.
+
+    Args:
+        folder: the checkpoint, of any layout (parts in folders of their own included).
+
+    Returns:
+        ``sha256:`` and 64 hexadecimal digits.
+    """
+    folder = Path(folder)
+    places = ("", *(f"{part}/" for part in SPLIT_PARTS))
+    found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
+    total = hashlib.sha256()
+    for file in sorted(found, key=lambda file: file.relative_to(folder).as_posix()):
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+        total.update(f"{file.relative_to(folder).as_posix()} {digest.hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what takes part in an answer, Python's included; packages that are not installed are left out."""
+    versions = {"python": platform.python_version(), "tinyllava_switchkd": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_parts(config: Any) -> dict[str, str]:
+    """Language model, vision tower and connector of a checkpoint."""
+    return {
+        "language_model": config.llm_model_name_or_path,
+        "vision_tower": config.vision_model_name_or_path,
+        "connector": config.connector_type,
+    }
