@@ -64,8 +64,8 @@ def chat(
         model: a `TinyLlavaForConditionalGeneration`.
         prompt: the question.
         image: a PIL image or the path of one; several belong to the first question, in order.
-        tokenizer: the model's own if None.
-        image_processor: the model's own if None.
+        tokenizer: the model's own if None, read from its checkpoint where nobody has done so yet.
+        image_processor: the same.
         history: earlier (question, answer) pairs of this conversation.
         conv_version: conversation template; the checkpoint's own if None.
         max_new_tokens: longest answer.
@@ -80,6 +80,8 @@ def chat(
     # The data room stands on the same floor; it is only needed here, so that models load without it.
     from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 
+    if tokenizer is None and model.tokenizer is None:
+        _fetch_own(model)
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
@@ -106,6 +108,17 @@ def chat(
         **generate,
     )
     return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
+
+
+def _fetch_own(model: Any) -> None:
+    """Give a model the tokenizer and the image processor of its checkpoint, which AutoModelForCausalLM leaves there."""
+    from .checkpoint import image_processor_of, tokenizer_of
+    from .weights import resolve_folder
+
+    if model.config.name_or_path:
+        folder = resolve_folder(model.config.name_or_path)
+        model.tokenizer = tokenizer_of(folder, model.config)
+        model.image_processor = model.image_processor or image_processor_of(folder, model)
 
 
 def _open(path: str | Path) -> Image.Image:
