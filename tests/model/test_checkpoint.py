@@ -335,6 +335,9 @@ def test_build_model_refuses_what_is_missing(tmp_path):
         build_model(llm, tower, "mlq")
     with pytest.raises(FileNotFoundError, match="siglip-none"):
         build_model(llm, str(tmp_path / "siglip-none"))
+    other = write_tiny_llm(tmp_path / "qwen2-small", vocab=100)
+    with pytest.raises(ValueError, match=r"264 tokens.*embeddings for 100"):
+        build_model(other, tower)
     (Path(llm) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights of a language model"):
         build_model(llm, tower)

@@ -294,6 +294,11 @@ def build_model(
         padding_side=config.tokenizer_padding_side,
         cache_dir=cache_dir,
     )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer {config.tokenizer_name_or_path!r} has {len(tokenizer)} tokens, but the language model "
+            f"{model_name_or_path!r} has embeddings for {config.vocab_size}; use the language model's own tokenizer."
+        )
     config.pad_token, config.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
     llm_source = pretrained_llm_path or model_name_or_path
     llm_weights = read_weights(resolve_folder(llm_source, cache_dir=cache_dir))

@@ -171,6 +171,10 @@ class TinyLlavaConfig(PretrainedConfig):
         for part in (fields, fields.get("text_config") or {}, fields.get("vision_config") or {}):
             part.pop("_name_or_path", None)
         fields.pop("cache_dir", None)
+        rope = (fields.get("text_config") or {}).get("rope_parameters") or {}
+        for key in ("rope_theta", "partial_rotary_factor"):  # where transformers 4, and so v1, looks for them
+            if key in rope:
+                fields["text_config"][key] = rope[key]
         return fields
 
     @classmethod

@@ -233,15 +233,19 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         """Images [I, 3, H, W] -> the tower's tokens [I, N, Dv] at the configured layer and strategy."""
         images = flatten_images(images)
         weight = next(self.vision_tower.parameters())
+        # Under ZeRO-3 a parameter lies where its partition does, which may not be where the module computes.
+        device = images.device if hasattr(weight, "ds_id") else weight.device
         return self.vision_tower(
-            images.to(device=weight.device, dtype=self.dtype),
+            images.to(device=device, dtype=weight.dtype),
             vision_feature_layer=self.config.vision_feature_layer,
             vision_feature_select_strategy=self.config.vision_feature_select_strategy,
         )
 
     def encode_images(self, images: Tensor | list[Tensor]) -> Tensor:
         """Images [I, 3, H, W] -> visual tokens in the language model's width [I, K, D]."""
-        return self.connector(self.vision_features(images))
+        features = self.vision_features(images)
+        weight = next(self.connector.parameters(), features)  # a frozen tower may be kept in another precision
+        return self.connector(features.to(weight.dtype))
 
     def prepare_inputs(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, PretrainedConfig
+from transformers import CLIPVisionModel, Dinov2Config, PretrainedConfig
 
 from ..llm import read_base_config
 from . import register_vision_tower
@@ -16,6 +16,7 @@ from .base import VisionTower
 from .transformers_towers import (
     CLIPVisionTower,
     VisionModelHolder,
+    build_dinov2,
     clip_image_processor,
     embed_clip,
     find_image_processor,
@@ -33,7 +34,7 @@ class MoF(nn.Module):
     def __init__(self, clip: PretrainedConfig, dinov2: PretrainedConfig) -> None:
         super().__init__()
         self.clip = VisionModelHolder(CLIPVisionModel(clip))
-        self.dinov2 = Dinov2Model(dinov2)
+        self.dinov2 = build_dinov2(dinov2)
 
 
 @register_vision_tower("mof")

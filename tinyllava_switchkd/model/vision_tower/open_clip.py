@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from . import register_vision_tower
-from .timm import LibraryTower, geometry, intermediate, keep_initialisation
+from .timm import LibraryTower, forward_by, geometry, intermediate, keep_initialisation
 
 
 class OpenClipVisionConfig(PretrainedConfig):
@@ -72,6 +72,10 @@ class OpenClipVisionTower(LibraryTower):
         super().__init__(cfg)
         self._vision_tower = create(cfg.vision_cfg, cfg.embed_dim, cfg.quick_gelu)
         keep_initialisation(self._vision_tower)
+        if hasattr(self._vision_tower, "trunk"):
+            forward_by(self._vision_tower.trunk, intermediate)
+        else:
+            forward_by(self._vision_tower, vit_intermediate)
 
     @classmethod
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
@@ -104,18 +108,7 @@ class OpenClipVisionTower(LibraryTower):
         return layers
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
-        visual = self._vision_tower
-        if hasattr(visual, "trunk"):
-            return intermediate(visual.trunk, pixels, num_layers)
-        output = visual.forward_intermediates(
-            pixels,
-            indices=[num_layers - 1],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        return torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
+        return getattr(self._vision_tower, "trunk", self._vision_tower)(pixels, num_layers)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
         if Path(source).is_dir():  # the folder of the pre-training stage
@@ -180,6 +173,19 @@ def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> nn.M
         raise ValueError("open_clip's ResNets cannot be vision towers; choose a vision transformer or a timm trunk.")
     cfg = CLIPVisionCfg(**{**vision_cfg, "timm_model_pretrained": False})
     return _build_vision_tower(embed_dim, cfg, quick_gelu)
+
+
+def vit_intermediate(visual: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+    """[I, 3, H, W] -> the output of the first `num_layers` layers of open_clip's transformer, [I, 1 + patches, D]."""
+    output = visual.forward_intermediates(
+        pixels,
+        indices=[num_layers - 1],
+        stop_early=True,
+        intermediates_only=True,
+        output_fmt="NLC",
+        output_extra_tokens=True,
+    )
+    return torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
 
 
 def vit_geometry(visual: nn.Module) -> dict[str, int]:

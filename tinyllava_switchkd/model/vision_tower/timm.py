@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,7 @@ class TimmVisionTower(LibraryTower):
         super().__init__(cfg)
         self._vision_tower = create(cfg.architecture, cfg.model_args)
         keep_initialisation(self._vision_tower)
+        forward_by(self._vision_tower, intermediate)
 
     @classmethod
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
@@ -149,7 +152,7 @@ class TimmVisionTower(LibraryTower):
         return layers
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
-        return intermediate(self._vision_tower, pixels, num_layers)
+        return self._vision_tower(pixels, num_layers)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
         if Path(source).is_dir():  # the folder of the pre-training stage
@@ -215,6 +218,15 @@ def intermediate(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
     grid, prefix = output if isinstance(output, tuple) else (output, None)  # [I, D, h, w], [I, P, D]
     patches = grid.flatten(2).transpose(1, 2)  # [I, h*w, D]
     return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+
+
+def forward_by(model: nn.Module, function: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+    """Make ``model(pixels, num_layers)`` run `function`.
+
+    Called past the module, its hooks would not fire, and under ZeRO-3 its own parameters (class token, positions) would
+    not be gathered.
+    """
+    model.forward = partial(function, model)
 
 
 def keep_initialisation(model: nn.Module) -> None:

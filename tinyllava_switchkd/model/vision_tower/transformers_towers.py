@@ -17,6 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ..llm import read_base_config
@@ -206,7 +207,7 @@ class DINOv2VisionTower(TransformersTower):
 
     @classmethod
     def build_encoder(cls, cfg: PretrainedConfig) -> nn.Module:
-        return Dinov2Model(cfg)
+        return build_dinov2(cfg)
 
     @property
     def image_size(self) -> int:
@@ -224,13 +225,24 @@ class DINOv2VisionTower(TransformersTower):
         return clip_image_processor(size, resize_to=resize_to, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
+class V1Dinov2Embeddings(Dinov2Embeddings):
+    """DINOv2's embeddings with the interpolation of transformers 4.40, and so of v1."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        return dinov2_positions(self.position_embeddings, height // self.patch_size, width // self.patch_size)
+
+
+def build_dinov2(cfg: PretrainedConfig) -> nn.Module:
+    """DINOv2 with random weights, and v1's position embeddings."""
+    model = Dinov2Model(cfg)
+    # The library names the class it builds, so it is exchanged afterwards; the parameters are the same.
+    model.embeddings.__class__ = V1Dinov2Embeddings
+    return model
+
+
 def run_dinov2(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of DINOv2's first `num_layers` layers, [I, 1 + patches, width]."""
-    embeddings = model.embeddings
-    patches = embeddings.patch_embeddings(pixels)  # [I, N, D]
-    hidden = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # [I, 1+N, D]
-    rows, columns = (size // model.config.patch_size for size in pixels.shape[-2:])
-    hidden = embeddings.dropout(hidden + dinov2_positions(embeddings.position_embeddings, rows, columns))
+    hidden = model.embeddings(pixels)  # [I, 1 + N, D]
     for layer in model.encoder.layer[:num_layers]:
         hidden = layer(hidden)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
