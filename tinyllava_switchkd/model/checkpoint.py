@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from .compiled import compile_generation
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
 from .legacy import config_from_bench, is_bench_config
@@ -33,6 +34,7 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    compile: bool = False,
     **hub: Any,
 ) -> tuple[TinyLlavaForConditionalGeneration, Any, Any, int]:
     """Load a checkpoint of any of v1's layouts, ready to generate.
@@ -50,6 +52,7 @@ def load_pretrained_model(
         dtype: of the weights; None keeps the checkpoint's own.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, or a dict by part (``text_config``,
             ``vision_config``).
+        compile: generate with compiled steps over a static cache, see `compile_generation`.
         hub: `cache_dir`, `revision`, `token`, `local_files_only`.
 
     Returns:
@@ -74,6 +77,8 @@ def load_pretrained_model(
     if device_map is None:
         model = model.to(device)
     model.config.name_or_path = str(model_name_or_path)
+    if compile:
+        compile_generation(model)
     model.tokenizer = tokenizer_of(folder, model.config)
     model.image_processor = image_processor_of(folder, model)
     return model, model.tokenizer, model.image_processor, model.config.tokenizer_model_max_length

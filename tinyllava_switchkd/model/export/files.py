@@ -37,11 +37,11 @@ def read_by_older_versions(folder: Path) -> None:
     over. transformers 5 reads both.
     """
     fields = read_json(folder / "config.json")
-    rope = fields["text_config"].get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        fields["text_config"]["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            fields["text_config"]["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    rope = dict(fields["text_config"].get("rope_parameters") or {})
+    moved = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    fields["text_config"] |= moved
+    if rope.get("rope_type", "default") != "default":
+        fields["text_config"]["rope_scaling"] = rope
     fields["torch_dtype"] = fields.get("dtype")
     write_json(folder / "config.json", fields)
 
