@@ -1,0 +1,202 @@
+"""scripts/eval: what the scripts run, and one of them for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.eval.miniature import read_lines, write_benchmark, write_checkpoint, write_pope
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "pope": ("pope", "pope"),
+    "mme": ("mme", "MME"),
+    "mmbench": ("mmbench", "mmbench"),
+    "mmbench_cn": ("mmbench_cn", "mmbench_cn"),
+    "vqav2": ("vqav2", "vqav2"),
+    "gqa": ("gqa", "gqa"),
+    "sqa": ("scienceqa", "scienceqa"),
+    "mmmu": ("mmmu", "MMMU"),
+    "textvqa": ("textvqa", "textvqa"),
+    "vizwiz": ("vizwiz", "vizwiz"),
+}
+
+
+@pytest.fixture
+def bash(tmp_path):
+    """Runs a script with an interpreter that notes its arguments instead of running modules; returns its calls, too.
+
+    The folder `eval` is EVAL_DIR, `results` is RESULTS_DIR; the benchmark called by FAIL fails.
+    """
+    log = tmp_path / "calls"
+    interpreter = tmp_path / "python"
+    interpreter.write_text(
+        "#!/usr/bin/env bash\n"
+        f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi\n'
+        f'printf "%s\\t" "$CUDA_VISIBLE_DEVICES" "$@" >>{log}; echo >>{log}\n'
+        'for word in "$@"; do [ "$word" != "${FAIL:-}" ] || exit 1; done\n'
+    )
+    interpreter.chmod(0o755)
+
+    def run(script: str, *args: str, **environment: str):
+        log.unlink(missing_ok=True)
+        base = {key: value for key, value in os.environ.items() if key not in ("LIMIT", "SPLIT", "GPUS", "DEVICE")}
+        base |= {"PYTHON": str(interpreter), "EVAL_DIR": str(tmp_path / "eval"), "DEVICE": "cpu"}
+        base |= {"RESULTS_DIR": str(tmp_path / "results"), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "eval" / f"{script}.sh"), *args],
+            env=base | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        lines = log.read_text().splitlines() if log.is_file() else []
+        return done, [line.split("\t")[:-1] for line in lines]
+
+    return run
+
+
+def flags_of(call: list[str]) -> dict[str, str]:
+    """The flags of a call of tinyllava_switchkd.eval.run, which all take a value."""
+    arguments = call[call.index("tinyllava_switchkd.eval.run") + 2 :]
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_runs_its_benchmark(script, bash, tmp_path):
+    name, folder = SCRIPTS[script]
+    done, calls = bash(script, "models/my-vlm/")
+    assert done.returncode == 0, done.stderr
+    [call] = calls
+    assert call[1:4] == ["-m", "tinyllava_switchkd.eval.run", name]
+    assert flags_of(call) == {
+        "--model-path": "models/my-vlm/",
+        "--model-name": "my-vlm",
+        "--data-dir": str(tmp_path / "eval" / folder),
+        "--output-dir": str(tmp_path / "eval" / folder / "answers" / "my-vlm"),
+        "--score": str(tmp_path / "results" / "my-vlm" / f"{name}.json"),
+        "--batch-size": "16",
+        "--device": "cpu",
+    }
+
+
+def test_the_environment_decides(bash, tmp_path):
+    settings = {"BATCH_SIZE": "3", "LIMIT": "9", "CONV_MODE": "phi", "EXTRA_ARGS": "--dtype float32 --num-workers 2"}
+    _, [call] = bash("gqa", "org/vlm", "other name", **settings)
+    flags = flags_of(call)
+    assert {key: flags[key] for key in ("--batch-size", "--limit", "--conv-mode", "--dtype", "--num-workers")} == {
+        "--batch-size": "3",
+        "--limit": "9",
+        "--conv-mode": "phi",
+        "--dtype": "float32",
+        "--num-workers": "2",
+    }
+    assert flags["--model-name"] == "other name"
+    assert flags["--score"] == str(tmp_path / "results" / "other name" / "gqa.json")
+    _, [call] = bash("gqa", "runs/vlm/checkpoint-40")
+    assert flags_of(call)["--model-name"] == "vlm_checkpoint-40"
+
+
+@pytest.mark.parametrize(
+    ("script", "split", "upload"),
+    [
+        ("vqav2", "test-dev", "vqav2/answers_upload/test-dev/vlm.json"),
+        ("vizwiz", "test", "vizwiz/answers_upload/test/vlm.json"),
+        ("mmbench", "test", "mmbench/answers_upload/test/vlm.xlsx"),
+        ("vqav2", "val", None),
+        ("pope", "test", None),
+    ],
+)
+def test_another_split_has_files_of_its_own(script, split, upload, bash, tmp_path):
+    _, [call] = bash(script, "vlm", SPLIT=split)
+    flags = flags_of(call)
+    name, folder = SCRIPTS[script]
+    assert flags["--split"] == split
+    assert flags["--output-dir"] == str(tmp_path / "eval" / folder / "answers" / "vlm" / split)
+    assert flags["--score"] == str(tmp_path / "results" / "vlm" / f"{name}-{split}.json")
+    assert flags.get("--submission") == (upload and str(tmp_path / "eval" / upload))
+
+
+def test_several_processes_are_started_by_torchrun(bash):
+    _, [call] = bash("pope", "vlm", GPUS="2")
+    assert call[1:8] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", call[7]]
+    assert flags_of(call)["--device"] == "cpu"
+    gpus = {"DEVICE": "", "CUDA_VISIBLE_DEVICES": "0,1,2,5"}
+    for wanted, visible in ((None, "0,1,2,5"), ("3", "0,1,2"), ("1,5", "1,5"), ("2,", "2")):
+        _, [call] = bash("pope", "vlm", **gpus, **({} if wanted is None else {"GPUS": wanted}))
+        count = visible.count(",") + 1
+        assert call[0] == visible
+        assert ("torch.distributed.run" in call) == (count > 1)
+        assert count == 1 or call[call.index("--nproc_per_node") + 1] == str(count)
+        assert "--device" not in flags_of(call)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GPUS": "two"}, "GPUS is 'two'; on a CPU it is the number of processes."),
+        ({"GPUS": "0"}, "GPUS is '0'"),
+        ({"DEVICE": "cuda"}, "DEVICE is cuda, but this machine shows no GPU"),
+        ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "0,1", "GPUS": "4"}, "GPUS is 4, but only 0,1 are visible."),
+    ],
+)
+def test_wrong_devices(environment, message, bash):
+    done, calls = bash("pope", "vlm", **environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not calls
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval_all"])
+@pytest.mark.parametrize("args", [(), ("a", "b", "c"), ("",), ("--help",)])
+def test_wrong_arguments(script, args, bash):
+    done, calls = bash(script, *args)
+    assert done.returncode == 1
+    assert "Usage: bash " in done.stderr
+    assert "MODEL_PATH [MODEL_NAME]" in done.stderr
+    assert not calls
+
+
+def test_all_that_have_data_then_the_report(bash, tmp_path):
+    for name in ("pope", "scienceqa", "mme"):
+        write_benchmark(name, tmp_path / "eval")
+    (tmp_path / "eval" / "gqa" / "answers").mkdir(parents=True)  # answers alone are no data
+    done, calls = bash("eval_all", "models/vlm")
+    assert done.returncode == 0, done.stderr
+    assert [call[3] for call in calls[:-1]] == ["pope", "mme", "scienceqa"]
+    results = str(tmp_path / "results" / "vlm")
+    assert calls[-1][1:] == ["-m", "tinyllava_switchkd.eval.report", results, "--output-dir", results]
+    assert "No data in" in done.stderr
+    assert "mmbench mmbench_cn gqa textvqa mmmu vizwiz vqav2" in done.stderr
+
+    done, calls = bash("eval_all", "models/vlm", FAIL="mme")
+    assert done.returncode == 1
+    assert [call[3] for call in calls[:-1]] == ["pope", "mme", "scienceqa"]  # a failure does not stop the others
+    assert calls[-1][2] == "tinyllava_switchkd.eval.report"
+    assert "not finished: mme" in done.stderr
+
+    done, _ = bash("eval_all", "models/vlm", SPLIT="test")
+    assert done.returncode == 1
+    assert "SPLIT is of one benchmark" in done.stderr
+    done, calls = bash("eval_all", "models/vlm", EVAL_DIR=str(tmp_path / "empty"))
+    assert done.returncode == 1
+    assert not calls
+    assert "there was nothing to evaluate" in done.stderr
+
+
+@pytest.mark.slow
+def test_pope_in_two_processes_for_real(bash, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny-vlm")
+    write_pope(tmp_path / "eval" / "pope")
+    done, _ = bash("pope", checkpoint, PYTHON=sys.executable, GPUS="2", EXTRA_ARGS="--max-new-tokens 4")
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(tmp_path / "eval" / "pope" / "answers" / "tiny-vlm" / "answers.jsonl")
+    assert [row["question_id"] for row in rows] == list(range(36))
+    score = json.loads((tmp_path / "results" / "tiny-vlm" / "pope.json").read_text())
+    assert (score["total"], score["missing"], score["run"]["processes"]) == (36, 0, 2)
+    assert "POPE (process 0 of 2): 100%" in done.stderr
