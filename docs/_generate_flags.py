@@ -1,0 +1,188 @@
+"""Write docs/flags.md from the commands' own parsers and argument classes::
+
+python docs/_generate_flags.py            # write the page
+python docs/_generate_flags.py --check    # exit status 1 if the page is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+PAGE = Path(__file__).with_name("flags.md")
+
+COMMANDS = (
+    "quickstart.run",
+    "data.check",
+    "data.download",
+    "eval.prepare",
+    "eval.run",
+    "eval.score",
+    "eval.report",
+    "serve.app",
+    "serve.chat",
+    "model.export",
+    "visualize.attention",
+    "visualize.curves",
+)
+"""Modules with a command line, in the page's order."""
+
+CALLS = {
+    "quickstart.run": "bash scripts/quickstart.sh",
+    "data.download": "bash scripts/data/prepare_pretrain.sh` and `bash scripts/data/prepare_finetune.sh",
+    "eval.prepare": "bash scripts/data/prepare_eval.sh",
+}
+"""The scripts that call some of them."""
+
+INTRODUCTION = """\
+<!-- Written by docs/_generate_flags.py; change the commands and run it again. -->
+# Every flag
+
+Each command prints its own with `--help`.
+
+## Training
+
+`python -m tinyllava_switchkd.train.train`, which the scripts of `scripts/train` call; they set most of these from their
+arguments and the environment ([table](train.md#environment-variables)), and pass on whatever `EXTRA_ARGS` says. Truth
+values are written out: `--group_by_modality_length True`.
+"""
+
+OF_TRANSFORMERS = """\
+All others are those of
+[transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments),
+of which `--eval_strategy`, `--load_best_model_at_end`, `--label_smoothing_factor`, `--neftune_noise_alpha`,
+`--use_liger_kernel` and `--fsdp` are refused, because this trainer would not honour them.
+"""
+
+OLD = """\
+What TinyLLaVA's scripts and older versions of transformers pass is accepted, with one warning each.
+"""
+
+
+class _Built(Exception):
+    """A command has built its parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command, caught when it is about to read the command line."""
+
+    def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        raise _Built(parser)
+
+    name = f"tinyllava_switchkd.{command}"
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", catch),
+        mock.patch.dict(os.environ),
+    ):
+        os.environ.pop("QUICKSTART_OUT", None)  # some defaults are the environment's
+        try:
+            module.main([])
+        except _Built as built:
+            return built.parser
+    raise RuntimeError(f"{name} did not read its command line.")
+
+
+def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def shown(default: object) -> str:
+    """A default as one would type it; nothing where there is none."""
+    if default is None or default == "" or default == [] or default is argparse.SUPPRESS:
+        return ""
+    return f"`{default.as_posix() if isinstance(default, Path) else default}`"
+
+
+def plain(text: str) -> str:
+    """A help text as Markdown shows it."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def rows_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Flag and meaning of every option of a command."""
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        if action.dest == "workers" and action.default == (os.cpu_count() or 1):
+            action.default = "one a core"
+        values = dict(vars(action), prog=parser.prog)
+        meanings = [plain((action.help or "") % values)]
+        if action.choices is not None:
+            meanings.append(", ".join(f"`{choice}`" for choice in action.choices))
+        default = "" if action.default is False else shown(action.default)
+        if default and "default" not in (action.help or ""):
+            meanings.append(f"default: {default}")
+        names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+        required = " (required)" if action.required and action.option_strings else ""
+        yield f"{names}{required}", "; ".join(filter(None, meanings))
+
+
+def fields_of(cls: type) -> Iterator[tuple[str, str, str]]:
+    """Flag, default and meaning of the fields that an argument class itself declares."""
+    for field in dataclasses.fields(cls):
+        if field.name in cls.__annotations__:
+            yield f"`--{field.name}`", shown(field.default), plain(field.metadata["help"])
+
+
+def page() -> str:
+    """The whole page."""
+    from tinyllava_switchkd.train import argv
+    from tinyllava_switchkd.train.arguments import DataArguments, DistillArguments, ModelArguments, TrainingArguments
+
+    head = ("flag", "default", "meaning")
+    parts = [INTRODUCTION]
+    for title, cls in (
+        ("The model", ModelArguments),
+        ("The data", DataArguments),
+        ("The distillation", DistillArguments),
+        ("The training", TrainingArguments),
+    ):
+        parts += [f"### {title}\n", table(head, fields_of(cls))]
+    old = {name: f"now `--{new}`" for name, new in argv.RENAMED.items()}
+    old |= {name: note.removeprefix("it is ") for name, (_, note) in argv.TRANSLATED.items()}
+    old |= {name: f"ignored: {why}" for name, why in argv.IGNORED.items()}
+    parts += [OF_TRANSFORMERS, "### Flags of older scripts\n", OLD]
+    parts.append(table(("flag", "what becomes of it"), [(f"`--{name}`", what) for name, what in old.items()]))
+    parts.append("## The other commands\n")
+    for command in COMMANDS:
+        parser = parser_of(command)
+        script = f"; called by `{CALLS[command]}`" if command in CALLS else ""
+        parts += [f"### {command}\n", f"`python -m tinyllava_switchkd.{command}`{script}\n"]
+        parts.append(table(("flag", "meaning"), rows_of(parser)))
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description="Write docs/flags.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    arguments = parser.parse_args()
+    text = page()
+    if not arguments.check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print("docs/flags.md is out of date; run python docs/_generate_flags.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(PAGE.parents[1]))
+    sys.exit(main())

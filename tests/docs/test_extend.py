@@ -1,0 +1,232 @@
+"""The plugins of docs/extend.md, run as they stand there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, SmolLM3Config, SmolLM3ForCausalLM
+
+from tests.docs.pages import ROOT, files_of, import_from
+from tests.tiny import tiny_llava, tiny_tokenizer, write_tiny_llm, write_tiny_tower
+from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data import TemplateFactory, TextPreprocess
+from tinyllava_switchkd.distill import LossFactory, build_distiller
+from tinyllava_switchkd.eval import run as eval_run
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+from tinyllava_switchkd.model import (
+    ConnectorFactory,
+    LLMFactory,
+    VisionTowerFactory,
+    build_model,
+    load_pretrained_model,
+    save_pretrained_model,
+)
+from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
+
+PLUGINS = files_of("extend.md")
+REGISTRIES = {
+    "smollm3.py": (LLMFactory, "HuggingFaceTB/SmolLM3-3B"),
+    "dinov3.py": (VisionTowerFactory, "facebook/dinov3-vits16-pretrain-lvd1689m"),
+    "pixelshuffle.py": (ConnectorFactory, "pixelshuffle3x"),
+    "zephyr.py": (TemplateFactory, "zephyr"),
+    "norms.py": (TrainingRecipeFactory, "norms"),
+    "jensen_shannon.py": (LossFactory, "jsd"),
+    "colours.py": (BenchmarkFactory, "colours"),
+}
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Imports a plugin of the page, and takes it out of its registry afterwards."""
+    before = {registry: dict(registry._entries) for registry, _ in REGISTRIES.values()}
+
+    def load(file):
+        registry, name = REGISTRIES[file]
+        assert all(entry not in name.lower() for entry in registry._entries), f"{name} is built in; pick another"
+        module = import_from(tmp_path, file, PLUGINS[file])
+        registry(name)
+        return module
+
+    yield load
+    for registry, entries in before.items():
+        registry._entries.clear()
+        registry._entries.update(entries)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {"llm": write_tiny_llm(folder / "qwen2-tiny"), "tower": write_tiny_tower(folder / "siglip-tiny")}
+
+
+def picture(size=(40, 30)):
+    return Image.radial_gradient("L").resize(size).convert("RGB")
+
+
+def survives_a_checkpoint(model, tokenizer, image_processor, folder):
+    """Saved and loaded again, a model answers the same."""
+    save_pretrained_model(model, tokenizer, image_processor, folder, conv_version="qwen2_base")
+    loaded = load_pretrained_model(folder, device="cpu")[0]
+    assert model.chat("What?", picture(), max_new_tokens=4) == loaded.chat("What?", picture(), max_new_tokens=4)
+    own, other = model.state_dict(), loaded.state_dict()
+    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_the_page_has_these_plugins():
+    assert set(PLUGINS) == {*REGISTRIES, "pyproject.toml"}
+
+
+def test_language_model(plugin, bases, tmp_path):
+    plugin("smollm3.py")
+    config = SmolLM3Config(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    SmolLM3ForCausalLM(config).save_pretrained(tmp_path / "SmolLM3-tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "SmolLM3-tiny")
+    model, tokenizer, processor = build_model(str(tmp_path / "SmolLM3-tiny"), bases["tower"])
+    assert type(model.language_model) is SmolLM3ForCausalLM
+    survives_a_checkpoint(model, tokenizer, processor, tmp_path / "out")
+
+
+def test_vision_tower(plugin, bases, tmp_path):
+    plugin("dinov3.py")
+    config = DINOv3ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_register_tokens=4,
+        image_size=28,
+        patch_size=7,
+    )
+    base = DINOv3ViTModel(config).eval()
+    base.save_pretrained(tmp_path / "dinov3-tiny")
+    model, tokenizer, processor = build_model(bases["llm"], str(tmp_path / "dinov3-tiny"), vision_feature_layer=-1)
+    assert model.num_image_tokens == 16
+    pixels = torch.randn(2, 3, 28, 28)
+    expected = base(pixels, output_hidden_states=True).hidden_states[-1][:, 5:]
+    torch.testing.assert_close(model.vision_features(pixels), expected)
+    assert processor(picture(), return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
+    model.vision_tower.freeze_unused(-2)
+    trained = {
+        name.split("layer.")[1][0]
+        for name, p in model.vision_tower.named_parameters()
+        if "layer." in name and p.requires_grad
+    }
+    assert trained == {"0"}
+    survives_a_checkpoint(model, tokenizer, processor, tmp_path / "out")
+
+
+def test_connector(plugin, bases, tmp_path):
+    plugin("pixelshuffle.py")
+    model, tokenizer, processor = build_model(
+        bases["llm"], bases["tower"], "pixelshuffle2x", vision_feature_select_strategy="cls_patch"
+    )
+    assert model.num_image_tokens == 4  # of 4 x 4
+    pixels = torch.randn(1, 3, 28, 28)
+    tokens = model.vision_features(pixels)[0]
+    folded = torch.cat([tokens[i] for i in (2, 3, 6, 7)])  # the second square of the first row
+    torch.testing.assert_close(model.encode_images(pixels)[0, 1], model.connector._connector(folded))
+    survives_a_checkpoint(model, tokenizer, processor, tmp_path / "out")
+    with pytest.raises(ValueError, match="pixelshuffle2x cannot fold 15 visual tokens"):
+        build_model(bases["llm"], bases["tower"], "pixelshuffle2x")  # "patch" drops one
+
+
+def test_template(plugin):
+    plugin("zephyr.py")
+    tokenizer = tiny_tokenizer("llama")
+    encode = TextPreprocess(tokenizer, "zephyr")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A </s> cat."}]
+    prompt = encode([turns[0], {"from": "gpt", "value": None}], mode="eval")["prompt"]
+    assert prompt == "<|system|>\nYou are a friendly assistant.\n<|user|>\n<image>\nWhat?\n<|assistant|>\n"
+    sample = encode(turns, num_images=1)
+    assert (sample["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 1
+    learned = sample["labels"][sample["labels"] != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == "A </s> cat.</s>"
+
+
+def test_recipe(plugin, tmp_path):
+    plugin("norms.py")
+    from tinyllava_switchkd.train.arguments import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), training_recipe="norms", use_cpu=True, report_to="none")
+    model = TrainingRecipeFactory(arguments.training_recipe)(arguments)(tiny_llava())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"language_model", "connector"}
+    assert all("norm" in name for name in trained if name.startswith("language_model"))
+    assert any("layers.0.input_layernorm" in name for name in trained)
+
+
+def test_loss(plugin):
+    plugin("jensen_shannon.py")
+    loss = LossFactory("jsd")(temperature=2.0)
+    student, teacher = torch.randn(2, 5, 11, dtype=torch.float64).unbind()
+    student.requires_grad_()
+    p, q = ((x / 2.0).softmax(-1) for x in (student, teacher))
+    mean = (p + q) / 2
+    by_definition = 0.5 * ((p * (p / mean).log()).sum(-1) + (q * (q / mean).log()).sum(-1))
+    torch.testing.assert_close(loss(student, teacher), by_definition)
+    torch.testing.assert_close(loss(teacher, teacher), torch.zeros(5, dtype=torch.float64))
+
+    distiller = build_distiller(tiny_llava(), tiny_llava(seed=1), loss="jsd")
+    batch = {
+        "input_ids": torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6, 7]]),
+        "labels": torch.tensor([[-100, -100, -100, 6, 7]]),
+        "images": torch.randn(1, 3, 28, 28),
+    }
+    losses = distiller(batch)
+    assert losses["align"] > 0 and losses["visual_switch"] > 0
+    losses["loss"].backward()
+
+
+def test_benchmark(plugin, bases, tmp_path, capsys):
+    plugin("colours.py")
+    data, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
+    (data / "images").mkdir(parents=True)
+    picture().save(data / "images" / "0.png")
+    rows = [{"question_id": i, "image": "0.png", "text": f"Which colour? {i}", "answer": "grey"} for i in range(3)]
+    (data / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"question_id": i, "prompt": "", "text": text} for i, text in enumerate(("Grey.", "red"))]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    from tinyllava_switchkd.eval.score import score_file
+
+    score = score_file("colours", data, tmp_path / "answers.jsonl")
+    assert score.score == pytest.approx(100 / 3) and score.missing == 1
+
+    model, tokenizer, processor = build_model(bases["llm"], bases["tower"])
+    save_pretrained_model(model, tokenizer, processor, checkpoint, conv_version="qwen2_base")
+    command = ["colours", "--model-path", checkpoint, "--data-dir", data, "--output-dir", tmp_path / "out"]
+    command += ["--score", tmp_path / "score.json", "--max-new-tokens", 2, "--device", "cpu"]
+    assert eval_run.main([str(word) for word in command]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "score.json").read_text())["answered"] == 3
+
+
+def test_package_with_an_entry_point(tmp_path):
+    """What ``pip install`` would do, without pip: setuptools writes the metadata that entry points are read from."""
+    pytest.importorskip("setuptools", minversion="77", reason="the page's pyproject.toml needs setuptools")
+    (tmp_path / "pyproject.toml").write_text(PLUGINS["pyproject.toml"])
+    (tmp_path / "colours.py").write_text(PLUGINS["colours.py"])
+    make = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('metadata')"
+    (tmp_path / "metadata").mkdir()
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 7, "image": "0.png", "text": "?", "answer": "red"}\n')
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 7, "text": "Red"}\n')
+    path = os.pathsep.join(map(str, (tmp_path, tmp_path / "metadata", ROOT)))
+    command = ["-m", "tinyllava_switchkd.eval.score", "colours", "--data-dir", ".", "--answers-file", "answers.jsonl"]
+    scored = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["score"] == 100

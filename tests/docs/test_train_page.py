@@ -1,0 +1,110 @@
+"""docs/train.md against the scripts and the trainer: commands, environment variables, logged metrics."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.pages import DOCS, ROOT, first_cells, read, section
+from tests.train.toy import toy_arguments, toy_task, toy_trainer
+from tinyllava_switchkd.data import TemplateFactory
+from tinyllava_switchkd.distill import LossFactory
+from tinyllava_switchkd.model import ConnectorFactory
+from tinyllava_switchkd.train.argv import translate_argv
+
+SCRIPTS = sorted((ROOT / "scripts" / "train").glob("*.sh"))
+FINETUNE = "conversations.json images Qwen/Qwen2.5-0.5B siglip '' mlp2x_gelu qwen2_base base common 2048"
+
+
+def codes(cells):
+    """Every `code` of some table cells."""
+    return {code for cell in cells for code in re.findall(r"`([^`]+)`", cell)}
+
+
+def commands(page="train.md"):
+    """The commands of a page that call a training script with its arguments; "..." stands for finetune.sh's."""
+    lines = re.findall(r"^(?:[A-Z_]+=\S+ )*bash scripts/train/\S+\.sh .*$", read(page), re.MULTILINE)
+    return [line.split("  #")[0].replace("...", FINETUNE).split("   # ")[0].strip() for line in lines]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
+def test_commands_are_accepted(command, tmp_path):
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "hosts").write_text("node0 slots=2\nnode1 slots=2\n")
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DRY_RUN": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = "0,1,2,3,4,5,6,7"  # what the page is written for; nothing is started
+    run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    words = shlex.split(run.stdout.splitlines()[-1])
+    assert "tinyllava_switchkd.train.train" in words
+    translate_argv(words[words.index("tinyllava_switchkd.train.train") + 1 :])
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 10
+
+
+def test_environment_variables_are_the_scripts():
+    documented = codes(first_cells(section("train.md", "Environment variables")))
+    documented |= set(re.findall(r"`([A-Z_]+)`", section("train.md", "The paper's setting")))
+    text = "\n".join(path.read_text() for path in SCRIPTS)
+    read_by_scripts = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?[-+]", text))
+    positional = set(re.findall(r'^([A-Z_0-9]+)="\$\{?\d', text, re.MULTILINE))
+    inner = {"PYTHONPATH", "CUDA_VISIBLE_DEVICES", "BASH_SOURCE", "LORA", "ARGUMENTS"}
+    inner |= {
+        f"{stage}_{what}" for stage in ("PRETRAIN", "FINETUNE") for what in ("DATA", "IMAGES")
+    }  # parts of DATA_ROOT
+    assert read_by_scripts - inner - positional - documented == set()
+    assert documented - read_by_scripts == set()
+
+
+def test_variables_of_one_stage():
+    table = section("train.md", "Environment variables").split("These hold for every stage")[0]
+    text = (ROOT / "scripts" / "train" / "common.sh").read_text()
+    (loop,) = re.findall(r"for name in (LEARNING_RATE.*?); do", text, re.DOTALL)
+    assert codes(first_cells(table)) == set(loop.replace("\\", " ").split())
+
+
+def test_defaults_that_the_table_gives():
+    text = "\n".join(path.read_text() for path in SCRIPTS)
+    checked = 0
+    for row in section("train.md", "Environment variables").splitlines():
+        names = re.findall(r"`([A-Z_]+)`", row.split("|")[1]) if row.startswith("| `") else []
+        if names[:1] in (["DEVICE"], ["HOSTFILE"]):
+            continue  # found, or none
+        given = row.split("|")[2] if names else ""
+        for name, value in zip(names, given.split(", "), strict=False):
+            defaults = set(re.findall(rf"\$\{{{name}:-([\w.-]+)}}", text)) - {"0"}
+            words = re.split(r"[ ;,]+", value.strip())
+            assert not defaults or any(default.rstrip(".") in words for default in defaults), f"{name}: {defaults}"
+            checked += bool(defaults)
+    assert checked > 15
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_logged_metrics(distil, tmp_path):
+    documented = codes(first_cells(section("train.md", "What is logged")))
+    trainer = toy_trainer(toy_arguments(tmp_path, max_steps=1), toy_task(distil))
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry} - {"step"}
+    assert logged <= documented
+    if distil:
+        assert documented == logged
+
+
+def test_names_that_can_be_used():
+    names = section("train.md", "One stage at a time")
+    listed = codes(line for line in names.splitlines() if line.startswith(("| connectors", "| templates", "| losses")))
+    for registry in (TemplateFactory, LossFactory):
+        missing = set(registry.list()) - listed - {"dbild_rkl"}  # another name of dbild
+        assert not missing, f"{registry.kind}s that the page does not list: {missing}"
+    assert set(ConnectorFactory.list()) - listed == {"mlp", "ldpnetv2"}  # mlp2x_gelu, and ldpv2's other name
+
+
+def test_data_sizes_are_the_scripts():
+    for name, size in (("pretrain", "27 GB"), ("finetune", "75 GB")):
+        assert f"{size}" in (ROOT / "scripts" / "data" / f"prepare_{name}.sh").read_text()
+        assert size in (DOCS / "train.md").read_text()
