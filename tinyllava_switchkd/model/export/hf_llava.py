@@ -82,6 +82,11 @@ def why_not_llava(model: Any) -> str | None:
         return f"LLaVA's vision tower is one SigLIP or CLIP, not a {type(model.vision_tower).__name__}."
     if config.connector_type.lower() not in CONNECTORS:
         return f"LLaVA's projector is a perceptron of two layers, which {config.connector_type!r} is not."
+    if hasattr(model.get_input_embeddings(), "embed_scale"):
+        return (
+            f"{config.text_config.model_type!r} scales its embeddings, and what reads LLaVA is not agreed on whether "
+            f"that goes for visual tokens too."
+        )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return f"LLaVA's output head has no bias, and the one of {config.text_config.model_type!r} has."
     return None
