@@ -11,7 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from tinyllava_switchkd.data import ImagePreprocess
-from tinyllava_switchkd.model import load_pretrained_model, save_pretrained_model
+from tinyllava_switchkd.model import (
+    TinyLlavaForConditionalGeneration,
+    load_pretrained_model,
+    save_pretrained_model,
+)
 
 UPSTREAM = Path(__file__).parents[1] / "fixtures" / "upstream"
 CHECKPOINTS = ["ckpt_siglip_patch", "ckpt_clip_patch", "ckpt_split_siglip"]
@@ -83,3 +87,23 @@ def test_raw_state_dict_has_v1s_names():
         model = load_pretrained_model(UPSTREAM / name, device="cpu")[0]
         missing, unexpected = model.load_state_dict(load_file(UPSTREAM / name / "model.safetensors"), strict=False)
         assert missing == ["language_model.lm_head.weight"] and not unexpected  # tied
+
+
+TRANSFORMERS4 = Path(__file__).parents[1] / "fixtures" / "transformers4"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in TRANSFORMERS4.glob("*/expect.npz")), ids=lambda p: p.name
+)
+def test_parity_with_transformers_4(folder):
+    """Other language models, towers, connectors, layers and strategies, written by the version that v1 pinned."""
+    stored = np.load(folder / "expect.npz")
+    expected = {key: torch.tensor(stored[key]) for key in stored}
+    model = TinyLlavaForConditionalGeneration.from_pretrained(folder)
+    ids, pixels = expected["input_ids"][None], expected["pixel_values"][None]
+    with torch.no_grad():
+        assert (model.encode_images(pixels)[0] - expected["features"]).abs().max() < 1e-4
+        output = model(input_ids=ids, labels=expected["labels"][None], images=pixels)
+    assert (output.logits[0] - expected["logits"]).abs().max() < 1e-4
+    assert abs(output.loss.item() - expected["loss"].item()) < 1e-4
+    assert torch.equal(model.generate(ids, images=pixels, max_new_tokens=6, do_sample=False)[0], expected["gen"])

@@ -86,6 +86,11 @@ def splice(
         # Images that no placeholder asks for are left out by the index, yet stay in the graph with a zero gradient:
         # every rank runs the same backward pass whatever its batch holds.
         visual = image_features.to(values.dtype).to(values.device)[chosen].flatten(0, 1)  # [P*K, D]
+        # Gemma scales its embeddings. Up to transformers 4 (and so in v1's checkpoints) it scaled all of its input,
+        # visual tokens too; since then only what comes from its table, so the visual tokens are scaled here.
+        scale = getattr(embed_tokens, "embed_scale", None)
+        if scale is not None:
+            visual = visual * torch.as_tensor(scale, dtype=values.dtype, device=values.device)
         values = torch.cat([values, visual])  # [N+P*K, D]
     rows, columns = torch.cat([text_row, image_row]), torch.cat([text_column, image_column])  # [N+P*K]
     from_image = torch.arange(len(rows), device=device) >= len(text_row)  # [N+P*K]
