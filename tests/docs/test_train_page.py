@@ -26,8 +26,9 @@ def codes(cells):
 
 def commands(page="train.md"):
     """The commands of a page that call a training script with its arguments; "..." stands for finetune.sh's."""
-    lines = re.findall(r"^(?:[A-Z_]+=\S+ )*bash scripts/train/\S+\.sh .*$", read(page), re.MULTILINE)
-    return [line.split("  #")[0].replace("...", FINETUNE).split("   # ")[0].strip() for line in lines]
+    text = re.sub(r" *\\\n *", " ", read(page))
+    lines = re.findall(r"^(?:[A-Z_]+=\S+ )*bash scripts/train/\S+\.sh .*$", text, re.MULTILINE)
+    return [line.split("  #")[0].replace("...", FINETUNE).strip() for line in lines]
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
