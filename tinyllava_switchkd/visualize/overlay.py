@@ -40,11 +40,11 @@ def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None 
     cells = Image.fromarray(normalise(heat).astype(np.float32))
     smooth = cells.transform(shown.size, Image.Transform.EXTENT, extent, resample=Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(smooth), 0.0, 1.0)  # [H, W]
-    colours = matplotlib.colormaps[_COLOURS](0.15 + 0.8 * strength)[..., :3] * 255  # [H, W, 3]
+    colours = matplotlib.colormaps[_COLOURS](0.25 + 0.7 * strength)[..., :3] * 255  # [H, W, 3]
     picture = np.asarray(shown, dtype=np.float64)
     grey = picture.mean(axis=-1, keepdims=True)
-    muted = 0.55 * picture + 0.3 * grey  # the map's colours are not mistaken for the image's
-    alpha = (0.15 + 0.55 * strength)[..., None] * (strength > 0)[..., None]
+    muted = 0.45 * picture + 0.45 * grey  # the map's colours are not mistaken for the image's
+    alpha = 0.8 * strength[..., None]
     return Image.fromarray((muted * (1 - alpha) + colours * alpha).round().astype(np.uint8))
 
 

@@ -1,0 +1,104 @@
+"""A browser tab without a browser: speaks Gradio's queue protocol to a running demo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from gradio_client.utils import apply_diff
+
+from tinyllava_switchkd.serve.app import Page, launch
+
+SETTINGS = [0.0, 1.0, 0, 1.0]  # temperature, top-p, top-k, repetition penalty
+
+
+@contextlib.contextmanager
+def serving(page: Page, **kwargs: Any) -> Iterator[str]:
+    """Serve a page for a while; gives its address."""
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True, **kwargs)
+    try:
+        yield url.rstrip("/")
+    finally:
+        page.blocks.close(verbose=False)
+
+
+class Tab:
+    """One user.
+
+    Args:
+        url: address of the demo.
+        page: what is served there, to find the handlers by.
+    """
+
+    def __init__(self, url: str, page: Page) -> None:
+        self.url, self.page = url, page
+        self.hash = uuid.uuid4().hex[:10]
+        self.client = httpx.Client(base_url=url, timeout=60, trust_env=False)
+
+    def upload(self, path: Path) -> dict[str, Any]:
+        """Upload a file as the page does; gives what the image component then sends."""
+        with open(path, "rb") as file:
+            reply = self.client.post("/gradio_api/upload", files={"files": (path.name, file)})
+        reply.raise_for_status()
+        return file_data(reply.json()[0])
+
+    def join(self, handler: Any, data: list[Any]) -> httpx.Response:
+        """Put a request into the queue."""
+        return self.client.post("/gradio_api/queue/join", json=self._body(handler, data))
+
+    def run(self, handler: Any, data: list[Any]) -> list[Any]:
+        """Outputs of a request that does not queue, such as the stop button's."""
+        reply = self.client.post("/gradio_api/run/predict", json=self._body(handler, data))
+        reply.raise_for_status()
+        return reply.json()["data"]
+
+    def _body(self, handler: Any, data: list[Any]) -> dict[str, Any]:
+        number = next(n for n, fn in self.page.blocks.fns.items() if fn.fn == handler)
+        return {"data": data, "fn_index": number, "session_hash": self.hash, "event_data": None, "trigger_id": 0}
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the server says about this tab's requests."""
+        with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.hash}) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line[5:])
+
+    def call(self, handler: Any, data: list[Any]) -> list[Any]:
+        """A request and its final outputs, in the order of the handler's.
+
+        Raises:
+            RuntimeError: the server reports an error.
+        """
+        reply = self.join(handler, data)
+        if reply.status_code != 200:
+            raise RuntimeError(f"{reply.status_code}: {reply.text}")
+        outputs: list[Any] = []
+        for message in self.messages():
+            if message["msg"] in ("process_generating", "process_completed"):
+                if not message["success"]:
+                    raise RuntimeError(json.dumps(message["output"]))
+                new = message["output"].get("data", [])
+                if message["msg"] == "process_completed" and not new:
+                    return outputs
+                is_diff = message["msg"] == "process_generating" and outputs
+                outputs = [apply_diff(old, edits) for old, edits in zip(outputs, new, strict=True)] if is_diff else new
+            if message["msg"] == "process_completed":
+                return outputs
+            if message["msg"] == "unexpected_error":
+                raise RuntimeError(message["message"])
+        raise RuntimeError("The server hung up.")
+
+    def ask(self, question: str, image: dict[str, Any] | None = None, tokens: int = 10) -> tuple[str, str]:
+        """Transcript and notice after a question."""
+        outputs = self.call(self.page.ask, [None, image, question, *SETTINGS, tokens])
+        return outputs[1], outputs[2]
+
+
+def file_data(path: str, **more: Any) -> dict[str, Any]:
+    """What a client says of a file."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}

@@ -1,0 +1,210 @@
+"""What the web demo does: sessions, answers side by side, attention maps. `app` puts a page in front of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tinyllava_switchkd.serve import render
+from tinyllava_switchkd.serve.conversation import Conversation, Sampling
+from tinyllava_switchkd.serve.images import ImageLimits, read_image
+from tinyllava_switchkd.serve.pool import ModelPool
+from tinyllava_switchkd.visualize.attention import AttentionMap
+from tinyllava_switchkd.visualize.overlay import fit, overlay
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, FileNotFoundError)
+_UPDATE_SECONDS = 0.08  # between two updates of a growing answer
+
+
+@dataclass(frozen=True)
+class DemoLimits:
+    """What one request may cost.
+
+    Attributes:
+        image: of an upload.
+        question_chars: length of a question.
+        max_new_tokens: the most that the page offers, and that any request gets.
+        seconds: time for each model's answer.
+    """
+
+    image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 50_000_000, 1600))
+    question_chars: int = 4000
+    max_new_tokens: int = 1024
+    seconds: float = 120.0
+
+
+@dataclass
+class Session:
+    """One browser tab: nothing of it is shared with another.
+
+    Attributes:
+        conversations: one per model of the pool.
+        exchanges: what the page shows.
+        stop: set by the stop button.
+        attached: file of the last image that went into the conversation.
+        maps: attention maps of the last exchange, by model.
+    """
+
+    conversations: list[Conversation]
+    exchanges: list[render.Exchange] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    attached: str | None = None
+    maps: dict[int, AttentionMap] = field(default_factory=dict)
+
+
+class Demo:
+    """Answers the page's requests.
+
+    Args:
+        pool: the models.
+        limits: what a request may cost.
+    """
+
+    def __init__(self, pool: ModelPool, limits: DemoLimits | None = None) -> None:
+        self.pool = pool
+        self.limits = limits or DemoLimits()
+        self._active: set[int] = set()  # ids of the sessions that are being answered
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody is being answered."""
+        return bool(self._active)
+
+    def new_session(self) -> Session:
+        """A session in which nothing was said."""
+        return Session([Conversation() for _ in self.pool.slots])
+
+    def ask(self, session: Session, image_path: str | None, question: str, sampling: dict[str, Any]) -> Iterator[None]:
+        """Let every model answer, one after another so that none slows another down.
+
+        Yields whenever `session.exchanges` has something new to show.
+
+        Args:
+            session: changed in place.
+            image_path: the image on the page; it joins the conversation if it was not the last to do so.
+            question: the question.
+            sampling: arguments of `Sampling`.
+
+        Raises:
+            ValueError, FileNotFoundError: bad input; nothing was asked then.
+        """
+        ready = self.pool.ready
+        if not ready:
+            raise ValueError("The models are still being loaded; please wait a moment.")
+        question = (question or "").strip()
+        if not question:
+            raise ValueError("Please type a question.")
+        if len(question) > self.limits.question_chars:
+            raise ValueError(
+                f"The question has {len(question)} characters; at most {self.limits.question_chars} are taken."
+            )
+        settings = Sampling(**sampling)
+        if settings.max_new_tokens > self.limits.max_new_tokens:
+            raise ValueError(f"An answer may have at most {self.limits.max_new_tokens} tokens.")
+        thumbnails = self._attach(session, image_path)
+        exchange = render.Exchange(
+            question, thumbnails, [render.Cell(index, self.pool.slots[index].name) for index in ready]
+        )
+        session.stop.clear()
+        session.maps.clear()
+        session.exchanges.append(exchange)
+        self._active.add(id(session))
+        try:
+            yield
+            for index, cell in zip(ready, exchange.cells, strict=True):
+                if not session.stop.is_set():
+                    yield from self._answer(session, index, cell, question, settings)
+                cell.is_waiting = False
+            yield
+        finally:
+            self._active.discard(id(session))
+
+    def read_upload(self, path: str) -> Image.Image:
+        """The image in an uploaded file.
+
+        Raises:
+            ValueError, FileNotFoundError: see `read_image`.
+        """
+        return read_image(path, self.limits.image, name="The file")
+
+    def _attach(self, session: Session, image_path: str | None) -> tuple[str, ...]:
+        """Add the image on the page to all conversations if it is new to them; returns thumbnails of what was added."""
+        if image_path is None:
+            if not any(conversation.images() for conversation in session.conversations):
+                raise ValueError("There is no image yet: upload or paste one, or pick an example.")
+            return ()
+        if image_path == session.attached:
+            return ()
+        image = self.read_upload(image_path)
+        for conversation in session.conversations:
+            conversation.attach(image)
+        session.attached = image_path
+        return (render.thumbnail(image),)
+
+    def _answer(
+        self, session: Session, index: int, cell: render.Cell, question: str, settings: Sampling
+    ) -> Iterator[None]:
+        model, shown = self.pool.slots[index].model, 0.0
+        stream = model.stream(session.conversations[index], question, settings, session.stop, self.limits.seconds)
+        try:
+            for cell.reply in stream:
+                if time.monotonic() - shown >= _UPDATE_SECONDS:
+                    yield
+                    shown = time.monotonic()
+        except USER_ERRORS as error:
+            cell.error = str(error)
+        except torch.OutOfMemoryError:
+            cell.error = "There is not enough memory for this conversation; start a new one."
+        except Exception:
+            logger.exception("%s failed.", model.name)
+            cell.error = "This model failed; the server's log has the details."
+        yield
+
+    def attend(self, session: Session | None, index: int) -> AttentionMap:
+        """The attention map of a model's last answer; computed once.
+
+        Raises:
+            ValueError: there is no such answer, or no map of it.
+        """
+        cell = self._last_cell(session, index)
+        if cell is None or cell.reply is None or cell.reply.finish is None:
+            raise ValueError(f"{self.pool.slots[index].name} has not answered yet: ask a question first.")
+        if index not in session.maps:
+            session.maps[index] = self.pool.slots[index].model.attend(cell.reply)
+        return session.maps[index]
+
+    def picture(self, session: Session, index: int, token: int | None) -> Image.Image:
+        """The map of a token (None: of the whole answer) over the images of the conversation, side by side."""
+        attention, model = session.maps[index], self.pool.slots[index].model
+        images = self._last_cell(session, index).reply.images
+        panels = [
+            overlay(image, attention.of(token, place), model.visible_box(image)) for place, image in enumerate(images)
+        ]
+        return side_by_side(panels)
+
+    @staticmethod
+    def _last_cell(session: Session | None, index: int) -> render.Cell | None:
+        """What a model said to the last question."""
+        cells = session.exchanges[-1].cells if session and session.exchanges else []
+        return next((cell for cell in cells if cell.index == index), None)
+
+
+def side_by_side(panels: list[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures in a row, at the height of the first."""
+    height = panels[0].height
+    panels = [panel.resize((max(1, round(panel.width * height / panel.height)), height)) for panel in panels]
+    row = Image.new("RGB", (sum(panel.width for panel in panels) + gap * (len(panels) - 1), height), "white")
+    left = 0
+    for panel in panels:
+        row.paste(panel, (left, 0))
+        left += panel.width + gap
+    return fit(row)

@@ -1,0 +1,47 @@
+"""A limit on the size of requests, in front of the whole web demo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BodyLimit:
+    """ASGI middleware that refuses requests whose body is too large, whatever route they take.
+
+    Gradio's own `max_file_size` guards its upload route only; an image may also come inside a JSON body.
+
+    Args:
+        app: the application behind.
+        max_bytes: of a request's body.
+    """
+
+    def __init__(self, app: Any, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope.get("headers") or ())
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self.max_bytes:
+            await self._refuse(send)
+            return
+        received = 0
+
+        async def counted() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:  # a body sent in chunks declares no length
+                return {"type": "http.disconnect"}
+            return message
+
+        await self.app(scope, counted, send)
+
+    async def _refuse(self, send: Any) -> None:
+        text = f"The request is larger than {self.max_bytes / 2**20:.0f} MB.".encode()
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": text})
