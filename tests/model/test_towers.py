@@ -276,6 +276,17 @@ def test_open_clip_names():
         tower.base_state_dict("open_clip:ViT-B-32")
 
 
+def test_freeze_unused_in_a_tower_that_reads_its_own_numbers():
+    """Such an encoder cannot be built without memory."""
+
+    class Reader(VisionTowerFactory("siglip")):
+        def hidden_state(self, pixels, num_layers):
+            return super().hidden_state(pixels, num_layers) * max(1.0, float(pixels.abs().max()))
+
+    tower = Reader(tiny_vision_config("siglip"))
+    assert tower.freeze_unused(-2) == tower_of("siglip").freeze_unused(-2) > 0
+
+
 @pytest.mark.parametrize("kind", ["timm", "open_clip"])
 def test_library_towers_in_a_saved_model(kind, timm_folder, open_clip_folder, tmp_path):
     """Saved, loaded without the library's folder, checkpointed: same features; no buffer lost on the way."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from tinyllava_switchkd.registry import Registry
+from tinyllava_switchkd.registry import Registry, base_name
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -63,7 +63,9 @@ def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
 
     The folder ``graphite-v2`` holds the letters of ``phi``; what the checkpoint's configuration says is more certain.
     """
-    candidates = [name for name in (name_or_path, text_config.model_type) if name]
+    # By name only if that alone decides: a name that says nothing would be looked up on the hub, in vain.
+    names = [name_or_path] if any(entry in base_name(name_or_path) for entry in LLMFactory.list()) else []
+    candidates = [*names, text_config.model_type]
     errors = []
     for candidate in candidates:
         try:

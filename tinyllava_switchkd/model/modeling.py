@@ -174,7 +174,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         refuse(source, set(info["missing_keys"]) - tied, info["unexpected_keys"], shapes)
         model.vision_tower.restore_buffers()
         own_memory(model, tensors.values())
-        model.config.name_or_path = str(source)
+        model.config.name_or_path = model.name_or_path = str(source)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:

@@ -217,7 +217,7 @@ def own_memory(module: nn.Module, tensors: Iterable[Tensor]) -> None:
     """
     shared = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for value in (*module.parameters(), *module.buffers()):
-        if value.untyped_storage().data_ptr() in shared:
+        if value.device.type == "cpu" and value.untyped_storage().data_ptr() in shared:
             value.data = value.data.clone()
 
 

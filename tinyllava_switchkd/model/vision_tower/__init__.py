@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from tinyllava_switchkd.registry import Registry
+from tinyllava_switchkd.registry import Registry, base_name
 
 from ..llm import read_model_type
 
@@ -38,7 +38,9 @@ register_vision_tower = VisionTowerFactory.register
 def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> type:
     """The tower class for a checkpoint: by its name, unless the configuration is of another kind than that tower's."""
     error: ValueError | None = None
-    if name_or_path:
+    known = (name_or_path.split(":", 1)[0] if ":" in name_or_path else base_name(name_or_path)).lower()
+    # A name that says nothing would be looked up on the hub, in vain: the configuration is here.
+    if any(entry in known for entry in VisionTowerFactory.list()):
         try:
             tower = VisionTowerFactory(name_or_path)
             if not tower.model_types or vision_config.model_type in tower.model_types:

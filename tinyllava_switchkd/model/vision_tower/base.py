@@ -156,18 +156,24 @@ class VisionTower(nn.Module):
         Returns:
             the number of parameters frozen.
         """
-        with torch.device("meta"):
-            twin = type(self)(self.config).requires_grad_(True)
-            features = twin(torch.zeros(1, 3, self.image_size, self.image_size), vision_feature_layer)
-        names, parameters = zip(*twin.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        unused = {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
+        try:
+            unused = self._unused_parameters(vision_feature_layer, "meta")
+        except (RuntimeError, NotImplementedError):  # an encoder that reads its own numbers needs some
+            unused = self._unused_parameters(vision_feature_layer, "cpu")
         frozen = 0
         for name, parameter in self.named_parameters():
             if name in unused:
                 frozen += parameter.numel() if parameter.requires_grad else 0
                 parameter.requires_grad_(False)
         return frozen
+
+    def _unused_parameters(self, vision_feature_layer: int, device: str) -> set[str]:
+        with torch.device(device), torch.enable_grad():
+            twin = type(self)(self.config).requires_grad_(True)
+            features = twin(torch.zeros(1, 3, self.image_size, self.image_size), vision_feature_layer)
+        names, parameters = zip(*twin.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        return {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Switch checkpointing of encoders that transformers does not manage; nothing to do for the others."""
