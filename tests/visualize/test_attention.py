@@ -238,10 +238,11 @@ class TestCommand:
         assert error.count("error:") == 1 and message in error
 
 
-def test_a_checkpoint_without_a_template_needs_one():
+def test_look_asks_in_the_checkpoint_s_own_format():
     model, tokenizer = tiny_llava(), tiny_tokenizer()
     processor, image = model.vision_tower.image_processor, gradient(40, 40)
-    with pytest.raises(ValueError, match="--conv-mode"):
-        look(model, tokenizer, processor, image, "What?", name="mine")
-    result = look(model, tokenizer, processor, image, "What?", name="mine", conv_version="phi", max_new_tokens=3)
+    result = look(model, tokenizer, processor, image, "What?", name="mine", max_new_tokens=6)
+    assert result.answer == model.chat("What?", image, tokenizer, image_processor=processor, max_new_tokens=6)
     assert result.attention is None or result.attention.weights.shape[1:] == (1, 4, 4)
+    with pytest.raises(ValueError, match="nonsense"):
+        look(model, tokenizer, processor, image, "What?", name="mine", conv_version="nonsense")

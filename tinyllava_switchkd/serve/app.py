@@ -494,7 +494,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         page = build_page(args)
         page.demo.pool.start()
-        launch(page, args.host, args.port, args.share, args.queue_size)
+        _, local, shared = launch(
+            page, args.host, args.port, args.share, args.queue_size, quiet=True, prevent_thread_lock=True
+        )
+        print(f"The demo is at {' and '.join(filter(None, (local, shared)))} (Ctrl-C ends it).", flush=True)
+        page.blocks.block_thread()
     except (*USER_ERRORS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
-from tinyllava_switchkd.visualize.attention import AttentionMap, attention_map, conversation_template
+from tinyllava_switchkd.visualize.attention import AttentionMap, attention_map
 from tinyllava_switchkd.visualize.grid import visible_box
 from tinyllava_switchkd.visualize.pieces import TextPieces
 
@@ -65,7 +66,7 @@ class ChatModel:
         image_processor: its image processor.
         context_len: positions that prompt and answer may take together.
         name: what people see.
-        conv_version: conversation template; None for the checkpoint's own.
+        conv_version: conversation template; None for the checkpoint's own, or else v1's for its language model.
 
     Raises:
         ValueError: no template is known.
@@ -85,7 +86,7 @@ class ChatModel:
         self.image_processor = image_processor
         self.context_len = context_len
         self.name = name
-        self.conv_version = conversation_template(model.config, conv_version, name)
+        self.conv_version = conv_version or conversation_template(model, tokenizer)
         self._text = TextPreprocess(tokenizer, self.conv_version)
         self._pixels = ImagePreprocess(image_processor, model.config)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()

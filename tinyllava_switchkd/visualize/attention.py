@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.registry import base_name
 from tinyllava_switchkd.visualize.grid import token_grid, visible_box
 from tinyllava_switchkd.visualize.overlay import fit, overlay
@@ -153,9 +154,9 @@ def look(
         conv_version: conversation template; None for the checkpoint's own.
 
     Raises:
-        ValueError: the checkpoint names no template and none is given; or see `attention_map`.
+        ValueError: no template is known for the checkpoint; or see `attention_map`.
     """
-    template = conversation_template(model.config, conv_version, name)
+    template = conv_version or conversation_template(model, tokenizer)
     turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}, {"from": "gpt", "value": None}]
     input_ids = TextPreprocess(tokenizer, template)(turns, mode="eval", num_images=1)["input_ids"]  # [T]
     pixels = ImagePreprocess(image_processor, model.config)(image)[None].to(model.device)  # [1, 3, H, W]
@@ -175,21 +176,6 @@ def look(
         attention=None if is_empty else attention_map(model, tokenizer, input_ids, features, output, layers),
         box=visible_box(image.size, image_processor, model.config.image_aspect_ratio),
     )
-
-
-def conversation_template(config: Any, conv_version: str | None, name: str) -> str:
-    """The conversation template that a checkpoint was trained with, or the one asked for.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    version = conv_version or config.conv_version
-    if version is None:
-        raise ValueError(
-            f"The checkpoint {name} does not say which conversation template it was trained with; pass --conv-mode, "
-            f"one of {', '.join(TemplateFactory.list())}."
-        )
-    return version
 
 
 def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Any:
