@@ -1,0 +1,111 @@
+"""Scores of a checkpoint on scenes: its answers by generate(), and a linear probe of its vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..eval.generate import Answerer
+from .scenes import Scene
+
+BATCH_SIZE = 128
+MAX_NEW_TOKENS = 8
+"""The longest answer, four digits and the end, is five tokens."""
+
+PROBE_STRENGTHS = (0.01, 0.1, 1.0)
+"""Inverse regularisation strengths of the probe; the best on validation scenes is taken."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Scenes and the questions about them.
+
+    Attributes:
+        scenes: the scenes.
+        questions: as `scenes.test_questions` makes them.
+        scene_of: index of each question's scene.
+    """
+
+    scenes: Sequence[Scene]
+    questions: Sequence[dict[str, Any]]
+    scene_of: Sequence[int]
+
+
+def answer_questions(
+    answerer: Answerer, question_set: QuestionSet, progress: Callable[[int], None] = lambda count: None
+) -> list[str]:
+    """Greedy answers to all questions, each asked alone, in their order.
+
+    Args:
+        answerer: a loaded checkpoint.
+        question_set: what to ask.
+        progress: called with the number of questions answered since the last call.
+    """
+    features = _in_batches(question_set.scenes, answerer.encode_images, answerer)
+    answers: list[str] = []
+    for start in range(0, len(question_set.questions), BATCH_SIZE):
+        rows = range(start, min(start + BATCH_SIZE, len(question_set.questions)))
+        prompts = [answerer.prompt_ids(question_set.questions[row]["question"]) for row in rows]
+        images = [features[question_set.scene_of[row]][None] for row in rows]
+        answers += answerer.answer(prompts, images, max_new_tokens=MAX_NEW_TOKENS)
+        progress(len(rows))
+    return answers
+
+
+def accuracy(questions: Sequence[dict[str, Any]], answers: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Exact matches in per cent: over all questions, and by type in the order of their appearance."""
+    right: dict[str, list[bool]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        right.setdefault(question["type"], []).append(answer == question["answer"])
+    every = [match for matches in right.values() for match in matches]
+    return 100 * float(np.mean(every)), {kind: 100 * float(np.mean(matches)) for kind, matches in right.items()}
+
+
+def probe(answerer: Answerer, train: Sequence[Scene], val: Sequence[Scene], test: Sequence[Scene]) -> float:
+    """How well a linear classifier reads the digits off the vision tower's tokens, in per cent of the test digits.
+
+    It is fitted on scenes of training digits and sees the tower alone: no connector, no language model. What it gains
+    by a way of training, the tower has learned.
+
+    Raises:
+        ValueError: the tower has not one token a cell.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    sets = {}
+    for name, scenes in (("train", train), ("val", val), ("test", test)):
+        features = _in_batches(scenes, answerer.model.vision_features, answerer)  # [scenes, cells, width]
+        digits = np.array([scene.digits for scene in scenes])  # [scenes, cells]
+        if features.shape[1] != digits.shape[1]:
+            raise ValueError(
+                f"The vision tower makes {features.shape[1]} tokens of an image with {digits.shape[1]} cells; the "
+                f"probe needs one token a cell."
+            )
+        sets[name] = features.flatten(0, 1).float().cpu().numpy(), digits.reshape(-1)
+    fits = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500)).fit(*sets["train"])
+        for strength in PROBE_STRENGTHS
+    ]
+    best = max(fits, key=lambda fit: fit.score(*sets["val"]))
+    return 100 * float(best.score(*sets["test"]))
+
+
+def load(checkpoint: Path) -> Answerer:
+    """A checkpoint of a fine-tuned model, ready to be asked, on the CPU."""
+    return Answerer.from_pretrained(checkpoint, device="cpu")
+
+
+@torch.inference_mode()
+def _in_batches(
+    scenes: Sequence[Scene], compute: Callable[[torch.Tensor], torch.Tensor], answerer: Answerer
+) -> torch.Tensor:
+    pixels = torch.stack([answerer.pixels_of(Image.fromarray(scene.pixels)) for scene in scenes])  # [scenes, 3, H, W]
+    return torch.cat([compute(batch) for batch in pixels.split(BATCH_SIZE)])
