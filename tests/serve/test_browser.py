@@ -166,6 +166,13 @@ def test_example(user):
     expect(user.at("#tl-image img")).to_be_visible()
     user.at("#tl-send").click()
     user.wait(2)
+    user.at("#tl-examples .gallery-item button").nth(0).click()
+    expect(user.at("#tl-notice [role=status]")).to_contain_text("joins the conversation")
+    expect(user.at("#tl-question textarea")).to_have_value(re.compile("How many trees"))
+    user.at("#tl-send").click()
+    user.wait(4)
+    assert user.at(".tl-ask img").count() == 2
+    expect(user.at("#tl-notice [role=status]")).to_have_count(0)
 
 
 def test_stop(browser, photo):

@@ -178,8 +178,9 @@ class Page:
     def _connect(self) -> None:
         self.blocks.load(self.refresh, None, [self.header, self.send, self.timer], queue=False, **_PRIVATE)
         self.timer.tick(self.refresh, None, [self.header, self.send, self.timer], queue=False, **_PRIVATE)
-        self.image.upload(self.check_image, self.image, [self.image, self.notice], concurrency_limit=2, **_PRIVATE)
-        self.examples.select(self.pick, None, [self.image, self.question], queue=False, **_PRIVATE)
+        arrival = [self.image, self.question, self.notice]
+        self.image.upload(self.check_image, [self.session, self.image], arrival, concurrency_limit=2, **_PRIVATE)
+        self.examples.select(self.pick, self.session, arrival, queue=False, **_PRIVATE)
         settings = [self.temperature, self.top_p, self.top_k, self.penalty, self.length]
         gr.on(
             [self.send.click, self.question.submit],
@@ -243,18 +244,22 @@ class Page:
             self.timer: gr.update(active=not pool.is_settled),
         }
 
-    def check_image(self, path: str | None) -> dict[Any, Any]:
+    def check_image(self, session: Session | None, path: str | None) -> dict[Any, Any]:
         """Refuse a bad upload at once, and not only when a question comes with it."""
         try:
             self.demo.read_upload(path)
         except USER_ERRORS as error:
             return {self.image: None, self.notice: render.notice(str(error), "error")}
-        return {self.notice: ""}
+        return {self.notice: _about_second_image(session)}
 
-    def pick(self, event: gr.SelectData) -> dict[Any, Any]:
+    def pick(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
         """Put an example on the page."""
         name, question = EXAMPLES[event.index % len(EXAMPLES)]
-        return {self.image: str(FOLDER / name), self.question: question}
+        return {
+            self.image: str(FOLDER / name),
+            self.question: question,
+            self.notice: _about_second_image(session),
+        }
 
     def announce(self) -> Any:
         """What a user sees at once, while others are being answered."""
@@ -358,6 +363,12 @@ class Page:
             self.picture: self.demo.picture(session, which, chosen),
             self.caption: render.token_caption(chosen, attention.tokens, share),
         }
+
+
+def _about_second_image(session: Session | None) -> str:
+    if session is None or not session.exchanges:
+        return ""
+    return render.notice("This image joins the conversation. To ask about it alone, press New chat first.")
 
 
 def _html(value: str, elem_id: str | None = None) -> gr.HTML:
