@@ -88,6 +88,18 @@ def test_modules_that_pages_run_exist(page):
         assert importlib.util.find_spec(module.rstrip(".")) is not None, module
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_in_commands_exist(page):
+    """Options of ``python -m tinyllava_switchkd.…`` commands are those that the page of flags lists."""
+    for block in codes_of(page, "bash"):
+        for line in re.sub(r" *\\\n *", " ", block).splitlines():
+            module = re.search(r"python -m tinyllava_switchkd\.([\w.]+)", line)
+            if module is not None:
+                options = set(re.findall(r"\s(--[\w-]+)", line))
+                unknown = {name for name in options if f"`{name}`" not in section("flags.md", module[1])}
+                assert not unknown, (line, unknown)
+
+
 def test_names_that_migration_keeps():
     for row in section("migration.md", "From TinyLLaVA v1").splitlines():
         cells = [re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[1:-1]]
