@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from gradio_client.utils import apply_diff
 
-from tinyllava_switchkd.serve.app import Page, launch
+from tinyllava_switchkd.serve.page import Page, launch
 
 SETTINGS = [0.0, 1.0, 0, 1.0]  # temperature, top-p, top-k, repetition penalty
 

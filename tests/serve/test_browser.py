@@ -11,9 +11,9 @@ import pytest
 
 from tests.serve.tab import serving
 from tests.serve.talkers import picture, talker
-from tinyllava_switchkd.serve.app import Page
 from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import Demo
+from tinyllava_switchkd.serve.page import Page
 from tinyllava_switchkd.serve.pool import ModelPool, Slot
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(

@@ -1,0 +1,445 @@
+"""The web demo's page: what stands where, what the events do, and how it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from tinyllava_switchkd.serve import render
+from tinyllava_switchkd.serve.conversation import Sampling
+from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, Session
+from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
+from tinyllava_switchkd.serve.limits import BodyLimit
+
+_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
+_STYLE = Path(__file__).with_name("page.css")
+_SESSIONS = 64
+_FILE_SECONDS = 2 * 3600
+_MODELS = "models"  # all that runs a model shares one place in the queue
+_PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class Page:
+    """The demo as a Gradio page.
+
+    Args:
+        demo: answers the requests.
+        sampling: what the settings show at first.
+    """
+
+    def __init__(self, demo: Demo, sampling: Sampling | None = None) -> None:
+        self.demo = demo
+        sampling = sampling or Sampling()
+        with gr.Blocks(
+            title="TinyLLaVA Switch-KD",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(_FILE_SECONDS // 4, _FILE_SECONDS),
+        ) as self.blocks:
+            self.session = gr.State(None, time_to_live=_FILE_SECONDS)
+            self.timer = gr.Timer(1.0, active=not demo.pool.is_settled)
+            self.header = _html(render.header(demo.pool.slots), elem_id="tl-top")
+            with gr.Row(elem_id="tl-main"):
+                with gr.Column(scale=2, min_width=300, elem_id="tl-left"):
+                    self._build_image()
+                    self._build_settings(sampling)
+                with gr.Column(scale=5, min_width=320, elem_id="tl-right"):
+                    self._build_conversation()
+                    self._build_attention()
+            self._connect()
+
+    def _build_image(self) -> None:
+        self.image = gr.Image(
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            label="Image",
+            placeholder="Drop an image here, paste one,\nor click to upload",
+            height=300,
+            buttons=[],
+            elem_id="tl-image",
+        )
+        _take_uploads_only(self.image)
+        _html("<div class='tl-label'>Examples</div>", elem_id="tl-examples-label")
+        self.examples = gr.Gallery(
+            [str(FOLDER / name) for name, _ in EXAMPLES],
+            label="Examples",
+            show_label=False,
+            columns=3,
+            height="auto",
+            object_fit="cover",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="tl-examples",
+        )
+
+    def _build_settings(self, default: Sampling) -> None:
+        longest = self.demo.limits.max_new_tokens
+        with gr.Accordion("Settings", open=False, elem_id="tl-settings"):
+            warmest, most = max(2, default.temperature), max(200, default.top_k)
+            self.temperature = gr.Slider(
+                0,
+                warmest,
+                default.temperature,
+                step=0.05,
+                label="Temperature",
+                info="0 always takes the likeliest token.",
+            )
+            self.top_p = gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p")
+            self.top_k = gr.Slider(0, most, default.top_k, step=1, label="Top-k", info="0 for no limit.")
+            harshest = max(2, default.repetition_penalty)
+            self.penalty = gr.Slider(
+                0.5, harshest, default.repetition_penalty, step=0.05, label="Repetition penalty", info="1 for none."
+            )
+            self.length = gr.Slider(
+                1, longest, min(default.max_new_tokens, longest), step=1, label="Longest answer, in tokens"
+            )
+
+    def _build_conversation(self) -> None:
+        self.chat = _html(render.transcript(()), elem_id="tl-chat")
+        self.notice = _html("", elem_id="tl-notice")
+        with gr.Row(elem_id="tl-bar"):
+            self.question = gr.Textbox(
+                show_label=False,
+                label="Question",
+                placeholder="Ask about the image …",
+                lines=1,
+                max_lines=6,
+                max_length=self.demo.limits.question_chars,
+                scale=6,
+                min_width=200,
+                container=False,
+                autofocus=False,
+                elem_id="tl-question",
+            )
+            self.send = gr.Button(
+                "Send",
+                variant="primary",
+                scale=1,
+                min_width=84,
+                interactive=bool(self.demo.pool.ready),
+                elem_id="tl-send",
+            )
+            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=84, interactive=False, elem_id="tl-stop")
+            self.clear = gr.Button("New chat", scale=1, min_width=100, elem_id="tl-clear")
+
+    def _build_attention(self) -> None:
+        names = [(slot.name, index) for index, slot in enumerate(self.demo.pool.slots)]
+        with gr.Column(elem_id="tl-attention"):
+            _html(
+                "<div class='tl-section'><h2>Where did it look?</h2><p>The attention of the last answer to the image, "
+                "token by token.</p></div>"
+            )
+            with gr.Row(elem_id="tl-attention-bar"):
+                self.which = gr.Radio(
+                    names,
+                    value=0,
+                    show_label=False,
+                    label="Model",
+                    container=False,
+                    visible=len(names) > 1,
+                    scale=4,
+                    elem_id="tl-which",
+                )
+                self.attend = gr.Button("Show attention", scale=1, min_width=150, elem_id="tl-attend")
+            self.attention_notice = _html("", elem_id="tl-attention-notice")
+            with gr.Column(visible=False, elem_id="tl-map") as self.map:
+                _html(
+                    "<div class='tl-hint'>Click a token; the redder, the more of its attention goes to the image.</div>"
+                )
+                self.tokens = gr.HighlightedText(
+                    [],
+                    label="Tokens of the answer",
+                    show_label=False,
+                    show_legend=False,
+                    show_whitespaces=True,
+                    buttons=[],
+                    elem_id="tl-tokens",
+                )
+                self.position = gr.Slider(
+                    0, 1, 0, step=1, label="Token (0 is the whole answer)", buttons=[], elem_id="tl-position"
+                )
+                self.picture = gr.Image(
+                    interactive=False, show_label=False, format="webp", buttons=["fullscreen"], elem_id="tl-picture"
+                )
+                self.caption = _html("", elem_id="tl-caption")
+
+    def _connect(self) -> None:
+        self.blocks.load(self.refresh, None, [self.header, self.send, self.timer], queue=False, **_PRIVATE)
+        self.timer.tick(self.refresh, None, [self.header, self.send, self.timer], queue=False, **_PRIVATE)
+        arrival = [self.image, self.question, self.notice]
+        self.image.upload(self.check_image, [self.session, self.image], arrival, concurrency_limit=2, **_PRIVATE)
+        self.examples.select(self.pick, self.session, arrival, queue=False, **_PRIVATE)
+        settings = [self.temperature, self.top_p, self.top_k, self.penalty, self.length]
+        gr.on(
+            [self.send.click, self.question.submit],
+            self.ask,
+            [self.session, self.image, self.question, *settings],
+            [
+                self.session,
+                self.chat,
+                self.notice,
+                self.question,
+                self.send,
+                self.stop,
+                self.clear,
+                self.map,
+                self.attention_notice,
+            ],
+            concurrency_id=_MODELS,
+            concurrency_limit=1,
+            trigger_mode="once",
+            **_PRIVATE,
+        )
+        gr.on([self.send.click, self.question.submit], self.announce, None, self.notice, queue=False, **_PRIVATE)
+        self.stop.click(self.halt, self.session, self.stop, queue=False, **_PRIVATE)
+        self.clear.click(
+            self.restart,
+            self.session,
+            [self.session, self.chat, self.notice, self.map, self.attention_notice],
+            queue=False,
+            **_PRIVATE,
+        )
+        panel = [self.map, self.tokens, self.position, self.picture, self.caption, self.attention_notice]
+        gr.on(
+            [self.attend.click, self.which.input],
+            self.show_attention,
+            [self.session, self.which],
+            panel,
+            concurrency_id=_MODELS,
+            concurrency_limit=1,
+            api_visibility="private",
+            show_progress="minimal",
+            show_progress_on=self.attend,
+        )
+        self.tokens.select(self.choose_token, None, self.position, queue=False, **_PRIVATE)
+        self.position.change(
+            self.show_token,
+            [self.session, self.which, self.position],
+            [self.picture, self.caption],
+            trigger_mode="always_last",
+            concurrency_limit=4,
+            **_PRIVATE,
+        )
+
+    # What the events do
+
+    def refresh(self) -> dict[Any, Any]:
+        """How far loading is."""
+        pool = self.demo.pool
+        return {
+            self.header: render.header(pool.slots),
+            self.send: gr.update(interactive=bool(pool.ready)),
+            self.timer: gr.update(active=not pool.is_settled),
+        }
+
+    def check_image(self, session: Session | None, path: str | None) -> dict[Any, Any]:
+        """Refuse a bad upload at once, and not only when a question comes with it."""
+        try:
+            self.demo.read_upload(path)
+        except USER_ERRORS as error:
+            return {self.image: None, self.notice: render.notice(str(error), "error")}
+        return {self.notice: _about_second_image(session)}
+
+    def pick(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        """Put an example on the page."""
+        name, question = EXAMPLES[event.index % len(EXAMPLES)]
+        return {
+            self.image: str(FOLDER / name),
+            self.question: question,
+            self.notice: _about_second_image(session),
+        }
+
+    def announce(self) -> Any:
+        """What a user sees at once, while others are being answered."""
+        if not self.demo.is_busy:
+            return gr.skip()  # the answer's own message may be there already
+        return render.notice("Others are being answered first; your turn comes.")
+
+    def ask(
+        self,
+        session: Session | None,
+        image: str | None,
+        question: str,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        penalty: float,
+        length: float,
+    ) -> Iterator[dict[Any, Any]]:
+        """Stream the answers onto the page."""
+        session = session or self.demo.new_session()
+        sampling = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": int(top_k),
+            "repetition_penalty": penalty,
+            "max_new_tokens": int(length),
+        }
+        busy = {
+            self.session: session,
+            self.notice: "",
+            self.question: "",
+            self.send: gr.update(interactive=False),
+            self.stop: gr.update(interactive=True),
+            self.clear: gr.update(interactive=False),
+            self.map: gr.update(visible=False),
+            self.attention_notice: "",
+        }
+        try:
+            for _ in self.demo.ask(session, image, question, sampling):
+                yield {self.chat: render.transcript(session.exchanges), **busy}
+                busy = {}
+            message = ""
+        except USER_ERRORS as error:
+            message = render.notice(str(error), "error")
+        yield {
+            self.session: session,
+            self.chat: render.transcript(session.exchanges),
+            self.notice: message,
+            self.send: gr.update(interactive=True),
+            self.stop: gr.update(interactive=False),
+            self.clear: gr.update(interactive=True),
+        }
+
+    def halt(self, session: Session | None) -> dict[str, Any]:
+        """Stop the answer of this session."""
+        if session is not None:
+            session.stop.set()
+        return gr.update(interactive=False)
+
+    def restart(self, session: Session | None) -> dict[Any, Any]:
+        """Forget the conversation."""
+        if session is not None:
+            session.stop.set()
+        return {
+            self.session: None,
+            self.chat: render.transcript(()),
+            self.notice: "",
+            self.map: gr.update(visible=False),
+            self.attention_notice: "",
+        }
+
+    def show_attention(self, session: Session | None, which: int) -> dict[Any, Any]:
+        """Open the map of a model's last answer."""
+        try:
+            attention = self.demo.attend(session, which)
+        except USER_ERRORS as error:
+            return {self.map: gr.update(visible=False), self.attention_notice: render.notice(str(error), "error")}
+        share = attention.share
+        strength = share / max(share.max(), 1e-9)
+        return {
+            self.map: gr.update(visible=True),
+            self.tokens: [(text, float(value)) for text, value in zip(attention.tokens, strength, strict=True)],
+            self.position: gr.update(value=0, maximum=len(attention.tokens)),
+            self.attention_notice: "",
+            **self.show_token(session, which, 0),
+        }
+
+    def choose_token(self, event: gr.SelectData) -> int:
+        """A token was clicked."""
+        return int(event.index) + 1
+
+    def show_token(self, session: Session | None, which: int, position: float) -> dict[Any, Any]:
+        """Draw the map of one token, or (0) of the whole answer."""
+        attention = session.maps.get(which) if session else None
+        if attention is None:
+            return {}
+        token = min(int(position), len(attention.tokens)) - 1
+        chosen = None if token < 0 else token
+        share = float(attention.share.mean() if chosen is None else attention.share[chosen])
+        return {
+            self.picture: self.demo.picture(session, which, chosen),
+            self.caption: render.token_caption(chosen, attention.tokens, share),
+        }
+
+
+def _about_second_image(session: Session | None) -> str:
+    if session is None or not session.exchanges:
+        return ""
+    return render.notice("This image joins the conversation. To ask about it alone, press New chat first.")
+
+
+def _html(value: str, elem_id: str | None = None) -> gr.HTML:
+    """A piece of the page's own HTML, styled by page.css alone."""
+    return gr.HTML(value, elem_id=elem_id, apply_default_css=False)
+
+
+def _take_uploads_only(image: gr.Image) -> None:
+    """Let an image component hand on the path of an uploaded file, unopened, and nothing else.
+
+    Gradio would decode the file first, without our limits, and fetch a URL that a client sends instead of a file.
+    """
+    move = image.async_move_resource_to_block_cache
+
+    async def move_file(path: str | Path | None) -> str | None:
+        if path is not None and str(path).startswith(("http://", "https://")):
+            raise gr.Error("Images are uploaded, not fetched from an address.")
+        return await move(path)
+
+    image.async_move_resource_to_block_cache = move_file
+    image.preprocess = lambda payload: None if payload is None else payload.path
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Soft(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=["monospace"]
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        block_border_width="1px",
+        block_radius="16px",
+        block_shadow="none",
+        block_label_background_fill="*block_background_fill",
+        block_label_text_color="*body_text_color_subdued",
+        block_title_background_fill="none",
+        block_title_text_color="*body_text_color",
+        block_title_padding="0",
+        input_border_width="1px",
+        input_border_color_focus="*primary_500",
+        input_border_color_focus_dark="*primary_500",
+    )
+
+
+def launch(
+    page: Page,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    queue_size: int = 16,
+    **kwargs: Any,
+) -> Any:
+    """Serve a page.
+
+    Args:
+        page: what to serve.
+        host: address to listen on.
+        port: None for the first free one from 7860 on.
+        share: make a public link through Gradio's servers.
+        queue_size: requests that may wait; more are turned away.
+        kwargs: for `gr.Blocks.launch`.
+    """
+    file_bytes = page.demo.limits.image.max_bytes
+    page.blocks.queue(max_size=queue_size, default_concurrency_limit=4, api_open=False)
+    return page.blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        theme=_theme(),
+        head=f"<style>{_STYLE.read_text(encoding='utf-8')}</style>",  # `css=` would lose the phone's and dark rules
+        allowed_paths=[str(FOLDER)],
+        max_file_size=file_bytes,
+        app_kwargs={"middleware": [Middleware(BodyLimit, max_bytes=file_bytes + 2**20)]},
+        state_session_capacity=_SESSIONS,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        **kwargs,
+    )
