@@ -1,7 +1,6 @@
 """Recipes: what trains under each tune type, and LoRA's way through training, folder and merge."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -165,8 +164,7 @@ def test_lora_resumes(tmp_path):
             recipe.training_arguments,
             model,
             callbacks=[StopAt(stop)] if stop else [],
-            save_student=partial(recipe.write_student, model),
-            load_student=partial(recipe.read_student, model),
+            recipe=recipe,
         )
         resumed = name == "stopped" and stop is None
         trainer.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3") if resumed else None)

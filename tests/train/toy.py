@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from tests.tiny import IMAGE_SIZE, tiny_llava, tiny_tokenizer
@@ -72,20 +71,9 @@ def toy_task(distil: bool = False, seed: int = 0) -> SupervisedTask:
 
 
 def toy_trainer(args: TrainingArguments, task: torch.nn.Module | None = None, size: int = 12, **kwargs: Any):
-    """A trainer whose checkpoints are bare state dicts of the student."""
     task = toy_task() if task is None else task
     student = getattr(task, "student", task)
-
-    def save(folder: str, state_dict: dict[str, torch.Tensor] | None) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        state = dict(student.state_dict() if state_dict is None else state_dict)
-        state.pop("language_model.lm_head.weight", None)  # tied
-        save_file(state, Path(folder, "model.safetensors"))
-
-    def load(folder: str) -> None:
-        student.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
-
-    kwargs = {"save_student": save, "load_student": load, **kwargs}
+    student.tokenizer, student.image_processor = tiny_tokenizer(), student.vision_tower.image_processor
     return LLaVATrainer(task, args, train_dataset=ToyDataset(size), data_collator=toy_collator(student), **kwargs)
 
 

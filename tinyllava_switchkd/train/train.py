@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,8 +113,7 @@ def prepare(arguments: Arguments) -> Run | None:
     trainer = LLaVATrainer(
         build_task(arguments, model, recipe),
         training,
-        save_student=partial(recipe.write_student, model),
-        load_student=partial(recipe.read_student, model),
+        recipe=recipe,
         **data_module,
     )
     if training.overwrite_output_dir and trainer.is_world_process_zero():

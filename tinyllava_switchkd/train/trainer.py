@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from tinyllava_switchkd.data import LengthGroupedSampler
 from tinyllava_switchkd.distill import SupervisedTask
 
 from .arguments import TrainingArguments
-
-STEP_SUMS = ("ce", "align", "visual_switch")
-"""Parts that a task has divided by the step's tokens: summed over micro-batches and ranks they are the step's mean."""
+from .recipes import BaseTrainingRecipe
 
 TOKEN_MEANS = ("knee_teacher", "knee_student", "topk_overlap")
-"""Measures that a task averages over its own batch: weighted by its tokens in the window's mean."""
+"""Measures that a task averages over its own batch: weighted by its tokens in the window's mean.
+
+The other parts a task has divided by the step's tokens: summed over micro-batches and ranks they are the step's mean.
+"""
 
 
 class LLaVATrainer(Trainer):
@@ -45,9 +46,7 @@ class LLaVATrainer(Trainer):
     Args:
         model: a task, or a TinyLLaVA model, which then trains by itself (cross-entropy).
         args: training arguments.
-        save_student: writes the student as a self-contained checkpoint: called with the folder and the student's
-            complete state dict (None: the student's own), on the main process only.
-        load_student: loads such a checkpoint's weights into the student, for resuming without DeepSpeed.
+        recipe: writes the student, and reads it back to resume without DeepSpeed; the common one by default.
         kwargs: for `transformers.Trainer` (train_dataset, data_collator, callbacks, ...).
     """
 
@@ -55,15 +54,13 @@ class LLaVATrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        *,
-        save_student: Callable[[str, dict[str, Tensor] | None], None],
-        load_student: Callable[[str], None],
+        recipe: BaseTrainingRecipe | None = None,
         **kwargs: Any,
     ) -> None:
         task = model if isinstance(model, SupervisedTask) else SupervisedTask(model)
         reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
         self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
-        self._save_student, self._load_student = save_student, load_student
+        self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
         self._epoch_sampler: Sampler | None = None
         self._window = _Window()
         super().__init__(model=task, args=args, **kwargs)
@@ -175,7 +172,7 @@ class LLaVATrainer(Trainer):
         if state_dict is not None:
             prefix = "student."
             state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        self._save_student(output_dir, state_dict)
+        self.recipe.write_student(self.student, output_dir, state_dict)
         torch.save(self.args, Path(output_dir, "training_args.bin"))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -184,7 +181,7 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_student(resume_from_checkpoint)
+        self.recipe.read_student(self.student, resume_from_checkpoint)
 
 
 class _Begin(TrainerCallback):
@@ -217,10 +214,10 @@ class _Window:
     def add(self, losses: Mapping[str, Tensor], tokens: Tensor) -> None:
         supervised = losses["supervised_tokens"]
         for name, value in losses.items():
-            if name in STEP_SUMS:
-                self._add(name, value.detach())
-            elif name in TOKEN_MEANS:
+            if name in TOKEN_MEANS:
                 self._add(name, value.detach() * supervised)
+            elif name not in ("loss", "supervised_tokens"):
+                self._add(name, value.detach())
         self._add("supervised_tokens", supervised)
         self._add("tokens", tokens)
 
