@@ -50,6 +50,14 @@ def test_a_card_says_what_is_right_in_words_and_colour():
     assert [colour for _, colour, _ in lines[-2:]] == [RIGHT, WRONG]
 
 
+def test_odd_characters_are_shown_as_boxes(tmp_path, recwarn):
+    answers = {"model": "a\x02b costs $5 and $6"}
+    prediction = Prediction(Image.new("RGB", (8, 8)), "?", "x", answers, {"model": False})
+    assert card_text(prediction)[-1][0] == "✗ model: a□b costs $5 and $6"
+    draw_predictions([prediction], tmp_path / "sheet.png")
+    assert not recwarn.list
+
+
 def test_sheet_grows_by_rows(tmp_path):
     prediction = Prediction(Image.new("L", (32, 32)), "Where?", "there", {"model": "here"}, {"model": False})
     sizes = []

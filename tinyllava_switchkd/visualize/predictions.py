@@ -99,6 +99,7 @@ def draw_predictions(predictions: Sequence[Prediction], path: str | Path, column
                     color=colour,
                     fontweight=weight,
                     family=["DejaVu Sans"],
+                    parse_math=False,
                 )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def card_text(prediction: Prediction) -> list[tuple[str, str, str]]:
             f"{'✓' if right else '✗'} {label}: {answer or '(nothing)'}", _CHARACTERS, subsequent_indent="   "
         )
         lines += [(line, RIGHT if right else WRONG, "normal") for line in words]
-    return lines
+    return [("".join(c if c.isprintable() else "□" for c in line), colour, weight) for line, colour, weight in lines]
 
 
 def _enlarged(image: Image.Image, least: int = 256) -> Image.Image:
