@@ -226,16 +226,19 @@ class TestFiles:
             assert tab.client.get(f"/gradio_api/file={FOLDER / name}").status_code == 200
 
     @pytest.mark.parametrize(
-        "image",
+        ("image", "message"),
         [
-            file_data("/etc/hostname"),
-            file_data(str(FOLDER.parents[2] / "pyproject.toml")),
-            file_data("http://127.0.0.1:1/image.png"),
-            file_data("https://example.org/image.png", url="https://example.org/image.png"),
+            (file_data("/etc/hostname"), None),
+            (file_data(str(FOLDER.parents[2] / "pyproject.toml")), None),
+            (file_data("http://127.0.0.1:1/image.png"), "Images are uploaded, not fetched"),
+            (
+                file_data("https://example.org/a.png", url="https://example.org/a.png"),
+                "Images are uploaded, not fetched",
+            ),
         ],
     )
-    def test_a_client_cannot_name_a_file_or_an_address(self, tab, page, image):
-        with pytest.raises(RuntimeError):
+    def test_a_client_cannot_name_a_file_or_an_address(self, tab, page, image, message):
+        with pytest.raises(RuntimeError, match=message):
             tab.call(page.ask, [None, image, "What?", 0.0, 1.0, 0, 1.0, 5])
 
     def test_no_handler_is_public(self, tab):
