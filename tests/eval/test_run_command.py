@@ -12,6 +12,7 @@ import torch
 from tests.eval import forked
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_lines, write_pope
 from tinyllava_switchkd.eval import generate as generate_module
+from tinyllava_switchkd.eval import lmms_plugin
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
 from tinyllava_switchkd.eval.generate import Answerer, dtype_of
 from tinyllava_switchkd.eval.provenance import checkpoint_digest
@@ -299,6 +300,13 @@ def test_inference_imports_nothing_of_training_and_serving(checkpoint, pope, tmp
     process = forked.start(command(checkpoint, "pope", pope, tmp_path / "out"), tmp_path / "log")
     assert forked.end(process) == 0
     assert (tmp_path / "log").read_text().rstrip().endswith("heavy modules: []")
+
+
+def test_lmms_evals_entry_point_names_the_plugin():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.entry-points."lmms_eval.models"]' in text
+    assert f'"{lmms_plugin.__name__}:manifests"' in text
+    assert callable(lmms_plugin.manifests)
 
 
 @pytest.fixture(autouse=True)

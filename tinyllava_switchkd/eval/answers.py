@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ SETTINGS = (
     "decoding",
 )
 """What the answers of one folder must have in common."""
+
+SYNC_SECONDS = 5
+"""How often answers are forced to the disk, which takes long; every batch is handed to the operating system at once."""
 
 
 def check_keys(questions: Sequence[Question], source: str | Path) -> None:
@@ -186,12 +190,15 @@ class AnswerWriter:
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._synced = time.monotonic()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows; they are on the disk when this returns."""
+        """Append rows. They outlive this process from then on, and the machine's power within `SYNC_SECONDS`."""
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
 
 def split_answered(

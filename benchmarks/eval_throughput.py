@@ -1,0 +1,211 @@
+"""Answers a second of the evaluation, side by side with one question at a time.
+
+    python -m benchmarks.eval_throughput [--sizes tiny small] [--batch-sizes 1 4 16 32] [--questions 240] [--device cpu]
+
+The questions are nine of the ten benchmarks in proportion (VQAv2, 69 % of all, is GQA's kind): as many about a picture,
+as many repeated pairs, as long a text, JPEGs of 640 x 480. The model is random, of the shape named, and biased so that
+an answer has about three tokens. "One at a time" is the loop of LLaVA and TinyLLaVA v1: open the picture, encode it,
+generate, write the row; the others are what `tinyllava_switchkd.eval.run` does. All must give the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+
+from benchmarks._table import machine, write_section
+from tinyllava_switchkd.eval.answers import AnswerFolder
+from tinyllava_switchkd.eval.batches import in_order, open_image, tasks_of
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
+from tinyllava_switchkd.eval.generate import Answerer
+from tinyllava_switchkd.eval.job import Job, ask
+from tinyllava_switchkd.eval.processes import Processes
+from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+
+SIZES = {"tiny": (64, 4, 112), "small": (192, 6, 224)}
+"""Width and depth of language model and tower, and the picture's side in pixels (patches of 16)."""
+
+# share of the nine benchmarks' 48,485 questions, questions about a picture, share of distinct pairs, words of a prompt
+KINDS = {
+    "mme": (0.049, 2, 1.0, 20),
+    "mmbench": (0.180, 4, 1.0, 60),
+    "gqa": (0.259, 32, 1.0, 20),
+    "scienceqa": (0.042, 1, 1.0, 90),
+    "mmmu": (0.019, 1, 1.0, 90),
+    "textvqa": (0.103, 2, 1.0, 50),
+    "vizwiz": (0.165, 1, 1.0, 35),
+    "pope": (0.184, 18, 0.57, 20),
+}
+SENTENCE = "what is the small red thing left of a large table behind two old people who are they doing there"
+WORDS = SENTENCE.split()
+LETTERS = "bcdefghijklmnopqrstuvwxyz"
+BASELINE = "one at a time"
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, so that a prompt has as many tokens as a real one has."""
+    vocabulary = ["<unk>", "<|endoftext|>", *dict.fromkeys(WORDS), *LETTERS]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+    )
+
+
+def make_answerer(size: str, device: str) -> Answerer:
+    """A random model that answers with about three letters; float32, so that batches change nothing."""
+    hidden, layers, side = SIZES[size]
+    shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    tokenizer = word_tokenizer()
+    end = tokenizer.eos_token_id
+    config = TinyLlavaConfig(
+        llm_model_name_or_path="phi",
+        vision_model_name_or_path="clip",
+        connector_type="mlp2x_gelu",
+        conv_version="phi",
+        text_config=CONFIG_MAPPING["phi"](
+            **shape,
+            num_attention_heads=4,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=4096,
+            initializer_range=2 * hidden**-0.5,
+            bos_token_id=None,
+            eos_token_id=end,
+        ),
+        vision_config=CONFIG_MAPPING["clip_vision_model"](
+            **shape, num_attention_heads=4, image_size=side, patch_size=16
+        ),
+    )
+    torch.manual_seed(0)
+    model = TinyLlavaForConditionalGeneration(config).eval().to(device)
+    with torch.no_grad():
+        bias = model.language_model.lm_head.bias
+        bias.fill_(-50)
+        bias[tokenizer(" ".join(LETTERS)).input_ids] = 0
+        bias[end] = 0
+    answerer = Answerer(model, tokenizer, model.vision_tower.image_processor, "phi")
+    # Random models babble; the end of an answer grows likelier with every token.
+    answerer.decoding = functools.partial(answerer.decoding, exponential_decay_length_penalty=(1, 1.6))
+    return answerer
+
+
+def make_questions(total: int, folder: Path) -> list[Question]:
+    """Questions of all kinds, with their pictures on disk."""
+    draw = random.Random(0)
+    questions: list[Question] = []
+    for kind, (share, per_image, distinct, words) in KINDS.items():
+        about: dict[Path, list[str]] = {}
+        for number in range(max(round(share * total), 2)):
+            picture = folder / f"{kind}-{number // per_image}.jpg"
+            if picture not in about:
+                noise = Image.effect_noise((80, 60), 90).resize((640, 480), Image.Resampling.BICUBIC)
+                noise.convert("RGB").save(picture, quality=90)
+            earlier = about.setdefault(picture, [])
+            if earlier and draw.random() > distinct:
+                prompt = draw.choice(earlier)
+            else:
+                prompt = " ".join(draw.choices(WORDS, k=round(words * draw.uniform(0.6, 1.6)))) + f" ? {number}"
+                earlier.append(prompt)
+            questions.append(Question(len(questions), prompt, picture))
+    draw.shuffle(questions)
+    return questions
+
+
+def one_at_a_time(answerer: Answerer, questions: list[Question], folder: Path, max_new_tokens: int) -> dict:
+    """What the loops of LLaVA and TinyLLaVA v1 do."""
+    texts = {}
+    with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for question in questions:
+            prompt = answerer.prompt_ids(question.prompt)
+            pixels = answerer.pixels_of(open_image(question.image))
+            visual = answerer.encode_images(pixels[None])
+            [text] = answerer.answer([prompt], [visual], max_new_tokens)
+            file.write(json.dumps(question.answer_row(text, answer_id="", model_id="")) + "\n")
+            texts[str(question.question_id)] = text
+    return texts
+
+
+def in_batches(answerer: Answerer, questions: list[Question], folder: Path, max_new_tokens: int, size: int) -> dict:
+    """What `tinyllava_switchkd.eval.run` does after loading the model."""
+    arguments = argparse.Namespace(batch_size=size, num_workers=0, model_name="", max_new_tokens=max_new_tokens)
+    folder_of_answers = AnswerFolder(folder)
+    job = Job(BenchmarkFactory("pope"), questions, questions, folder_of_answers, arguments, Processes(rank=1, world=2))
+    with folder_of_answers.writer(0) as writer:
+        ask(job, answerer, in_order(tasks_of(questions)), writer)
+    return {key[0]: rows[0]["text"] for key, rows in folder_of_answers.read().items()}
+
+
+def measure(size: str, args: argparse.Namespace, root: Path) -> tuple[list[list[str]], str]:
+    """Rows of a size's table, and what was answered."""
+    answerer = make_answerer(size, args.device)
+    questions = make_questions(args.questions, root)
+    ways: dict[str, Callable[..., dict]] = {BASELINE: one_at_a_time}
+    for batch_size in args.batch_sizes:
+        ways[f"batch size {batch_size}"] = functools.partial(in_batches, size=batch_size)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    expected: dict[str, str] = {}
+    for repeat in range(args.repeats + 1):
+        for way, run in ways.items():
+            folder = Path(tempfile.mkdtemp(dir=root))
+            start = time.perf_counter()
+            texts = run(answerer, questions, folder, 128)
+            if repeat:  # the first round warms up
+                seconds[way].append(time.perf_counter() - start)
+            expected = expected or texts
+            if texts != expected:
+                raise SystemExit(f"{way}: the answers are not those of {BASELINE}.")
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    rows = [
+        [way, f"{len(questions) / median:.1f}", f"{medians[BASELINE] / median:.2f}"] for way, median in medians.items()
+    ]
+    lengths = [len(text.split()) for text in expected.values()]
+    hidden, layers, side = SIZES[size]
+    note = (
+        f"{size}: {layers} layers of width {hidden} in language model and tower, {answerer.model.num_image_tokens} "
+        f"tokens a picture of {side} pixels, {statistics.mean(lengths):.1f} tokens an answer (longest {max(lengths)})"
+    )
+    return rows, note
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32])
+    parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds after a warm-up; medians are printed")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    tables, notes = [], []
+    with tempfile.TemporaryDirectory() as root:
+        for size in args.sizes:
+            rows, note = measure(size, args, Path(root))
+            tables.append(([size, "answers/s", "x one at a time"], rows))
+            notes.append(note)
+    questions = f"About {args.questions} questions in the proportions of the benchmarks, float32, on {args.device}"
+    write_section(
+        f"evaluation-{args.device}",
+        f"Evaluation, answers a second ({args.device})",
+        tables,
+        machine(),
+        note=f"{questions}; every way gave the same answers. {'; '.join(notes)}.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Our models in lmms-eval: `pip install 'tinyllava_switchkd[lmms]'`, then
+
+    python -m lmms_eval --model tinyllava_switchkd --model_args pretrained=CHECKPOINT --tasks mme,pope --batch_size 16
+
+lmms-eval (0.6 and newer) finds `manifests` through the entry-point group `lmms_eval.models`. This module imports
+nothing heavy: lmms-eval loads it whatever model it is going to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODEL_ID = "tinyllava_switchkd"
+
+
+def manifests() -> list[Any]:
+    """What lmms-eval registers."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    path = f"{__package__}.lmms_model.TinyLlavaSwitchKD"
+    return [ModelManifest(model_id=MODEL_ID, simple_class_path=path, aliases=("tinyllava-switchkd", "switchkd"))]
