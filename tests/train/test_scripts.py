@@ -239,6 +239,7 @@ def test_the_chain_of_stages(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zero):
     stages, environment = chain(

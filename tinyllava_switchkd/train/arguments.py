@@ -115,7 +115,8 @@ class DistillArguments:
         _at_least("top_k", self.top_k, 2)
         _at_least("chunk_size", self.chunk_size, 1)
         if self.teacher_path is None:
-            changed = [f.name for f in fields(self) if f.name != "teacher_path" and getattr(self, f.name) != f.default]
+            of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
+            changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]
             if changed:
                 given = ", ".join(f"--{name} {getattr(self, name)}" for name in changed)
                 raise ValueError(f"{given} does nothing without a teacher; give --teacher_path as well.")
