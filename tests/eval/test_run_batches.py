@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from tests.eval.miniature import legible_model, picture
-from tests.tiny import tiny_llava, tiny_tokenizer
+from tests.tiny import tiny_llava, tiny_text_config, tiny_tokenizer
+from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import TextPreprocess
 from tinyllava_switchkd.eval.batches import Prefetched, batches_of, in_order, tasks_of
 from tinyllava_switchkd.eval.benchmarks import Question
 from tinyllava_switchkd.eval.generate import Answerer, stop_token_ids
+from tinyllava_switchkd.eval.prefix import SharedPrefix, attends_to_all
 
 WORDS = ["what", "is", "the", "very", "small", "red", "thing", "on", "a", "table", "behind", "them", "called"]
 
@@ -53,13 +55,68 @@ def test_a_batch_answers_token_for_token_like_single_questions(dtype, seed):
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "qwen3", "llama", "gemma", "phi3", "stablelm"])
-def test_every_language_model_bears_padding_on_the_left(llm):
+def test_every_language_model_bears_padding_and_shared_pictures(llm):
     model = tiny_llava(llm, text={"eos_token_id": 256, "initializer_range": 0.3}).double()
     answerer = Answerer(model, tiny_tokenizer("qwen2"), model.vision_tower.image_processor, "qwen2_base")
-    prompts, images = mixed_prompts(answerer, 6)
-    alone = [answerer.answer_ids([prompt], [visual], 8)[0] for prompt, visual in zip(prompts, images, strict=True)]
-    assert len({tuple(ids) for ids in alone}) >= 3
-    assert answerer.answer_ids(prompts, images, 8) == alone
+    for prompts, images in (mixed_prompts(answerer, 6), shared_pictures(answerer, 9, 2)):
+        alone = [answerer.answer_ids([prompt], [visual], 8)[0] for prompt, visual in zip(prompts, images, strict=True)]
+        assert len({tuple(ids) for ids in alone}) >= 3
+        assert answerer.answer_ids(prompts, images, 8) == alone
+
+
+def shared_pictures(answerer: Answerer, count: int, pictures: int):
+    """Prompts of very different lengths in turns about a few pictures."""
+    prompts, _ = mixed_prompts(answerer, 4 * count)
+    pixels = 4 * torch.randn(pictures, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    visual = answerer.encode_images(pixels).split(1)
+    return prompts[::4], [visual[number % pictures] for number in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_precedes_the_questions_is_computed_once_a_picture(dtype, monkeypatch):
+    answerer = make_answerer(dtype)
+    prompts, images = shared_pictures(answerer, 16, 3)
+    alone = [answerer.answer_ids([prompt], [visual], 16)[0] for prompt, visual in zip(prompts, images, strict=True)]
+    assert len({tuple(ids) for ids in alone}) >= 5
+    positions = []  # of the language model, in each call: rows times columns
+    decoder = answerer.model.language_model.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: (
+            positions.append(kwargs["inputs_embeds"].shape[:2].numel())
+            if kwargs.get("inputs_embeds") is not None
+            else None
+        ),
+        with_kwargs=True,
+    )
+    assert answerer.answer_ids(prompts, images, 16) == alone
+    head = int((prompts[0] == IMAGE_TOKEN_INDEX).nonzero()[0])
+    width = max(len(prompt) - head - 1 for prompt in prompts)
+    assert positions[:2] == [3 * (head + images[0].shape[1]), 16 * width]
+    positions.clear()
+    assert answerer.answer_ids(prompts[:3], images[:3], 16) == alone[:3]  # a picture each: nothing to share
+    assert positions[0] > 3 * (head + images[0].shape[1])
+
+
+def test_when_the_beginning_is_not_shared():
+    answerer = make_answerer()
+    prompts, images = shared_pictures(answerer, 4, 2)
+    config = answerer.model.config.text_config
+
+    def shared(prompts=prompts, images=images, config=config, new_tokens=8):
+        return SharedPrefix.of(prompts, images, config, new_tokens)
+
+    assert shared().picture_of_row.tolist() == [0, 1, 0, 1]
+    assert shared(images=[None, *images[1:]]) is None  # text-only
+    assert shared(images=[torch.cat([images[0], images[1]]), *images[1:]]) is None  # two pictures
+    assert shared(images=[visual.clone() for visual in images]) is None  # nothing in common
+    assert shared(prompts=[prompts[0][1:], *prompts[1:]]) is None  # other words before the picture
+    window = tiny_text_config("phi3", sliding_window=64)
+    assert shared(config=window) is None
+    assert attends_to_all(window, 64)
+    assert not attends_to_all(window, 65)
+    assert not attends_to_all(tiny_text_config("qwen2", layer_types=["linear_attention"] * 2), 8)
+    beams = answerer.answer(prompts, images, 8, num_beams=2)
+    assert len(beams) == 4
 
 
 def test_text_only_batch_and_order_of_rows():

@@ -18,6 +18,7 @@ from ..data import ImagePreprocess, TemplateFactory, TextPreprocess
 from ..model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from ..model.checkpoint import load_pretrained_model, read_config
 from ..model.weights import resolve_folder
+from .prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,8 @@ class Answerer:
 
         Args:
             prompts: token ids [T] of each, see `PromptEncoder`.
-            images: visual tokens [images of the prompt, K, D] of each, None for a prompt without one.
+            images: visual tokens [images of the prompt, K, D] of each, None for a prompt without one. Give the same
+                tensor to all prompts about a picture: what precedes their questions is then computed once.
             max_new_tokens: length limit.
             sampling: other decoding than greedy, as in transformers (`do_sample`, `temperature`, `num_beams`, ...).
 
@@ -234,25 +236,47 @@ class Answerer:
     def _answer(
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
     ) -> list[list[int]]:
-        width = max(len(prompt) for prompt in prompts)
-        input_ids = torch.full((len(prompts), width), self.pad_token_id)  # [B, T]
-        attention_mask = torch.zeros_like(input_ids)  # [B, T]
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = prompt
-            attention_mask[row, width - len(prompt) :] = 1
-        visual = [tokens for tokens in images if tokens is not None]
         language_model = self.model.language_model
+        prefix = None
+        if decoding.num_beams == 1:  # transformers would not give each beam its copy
+            prefix = SharedPrefix.of(prompts, images, language_model.config, decoding.max_new_tokens)
         own = language_model.generation_config  # what is None in ours would be filled in from there
         language_model.generation_config = decoding
         try:
-            output = self.model.generate(
-                input_ids.to(self.model.device),
-                attention_mask=attention_mask.to(self.model.device),
-                image_features=torch.cat(visual) if visual else None,
-            )
+            output = self._generate(prompts, images) if prefix is None else self._continue(prefix, prompts)
         finally:
             language_model.generation_config = own
         return [self._cut(row) for row in output.tolist()]
+
+    def _generate(self, prompts: Sequence[Tensor], images: Sequence[Tensor | None]) -> Tensor:
+        """New tokens [B, N] after whole prompts."""
+        input_ids, attention_mask = self._padded(prompts)  # [B, T] each
+        visual = [tokens for tokens in images if tokens is not None]
+        return self.model.generate(
+            input_ids, attention_mask=attention_mask, image_features=torch.cat(visual) if visual else None
+        )
+
+    def _continue(self, prefix: SharedPrefix, prompts: Sequence[Tensor]) -> Tensor:
+        """New tokens [B, N] after prompts whose beginnings are computed once a picture; padding follows these."""
+        cache, length = prefix.compute(self.model)
+        input_ids, attention_mask = self._padded([prompt[len(prefix.head) :] for prompt in prompts])  # [B, T] each
+        tail = self.model.get_input_embeddings()(input_ids)  # [B, T, D]
+        seen = tail.new_zeros(len(tail), length, tail.shape[-1])  # stands for what the cache holds
+        return self.model.language_model.generate(
+            inputs_embeds=torch.cat([seen, tail], dim=1),
+            attention_mask=torch.cat([attention_mask.new_ones(len(tail), length), attention_mask], dim=1),
+            past_key_values=cache,
+        )
+
+    def _padded(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Token ids padded on the left and their mask, [B, T] each, on the model's device."""
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = prompt
+            attention_mask[row, width - len(prompt) :] = 1
+        return input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
     def _cut(self, token_ids: list[int]) -> list[int]:
         """Up to the first stop token: what follows pads the row while others go on."""
