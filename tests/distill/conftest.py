@@ -3,6 +3,13 @@ import torch
 
 from tests.tiny import VOCAB_SIZE, tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.distill import LossFactory
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers(monkeypatch):
+    """A loss that a test registers is gone after it."""
+    monkeypatch.setattr(LossFactory, "_entries", dict(LossFactory._entries))
 
 
 @pytest.fixture

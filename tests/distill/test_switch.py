@@ -346,7 +346,7 @@ def test_a_loss_without_order_reports_no_knee(student, teacher, batch):
 def test_a_plain_module_serves_as_a_loss(student, teacher, batch):
     from tinyllava_switchkd.distill import register_loss
 
-    @register_loss("test_cosine", override=True)
+    @register_loss("test_cosine")
     class Cosine(torch.nn.Module):
         def __init__(self, temperature=3.0):
             super().__init__()
