@@ -76,9 +76,11 @@ find_devices() {
     case "$PROCESSES" in *[!0-9]* | 0 | "") die "GPUS is '$GPUS'; on a CPU it is the number of processes." ;; esac
 }
 
-# has_data NAME FOLDER: are the benchmark's questions there? Malformed ones are: the benchmark itself will complain.
+# has_data NAME FOLDER: are the benchmark's questions there? If not, the status is NO_DATA. Malformed questions are
+# there: the benchmark itself will complain.
+NO_DATA=3
 has_data() {
-    "$PYTHON" - "$1" "$EVAL_DIR/$2" <<'PYTHON_CODE'
+    "$PYTHON" - "$1" "$EVAL_DIR/$2" "$NO_DATA" <<'PYTHON_CODE'
 import sys
 
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
@@ -86,7 +88,7 @@ from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 try:
     next(iter(BenchmarkFactory(sys.argv[1]).questions(sys.argv[2])), None)
 except FileNotFoundError:
-    sys.exit(3)
+    sys.exit(int(sys.argv[3]))
 except ValueError:
     pass
 PYTHON_CODE

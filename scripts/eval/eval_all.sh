@@ -13,9 +13,11 @@ BENCHMARKS=(
 absent=() failed=() done=()
 for entry in "${BENCHMARKS[@]}"; do
     IFS=: read -r script name folder <<<"$entry"
-    if ! has_data "$name" "$folder"; then
+    status=0
+    has_data "$name" "$folder" || status=$?
+    if [ "$status" -eq "$NO_DATA" ]; then
         absent+=("$name")
-    elif bash "$EVAL_SCRIPTS/$script.sh" "$MODEL_PATH" "$MODEL_NAME"; then
+    elif [ "$status" -eq 0 ] && bash "$EVAL_SCRIPTS/$script.sh" "$MODEL_PATH" "$MODEL_NAME"; then
         done+=("$name")
     else
         failed+=("$name")

@@ -37,7 +37,7 @@ def bash(tmp_path):
     interpreter = tmp_path / "python"
     interpreter.write_text(
         "#!/usr/bin/env bash\n"
-        f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi\n'
+        f'if [ "$1" = - ]; then [ -z "${{BROKEN:-}}" ] || exit 1; exec {sys.executable} "$@"; fi\n'
         f'printf "%s\\t" "$CUDA_VISIBLE_DEVICES" "$@" >>{log}; echo >>{log}\n'
         'for word in "$@"; do [ "$word" != "${FAIL:-}" ] || exit 1; done\n'
     )
@@ -180,6 +180,10 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert calls[-1][2] == "tinyllava_switchkd.eval.report"
     assert "not finished: mme" in done.stderr
 
+    done, calls = bash("eval_all", "models/vlm", BROKEN="1")  # an interpreter without the package, say
+    assert done.returncode == 1
+    assert "No data" not in done.stderr
+    assert "not finished: pope mme" in done.stderr
     done, _ = bash("eval_all", "models/vlm", SPLIT="test")
     assert done.returncode == 1
     assert "SPLIT is of one benchmark" in done.stderr

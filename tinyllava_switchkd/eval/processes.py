@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -70,7 +72,8 @@ class Processes:
         """
         verdict = [failed]
         if self.world > 1:
-            dist.broadcast_object_list(verdict, src=0)
+            with _deaths_reported():
+                dist.broadcast_object_list(verdict, src=0)
         if verdict[0] and not self.first:
             raise OtherProcessFailed
 
@@ -81,7 +84,14 @@ class Processes:
             OtherProcessFailed: somebody has died on the way.
         """
         if self.world > 1:
-            try:
+            with _deaths_reported():
                 dist.barrier()
-            except RuntimeError as error:
-                raise OtherProcessFailed(f"Another process has ended before the generation began ({error}).") from None
+
+
+@contextlib.contextmanager
+def _deaths_reported() -> Iterator[None]:
+    """Say in one sentence what torch says when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherProcessFailed(f"Another process has ended before the generation began ({error}).") from None
