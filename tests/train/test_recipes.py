@@ -13,6 +13,7 @@ from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.train.recipes import (
     BaseTrainingRecipe,
     LoRATrainingRecipe,
+    QLoRATrainingRecipe,
     TrainingRecipeFactory,
     register_training_recipe,
 )
@@ -177,3 +178,28 @@ def test_lora_resumes(tmp_path):
 def test_qlora_is_refused_without_cuda(tmp_path):
     with pytest.raises(ValueError, match="--training_recipe qlora needs a CUDA GPU"):
         recipe_of(tmp_path, training_recipe="qlora", tune_type_llm="qlora", tune_type_vision_tower="frozen")
+
+
+@pytest.mark.parametrize(("name", "bits", "stored"), [("qlora_int8", 16, torch.int8), ("qlora", 4, torch.uint8)])
+def test_qlora_trains_saves_and_resumes(tmp_path, batch, monkeypatch, name, bits, stored):
+    """Where bitsandbytes is installed; its CPU kernels stand in for the GPU's."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(QLoRATrainingRecipe, "check_installation", lambda self: None)
+    settings = {"training_recipe": name, "bits": bits, "tune_type_llm": "qlora", "lora_r": 4}
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        recipe = recipe_of(tmp_path, **settings, save_strategy="steps", save_steps=2)
+        torch.manual_seed(0)
+        model = recipe(student(text={"hidden_size": 64}))
+        layer = model.language_model.model.layers[0].self_attn.q_proj.base_layer
+        assert layer.weight.dtype == stored and not layer.weight.requires_grad
+        toy_trainer(recipe.training_arguments, model, recipe=recipe).train(resume_from_checkpoint=checkpoint)
+        results.append({name: value for name, value in weights(model).items() if ".lora_" in name})
+    assert largest_difference(*results) < 1e-7
+
+    recipe.write_student(model, str(tmp_path / "adapted"))
+    model.eval()
+    with torch.no_grad():
+        merged, *_ = load_pretrained_model(tmp_path / "adapted", device="cpu")
+        expected = model(**batch).logits
+        assert (merged(**batch).logits - expected).abs().max() < 0.1 * expected.abs().max()

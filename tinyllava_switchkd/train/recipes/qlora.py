@@ -56,7 +56,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         return model
 
     def _quantised(self, linear: nn.Linear) -> nn.Module:
-        """A layer that is quantised when it moves to the GPU."""
+        """The layer, quantised on this process's device."""
         import bitsandbytes as bnb
 
         shape = {"input_features": linear.in_features, "output_features": linear.out_features}
@@ -75,15 +75,16 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
             )
             layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         layer.bias = linear.bias
-        return layer
+        return layer.to(self.training_arguments.device)  # moving is what quantises
 
     def plain_state(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        from peft.utils.integrations import dequantize_module_weight
+        from peft.utils.integrations import dequantize_bnb_weight
 
         plain = {name: value for name, value in state.items() if not self._is_quantised(name)}
         for name in self._quantised_names:
             module = model.get_submodule(name)
-            plain[f"{name}.weight"] = dequantize_module_weight(module).to(self.compute_dtype())
+            weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
+            plain[f"{name}.weight"] = weight.to(self.compute_dtype())
             if module.bias is not None:
                 plain[f"{name}.bias"] = module.bias
         return plain
