@@ -33,6 +33,12 @@ RENAMED = {
 }
 """Old name -> today's name, with the same meaning."""
 
+BOTH_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Names that everybody knows -> what recent versions of transformers would rather read; nobody need be told."""
+
 IGNORED = {
     # TinyLLaVA v1: read by nothing there, or always so here
     "lazy_preprocess": "samples are always read lazily",
@@ -136,7 +142,8 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     for name, values in pairs:
         value = " ".join(values) or "True"
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
-            translated += [f"--{name}", *values]
+            preferred = BOTH_NAMES.get(name, name)
+            translated += [f"--{preferred if preferred in known else name}", *values]
             continue
         if name in RENAMED:
             note = f"it is now --{RENAMED[name]}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import set_seed
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     try:
         run = prepare(parse_arguments(argv))
+    except OtherRankFailedError:
+        return 1
     except USER_ERRORS as error:
         if os.environ.get("TINYLLAVA_TRACEBACK"):
             raise
@@ -58,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run is not None:
         run()
     return 0
+
+
+class OtherRankFailedError(RuntimeError):
+    """A check failed on another rank, which says why."""
 
 
 @dataclass
@@ -85,6 +92,50 @@ def prepare(arguments: Arguments) -> Run | None:
 
     Raises:
         ValueError, OSError, ImportError: something is wrong with the arguments or the files they name.
+        OtherRankFailedError: another rank found something wrong.
+    """
+    training = arguments.training
+    error = plan = None
+    try:
+        plan = check(arguments)
+    except USER_ERRORS as raised:
+        error = raised
+    failed = torch.tensor(int(error is not None), device=training.device)
+    if training.world_size > 1:  # nobody is left waiting for a rank that has gone
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if failed:
+        raise OtherRankFailedError
+    if plan is None:
+        return None
+
+    recipe = plan.recipe
+    set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
+    model = recipe.load(recipe.add_args(model_settings(arguments)))
+    apply_run_settings(model, model.tokenizer, arguments)
+    model = recipe(model)
+    trainer = LLaVATrainer(build_task(arguments, model, recipe), training, recipe=recipe, **plan.data_module)
+    if training.overwrite_output_dir and trainer.is_world_process_zero():
+        resume.remove_checkpoints(training.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return Run(recipe, model, trainer, plan.checkpoint)
+
+
+@dataclass
+class Plan:
+    """What the checks have made sure of, and made on the way."""
+
+    recipe: BaseTrainingRecipe
+    data_module: dict[str, Any]
+    checkpoint: str | None
+
+
+def check(arguments: Arguments) -> Plan | None:
+    """Everything that can be known to be wrong before weights are read; None if the run is finished already.
+
+    Raises:
+        ValueError, OSError, ImportError: the first thing found, in one sentence.
     """
     training = arguments.training
     checks.check_names(arguments)
@@ -105,21 +156,7 @@ def prepare(arguments: Arguments) -> Run | None:
     data_module = _data_module(arguments, skeleton)
     if is_main_process():
         checks.prepare_output(training.output_dir)
-
-    set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
-    model = recipe.load(recipe.add_args(model_settings(arguments)))
-    apply_run_settings(model, model.tokenizer, arguments)
-    model = recipe(model)
-    trainer = LLaVATrainer(
-        build_task(arguments, model, recipe),
-        training,
-        recipe=recipe,
-        **data_module,
-    )
-    if training.overwrite_output_dir and trainer.is_world_process_zero():
-        resume.remove_checkpoints(training.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    return Run(recipe, model, trainer, checkpoint)
+    return Plan(recipe, data_module, checkpoint)
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> SupervisedTask:
