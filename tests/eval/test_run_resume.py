@@ -141,6 +141,19 @@ def test_death_between_merging_and_tidying_up_leaves_nothing_twice(setting, tmp_
     assert not (out / "answers.part-0.jsonl").exists()
 
 
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_cut_file_of_a_complete_run_is_made_whole(setting, tmp_path, generated, cut):
+    checkpoint, data, texts = setting
+    out = tmp_path / "out"
+    assert main(arguments(checkpoint, data, out)) == 0
+    generated.clear()
+    whole = (out / "answers.jsonl").read_bytes()
+    (out / "answers.jsonl").write_bytes(whole[:-cut])  # the line feed alone, the last brace, half the line
+    assert main(arguments(checkpoint, data, out)) == 0
+    assert texts_of(read_lines(out / "answers.jsonl")) == texts
+    assert generated["prompts"] == 0  # the pair was asked in the other categories, too
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 

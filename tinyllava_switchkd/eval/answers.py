@@ -148,13 +148,20 @@ class AnswerFolder:
     # ---------------------------------------------------------------------------------------------------- the rows
 
     def repair(self) -> None:
-        """Cut off the line that a killed process had half written, in every part."""
-        for part in self.parts:
-            with part.open("r+b") as file:
+        """Cut off the line that a killed process, or a copy that broke off, has half written."""
+        for path in (self.merged, *self.parts):
+            if not path.is_file():
+                continue
+            with path.open("r+b") as file:
                 data = file.read()
                 end = data.rfind(b"\n") + 1
-                if end < len(data):
-                    logger.warning("%s ends in half a line (the process was killed); it is dropped.", part)
+                if end == len(data):
+                    continue
+                try:
+                    json.loads(data[end:])  # whole but for its line feed
+                    file.write(b"\n")
+                except ValueError:
+                    logger.warning("%s ends in half a line (the process was killed); it is dropped.", path)
                     file.truncate(end)
 
     def read(self) -> dict[Key, list[dict[str, Any]]]:
