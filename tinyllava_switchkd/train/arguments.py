@@ -165,6 +165,9 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew although the output folder holds checkpoints or a finished run."}
     )
+    estimate: bool = field(
+        default=False, metadata={"help": "Print what the run needs of each device's memory, and stop before loading."}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants this order)
         default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, none, ..."}
     )

@@ -18,6 +18,10 @@ from transformers import AttentionInterface
 
 from tinyllava_switchkd.distill.chunked import CHUNK_ELEMENTS
 
+from .arguments import Arguments, DistillArguments, TrainingArguments
+from .recipes import TrainingRecipeFactory
+from .skeleton import checkpoint_skeleton, student_skeleton
+
 OVERHEAD = 0.0
 """Share added for fragments and buckets; measured figures replace it in docs/benchmarks.md."""
 
@@ -114,6 +118,58 @@ def estimate(
         activations=activations,
         logits=logits,
     )
+
+
+def estimate_run(arguments: Arguments) -> str:
+    """What a command line will need of each device, as a table; with the remedies if it does not fit.
+
+    Sequences are taken at their longest (``--model_max_length``), half of their text supervised.
+    """
+    model, _, training, distill, _ = arguments
+    recipe = TrainingRecipeFactory(training.training_recipe)(training)
+    skeleton = student_skeleton(arguments)
+    student = recipe(skeleton.model).train()
+    teacher = None
+    if distill.teacher_path is not None:
+        teacher = checkpoint_skeleton(distill.teacher_path, model.cache_dir).model.requires_grad_(False)
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    result = estimate(
+        student,
+        teacher,
+        batch_size=training.per_device_train_batch_size,
+        text_tokens=max(student.config.tokenizer_model_max_length - student.num_image_tokens, 2),
+        gpus=training.world_size,
+        zero_stage=0 if deepspeed is None else deepspeed.get_value("zero_optimization.stage", 0),
+        offload=deepspeed is not None and deepspeed.is_offload(),
+        mixed_precision=recipe.weights_dtype() != torch.float32,
+        master_weights=deepspeed is not None,
+        checkpointing=training.gradient_checkpointing,
+        switch=distill.switch_weight > 0,
+        chunk_size=distill.chunk_size,
+    )
+    lines = [f"{name:12s} {size:8.2f} GiB" for name, size in result.table()]
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(training.device).total_memory
+        lines.append(f"{'device':12s} {there / 2**30:8.2f} GiB")
+        if result.peak > there:
+            lines.append(f"It will not fit: {_remedy(result, training, distill)}.")
+    return "\n".join(lines)
+
+
+def _remedy(result: Estimate, training: TrainingArguments, distill: DistillArguments) -> str:
+    """The flag that takes most off the largest part."""
+    parts = {
+        "activations": "--gradient_checkpointing True"
+        if not training.gradient_checkpointing
+        else f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}",
+        "logits": f"--chunk_size {(distill.chunk_size or 256) // 2}",
+        "optimizer": "--deepspeed zero2_offload.json, or --training_recipe lora",
+        "weights": "--deepspeed zero3.json on more GPUs",
+        "gradients": "--deepspeed zero2.json on more GPUs",
+        "teacher": "a smaller teacher",
+    }
+    largest = max(parts, key=lambda name: getattr(result, name))
+    return f"{largest} take the most; try {parts[largest]}"
 
 
 def _student_bytes(student: nn.Module, batch: int, length: int, checkpointing: bool, size: int) -> int:

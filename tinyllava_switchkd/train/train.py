@@ -25,6 +25,7 @@ from tinyllava_switchkd.model import load_pretrained_model
 from . import checks, resume
 from .arguments import Arguments
 from .argv import parse_arguments
+from .estimate import estimate_run
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .skeleton import (
     Skeleton,
@@ -48,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
     """
     _set_up_logging()
+    run = None
     try:
-        run = prepare(parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        if arguments.training.estimate:
+            checks.check_names(arguments)
+            checks.check_paths(arguments)
+            print(estimate_run(arguments))
+        else:
+            run = prepare(arguments)
     except OtherRankFailedError:
         return 1
     except USER_ERRORS as error:

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from tests.distill.conftest import make_batch
+from tests.tiny import tiny_llava
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.distill.switch import _hidden_states, _splice
+from tinyllava_switchkd.train.estimate import estimate
+from tinyllava_switchkd.train.train import main
+
+TEXT = {"hidden": 64, "layers": 4, "max_position_embeddings": 1024}
+
+
+def pair(device):
+    with torch.device(device):
+        student = tiny_llava(seed=1, text=TEXT).train()
+        teacher = tiny_llava(seed=2, text={**TEXT, "layers": 6}).requires_grad_(False)
+    student.requires_grad_(True)
+    student.freeze_unused_parameters()
+    return student, teacher
+
+
+def kept_bytes(run, models):
+    """What autograd keeps of a pass on real tensors, each storage once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return sum(size for _, size in storages.values()) + out.numel() * 4
+
+
+def test_activations_are_those_of_a_real_pass():
+    student, teacher = pair("cpu")
+    batch = make_batch(*["i" + "p" * 100 + "a" * 100] * 2)
+    features = student.vision_features(batch["images"])
+
+    def passes():
+        ours = _hidden_states(
+            student, _splice(student, batch, student.connector(student.vision_features(batch["images"])))
+        )
+        switched = features.detach().requires_grad_()
+        return ours.sum() + _hidden_states(teacher, _splice(teacher, batch, teacher.connector(switched))).sum()
+
+    real = kept_bytes(passes, (student, teacher))
+    on_meta, guide = pair("meta")
+    predicted = estimate(on_meta, guide, batch_size=2, text_tokens=200, mixed_precision=False).activations
+    assert predicted == pytest.approx(real, rel=0.15)
+
+
+def test_resident_parts_are_counted_exactly():
+    student, teacher = pair("meta")
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in student.parameters())
+    alone = estimate(student, teacher, batch_size=1, text_tokens=40)
+    assert (alone.weights, alone.gradients, alone.optimizer) == (2 * every, 2 * trained, 12 * trained)
+    assert alone.teacher == 2 * sum(p.numel() for p in teacher.parameters())
+    sharded = estimate(student, teacher, batch_size=1, text_tokens=40, gpus=8, zero_stage=2)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * every, 2 * trained // 8, 12 * trained // 8)
+    assert estimate(student, teacher, batch_size=1, text_tokens=40, offload=True).optimizer == 0
+
+
+def test_what_saves_memory_is_seen_to():
+    student, teacher = pair("meta")
+    plain = estimate(student, teacher, batch_size=4, text_tokens=400)
+    assert estimate(student, teacher, batch_size=4, text_tokens=400, checkpointing=True).peak < plain.peak
+    assert estimate(student, teacher, batch_size=4, text_tokens=400, switch=False).activations < plain.activations
+    assert estimate(student, teacher, batch_size=4, text_tokens=400, chunk_size=64).logits < plain.logits
+    assert estimate(student, None, batch_size=4, text_tokens=400).peak < plain.peak
+    twice = estimate(student, teacher, batch_size=8, text_tokens=400).activations
+    assert twice == pytest.approx(2 * plain.activations, rel=0.01)
+
+
+def test_the_distiller_is_as_before():
+    """Estimating borrows the models' attention and gives it back."""
+    student, teacher = pair("meta")
+    before = student.config.text_config._attn_implementation
+    estimate(student, teacher, batch_size=1, text_tokens=40)
+    assert student.config.text_config._attn_implementation == before
+    build_distiller(student, teacher)
+
+
+def test_the_command_prints_and_trains_nothing(tmp_path, capsys):
+    from tests.tiny import write_tiny_llm, write_tiny_tower
+
+    (tmp_path / "data.json").write_text("[]")
+    arguments = {
+        "data_path": tmp_path / "data.json",
+        "model_name_or_path": write_tiny_llm(tmp_path / "llm-qwen2"),
+        "vision_tower": write_tiny_tower(tmp_path / "tower-siglip"),
+        "connector_type": "mlp2x_gelu",
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+        "estimate": True,
+    }
+    code = main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+    out = capsys.readouterr().out
+    assert code == 0 and "activations" in out and "peak" in out
+    assert not (tmp_path / "out").exists()
