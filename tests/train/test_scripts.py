@@ -275,9 +275,13 @@ def test_lora_scripts(alone, world, tmp_path):
     for script in (["finetune_lora.sh", *more], ["distill_lora.sh", *more, output(alone, "finetune")]):
         ((_, arguments),) = commands(*script, **environment)
         assert main(arguments) == 0
-    for stage in ("finetune", "distill"):
-        assert (output(tmp_path, stage) / "adapter_model.safetensors").is_file()
-        load_pretrained_model(output(tmp_path, stage), device="cpu")
+    mine = ["custom_finetune.sh", world["finetune"], world["images"], output(alone, "distill"), "qwen2_base"]
+    ((_, arguments),) = commands(*mine, tmp_path / "custom", **environment)
+    assert main(arguments) == 0
+    for folder in (output(tmp_path, "finetune"), output(tmp_path, "distill"), tmp_path / "custom"):
+        assert (folder / "adapter_model.safetensors").is_file()
+        model, *_ = load_pretrained_model(folder, device="cpu")
+        assert model.config.tokenizer_model_max_length == 400
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def prepare(arguments: Arguments) -> Run | None:
 
     recipe = plan.recipe
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
-    model = recipe.load(recipe.add_args(model_settings(arguments)))
+    model = recipe.load(plan.skeleton.model, recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
     trainer = LLaVATrainer(build_task(arguments, model, recipe), training, recipe=recipe, **plan.data_module)
@@ -135,6 +135,7 @@ class Plan:
     """What the checks have made sure of, and made on the way."""
 
     recipe: BaseTrainingRecipe
+    skeleton: Skeleton
     data_module: dict[str, Any]
     checkpoint: str | None
 
@@ -164,7 +165,7 @@ def check(arguments: Arguments) -> Plan | None:
     data_module = _data_module(arguments, skeleton)
     if is_main_process():
         checks.prepare_output(training.output_dir)
-    return Plan(recipe, data_module, checkpoint)
+    return Plan(recipe, skeleton, data_module, checkpoint)
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> SupervisedTask:
