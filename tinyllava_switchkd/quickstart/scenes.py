@@ -230,8 +230,17 @@ def conversation_samples(
 
 
 def caption_samples(scenes: list[Scene], image_names: list[str]) -> list[dict]:
-    """LLaVA's pre-training JSON: one caption a scene."""
+    """LLaVA's pre-training JSON for a young tower: one regular caption a scene."""
     return [_sample(name, [(CAPTION_REQUEST, scene.caption)]) for scene, name in zip(scenes, image_names, strict=True)]
+
+
+def description_samples(scenes: list[Scene], image_names: list[str], seed: int) -> list[dict]:
+    """LLaVA's pre-training JSON for a connector: one description a scene, of the kind that the language model knows."""
+    rng = np.random.default_rng([seed, 404])
+    return [
+        _sample(name, [(CAPTION_REQUEST, describe(scene, rng))])
+        for scene, name in zip(scenes, image_names, strict=True)
+    ]
 
 
 def test_questions(
