@@ -184,7 +184,7 @@ def growth(device: str, repeats: int) -> list[list[str]]:
             values.append(time.perf_counter() - start)
         return statistics.median(values)
 
-    def linear(k: int, tokens: int = 64) -> float:
+    def linear(k: int, tokens: int = 4) -> float:
         student, teacher = (x.sort(-1, descending=True).values for x in language_model_logits(tokens, k, device))
         student, teacher = student.double() / TEMPERATURE, teacher.double() / TEMPERATURE
         mask = torch.ones_like(student, dtype=torch.bool)
