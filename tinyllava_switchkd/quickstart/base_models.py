@@ -32,7 +32,7 @@ END_OF_TEXT = "<|endoftext|>"
 _OPENERS = "The Describe What Where Is Yes No A B C D"
 _WORDS = "the image digit digits is are there in a"
 
-_POSITION_SCALE = 1.0
+_POSITION_SCALE = 0.5
 """Standard deviation of the vision tower's position embedding. SigLIP's own 1/sqrt(width) drowns in the patches, and
 captions in a fixed order never ask the tower where a digit is, so it would be lost before a question does."""
 

@@ -30,12 +30,9 @@ def make_data(space: Workspace, seeds: tuple[int, ...]) -> None:
             continue
         made = scenes.make_scenes(domain, "train", number, seed)
         names = scenes.save_images(made, space.images, name)
-        young = domain == "font"
-        scenes.write_json(
-            scenes.caption_samples(made, names) if young else scenes.description_samples(made, names, seed), captions
-        )
-        # Base models learn from descriptions what those adapted later know already: more of them
-        share = 0.5 if young else 0.1
+        scenes.write_json(scenes.caption_samples(made, names), captions)
+        # The young base models learn from descriptions what those adapted later know: more of them
+        share = 0.5 if domain == "font" else 0.1
         scenes.write_json(scenes.conversation_samples(made, names, seed, caption_share=share), questions)
         for file in (captions, questions):
             write_stamp(file, mark)
