@@ -37,7 +37,7 @@ from .skeleton import (
 )
 from .trainer import LLaVATrainer, is_main_process
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 """What a wrong argument, file or installation raises before training, with a sentence that says so."""
