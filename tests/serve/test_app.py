@@ -241,6 +241,17 @@ class TestFiles:
         with pytest.raises(RuntimeError, match=message):
             tab.call(page.ask, [None, image, "What?", 0.0, 1.0, 0, 1.0, 5])
 
+    def test_nor_after_a_good_upload(self, tab, page, upload):
+        tab.call(page.check_image, [None, upload])  # leaves the image as it is: Gradio makes its component anew
+        self.test_a_client_cannot_name_a_file_or_an_address(
+            tab, page, file_data("http://127.0.0.1:1/image.png"), "Images are uploaded, not fetched"
+        )
+
+    def test_an_upload_is_opened_by_our_own_reader_alone(self, tab, page, upload, monkeypatch):
+        monkeypatch.setattr("gradio.image_utils.preprocess_image", None)
+        tab.call(page.check_image, [None, upload])
+        assert tab.ask("What is it?", upload)[1] == ""
+
     def test_no_handler_is_public(self, tab):
         info = tab.client.get("/gradio_api/info").json()
         assert info["named_endpoints"] == {} and info["unnamed_endpoints"] == {}

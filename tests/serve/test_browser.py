@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def url():
 
 
 @pytest.fixture
-def photo(tmp_path):
-    picture(5, (400, 300)).save(tmp_path / "photo.png")
+def photo(tmp_path, request):
+    seed = zlib.crc32(request.node.name.encode())  # another file for each test: servers share a folder by content
+    picture(seed % 1000, (400, 300)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="tinyllava-demo-") as folder:
+        # Gradio names uploads by their content in a folder that all its servers share, and empties it as one ends.
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
+        return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
     try:
         page = build_page(args)
         page.demo.pool.start()

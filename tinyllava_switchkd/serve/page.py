@@ -14,6 +14,7 @@ from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, Session
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.limits import BodyLimit
+from tinyllava_switchkd.serve.upload import UploadedImage
 
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
 _STYLE = Path(__file__).with_name("page.css")
@@ -53,7 +54,7 @@ class Page:
             self._connect()
 
     def _build_image(self) -> None:
-        self.image = gr.Image(
+        self.image = UploadedImage(
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard"],
@@ -63,7 +64,6 @@ class Page:
             buttons=[],
             elem_id="tl-image",
         )
-        _take_uploads_only(self.image)
         _html("<div class='tl-label'>Examples</div>", elem_id="tl-examples-label")
         self.examples = gr.Gallery(
             [str(FOLDER / name) for name, _ in EXAMPLES],
@@ -368,22 +368,6 @@ def _about_second_image(session: Session | None) -> str:
 def _html(value: str, elem_id: str | None = None) -> gr.HTML:
     """A piece of the page's own HTML, styled by page.css alone."""
     return gr.HTML(value, elem_id=elem_id, apply_default_css=False)
-
-
-def _take_uploads_only(image: gr.Image) -> None:
-    """Let an image component hand on the path of an uploaded file, unopened, and nothing else.
-
-    Gradio would decode the file first, without our limits, and fetch a URL that a client sends instead of a file.
-    """
-    move = image.async_move_resource_to_block_cache
-
-    async def move_file(path: str | Path | None) -> str | None:
-        if path is not None and str(path).startswith(("http://", "https://")):
-            raise gr.Error("Images are uploaded, not fetched from an address.")
-        return await move(path)
-
-    image.async_move_resource_to_block_cache = move_file
-    image.preprocess = lambda payload: None if payload is None else payload.path
 
 
 def _theme() -> gr.themes.Base:
