@@ -4,7 +4,7 @@ import torch
 from tests.distill.conftest import make_batch
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
-from tinyllava_switchkd.distill.switch import _hidden_states, _splice
+from tinyllava_switchkd.distill.switch import _splice
 from tinyllava_switchkd.train.estimate import estimate
 from tinyllava_switchkd.train.train import main
 
@@ -41,12 +41,13 @@ def test_activations_are_those_of_a_real_pass():
     batch = make_batch(*["i" + "p" * 100 + "a" * 100] * 2)
     features = student.vision_features(batch["images"])
 
+    def decode(model, features):
+        inputs = _splice(model, batch, model.connector(features)).inputs_embeds
+        return model.language_model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
     def passes():
-        ours = _hidden_states(
-            student, _splice(student, batch, student.connector(student.vision_features(batch["images"])))
-        )
-        switched = features.detach().requires_grad_()
-        return ours.sum() + _hidden_states(teacher, _splice(teacher, batch, teacher.connector(switched))).sum()
+        ours = decode(student, student.vision_features(batch["images"]))
+        return ours.sum() + decode(teacher, features.detach().requires_grad_()).sum()
 
     real = kept_bytes(passes, (student, teacher))
     on_meta, guide = pair("meta")

@@ -1,5 +1,7 @@
 """The trainer: exact normalisation, logs, parameter groups, order of samples, checkpoints of the student alone."""
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +56,42 @@ def test_logs_are_means_over_the_window(tmp_path):
     entry = often.state.log_history[0]
     assert entry["loss"] == pytest.approx(entry["ce"] + entry["align"] + entry["visual_switch"], rel=1e-5)
     assert entry["tokens_per_second"] > entry["supervised_tokens_per_second"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_lost_is_logged(tmp_path, packing):
+    """The share of padding, and of the time that went into waiting for data."""
+    args = toy_arguments(tmp_path, max_steps=2, logging_steps=2, packing=packing)
+    trainer = toy_trainer(args, toy_task())
+    trainer.model.packing = packing
+    collator, lengths = trainer.data_collator, []
+
+    def slowly(samples):
+        time.sleep(0.3)
+        images = toy_task().student.num_image_tokens
+        lengths.append([len(s["input_ids"]) + (images - 1 if "images" in s else 0) for s in samples])
+        return collator(samples)
+
+    trainer.data_collator = slowly
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    # accelerate fetches a batch ahead: what was learned from are the first two
+    tokens, computed = (sum(map(measure, lengths[:2])) for measure in (sum, lambda batch: len(batch) * max(batch)))
+    assert tokens < computed
+    assert logged(trainer, "padding_share")[0] == pytest.approx(0.0 if packing else 1 - tokens / computed)
+    assert 0.5 / seconds < logged(trainer, "data_wait_share")[0] < 1
+
+
+def test_packing_learns_the_same(tmp_path):
+    padded, _ = trained(tmp_path)
+    args = toy_arguments(
+        tmp_path, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", learning_rate=0.1, packing=True
+    )
+    trainer = toy_trainer(args, toy_task().student)  # a model by itself becomes a task with the run's settings
+    assert trainer.model.packing
+    trainer.train()
+    assert largest_difference(weights(trainer.model), padded) < 1e-5
 
 
 def test_parameter_groups(tmp_path):

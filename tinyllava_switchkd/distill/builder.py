@@ -27,6 +27,7 @@ def build_distiller(
     *,
     top_k: int | None = None,
     chunk_size: int | None = None,
+    packing: bool = False,
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
     student_image_processor: Any = None,
@@ -44,6 +45,7 @@ def build_distiller(
         switch_weight: lambda_2, weight of loss(teacher, visual switch).
         top_k: for losses with a fixed number of logits (bild_*); None keeps the loss's own.
         chunk_size: supervised tokens whose logits exist at one time; None chooses by the vocabulary.
+        packing: lay the samples of a batch end to end, without padding (see `SupervisedTask`).
         student_tokenizer: compared id by id with `teacher_tokenizer`; a loaded model's own if not given. Where one is
             unknown, nothing is compared and unequal heads are cut to the shorter.
         teacher_tokenizer: see `student_tokenizer`.
@@ -81,6 +83,7 @@ def build_distiller(
         align_weight=align_weight,
         switch_weight=switch_weight,
         chunk_size=chunk_size,
+        packing=packing,
     )
     if gradient_checkpointing:
         distiller.gradient_checkpointing_enable()

@@ -55,14 +55,17 @@ class SupervisedTask(nn.Module):
     Args:
         student: the model to train.
         chunk_size: supervised tokens whose logits exist at one time; None chooses by the vocabulary.
+        packing: lay the samples of a batch end to end for the language models, so that no padding is computed. It pays
+            with flash attention; other attention computes (and masks) what one sample would see of another.
     """
 
-    def __init__(self, student: nn.Module, chunk_size: int | None = None) -> None:
+    def __init__(self, student: nn.Module, chunk_size: int | None = None, packing: bool = False) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}.")
         self.student = student
         self.chunk_size = chunk_size
+        self.packing = packing
 
     @property
     def config(self) -> Any:
@@ -93,7 +96,7 @@ class SupervisedTask(nn.Module):
         """
         features = self.student.vision_features(_images(batch, self.student))
         spliced, positions = self._student_inputs(batch, features)
-        student = _hidden_states(self.student, spliced)[positions.rows, positions.columns]
+        student = self._hidden_states(self.student, spliced, positions.rows, positions.columns)
         head = TokenLoss(self.student.language_model.get_output_embeddings(), chunk_size=self.chunk_size)
         total, parts = head(SupervisedTokens(student, positions.labels))
         return _normalised(total, parts[:1], ("ce",), positions, num_items_in_batch)
@@ -101,6 +104,30 @@ class SupervisedTask(nn.Module):
     def _student_inputs(self, batch: Mapping[str, Any], features: Tensor) -> tuple[Spliced, Positions]:
         spliced = _splice(self.student, batch, self.student.connector(features))
         return spliced, _positions(batch["input_ids"], spliced)
+
+    def _hidden_states(self, model: nn.Module, spliced: Spliced, rows: Tensor, columns: Tensor) -> Tensor:
+        """Last hidden states [positions, width] of a language model, before its head.
+
+        Padded samples stand on the left, so the causal mask alone keeps padding out of what real tokens see, and
+        attention takes its fastest path. Packed ones are told apart by positions that begin anew; the lengths spare
+        flash attention the search for them.
+        """
+        decoder = model.language_model.get_decoder()
+        if not self.packing:
+            return decoder(inputs_embeds=spliced.inputs_embeds, use_cache=False).last_hidden_state[rows, columns]
+        is_token = spliced.attention_mask.bool()
+        ends = nn.functional.pad(is_token.sum(1).cumsum(0), (1, 0))  # [samples + 1]
+        longest = is_token.shape[1]
+        hidden = decoder(
+            inputs_embeds=spliced.inputs_embeds[is_token][None],
+            position_ids=spliced.position_ids[is_token][None],
+            use_cache=False,
+            cu_seq_lens_q=ends.int(),
+            cu_seq_lens_k=ends.int(),
+            max_length_q=longest,
+            max_length_k=longest,
+        ).last_hidden_state
+        return hidden[0, ends[rows] + columns]
 
 
 class SwitchDistiller(SupervisedTask):
@@ -117,6 +144,7 @@ class SwitchDistiller(SupervisedTask):
         switch_weight: lambda_2; 0 leaves the switch pass out.
         vocab_size: number of leading token ids that both vocabularies share.
         chunk_size: supervised tokens whose logits exist at one time; None chooses by the vocabulary.
+        packing: see `SupervisedTask`; all three pathways are packed alike.
     """
 
     def __init__(
@@ -129,8 +157,9 @@ class SwitchDistiller(SupervisedTask):
         align_weight: float = 1.0,
         switch_weight: float = 1.0,
         chunk_size: int | None = None,
+        packing: bool = False,
     ) -> None:
-        super().__init__(student, chunk_size)
+        super().__init__(student, chunk_size, packing)
         self.loss = loss
         self.align_weight = align_weight
         self.switch_weight = switch_weight
@@ -199,7 +228,7 @@ class SwitchDistiller(SupervisedTask):
         images = _images(batch, self.student)
         features = self.student.vision_features(images)  # V^S(image) [images, patches, width], for student and switch
         spliced, positions = self._student_inputs(batch, features)
-        student = _hidden_states(self.student, spliced)[positions.rows, positions.columns]
+        student = self._hidden_states(self.student, spliced, positions.rows, positions.columns)
         teacher = self._teacher_tokens(batch, images, features, spliced, positions)
         switch = None
         if positions.images and (self.switch_weight or always_switch):
@@ -218,7 +247,7 @@ class SwitchDistiller(SupervisedTask):
                 features = teacher.vision_features(images)
             visual = teacher.connector(_like_weights(features, teacher.connector))
         spliced = _splice(teacher, batch, visual, student)
-        return _hidden_states(teacher, spliced)[positions.rows, positions.columns]
+        return self._hidden_states(teacher, spliced, positions.rows, positions.columns)
 
     def _switch_tokens(self, batch: Mapping[str, Any], features: Tensor, positions: Positions) -> Tensor:
         """Hidden states of the teacher that sees through the student's vision tower; text-only samples are left out."""
@@ -227,10 +256,10 @@ class SwitchDistiller(SupervisedTask):
         spliced = _splice(
             self._teacher, part, self._teacher.connector(_like_weights(features, self._teacher.connector))
         )
-        with _checkpointing(self._teacher.language_model):
-            hidden = _hidden_states(self._teacher, spliced)
         row_of = with_image.cumsum(0) - 1  # row in the batch -> row among the samples with images
-        return hidden[row_of[positions.rows[: positions.images]], positions.columns[: positions.images]]
+        rows, columns = row_of[positions.rows[: positions.images]], positions.columns[: positions.images]
+        with _checkpointing(self._teacher.language_model):
+            return self._hidden_states(self._teacher, spliced, rows, columns)
 
 
 _TEXT_KEYS = ("input_ids", "labels", "attention_mask")
@@ -278,16 +307,6 @@ def _positions(input_ids: Tensor, spliced: Spliced) -> Positions:
     order = text_only[rows].long().argsort(stable=True)
     rows, columns = rows[order], columns[order]
     return Positions(rows, columns, spliced.labels[rows, columns + 1], order, int((~text_only[rows]).sum()))
-
-
-def _hidden_states(model: nn.Module, spliced: Spliced) -> Tensor:
-    """Last hidden states [samples, tokens, width] of the language model, before its head.
-
-    Samples are padded on the right, so the causal mask alone keeps padding out of what real tokens see, and attention
-    takes its fastest path.
-    """
-    decoder = model.language_model.get_decoder()
-    return decoder(inputs_embeds=spliced.inputs_embeds, use_cache=False).last_hidden_state
 
 
 def _like_weights(features: Tensor, module: nn.Module) -> Tensor:

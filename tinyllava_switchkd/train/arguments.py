@@ -159,6 +159,10 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and of samples of similar length."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Lay a batch's samples end to end, without padding; meant for flash attention."},
+    )
     pretrained_model_path: str | None = field(
         default=None, metadata={"help": "Start from this checkpoint (the previous stage's output)."}
     )

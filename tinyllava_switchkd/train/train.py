@@ -172,7 +172,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
     """What the trainer trains: the model alone, or the model with a teacher."""
     distill = arguments.distill
     if distill.teacher_path is None:
-        return SupervisedTask(model, chunk_size=distill.chunk_size)
+        return SupervisedTask(model, chunk_size=distill.chunk_size, packing=arguments.training.packing)
     teacher, tokenizer, image_processor, _ = load_pretrained_model(
         distill.teacher_path,
         device=arguments.training.device,
@@ -189,6 +189,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
         switch_weight=distill.switch_weight,
         top_k=distill.top_k,
         chunk_size=distill.chunk_size,
+        packing=arguments.training.packing,
         student_tokenizer=model.tokenizer,
         teacher_tokenizer=tokenizer,
         student_image_processor=model.image_processor,

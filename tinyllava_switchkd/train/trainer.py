@@ -57,7 +57,7 @@ class LLaVATrainer(Trainer):
         recipe: BaseTrainingRecipe | None = None,
         **kwargs: Any,
     ) -> None:
-        task = model if isinstance(model, SupervisedTask) else SupervisedTask(model)
+        task = model if isinstance(model, SupervisedTask) else SupervisedTask(model, packing=args.packing)
         reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
         self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
@@ -77,7 +77,9 @@ class LLaVATrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of an optimiser step, and the number of supervised tokens in them on all ranks."""
+        start = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window.waited += time.perf_counter() - start
         # the first position of a sequence is never predicted, with an image there or without
         counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
@@ -100,9 +102,10 @@ class LLaVATrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, not summed
         if self.model.training:
-            placeholders = (inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum()
-            tokens = inputs["attention_mask"].sum() + placeholders * (self.student.num_image_tokens - 1)
-            self._window.add(losses, tokens)
+            placeholders = (inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum(1)
+            lengths = inputs["attention_mask"].sum(1) + placeholders * (self.student.num_image_tokens - 1)
+            computed = lengths.sum() if self.model.packing else lengths.max() * len(lengths)
+            self._window.add(losses, lengths.sum(), computed)
         return (loss, losses) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -209,9 +212,10 @@ class _Window:
 
     def open(self, step: int) -> None:
         self._step, self._start = step, time.perf_counter()
+        self.waited = 0.0  # seconds for the data loader
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, losses: Mapping[str, Tensor], tokens: Tensor) -> None:
+    def add(self, losses: Mapping[str, Tensor], tokens: Tensor, computed: Tensor) -> None:
         supervised = losses["supervised_tokens"]
         for name, value in losses.items():
             if name in TOKEN_MEANS:
@@ -220,28 +224,29 @@ class _Window:
                 self._add(name, value.detach())
         self._add("supervised_tokens", supervised)
         self._add("tokens", tokens)
+        self._add("computed", computed)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if value.device.type != "mps" else value.float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def close(self, accelerator: Any, step: int) -> dict[str, float]:
-        """Means over the window and all ranks, and tokens per second; begins the next window."""
+        """Means over the window and all ranks, tokens per second and what is lost; begins the next window."""
         names, steps = sorted(self._sums), max(step - self._step, 1)
         if not names:
             return {}
-        sums = torch.stack([self._sums[name] for name in names])
-        sums = dict(zip(names, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
         seconds = max(time.perf_counter() - self._start, 1e-9)
+        sums = torch.stack([self._sums[name] for name in names])
+        waited = sums.new_full((1,), self.waited / seconds)
+        *sums, waited = accelerator.reduce(torch.cat([sums, waited]), reduction="sum").tolist()
+        sums = dict(zip(names, sums, strict=True))
         self.open(step)
-        supervised = sums.pop("supervised_tokens")
-        logs = {
-            name: value / (max(supervised, 1) if name in TOKEN_MEANS else steps)
-            for name, value in sums.items()
-            if name != "tokens"
-        }
+        supervised, tokens, computed = (sums.pop(name) for name in ("supervised_tokens", "tokens", "computed"))
+        logs = {name: value / (max(supervised, 1) if name in TOKEN_MEANS else steps) for name, value in sums.items()}
         logs["supervised_tokens_per_second"] = supervised / seconds
-        logs["tokens_per_second"] = sums["tokens"] / seconds
+        logs["tokens_per_second"] = tokens / seconds
+        logs["padding_share"] = 1 - tokens / max(computed, 1)
+        logs["data_wait_share"] = waited / accelerator.num_processes
         return logs
 
 
