@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -49,7 +50,7 @@ def command() -> str:
     """The command line that is running, by the script's path in the repository."""
     script = Path(sys.argv[0]).resolve()
     module = script.relative_to(ROOT).with_suffix("") if script.is_relative_to(ROOT) else script.with_suffix("")
-    return " ".join(["python -m", ".".join(module.parts), *sys.argv[1:]])
+    return f"python -m {'.'.join(module.parts)} {shlex.join(sys.argv[1:])}".strip()
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

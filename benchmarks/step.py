@@ -10,6 +10,7 @@ repeats after a warm-up); peak memory is the allocator's (CUDA) or what a proces
     align + switch, dense   whole models, [batch, tokens, vocabulary] logits of all three pathways, then the loss
     align + switch          ours: supervised tokens only, in chunks
     + checkpointing         the same with activation checkpointing in student and switch pass
+    + packing               the same with samples end to end instead of padded (`--lengths mixed` gives it padding)
     heads, trivial loss     ours with a sum of logits for a loss: what passes and heads cost
     passes, no heads        the three passes with a sum of hidden states for a loss
 """
@@ -157,15 +158,20 @@ def model(language: Language, vision: Vision, seed: int, device: str, dtype: tor
         return TinyLlavaForConditionalGeneration(config).to(dtype)
 
 
-def make_batch(samples: int, text: int, vision: Vision, vocab: int, device: str) -> dict[str, Tensor]:
-    """One image a sample, half of the text supervised (LLaVA-Mix-665K's share is of that order)."""
+def make_batch(samples: int, text: int, vision: Vision, vocab: int, device: str, mixed: bool) -> dict[str, Tensor]:
+    """One image a sample, half of the text supervised (LLaVA-Mix-665K's share is of that order).
+
+    With `mixed` the samples' texts are evenly spread between a quarter of `text` and all of it.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (samples, text), generator=generator)
     ids[:, 0] = IMAGE_TOKEN_INDEX
-    labels = ids.clone()
-    labels[:, : text // 2] = IGNORE_INDEX
+    shortest = text // 4 if mixed else text
+    lengths = torch.linspace(text, shortest, samples).long()[:, None]
+    is_token = torch.arange(text) < lengths
+    labels = ids.masked_fill(~is_token | (torch.arange(text) < lengths // 2), IGNORE_INDEX)
     pixels = torch.randn(samples, 3, vision.image_size, vision.image_size, generator=generator)
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "images": pixels}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": is_token.long(), "images": pixels}
     return {key: value.to(device) for key, value in batch.items()}
 
 
@@ -175,6 +181,7 @@ VARIANTS = (
     "align + switch, dense",
     "align + switch",
     "+ checkpointing",
+    "+ packing",
     "heads, trivial loss",
     "passes, no heads",
 )
@@ -192,14 +199,19 @@ class Bench:
         self.teacher = model(teacher, vision, 1, args.device, dtype)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=args.device == "cuda")
-        self.batch = make_batch(args.batch_size, args.text or text, vision, student.vocab, args.device)
+        mixed = args.lengths == "mixed"
+        self.batch = make_batch(args.batch_size, args.text or text, vision, student.vocab, args.device, mixed)
 
     def task(self, variant: str) -> nn.Module:
         if variant == "SFT":
             return SupervisedTask(self.student)
         loss = "benchmark_trivial" if variant == "heads, trivial loss" else "dbild"
         distiller = build_distiller(
-            self.student, self.teacher, loss=loss, switch_weight=0.0 if variant == "align only" else 1.0
+            self.student,
+            self.teacher,
+            loss=loss,
+            switch_weight=0.0 if variant == "align only" else 1.0,
+            packing=variant == "+ packing",
         )
         if variant == "align + switch, dense":
             return Dense(distiller)
@@ -307,6 +319,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--text", type=int, default=None, help="text tokens of a sample; default by size")
+    parser.add_argument(
+        "--lengths", choices=("equal", "mixed"), default="equal", help="of the texts; mixed ones leave padding"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -321,8 +336,7 @@ def main() -> None:
             bench.step(variant)
             if repeat:
                 seconds[variant].append(time.perf_counter() - start)
-    tokens = bench.batch["input_ids"].numel() - args.batch_size
-    tokens += args.batch_size * bench.student.num_image_tokens
+    tokens = int(bench.batch["attention_mask"].sum()) + args.batch_size * (bench.student.num_image_tokens - 1)
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     rows = []
     for variant, median in medians.items():
@@ -339,14 +353,14 @@ def main() -> None:
                 f"{100 * achieved / rate:.0f} %",
             ]
         )
-    note = f"{args.size}, {args.batch_size} samples of {tokens // args.batch_size} tokens, {tokens:,} a step"
+    note = f"{args.size}, {args.batch_size} samples of {args.lengths} lengths, {tokens:,} tokens a step"
     if {"align + switch", "heads, trivial loss"} <= medians.keys():
         share = 1 - medians["heads, trivial loss"] / medians["align + switch"]
         note += f"; the loss, heads excluded, takes {100 * share:.1f} % of the align + switch step"
     header = ["step", "seconds", "x SFT", "x passes", "tokens/s", "peak GiB", "estimated", "of matrix rate"]
     write_section(
-        f"step-{args.size}-{args.device}",
-        f"One optimiser step, {args.size} ({args.device})",
+        f"step-{args.size}-{args.device}" + ("-mixed" if args.lengths == "mixed" else ""),
+        f"One optimiser step, {args.size}, {args.lengths} lengths ({args.device})",
         [(header, rows)],
         machine(),
         note=note + ".",
