@@ -119,6 +119,25 @@ def test_the_students_eyes_in_the_teacher_are_the_teachers(student, teacher, bat
     assert abs(float(distiller(batch)["visual_switch"])) < 1e-6
 
 
+def test_one_frozen_encoder_is_run_once(student, teacher, batch):
+    """The same tower in both models (pre-training with a teacher): an image is encoded once, until the towers differ."""
+    student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
+    student.vision_tower.requires_grad_(False)
+    expected = build_distiller(student, teacher)
+    expected._one_encoder = False
+    distiller = build_distiller(student, teacher, switch_weight=0.0)
+    calls = []
+    teacher.vision_tower.register_forward_hook(lambda *_: calls.append("teacher"))
+    assert torch.isclose(distiller(batch)["align"], expected(batch)["align"]) and calls == ["teacher"]  # expected's own
+    student.vision_tower.requires_grad_(True)  # it trains from now on, and will differ
+    distiller(batch)
+    assert calls == ["teacher"] * 2
+    next(student.vision_tower.parameters()).data.add_(0.1)
+    student.vision_tower.requires_grad_(False)
+    build_distiller(student, teacher, switch_weight=0.0)(batch)
+    assert calls == ["teacher"] * 3
+
+
 def test_the_switch_trains_the_vision_tower_only(student, teacher, batch):
     """Gradient of L_VSD: through the frozen teacher into V^S, nowhere else."""
     align_only = build_distiller(student, teacher, align_weight=0.0, switch_weight=0.0)

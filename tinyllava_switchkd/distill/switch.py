@@ -167,6 +167,7 @@ class SwitchDistiller(SupervisedTask):
         teacher.requires_grad_(False).eval()
         _remove_dropout(teacher)
         object.__setattr__(self, "_teacher", teacher)
+        self._one_encoder = _is_frozen(student.vision_tower) and _see_alike(student, teacher)
 
     @property
     def teacher(self) -> nn.Module:
@@ -243,7 +244,7 @@ class SwitchDistiller(SupervisedTask):
         if not len(positions.labels):
             return next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size)
         if (batch["input_ids"] == IMAGE_TOKEN_INDEX).any():
-            if teacher.vision_tower is not self.student.vision_tower:
+            if not (self._one_encoder and _is_frozen(self.student.vision_tower)):
                 features = teacher.vision_features(images)
             visual = teacher.connector(_like_weights(features, teacher.connector))
         spliced = _splice(teacher, batch, visual, student)
@@ -307,6 +308,24 @@ def _positions(input_ids: Tensor, spliced: Spliced) -> Positions:
     order = text_only[rows].long().argsort(stable=True)
     rows, columns = rows[order], columns[order]
     return Positions(rows, columns, spliced.labels[rows, columns + 1], order, int((~text_only[rows]).sum()))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def _see_alike(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether two vision towers give the same features of an image, so that one pass serves both models."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        if getattr(student.config, name) != getattr(teacher.config, name):
+            return False
+    ours, theirs = student.vision_tower.state_dict(), teacher.vision_tower.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        weight.numel()  # ZeRO-3 leaves empty ones
+        and weight.shape == theirs[name].shape
+        and torch.equal(weight.to(theirs[name]), theirs[name])
+        for name, weight in ours.items()
+    )
 
 
 def _like_weights(features: Tensor, module: nn.Module) -> Tensor:
