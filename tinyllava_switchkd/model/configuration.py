@@ -72,22 +72,23 @@ class TinyLlavaConfig(PretrainedConfig):
         tune_vision_tower_from_layer: int = -1,
         **kwargs: Any,
     ) -> None:
-        self.llm_model_name_or_path = llm_model_name_or_path
-        self.tokenizer_name_or_path = tokenizer_name_or_path or llm_model_name_or_path
-        self.vision_model_name_or_path = vision_model_name_or_path
-        self.vision_model_name_or_path2 = vision_model_name_or_path2
+        # Published configurations write null where a field has no value; null then means the default.
+        self.llm_model_name_or_path = llm_model_name_or_path or ""
+        self.tokenizer_name_or_path = tokenizer_name_or_path or self.llm_model_name_or_path
+        self.vision_model_name_or_path = vision_model_name_or_path or ""
+        self.vision_model_name_or_path2 = vision_model_name_or_path2 or ""
         self.connector_type = connector_type
-        self.vision_feature_layer = vision_feature_layer
-        self.vision_feature_select_strategy = vision_feature_select_strategy
-        self.image_aspect_ratio = image_aspect_ratio
+        self.vision_feature_layer = -2 if vision_feature_layer is None else vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy or "patch"
+        self.image_aspect_ratio = image_aspect_ratio or "square"
         self.num_queries = num_queries
         self.resampler_hidden_size = resampler_hidden_size
         self.num_resampler_layers = num_resampler_layers
         self.qformer_config = qformer_config
         self.pad_token = pad_token
         self.pad_token_id = pad_token_id
-        self.tokenizer_padding_side = tokenizer_padding_side
-        self.tokenizer_model_max_length = tokenizer_model_max_length
+        self.tokenizer_padding_side = tokenizer_padding_side or "right"
+        self.tokenizer_model_max_length = tokenizer_model_max_length or 2048
         self.tokenizer_use_fast = tokenizer_use_fast
         self.use_cache = use_cache
         self.cache_dir = cache_dir
@@ -131,6 +132,7 @@ class TinyLlavaConfig(PretrainedConfig):
         elif vision_config:
             importlib.import_module(".vision_tower", __package__)  # registers timm's and open_clip's configurations
             config = config_from_dict(vision_config, "clip_vision_model", "vision_config")
+            config = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP, as v1 takes it too
         elif self.vision_model_name_or_path:
             from .vision_tower import VisionTowerFactory
 
@@ -157,6 +159,8 @@ class TinyLlavaConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers. Whoever reads a configuration may next ask AutoModelForCausalLM for the model."""
         importlib.import_module(".modeling", __package__)  # registers the model class
+        # Which attention kernel a checkpoint was trained with says nothing of what this machine has.
+        config_dict = {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ An entry is a function without arguments that returns ``(ModelCls, (TokenizerCls
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tinyllava_switchkd.registry import Registry, base_name
+
+from .weights import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -28,7 +29,7 @@ def read_model_type(name_or_path: str) -> str | None:
         file = folder / "config.json"
         if not file.is_file():
             return None
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
         return None  # not the form of a hub name: do not wait for an answer
     else:
@@ -102,7 +103,7 @@ def keep_tokens(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@register_llm("qwen2", "qwen2.5", "qwen1.5", "qwen")
+@register_llm("qwen2", "qwen")  # "qwen2" lies in Qwen2.5, "qwen" in Qwen1.5
 def return_qwen2class() -> LLMEntry:
     from transformers import Qwen2ForCausalLM
 

@@ -20,7 +20,7 @@ from .llm import resolve_llm
 from .splice import Spliced, splice
 from .vision_tower import resolve_vision_tower
 from .vision_tower.base import flatten_images
-from .weights import outside_zero_init, own_memory, refuse
+from .weights import outside_zero_init, own_memory, refuse, without_load_report
 
 
 @dataclass
@@ -159,7 +159,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
         if dtype in (None, "auto"):
             dtype = config.dtype or next((t.dtype for n, t in tensors.items() if "embed" in n), torch.float32)
-        with outside_zero_init():
+        with outside_zero_init(), without_load_report():
             model, info = super().from_pretrained(
                 None,
                 config=config,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -61,18 +64,35 @@ def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
     return folder
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object on disk, such as a ``config.json``.
+
+    Raises:
+        ValueError: the file is not JSON in UTF-8, or not an object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{file} is not JSON ({error}); it may be cut off, fetch it again.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__} where an object of fields is expected.")
+    return fields
+
+
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
     """All tensors of the safetensors or ``.bin`` files in a folder, under the names they have there; None without any.
 
     Tensors are memory-mapped, on the CPU. Pickles are read as plain tensors only (`weights_only`).
     """
-    for stem, load in (("model", load_file), ("pytorch_model", _load_bin)):
+    for stem in ("model", "pytorch_model"):
         suffix = ".safetensors" if stem == "model" else ".bin"
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
         elif (folder / f"{stem}{suffix}").is_file():
             names = [f"{stem}{suffix}"]
+        elif any(folder.glob(f"{stem}-*-of-*{suffix}")):
+            raise FileNotFoundError(f"{folder} holds shards of weights, but not {index.name}, which names them all.")
         else:
             continue
         tensors: dict[str, Tensor] = {}
@@ -81,18 +101,42 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
                 raise FileNotFoundError(
                     f"{index} names {name}, which is not in the folder: the checkpoint is incomplete."
                 )
-            tensors.update(load(folder / name))
+            tensors.update(read_file(folder / name))
         return tensors
     return None
 
 
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+def read_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, or of one pickle of plain tensors (whatever its name ends in).
+
+    Raises:
+        ValueError: it is damaged, or a pickle that holds more than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before PyTorch 1.6, in a format that cannot be mapped
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        with open(file, "rb") as stream:
+            is_pointer = stream.read(24).startswith(b"version https://git-lfs")
+        if is_pointer:
+            reason = "it is a pointer of git-lfs to the weights, fetch them with 'git lfs pull'"
+        elif file.suffix == ".safetensors":
+            reason = f"it is cut off or damaged ({error})"
+        else:
+            reason = "it is cut off, damaged, or a pickle of more than tensors (whose code is never run)"
+        raise ValueError(f"The weights in {file} cannot be read: {reason}.") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"The weights in {file} cannot be read: it holds something other than named tensors.")
+    return tensors
 
 
 def is_split(folder: Path) -> bool:
-    """Whether a folder holds v1's split layout (a folder per part)."""
-    return (folder / "language_model").is_dir() and (folder / "connector").is_dir()
+    """Whether a folder holds v1's split layout (a folder per part), complete or not."""
+    return any((folder / part).is_dir() for part in SPLIT_PARTS)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -197,7 +241,7 @@ def read_connector(source: str | Path) -> dict[str, Tensor]:
     """A connector's tensors (names start with ``_connector.``) from its own folder or file, or a whole checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
-        tensors = load_file(path) if path.suffix == ".safetensors" else _load_bin(path)
+        tensors = read_file(path)
     else:
         folder = resolve_folder(source)
         tensors = read_weights(folder)
@@ -219,6 +263,21 @@ def own_memory(module: nn.Module, tensors: Iterable[Tensor]) -> None:
     for value in (*module.parameters(), *module.buffers()):
         if value.device.type == "cpu" and value.untyped_storage().data_ptr() in shared:
             value.data = value.data.clone()
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from logging a table of weights that do not fit, with the advice to ignore it: see `refuse`."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(is_other)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(is_other)
 
 
 @contextmanager
