@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX
@@ -162,8 +163,10 @@ def test_logits_to_keep():
 
 @pytest.mark.parametrize("llm", LLMS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batched_generation_equals_one_by_one(llm, side):
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"repetition_penalty": 1.5}])
+def test_batched_generation_equals_one_by_one(llm, side, settings):
     """Prompts of different lengths, one without an image: each row answers as it would alone."""
+    settings = {"max_new_tokens": 6, "do_sample": False, **settings}
     model = tiny_llava(llm, seed=2)
     generator = torch.Generator().manual_seed(1)
     lengths, images = [9, 5, 7], torch.randn(2, 3, 28, 28, generator=generator)
@@ -173,12 +176,23 @@ def test_batched_generation_equals_one_by_one(llm, side):
     for index, row in enumerate(rows):
         place = slice(9 - len(row), 9) if side == "left" else slice(0, len(row))
         ids[index, place], mask[index, place] = row, 1
-    together = model.generate(ids, images=images, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    together = model.generate(ids, images=images, attention_mask=mask, **settings)
     assert together.shape == (3, 6)
     for index, row in enumerate(rows):
         own = {0: images[:1], 1: None, 2: images[1:]}[index]
-        alone = model.generate(row[None], images=own, max_new_tokens=6, do_sample=False)
-        assert torch.equal(together[index], alone[0])
+        assert torch.equal(together[index], model.generate(row[None], images=own, **settings)[0])
+
+
+def test_repetition_penalty_spares_nothing_new():
+    """transformers would spare as many new tokens as the row has padding; by argument and by configuration alike."""
+    model, ids = tiny_llava("qwen3", seed=2), torch.tensor([[5, 6, 7, 8, 9], [0, 0, 0, 0, 6]])
+    mask = (ids > 0).long()
+    asked = GenerationConfig(max_new_tokens=6, do_sample=False, repetition_penalty=100.0)
+    new = model.generate(ids, attention_mask=mask, generation_config=asked)
+    assert all(len(set(row)) == 6 for row in new.tolist())  # so high a penalty lets no token come twice
+    assert asked.repetition_penalty == 100.0 and asked.use_cache is None  # the caller's own stays as it was
+    by_argument = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, repetition_penalty=100.0)
+    assert torch.equal(by_argument, new)
 
 
 def test_generation_equals_repeated_forward():
@@ -214,7 +228,7 @@ def test_generation_from_ready_features_and_with_beams():
     assert torch.equal(model.generate(data["input_ids"], image_features=features, max_new_tokens=4), plain)
     beams = model.generate(data["input_ids"], images=data["images"], max_new_tokens=4, num_beams=2)
     assert beams.shape == (2, 4)
-    for wrong in ({}, {"inputs_embeds": features}):
+    for wrong in ({}, {"inputs_embeds": features}, {"inputs": data["input_ids"][0]}, {"inputs": torch.zeros(0, 3)}):
         with pytest.raises(ValueError, match="token"):
             model.generate(**wrong)
 

@@ -373,3 +373,9 @@ def test_flatten_images():
         flatten_images([images[0], images[0, :, :4]])
     with pytest.raises(ValueError, match="shape"):
         flatten_images(images[:, :2])
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "clip"])
+def test_images_of_another_size_are_refused(name):
+    with pytest.raises(ValueError, match="28 x 28 pixels, not of 21 x 28"):
+        tower_of(name)(torch.zeros(1, 3, 21, 28))

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
@@ -390,9 +395,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         prepared = self.prepare_inputs(
             inputs, attention_mask, images=images, image_features=image_features, padding_side="left"
         )
-        if "pad_token_id" not in kwargs and self.language_model.generation_config.pad_token_id is None:
-            kwargs["pad_token_id"] = self._pad_token_id()
-        kwargs.setdefault("use_cache", True)  # config.use_cache is off for training, and slow here
+        self._complete_generation_settings(kwargs)
         return self.language_model.generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
@@ -402,6 +405,27 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         from .chat import chat
 
         return chat(self, prompt, image, tokenizer, **kwargs)
+
+    def _complete_generation_settings(self, kwargs: dict[str, Any]) -> None:
+        """Add to the arguments of `generate`, in place, what the language model's own would get wrong here."""
+        given = kwargs.get("generation_config")
+        known = given or self.language_model.generation_config
+        settings: dict[str, Any] = {}
+        if kwargs.get("pad_token_id", known.pad_token_id) is None:
+            settings["pad_token_id"] = self._pad_token_id()
+        if "use_cache" not in kwargs:
+            settings["use_cache"] = True  # config.use_cache is off for training, and slow here
+        penalty = kwargs.pop("repetition_penalty", known.repetition_penalty)
+        if penalty is not None and penalty != 1:
+            # transformers spares as many ids as a row has padding, which here are new ones and no part of the prompt.
+            spares_none = RepetitionPenaltyLogitsProcessor(float(penalty))
+            kwargs["logits_processor"] = LogitsProcessorList([spares_none, *(kwargs.get("logits_processor") or ())])
+            settings["repetition_penalty"] = None
+        if given is None:
+            kwargs |= settings
+        else:  # transformers takes an object or single settings
+            kwargs["generation_config"] = copy.deepcopy(given)
+            kwargs["generation_config"].update(**settings)
 
     def _pad_token_id(self) -> int | None:
         eos = self.language_model.generation_config.eos_token_id

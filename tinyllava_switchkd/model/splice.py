@@ -53,10 +53,12 @@ def splice(
         padding_side: ``right`` for training, ``left`` for generation.
 
     Raises:
-        ValueError: the numbers of placeholders and images do not fit.
+        ValueError: the numbers of placeholders and images do not fit, or there is no token.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids are [batch, tokens] with at least one token, not {list(input_ids.shape)}.")
     device = input_ids.device
     is_token = (
         torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()

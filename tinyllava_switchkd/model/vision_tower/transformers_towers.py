@@ -85,6 +85,11 @@ class HoldsVisionModel(TransformersTower):
         return self._vision_tower.vision_model.embeddings(pixels)
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"The vision tower takes images of {self.image_size} x {self.image_size} pixels, not of "
+                f"{' x '.join(map(str, pixels.shape[-2:]))}; ImagePreprocess with its image processor makes them so."
+            )
         return run_vision_model(self._vision_tower.vision_model, self.embed(pixels), num_layers)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
