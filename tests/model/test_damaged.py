@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.checkpoints import logits, save, write_v1_split
 from tests.tiny import tiny_llava
+from tinyllava_switchkd.data import TextPreprocess
 from tinyllava_switchkd.model import LLMFactory, TinyLlavaConfig, load_pretrained_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
@@ -121,3 +122,36 @@ def test_nothing_advises_to_ignore_what_is_refused(folder, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "LOAD REPORT" not in caplog.text
+
+
+def test_a_tokenizer_of_v1_that_is_sentencepieces_model_alone(tmp_path, monkeypatch):
+    """v1 asks for slow tokenizers (tokenizer_use_fast false), and Llama's writes no tokenizer.json."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text("USER: What is this? ASSISTANT: It is a cat.\n" * 20 + "the cat sat\n" * 9)
+    monkeypatch.chdir(tmp_path)
+    sentencepiece.SentencePieceTrainer.train(
+        input="text",
+        model_prefix="tokenizer",
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    folder = save(tiny_llava("llama", vocab=300, tokenizer_use_fast=False), tmp_path / "checkpoint")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
+    fields = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "legacy": False, "add_bos_token": True}))
+    tokenizer = load_pretrained_model(folder, device="cpu")[1]
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in ("It is a cat", "USER: What é\n12"):
+        assert tokenizer(text).input_ids == [1, *oracle.encode(text)]
+    turns = [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "It is a cat."}]
+    labels = TextPreprocess(tokenizer, "llama")(turns)["labels"]
+    assert tokenizer.decode(labels[labels >= 0]) == "It is a cat.</s>" and tokenizer.pad_token == "<unk>"
