@@ -3,14 +3,15 @@
     python -m benchmarks.loss [--tokens 64] [--vocab 32000 151936] [--device cpu|cuda] [--repeats 7]
 
 Beside ours stand the ways others take: pairs enumerated one by one at the true knee, pairs at a fixed k = 8 (BiLD), the
-knee of a list cut to the 256 largest logits (the one public attempt; another loss), full-vocabulary reverse KL, and
-Liger's chunked JSD where it is installed. All are run in turn in one process, so that the ratios are of one run. Memory
+knee of a list cut to the 256 largest logits (the one public attempt; another loss), full-vocabulary reverse KL, and on
+CUDA ours without the Triton kernels, and Liger's chunked JSD where it is installed. All are run in turn in one process, so that the ratios are of one run. Memory
 is what a process of its own grows by (CPU), or the allocator's peak (CUDA).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import multiprocessing
 import statistics
@@ -26,6 +27,7 @@ from tinyllava_switchkd.distill import LossFactory, knee
 from tinyllava_switchkd.distill.knee import Order
 from tinyllava_switchkd.distill.losses import logit_difference_kl, pair_kl
 
+knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
 TEMPERATURE = 3.0
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,24 +77,40 @@ def truncated(student: Tensor, teacher: Tensor) -> Tensor:
     for leader in (teacher, student.detach()):
         values, indices = leader.topk(256)
         k = knee(values)
-        orders.append(Order(indices, torch.arange(256, device=student.device) < k[:, None], k, values[:, -1]))
+        mask = torch.arange(256, device=student.device) < k[:, None]
+        threshold = values.gather(1, k[:, None] - 1).squeeze(1)
+        orders.append(Order(indices.where(mask, indices[:, :1]), mask, k, threshold, values[:, -1], values[:, 0]))
     return logit_difference_kl(student, teacher, orders, TEMPERATURE)
 
 
-def implementations(vocab: int) -> dict[str, tuple[Loss, int]]:
+def without_kernels(loss: Loss) -> Loss:
+    """The same loss with the knee found by torch's operations."""
+
+    def run_with_torch(student: Tensor, teacher: Tensor) -> Tensor:
+        chosen, knee_module.BACKEND = knee_module.BACKEND, "torch"
+        try:
+            return loss(student, teacher)
+        finally:
+            knee_module.BACKEND = chosen
+
+    return run_with_torch
+
+
+def implementations(vocab: int, device: str) -> dict[str, tuple[Loss, int]]:
     """Name -> (loss, tokens it can bear at once)."""
     ours, rkl = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
     return {
         "full-vocabulary reverse KL": (rkl, 10**9),
         "DBiLD, ours (exact, O(k))": (ours, 10**9),
+        **({"DBiLD, ours, without Triton": (without_kernels(ours), 10**9)} if device == "cuda" else {}),
         "DBiLD, pairs enumerated at the knee (exact)": (lambda s, t: enumerate_pairs(s, t, None), 2),
         "BiLD, pairs enumerated at k = 8": (enumerate_eight, 10**9),
         "knee of the top 256 (another loss)": (truncated, 10**9),
-        **liger(vocab),
+        **(liger() if device == "cuda" else {}),
     }
 
 
-def liger(vocab: int) -> dict[str, tuple[Loss, int]]:
+def liger() -> dict[str, tuple[Loss, int]]:
     """Liger's chunked JSD on logits, given an identity for a head it would need; only on CUDA, if installed."""
     try:
         from liger_kernel.transformers import LigerJSD
@@ -123,7 +141,7 @@ def timed(loss: Loss, student: Tensor, teacher: Tensor) -> float:
 def peak_memory(name: str, tokens: int, vocab: int, device: str) -> float:
     """Bytes a token beyond the two sides' logits themselves."""
     if device == "cuda":
-        loss, _ = implementations(vocab)[name]
+        loss, _ = implementations(vocab, device)[name]
         student, teacher = language_model_logits(tokens, vocab, device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -136,7 +154,7 @@ def peak_memory(name: str, tokens: int, vocab: int, device: str) -> float:
 
 def _grown(name: str, tokens: int, vocab: int) -> float:
     torch.set_num_threads(1)
-    loss, _ = implementations(vocab)[name]
+    loss, _ = implementations(vocab, "cpu")[name]
     student, teacher = language_model_logits(tokens, vocab, "cpu")
     run(LossFactory("rkl")(), student[:1, :64], teacher[:1, :64])
     peak, before = peak_resident(lambda: run(loss, student, teacher))
@@ -144,7 +162,7 @@ def _grown(name: str, tokens: int, vocab: int) -> float:
 
 
 def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str]]:
-    table = implementations(vocab)
+    table = implementations(vocab, device)
     student, teacher = language_model_logits(tokens, vocab, device)
     seconds: dict[str, list[float]] = {name: [] for name in table}
     for repeat in range(repeats + 1):
@@ -228,7 +246,8 @@ def main() -> None:
             (["what grows", "with", "range", "log-log slope"], growth(args.device, args.repeats)),
         ],
         machine(),
-        note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most it bears here).",
+        note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most it bears here)."
+        + (f" The knee by {knee_module.BACKEND}." if args.device == "cuda" else ""),
     )
 
 

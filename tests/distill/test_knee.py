@@ -112,6 +112,70 @@ def test_leading_pads_ragged_rows(route):
         assert order.indices[row, order.mask[row]].tolist() == expected.tolist()
 
 
+def hard_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """A row of each kind that may go wrong, side by side."""
+    z = language_model_like(11, vocab, dtype=torch.float64)
+    z[1] = (4 * z[1]).round() / 4  # ties
+    z[2] = -3.25  # constant
+    z[3, vocab // 2] = torch.nan
+    z[4, ::5], z[4, 8] = -torch.inf, torch.inf
+    z[5] = -torch.inf
+    z[6, 9] = 1e6  # dwarfs the rest
+    z[7] = torch.where(z[7] > 1, 0.0, -0.0) + torch.where(z[7] > 2, 1.0, 0.0)  # signed zeros are ties
+    z[8] *= 1e-32  # a range too small to be divided into bins
+    z[9] *= 3e38 / z[9].abs().max()  # too large
+    z[10] += 1000
+    return z.to(dtype)
+
+
+def assert_same_order(ours, theirs):
+    for name, a, b in zip(ours._fields, ours, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [300, 5003])
+def test_histogram_and_full_sort_give_the_same_order(monkeypatch, vocab, dtype):
+    z = hard_rows(vocab, dtype)
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 10**9)
+    expected = leading(z)
+    for row in (0, 1, 6, 7, 10):
+        by_hand = z[row].double().sort(descending=True, stable=True)
+        assert expected.k[row] == oracle.knee(z[row].double())
+        assert expected.indices[row, expected.mask[row]].tolist() == by_hand.indices[: expected.k[row]].tolist()
+    assert expected.indices[expected.mask][:2].tolist() != [0, 1]
+    assert [expected.indices[row, :2].tolist() for row in (2, 3, 5)] == [[0, 1]] * 3
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 0)
+    assert_same_order(leading(z), expected)
+    monkeypatch.setattr(knee_module, "BLOCK_ELEMENTS", (1, 2 * vocab))  # the last block of rows is a short one
+    assert_same_order(leading(z), expected)
+    monkeypatch.setattr(knee_module, "numpy", None)
+    assert_same_order(leading(z), expected)
+
+
+def test_order_knows_the_finite_extremes(route):
+    order = leading(hard_rows(300, torch.float32))
+    assert order.low[2] == order.high[2] == -3.25
+    assert order.low[3].isnan() and order.high[3].isnan()
+    assert order.high[4] < 25 and order.low[4] > -25
+    assert order.low[5] == order.high[5] == 0
+    assert order.high[6] == 1e6
+
+
+def test_logits_cut_from_a_wider_head_are_read_in_place(route):
+    """A padded head's logits are sliced: rows are not contiguous."""
+    z = language_model_like(3, 900)
+    assert_same_order(leading(z[:, :700]), leading(z[:, :700].clone()))
+
+
+def test_fixed_k_takes_the_first_of_the_ties(route):
+    z = hard_rows(300, torch.float32)
+    order = leading(z, 8)
+    for row in (0, 1, 2, 6, 7):
+        assert order.indices[row].tolist() == z[row].sort(descending=True, stable=True).indices[:8].tolist()
+    assert order.k.tolist() == [8] * len(z) and order.mask.all()
+
+
 def test_no_tokens_give_no_knees(route):
     assert knee(torch.zeros(0, 9)).shape == (0,)
     assert leading(torch.zeros(0, 9)).k.shape == (0,)

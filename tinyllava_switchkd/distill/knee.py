@@ -2,42 +2,68 @@
 
 Switch-KD (Eq. 8-9) lets the *leader* (the side whose order is used) choose how many of its largest logits enter the
 loss: sort all N logits, normalise ranks to x_i = i / N and values to y_i = (z_i - z_min) / (z_max - z_min), and take
-k = argmax_i (1 - x_i) - y_i. On a real vocabulary k falls in the thousands, and a full sort of 151,936 logits is nearly
-all of the loss's time. It is not needed: x is the upper tail of the empirical distribution, so a histogram brackets the
-knee, and only the logits of the bracketed bins are sorted. The result is that of the full sort, bit for bit.
+k = argmax_i (1 - x_i) - y_i. On a real vocabulary k falls in the thousands, and a full sort of 151,936 logits costs
+more than the rest of the loss. It is not needed: x is the upper tail of the empirical distribution, so a histogram
+tells below which value no knee can lie, and only the logits above it are collected and sorted, once, for the knee and
+for the order alike. The result is that of the full sort, bit for bit.
 
-The file needs nothing but torch.
+The file needs nothing but torch. On CUDA the kernels of `knee_triton.py` beside it make the histogram and collect the
+logits, if triton is there; on the CPU numpy, if it is there, sorts faster than torch.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
+logger = logging.getLogger(__name__)
+
 FULL_SORT_BELOW = 4096
 """Vocabularies smaller than this are sorted whole: there the histogram costs more than it saves."""
 
-BINS = 4096
-"""Bins of the histogram. More bins leave fewer logits to sort and cost more to scan."""
+BINS = 2048
+"""Bins of the histogram. More bins leave fewer logits to sort and cost more to scan; a power of two."""
 
-BLOCK_ELEMENTS = (2**27, 2**20)
-"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 12 MiB of buffers)."""
+BLOCK_ELEMENTS = (2**27, 2**19)
+"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 4 MiB of buffers)."""
+
+BACKEND = os.environ.get("SWITCHKD_KNEE", "triton")
+"""What finds the leading logits on CUDA: "triton", or "torch" as on the CPU. The answers are the same."""
+
+
+_checked: set[tuple[torch.device, torch.dtype]] = set()
+"""Where the kernels have been compared with torch's operations."""
 
 
 class Order(NamedTuple):
     """The largest logits of every token, in descending order; equal logits stay in vocabulary order.
 
-    Rows have different lengths, so they are padded on the right: `indices` [tokens, width] into the vocabulary,
-    `mask` [tokens, width] true where an entry counts, `k` [tokens] the number that count, `threshold` [tokens] the
-    smallest logit that counts.
+    Rows have different lengths. Entries that do not count stand on the right and repeat the row's first.
+
+    Attributes:
+        indices: [tokens, width] into the vocabulary.
+        mask: [tokens, width], true where an entry counts.
+        k: [tokens], the number that count.
+        threshold: [tokens], the smallest logit that counts.
+        low: [tokens], the smallest finite logit of the whole row; NaN if the row has a NaN, 0 if it has none finite.
+        high: [tokens], the largest, likewise.
     """
 
     indices: Tensor
     mask: Tensor
     k: Tensor
     threshold: Tensor
+    low: Tensor
+    high: Tensor
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -47,16 +73,7 @@ def finite(logits: Tensor) -> Tensor:
     matters, and neither the knee nor a gradient becomes undefined. A NaN makes its whole row NaN: a broken model is
     seen.
     """
-    values = logits.detach()
-    low, high = _extremes(values)
-    if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        return logits
-    infinite = torch.isinf(values)
-    low = values.masked_fill(infinite, torch.inf).amin(-1, keepdim=True)
-    high = values.masked_fill(infinite, -torch.inf).amax(-1, keepdim=True)
-    low, high = (bound.masked_fill(torch.isinf(bound), 0.0) for bound in (low, high))
-    logits = torch.where(infinite, torch.where(values > 0, high, low), logits)
-    return logits.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
+    return _finite(logits)[0]
 
 
 @torch.no_grad()
@@ -75,8 +92,7 @@ def knee(logits: Tensor) -> Tensor:
     Raises:
         ValueError: `logits` is not a matrix, or the vocabulary has fewer than 2 entries.
     """
-    _check(logits)
-    return _knee(_comparable(finite(logits.detach())))[0]
+    return leading(logits).k
 
 
 @torch.no_grad()
@@ -84,117 +100,223 @@ def leading(logits: Tensor, k: int | None = None) -> Order:
     """The logits up to the knee, or the `k` largest, in descending order.
 
     Args:
-        logits: [tokens, vocab], finite (see `finite`).
+        logits: [tokens, vocab], any floating dtype. Infinities count as the row's extreme finite logits; in a row with
+            a NaN, whose order means nothing, the first logits of the vocabulary lead.
         k: a fixed number for every token (BiLD's 8), or None for each token's knee.
+
+    Raises:
+        ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `k` is below 2.
     """
-    _check(logits)
-    z = _comparable(logits.detach())
-    tokens, vocab = z.shape
-    if k is None:
-        counts, threshold = _knee(z)
-    else:
-        if k < 2:
-            raise ValueError(f"top_k must be at least 2 (a pair needs two logits), not {k}.")
-        k = min(k, vocab)
-        counts = torch.full((tokens,), k, device=z.device)
-        threshold = z.topk(k, dim=-1).values[:, -1]
-    if tokens == 0:
-        return Order(counts.new_zeros(0, 2), counts.new_zeros(0, 2, dtype=torch.bool), counts, threshold)
-    # All logits from the threshold up, ties included, in vocabulary order; a stable sort then leaves ties in that
-    # order, and whatever ties stand beyond k fall to the mask.
-    rows, columns = (z >= threshold[:, None]).nonzero(as_tuple=True)
-    indices, values = _pad_rows(rows, columns, z)
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    width = int(counts.max())
-    indices = indices.gather(1, order[:, :width])
-    mask = torch.arange(width, device=z.device) < counts[:, None]
-    return Order(indices.masked_fill_(~mask, 0), mask, counts, threshold.to(logits.dtype))
-
-
-def _check(logits: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"Logits must be [tokens, vocab] with a vocabulary of at least 2, not {tuple(logits.shape)}.")
-
-
-def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest logit of each row [tokens, 1]; two passes, which on the CPU beat `torch.aminmax` tenfold."""
-    return z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
-
-
-def _comparable(logits: Tensor) -> Tensor:
-    """In a dtype to compare in; rows of NaN, whose order means nothing, become constant."""
-    z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    broken = z[:, :1].isnan()
-    return z.masked_fill(broken, 0.0) if bool(broken.any()) else z
-
-
-def _knee(z: Tensor) -> tuple[Tensor, Tensor]:
-    """k [tokens] and the value of the k-th largest logit [tokens]."""
-    tokens, vocab = z.shape
+    if k is not None and k < 2:
+        raise ValueError(f"top_k must be at least 2 (a pair needs two logits), not {k}.")
+    logits = logits.detach()
+    tokens, vocab = logits.shape
     if tokens == 0:
-        return z.new_zeros(0, dtype=torch.long), z.new_zeros(0)
-    low, high = _extremes(z)
-    if vocab < FULL_SORT_BELOW:
-        values = z.sort(dim=-1, descending=True).values
-        ranks = torch.arange(1, vocab + 1, device=z.device).expand_as(values)
-        return _highest(values, ranks, low, high, vocab)
-    # Blocks of tokens keep the work in buffers that are allocated once; fresh memory costs more than the arithmetic.
-    block = min(tokens, max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // vocab))
-    buffers = (torch.empty_like(z[:block]), torch.empty(block, vocab, dtype=torch.long, device=z.device))
-    found = []
-    for rows in torch.arange(tokens).split(block):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        values, ranks = _candidates(z[part], low[part], high[part], *(buffer[: len(rows)] for buffer in buffers))
-        found.append(_highest(values, ranks, low[part], high[part], vocab))
-    k, threshold = zip(*found, strict=True)
-    return torch.cat(k), torch.cat(threshold)
+        none = logits.new_zeros(0)
+        indices = torch.zeros(0, 2, dtype=torch.long, device=logits.device)
+        return Order(indices, indices.bool(), indices[:, 0], none, none, none)
+    head = _head_by_kernels(logits) if k is None and vocab >= FULL_SORT_BELOW else None
+    return _order(*(head or _head(logits, k)), logits, k)
 
 
-def _highest(values: Tensor, ranks: Tensor, low: Tensor, high: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Rank and value where (1 - x) - y of Eq. 9 is highest, in float64; entries of rank 0 are padding."""
-    y = (values.double() - low.double()) / (high.double() - low.double())
-    height = ((1 - ranks.double() / vocab) - y).masked_fill_(ranks == 0, -torch.inf)
-    best = height.argmax(dim=-1, keepdim=True)
-    constant = ~(high > low)
-    k = ranks.gather(1, best).clamp_(min=2).masked_fill_(constant, 2)
-    return k.squeeze(1), torch.where(constant, high, values.gather(1, best)).squeeze(1)
+def _head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The largest logits of every token, more than count: values, columns and mask [tokens, width] in the order of the
+    vocabulary; smallest and largest finite logit of the row [tokens, 1]."""
+    z, low, high = _finite(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
+    if bool(low.isnan().any()):
+        z = z.masked_fill(low.isnan(), 0.0)
+    columns, counted = _largest(z, k) if k is not None else _above_knee(z, low.nan_to_num(), high.nan_to_num())
+    return z.gather(1, columns), columns, counted, low, high
 
 
-def _candidates(z: Tensor, low: Tensor, high: Tensor, work: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits that can be the knee, in descending order, with their ranks among all; padding has rank 0.
+def _order(
+    values: Tensor, columns: Tensor, counted: Tensor, low: Tensor, high: Tensor, logits: Tensor, k: int | None
+) -> Order:
+    """What `_head` found of `logits`, sorted and cut at the knee or at `k`."""
+    tokens, vocab = logits.shape
+    values, columns = _descending(values, columns, counted)
+    if k is None:
+        ks, threshold = _highest(values, low, high, vocab)
+        width = int(ks.max())
+    else:
+        width = min(k, vocab)
+        ks, threshold = torch.full((tokens,), width, device=columns.device), values[:, width - 1]
+    mask = torch.arange(width, device=columns.device) < ks[:, None]
+    columns = torch.where(mask, columns[:, :width], columns[:, :1]).long()
+    return Order(columns, mask, ks, threshold.to(logits.dtype), low.squeeze(1), high.squeeze(1))
 
-    Bin b (0 holds the largest logits) begins after `above_b` larger logits, so its largest logit has rank
-    above_b + 1 and its height is at least b / BINS - (above_b + 1) / N, while no logit of it is higher than
-    (b + 1) / BINS - (above_b + 1) / N. Bins whose upper bound stays below the best lower bound can't hold the knee.
+
+def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`finite`, and the smallest and the largest logit of every row of it [tokens, 1]."""
+    values = logits.detach()
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)  # on the CPU tenfold faster than aminmax
+    if bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        return logits, low, high
+    infinite = torch.isinf(values)
+    broken = values.isnan().any(-1, keepdim=True)
+    low = values.masked_fill(infinite, torch.inf).amin(-1, keepdim=True)
+    high = values.masked_fill(infinite, -torch.inf).amax(-1, keepdim=True)
+    low, high = (bound.masked_fill(torch.isinf(bound), 0.0).masked_fill(broken, torch.nan) for bound in (low, high))
+    logits = torch.where(infinite, torch.where(values > 0, high, low), logits)
+    return logits.masked_fill(broken, torch.nan), low, high
+
+
+def _head_by_kernels(logits: Tensor) -> tuple[Tensor, ...] | None:
+    """Values, columns and mask of the logits that are or precede the knee, low and high, by Triton; None without it."""
+    if BACKEND != "triton" or not _on_accelerator(logits):
+        return None
+    try:
+        from .knee_triton import above_knee
+
+        if (logits.device, logits.dtype) not in _checked:
+            _checked.add((logits.device, logits.dtype))
+            _check_kernels(logits)
+        return above_knee(logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler or the driver objects to, training goes on
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("The knee's Triton kernels cannot run (%s); torch's operations do their work, slower.", reason)
+        _use_torch()
+        return None
+
+
+def _on_accelerator(logits: Tensor) -> bool:
+    return logits.is_cuda
+
+
+def _use_torch() -> None:
+    global BACKEND
+    BACKEND = "torch"
+
+
+def _check_kernels(logits: Tensor) -> None:
+    """Compare the kernels, as compiled for the device and dtype of `logits`, with torch's operations.
+
+    Raises:
+        RuntimeError: they disagree on a few rows of a long tail, of ties, constant, and with infinities.
+    """
+    from .knee_triton import above_knee
+
+    noise = (12.9898 * torch.arange(1, 80_001, device=logits.device).double().view(4, -1)).sin().mul_(43758.5453)
+    z = (1 - noise.frac().abs_()).log_().mul_(-2)
+    z[1].mul_(4).round_().div_(4)
+    z[2] = 1.5
+    z[3, ::7], z[3, 5] = -torch.inf, torch.inf
+    z = z.to(logits.dtype)
+    pairs = zip(_order(*above_knee(z), z, None), _order(*_head(z, None), z, None), strict=True)
+    if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+        raise RuntimeError("as compiled here, they find other logits than torch's operations do")
+
+
+def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns [tokens, width] of the `k` largest logits, ties with the last included, and which entries count."""
+    threshold = z.topk(min(k, z.shape[1]), dim=-1).values[:, -1:]
+    return _padded(_positions(z.neg(), threshold.neg()), *z.shape)
+
+
+def _above_knee(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [tokens, width] of all logits that are or precede the knee (and some after it), and which entries count.
+
+    Bin b (0 holds the largest logits) of B begins after `above_b` larger logits, so its largest logit has rank
+    above_b + 1 and its height is at least b / B - (above_b + 1) / N, while no logit of it is higher than
+    (b + 1) / B - (above_b + 1) / N. Bins whose upper bound stays below the best lower bound can't hold the knee; all
+    logits down to the last bin that can are taken.
     """
     tokens, vocab = z.shape
-    # The binning is monotone in z whatever the rounding, so bins never mix the order. NaN goes to bin 0.
-    scale = BINS / (high - low).clamp(min=1e-30)
-    bins.copy_(torch.sub(high, z, out=work).mul_(scale).nan_to_num_(0.0).clamp_(max=BINS - 1))
-    counts = torch.zeros(tokens, BINS, dtype=torch.long, device=z.device)
-    counts.scatter_add_(1, bins, torch.ones((), dtype=torch.long, device=z.device).expand_as(bins))
-    above = counts.cumsum(1) - counts
-    lower = torch.arange(BINS, device=z.device) / BINS - (above + 1).double() / vocab
-    best = lower.masked_fill(counts == 0, -torch.inf).amax(1, keepdim=True)
-    # Two bins of slack absorb the rounding of the binning itself.
-    chosen = (lower + 3 / BINS >= best) & (counts > 0)
-    rows, columns = chosen.gather(1, bins).nonzero(as_tuple=True)
-    indices, values = _pad_rows(rows, columns, z)
-    values, order = values.sort(dim=-1, descending=True)
-    chosen_counts = counts * chosen
-    shift = above - (chosen_counts.cumsum(1) - chosen_counts)
-    bin_of = bins.gather(1, indices.gather(1, order))
-    ranks = torch.arange(1, values.shape[1] + 1, device=z.device) + shift.gather(1, bin_of)
-    return values, ranks.masked_fill_(values == -torch.inf, 0)
+    if vocab < FULL_SORT_BELOW:
+        columns = torch.arange(vocab, device=z.device).expand(tokens, vocab)
+        return columns, torch.ones_like(columns, dtype=torch.bool)
+    scale = bin_scale(low, high)
+    # Blocks of tokens keep the work in buffers that are allocated once; fresh memory costs more than the arithmetic.
+    block = min(tokens, max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // vocab))
+    work = torch.empty(block, vocab, dtype=z.dtype, device=z.device)
+    bins = torch.empty(block, vocab, dtype=torch.int32, device=z.device)
+    first_bin = torch.arange(0, block * BINS, BINS, dtype=torch.int32, device=z.device)[:, None]
+    found = []
+    for start in range(0, tokens, block):
+        rows = slice(start, min(start + block, tokens))
+        size = rows.stop - rows.start
+        # The binning is monotone in z whatever the rounding, so bins never mix the order. A quarter can't overflow.
+        torch.sub(high[rows] / 4, z[rows], alpha=0.25, out=work[:size]).mul_(scale[rows])
+        bins[:size].copy_(work[:size]).add_(first_bin[:size])
+        counts = bins[:size].view(-1).bincount(minlength=size * BINS).view(size, BINS)
+        last = last_bin(counts, vocab, high[rows] > low[rows])
+        found.append(_positions(bins[:size], first_bin[:size] + last).add_(start * vocab))
+    return _padded(torch.cat(found), tokens, vocab)
 
 
-def _pad_rows(rows: Tensor, columns: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Ragged (row, column) lists, sorted by row, as padded `indices` [tokens, width] and their `values` (-inf: pad)."""
-    lengths = torch.bincount(rows, minlength=z.shape[0])
-    within = torch.arange(len(rows), device=z.device) - (lengths.cumsum(0) - lengths)[rows]
-    width = int(lengths.max())
-    indices = torch.zeros(z.shape[0], width, dtype=torch.long, device=z.device)
-    values = torch.full((z.shape[0], width), -torch.inf, dtype=z.dtype, device=z.device)
-    indices[rows, within] = columns
-    values[rows, within] = z[rows, columns]
-    return indices, values
+def bin_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Bins to a quarter of a logit [tokens, 1]; 0, a single bin, where the row's range is beyond the arithmetic."""
+    spread = high.double() - low.double()
+    return torch.where((spread > 1e-30) & (spread < 1e38), 4 * (BINS - 1) / spread, 0.0).to(low.dtype)
+
+
+def last_bin(counts: Tensor, vocab: int, varies: Tensor) -> Tensor:
+    """Last bin that can hold the knee [tokens, 1], int32; -1 in rows that do not vary."""
+    numbers = torch.arange(BINS, dtype=torch.int32, device=counts.device)
+    lower = numbers / (BINS - 1.0) - (counts.cumsum(1) - counts + 1).double() / vocab
+    empty = counts == 0
+    best = lower.masked_fill(empty, -torch.inf).amax(1, keepdim=True)
+    # Half a bin of slack absorbs the rounding of the binning itself.
+    able = (lower + 1.5 / (BINS - 1) >= best).logical_and_(~empty).logical_and_(varies)
+    return torch.where(able, numbers, -1).amax(1, keepdim=True)
+
+
+def _positions(values: Tensor, most: Tensor) -> Tensor:
+    """Where in the flattened `values` [tokens, n] stands at most the row's `most` [tokens, 1], ascending."""
+    if numpy is None or values.is_cuda:
+        return (values <= most).view(-1).nonzero().view(-1)
+    return torch.from_numpy(numpy.flatnonzero(numpy.less_equal(values.numpy(), most.numpy())))
+
+
+def _padded(positions: Tensor, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Ascending positions in a [tokens, vocab] matrix as columns [tokens, width], and which entries count.
+
+    A row of none, which is constant, gets the vocabulary's first two.
+    """
+    starts = torch.arange(tokens + 1, device=positions.device) * vocab
+    lengths = torch.searchsorted(positions, starts).diff()
+    width = max(2, int(lengths.max()))
+    counted = torch.arange(width, device=positions.device) < lengths[:, None]
+    columns = torch.zeros(counted.shape, dtype=torch.long, device=positions.device)
+    columns[:, 1] = 1
+    columns.masked_scatter_(counted, positions - starts[:-1].repeat_interleave(lengths, output_size=len(positions)))
+    counted[:, :2] = True
+    return columns, counted
+
+
+def _descending(values: Tensor, columns: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and columns by descending value, equal values by column; where `counted` is false: last, minus infinity.
+
+    `columns` ascend among those counted.
+    """
+    values = values.masked_fill(~counted, -torch.inf)
+    if numpy is None or values.is_cuda or values.dtype != torch.float32:
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values, columns.gather(1, order)
+    # One integer holds value and column; numpy sorts these many times faster than torch sorts pairs.
+    bits = (values + 0.0).view(torch.int32)  # -0.0 equals 0.0
+    keys = (~_ascending(bits)).long().bitwise_left_shift_(32).bitwise_or_(columns)
+    keys.numpy().sort(axis=-1)
+    values = _ascending(~(keys >> 32).int()).view(torch.float32)
+    return values, keys.bitwise_and_(0xFFFFFFFF)
+
+
+def _ascending(bits: Tensor) -> Tensor:
+    """Bits of a float32 as an integer that ascends with it, and back again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Rank and value [tokens] where (1 - x) - y of Eq. 9 is highest, in float64, of values in descending order."""
+    ranks = torch.arange(1, values.shape[1] + 1, device=values.device)
+    low, high = low.double(), high.double()
+    y = ((values.double() - low) / (high - low)).nan_to_num_(neginf=torch.inf)  # padding
+    best = ((1 - ranks.double() / vocab) - y).argmax(dim=-1, keepdim=True)
+    varies = high > low
+    k = torch.where(varies, best + 1, 2)
+    threshold = torch.where(varies, values.gather(1, best), high.nan_to_num().to(values.dtype))
+    return k.squeeze(1), threshold.squeeze(1)

@@ -32,7 +32,10 @@ LossFactory = Registry("distillation loss")
 register_loss = LossFactory.register
 
 LINEAR_RANGE = 300.0
-"""Spread of scaled logits up to which products of exponentials stay inside float64 (exp(-600) > 1e-308)."""
+"""Spread of scaled logits up to which sums of products of exponentials stay well inside float64 (exp(300) is 2e130)."""
+
+CACHED_ELEMENTS = 2**15
+"""On the CPU, entries [rows, k] to work on at one time: a dozen float64 buffers of them stay in the cache."""
 
 
 class LogitLoss(nn.Module):
@@ -96,7 +99,7 @@ class FullVocabularyKL(LogitLoss):
         student_order: Order | None = None,
         teacher_order: Order | None = None,
     ) -> Tensor:
-        student, teacher = _sides(student_logits, teacher_logits)
+        student, teacher = (finite(side) for side in _sides(student_logits, teacher_logits))
         student = (student / self.temperature).log_softmax(-1)
         teacher = (teacher / self.temperature).log_softmax(-1)
         q, p = (student, teacher) if self.reverse else (teacher, student)
@@ -134,7 +137,7 @@ class LogitDifferenceKL(LogitLoss):
         self.top_k = top_k
 
     def order(self, logits: Tensor) -> Order:
-        return leading(finite(logits.detach()), self.top_k)
+        return leading(logits, self.top_k)
 
     def forward(
         self,
@@ -147,8 +150,14 @@ class LogitDifferenceKL(LogitLoss):
         student, teacher = _sides(student_logits, teacher_logits)
         teacher_order = teacher_order or leading(teacher, self.top_k)
         student_order = student_order or leading(student, self.top_k)
-        orders = (teacher_order, student_order)
-        return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse)
+        return logit_difference_kl(
+            student,
+            teacher,
+            (teacher_order, student_order),
+            self.temperature,
+            reverse=self.reverse,
+            bounds=tuple((order.low, order.high) for order in (student_order, teacher_order)),
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, top_k={self.top_k or 'knee'}"
@@ -193,31 +202,60 @@ class DBiLDReverseKL(_Knee):
 
 
 def logit_difference_kl(
-    student: Tensor, teacher: Tensor, orders: Sequence[Order], temperature: float, *, reverse: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    orders: Sequence[Order],
+    temperature: float,
+    *,
+    reverse: bool = True,
+    bounds: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """KL between softmax(differences / tau) of two sides over all pairs of each order, summed over the orders; O(k).
 
     Args:
-        student: [tokens, vocab] finite logits; receives the gradient.
+        student: [tokens, vocab] logits; receives the gradient.
         teacher: [tokens, vocab].
         orders: the leading logits, of one leader or of several.
         temperature: tau.
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
+        bounds: each side's smallest and largest finite logit [tokens], which infinite ones count as (without a
+            gradient); NaN makes the token's loss NaN. Without bounds all logits must be finite.
 
     Returns:
         [tokens], in the student's dtype; computed in float64.
     """
     needs_gradient = student.requires_grad and torch.is_grad_enabled()
+    sides = student.detach(), teacher.detach()
     loss = student.new_zeros(len(student), dtype=torch.float64)
     gradients = []
     for order in orders:
-        led = (side.detach().gather(1, order.indices).double() / temperature for side in (student, teacher))
-        value, gradient = pair_kl(*led, order.mask, reverse=reverse, needs_gradient=needs_gradient)
-        loss += value
+        gradient = sides[0].new_empty(order.indices.shape) if needs_gradient else None
+        for rows in _blocks(order.indices):
+            indices, mask = order.indices[rows], order.mask[rows]
+            led = [side[rows].gather(1, indices) for side in sides]  # [rows, k]
+            if bounds is not None:
+                infinite = led[0].isinf()
+                led = [
+                    side.clamp(low[rows, None], high[rows, None]) for side, (low, high) in zip(led, bounds, strict=True)
+                ]
+            led = [side.double().div_(temperature) for side in led]
+            value, slope = pair_kl(*led, mask, reverse=reverse, needs_gradient=needs_gradient)
+            loss[rows] += value
+            if needs_gradient:
+                gradient[rows] = slope.div_(temperature)
+                if bounds is not None:
+                    gradient[rows].masked_fill_(infinite, 0.0)
         if needs_gradient:
-            gradients += [order.indices, gradient.div_(temperature).to(student.dtype)]
+            gradients += [order.indices, gradient]
     loss = loss.to(student.dtype)
     return _WithGradient.apply(student, loss, *gradients) if needs_gradient else loss
+
+
+def _blocks(indices: Tensor) -> list[slice]:
+    """Rows to work on at one time: on the CPU few enough that a dozen buffers of [rows, k] stay in its cache."""
+    tokens, width = indices.shape
+    size = max(1, tokens if indices.is_cuda else CACHED_ELEMENTS // width)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 class _WithGradient(torch.autograd.Function):
@@ -245,7 +283,7 @@ def pair_kl(
     """KL over all pairs m < n of one order, and its gradient.
 
     Args:
-        student: [tokens, k] float64 logits / tau in leader order, padded on the right.
+        student: [tokens, k] float64 logits / tau in leader order; padding on the right repeats an entry that counts.
         teacher: [tokens, k] at the same indices.
         mask: [tokens, k], true where an entry counts (at least two of each row).
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
@@ -256,9 +294,8 @@ def pair_kl(
     """
     if student.numel() == 0:
         return student.sum(-1), student.clone()
-    student, teacher = (torch.where(mask, side, side[:, :1]) for side in (student, teacher))  # padding widens nothing
-    spread = torch.stack([(side.amax(-1) - side.amin(-1)).max() for side in (student, teacher)]).max()
-    if float(spread) <= LINEAR_RANGE:
+    spreads = [side.amax(-1) - side.amin(-1) for side in (student, teacher)]
+    if float(torch.stack(spreads).nan_to_num_(nan=0.0).max()) <= LINEAR_RANGE:
         return _pair_kl_by_products(student, teacher, mask, reverse, needs_gradient)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
@@ -267,41 +304,47 @@ def pair_kl(
     return loss.detach(), gradient
 
 
-class _Marginals:
-    """Pair distribution of one side: log Z and r - c, r + c, by prefix and suffix sums of shifted exponentials."""
+class _Side:
+    """One side's exponentials: exp(a_m), exp(-a_n) of the entries that count, prefix sums of the former, and Z."""
 
-    def __init__(self, a: Tensor, mask: Tensor) -> None:
-        high, low = a.amax(-1, keepdim=True), a.amin(-1, keepdim=True)
-        self.up = torch.exp(a - high).mul_(mask)  # exp(a_m), at most 1
-        self.down = torch.exp(low - a).mul_(mask)  # exp(-a_n), at most 1
-        before = _before(self.up)
-        after = _after(self.down)
-        self.z = (self.down * before).sum(-1, keepdim=True)
-        self.log_z = (self.z.log() + high - low).squeeze(-1)
-        self.rows = self.up * after / self.z
-        self.columns = self.down * before / self.z
+    def __init__(self, a: Tensor, counts: Tensor) -> None:
+        self.a = a - a.amax(-1, keepdim=True)  # a shift of all logits cancels everywhere
+        self.up = self.a.exp()  # at most 1
+        self.down = counts / self.up
+        self.before = _before(self.up)
+        self.z = (self.down[:, 1:] * self.before).sum(-1, keepdim=True)
+        self.log_z = self.z.log().squeeze(-1)
+
+    def flow(self) -> Tensor:
+        """Row less column marginals, r - c."""
+        flow = torch.zeros_like(self.up)
+        torch.mul(self.up[:, :-1], _after(self.down), out=flow[:, :-1])
+        flow[:, 1:] -= self.down[:, 1:] * self.before
+        return flow.div_(self.z)
 
 
 def _pair_kl_by_products(
     student: Tensor, teacher: Tensor, mask: Tensor, reverse: bool, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    q, p = (student, teacher) if reverse else (teacher, student)
-    of_q, of_p = _Marginals(q, mask), _Marginals(p, mask)
-    delta = (q - p) * mask
-    flow = of_q.rows - of_q.columns
-    expected = (delta * flow).sum(-1)
-    loss = expected - of_q.log_z + of_p.log_z
+    counts = mask.double()
+    q, p = (_Side(side, counts) for side in ((student, teacher) if reverse else (teacher, student)))
+    delta = q.a - p.a
+    ahead = _before(q.up * delta)  # sum of exp(q_m) delta_m over m < n, for n = 2..k, as `before` without delta
+    # E = sum_m delta_m (r_m - c_m) = sum_{m<n} exp(q_m) exp(-q_n) (delta_m - delta_n) / Z
+    expected = (ahead - delta[:, 1:] * q.before).mul_(q.down[:, 1:]).sum(-1, keepdim=True).div_(q.z)
+    loss = expected.squeeze(-1) - q.log_z + p.log_z
     if not needs_gradient:
         return loss, None
     if not reverse:
-        return loss, ((of_p.rows - of_p.columns) - flow).mul_(mask)
+        return loss, p.flow().sub_(q.flow())
     # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs in which m
     # comes first, less those in which it comes second.
-    excess = expected[:, None]
-    gradient = of_q.rows * (delta - excess) + of_q.columns * (delta + excess)
-    gradient -= of_q.up * _after(of_q.down * delta) / of_q.z
-    gradient -= of_q.down * _before(of_q.up * delta) / of_q.z
-    return loss, gradient.mul_(mask)
+    gradient = torch.zeros_like(q.up)
+    first = (delta[:, :-1] - expected).mul_(_after(q.down)).sub_(_after(q.down * delta))
+    torch.mul(first, q.up[:, :-1], out=gradient[:, :-1])
+    second = (delta[:, 1:] + expected).mul_(q.before).sub_(ahead)
+    gradient[:, 1:] += second.mul_(q.down[:, 1:])
+    return loss, gradient.div_(q.z)
 
 
 def _pair_kl_by_logarithms(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
@@ -324,21 +367,21 @@ def _log_marginals(a: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _before(values: Tensor) -> Tensor:
-    """Sum of all entries before each."""
-    return nn.functional.pad(values[:, :-1].cumsum(-1), (1, 0))
+    """Sum of all entries before each but the first."""
+    return values.cumsum(-1)[:, :-1]
 
 
 def _after(values: Tensor) -> Tensor:
-    """Sum of all entries after each."""
-    return nn.functional.pad(values[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+    """Sum of all entries after each but the last."""
+    return values.flip(-1).cumsum_(-1)[:, :-1].flip(-1)
 
 
 def _sides(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides in a dtype that is safe to compare in, infinities removed, the teacher out of the graph."""
+    """Both sides in a dtype that is safe to compare in, the teacher out of the graph."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(
             f"Student and teacher logits must both be [tokens, vocab], not {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}; slice unequal vocabularies to the shared one first."
         )
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    return finite(student_logits.to(dtype)), finite(teacher_logits.detach().to(dtype))
+    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
