@@ -294,3 +294,74 @@ def test_submission_strips_what_xlsx_cannot_hold(tmp_path):
     score_file("mmbench", data_dir("mmbench"), answers, submission=path)
     cell = openpyxl.load_workbook(path).active.cell(2, 7)
     assert (cell.value, cell.data_type) == ("=1+1", "s")
+
+
+# ------------------------------------------------------------------------------------------- values of the wrong kind
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "place", "value", "complaint"),
+    [
+        ("gqa", "data/testdev_balanced_questions.json", ("201100007", "question"), None, "'question' is None"),
+        ("gqa", "data/testdev_balanced_questions.json", ("201100007", "semantic"), 1, "'semantic' is 1, not a list"),
+        ("gqa", "data/testdev_balanced_questions.json", ("201100007", "groups"), {"global": []}, "'global' is []"),
+        ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations",), None, "'annotations' is None, not a list"),
+        ("vizwiz", "val.json", (0, "image"), ["a"], "annotation 0: 'image' is ['a'], not a string"),
+        ("textvqa", "TextVQA_0.5.1_val.json", ("data", 0, "question"), None, "entry 0: 'question' is None"),
+        ("scienceqa", "pid_splits.json", ("test",), "11", "'test' is '11', not a list"),
+        ("scienceqa", "problems.json", ("11", "answer"), "B", "problem 11: 'answer' is 'B', not an integer"),
+        ("mmmu", "anns_for_eval.json", (0, "all_choices"), {"a": 1}, "entry 0: 'all_choices' is {'a': 1}, not a list"),
+        ("mmmu", "anns_for_eval.json", (0, "index2ans"), {}, "entry 0, index2ans: no 'A'"),
+        ("mmmu", "eval/answer_dict_val.json", ("validation_Biology_1", "ground_truth"), None, "'ground_truth' is None"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(name, file, place, value, complaint, capsys, copy_of):
+    folder = copy_of(name)
+    data = inner = json.loads((folder / file).read_text(encoding="utf-8"))
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (folder / file).write_text(json.dumps(data), encoding="utf-8")
+    message = fail(capsys, name, "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    assert str(folder / file) in message and complaint in message
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("llava_pope_test.jsonl", "text", None), ("coco/coco_pope_random.json", "image", ["a.jpg"])],
+)
+def test_a_value_of_the_wrong_kind_is_named_by_line(file, key, value, capsys, copy_of):
+    folder = copy_of("pope")
+    first, second, *others = (folder / file).read_text(encoding="utf-8").split("\n")
+    second = json.dumps(json.loads(second) | {key: value})
+    (folder / file).write_text("\n".join([first, second, *others]), encoding="utf-8")
+    message = fail(capsys, "pope", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    assert f"{folder / file}, line 2: {key!r} is {value}, not a string." in message
+
+
+@pytest.mark.parametrize("name", ["mme", "textvqa"])
+@pytest.mark.parametrize("prompt", [None, [1]])
+def test_answers_that_only_their_prompts_tell_apart_need_one(name, prompt, capsys, tmp_path):
+    rows = answer_rows(name)
+    rows[1] |= {"prompt": prompt}
+    path = write_rows(tmp_path / "answers.jsonl", rows)
+    message = fail(capsys, name, "--data-dir", data_dir(name), "--answers-file", path)
+    assert f"{path}, line 2: no 'prompt'" in message
+
+
+def test_files_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("gqa", "--data-dir", data_dir("gqa"), "--answers-file", data_dir("gqa") / "answers.jsonl")
+    assert fail(capsys, *arguments, "--output", tmp_path) == f"error: {tmp_path}: Is a directory.\n"
+    message = fail(capsys, *arguments, "--submission", tmp_path / "file" / "upload.json")
+    assert message.startswith(f"error: {tmp_path / 'file'}: ") and "Errno" not in message
+
+
+def test_pope_yes_ratio_is_of_the_answers_given(tmp_path):
+    """A question without an answer is wrong, but nobody said yes."""
+    rows = answer_rows("pope")
+    [only_no] = [row for row in rows if row["question_id"] == next(r["question_id"] for r in rows if r["text"] == "No")]
+    score = score_file("pope", data_dir("pope"), write_rows(tmp_path / "answers.jsonl", [only_no]))
+    figures = [score.details[name] for name in ("random", "popular", "adversarial", "pooled")]
+    assert {block["yes_ratio"] for block in figures} == {0.0}
+    assert figures[-1]["questions"] == len(rows) and score.missing == len(rows) - 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...registry import Registry
-from .files import find_file, missing_file, read_jsonl, require
+from .files import ID, find_file, missing_file, read_jsonl, require
 
 SINGLE_WORD_SUFFIX = "Answer the question using a single word or phrase."
 """Ends the prompt of every short-answer task (LLaVA, docs/Evaluation.md)."""
@@ -155,6 +155,7 @@ class Score:
         fallback: answers that no rule of the protocol could read.
         details: further figures, by benchmark.
         rows: one per question, for those who show or compare single answers; not part of the JSON object.
+        run: how the answers were made, where that is known.
     """
 
     benchmark: str
@@ -166,6 +167,7 @@ class Score:
     fallback: int
     details: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    run: dict[str, Any] | None = None
 
     @property
     def missing(self) -> int:
@@ -184,6 +186,7 @@ class Score:
             "missing": self.missing,
             "fallback": self.fallback,
             "details": self.details,
+            **({} if self.run is None else {"run": self.run}),
         }
 
 
@@ -205,6 +208,14 @@ class Benchmark(ABC):
     metric: ClassVar[str]
     paper_split: ClassVar[str] = "test"
     max_new_tokens: ClassVar[int] = 128
+
+    answered_split: str | None = None
+    """The split of the answers to be scored, where somebody says it; else it is told from the answers."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, where there are several to choose from."""
+        return ()
 
     @abstractmethod
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
@@ -263,6 +274,10 @@ class QuestionFileBenchmark(Benchmark):
     question_files: ClassVar[Mapping[str, tuple[str, ...]]]
     image_folders: ClassVar[Mapping[str, tuple[str, ...]]]
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.question_files)
+
     def question_file(self, data_dir: str | Path, split: str | None = None) -> tuple[str, Path]:
         """Split and path of the question file.
 
@@ -283,7 +298,7 @@ class QuestionFileBenchmark(Benchmark):
     def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows of the question file, each with its place for messages."""
         for where, row in read_jsonl(self.question_file(data_dir, split)[1], what="question file"):
-            require(row, ("question_id", "image", "text"), where)
+            require(row, {"question_id": ID, "image": str, "text": str}, where)
             yield where, row
 
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:

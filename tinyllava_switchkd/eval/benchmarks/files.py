@@ -39,6 +39,13 @@ def missing_file(data_dir: str | Path, names: Sequence[str], what: str, remedy: 
     return FileNotFoundError(f"No {what} in {data_dir}: expected {' or '.join(names)}. {remedy}.")
 
 
+def sentence_of(error: Exception) -> str:
+    """What to tell the user: an error of the operating system without its number, anything else in its own words."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
+
+
 def read_text(path: str | Path, *, what: str = "file") -> str:
     """A file's text.
 
@@ -130,17 +137,39 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
     return rows
 
 
-def require(row: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    """Check that an object has its keys.
+_KINDS = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
+
+ID = (str, int)
+"""What a question's id may be."""
+
+
+def require(row: Any, keys: Sequence[str] | Mapping[str, type | tuple[type, ...]], where: str) -> None:
+    """Check that an object has its keys, and that their values are of the right kind.
+
+    Args:
+        row: the object.
+        keys: names, or names with the type (or types) of their values.
+        where: file and place, for the message.
 
     Raises:
-        ValueError: one is absent.
+        ValueError: the row is no object, a key is absent, or a value is of another kind.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
     absent = [key for key in keys if key not in row]
     if absent:
         raise ValueError(f"{where}: no {' and no '.join(repr(key) for key in absent)}.")
+    if isinstance(keys, Mapping):
+        for key, kind in keys.items():
+            value = row[key]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                expected = " or ".join(_KINDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+                raise ValueError(f"{where}: {key!r} is {_shown(value)}, not {expected}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_json(path: str | Path, data: Any, *, indent: int | None = None) -> None:

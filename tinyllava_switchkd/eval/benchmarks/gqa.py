@@ -95,8 +95,14 @@ class GQA(QuestionFileBenchmark):
         questions = {}
         for key, question in read_json(path, dict).items():
             where = f"{path}, question {key}"
-            require(question, ("question", "answer", "types"), where)
-            require(question["types"], ("structural", "semantic"), where)
+            require(question, {"question": str, "answer": str, "types": dict}, where)
+            require(question["types"], {"structural": str, "semantic": str}, where)
+            for step in _list_of(question, "semantic", where):
+                require(step, ("operation",), where)
+            if question.get("groups") is not None:
+                require(question, {"groups": dict}, where)
+                if question["groups"].get("global") is not None:
+                    require(question["groups"], {"global": str}, where)
             if question.get("isBalanced", True):
                 questions[key] = question
         return questions, path
@@ -105,6 +111,14 @@ class GQA(QuestionFileBenchmark):
 def prediction(text: str) -> str:
     """What is compared with the answer: lower case, no full stops at the end (all of them, and nothing else)."""
     return text.rstrip(".").lower()
+
+
+def _list_of(row: Mapping[str, Any], key: str, where: str) -> list:
+    """A list that may be absent."""
+    if row.get(key) is None:
+        return []
+    require(row, {key: list}, where)
+    return row[key]
 
 
 def _steps(question: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .base import (
 )
 from .choices import match_exactly, read_choice
 from .files import missing_file, read_tsv
+
+logger = logging.getLogger(__name__)
 
 LETTERS = "ABCDEFGH"
 LETTER_SUFFIX_CN = "请直接回答选项字母。"
@@ -69,9 +72,17 @@ class _MMBench(Benchmark):
     tables: Mapping[str, tuple[str, ...]]
     suffix = LETTER_SUFFIX
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.tables)
+
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         pictures: dict[str, bytes] = {}  # the rotations of a question repeat its picture: keep it once
-        rows = self._rows(self._table(data_dir, split))
+        table, *others = self._tables(data_dir, split).values()
+        if others:
+            names = ", ".join(other.name for other in others)
+            logger.info("%s is asked from %s; %s is there, too (--split chooses).", self.title, table.name, names)
+        rows = self._rows(table)
         encoded = {row["index"]: row["image"] for row in rows}
         for row in rows:
             text = row["question"]
@@ -90,9 +101,7 @@ class _MMBench(Benchmark):
             )
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
-        path = self._table(data_dir)
-        table = self._rows(path)
-        joined = join(answers, {str(row["index"]) for row in table}, path)
+        path, table, joined = self._joined(data_dir, answers)
         rows = [self._judge(row, joined.get(str(row["index"]))) for row in table if row.get("answer", "")]
         if not rows:
             raise NoGroundTruth(
@@ -116,6 +125,7 @@ class _MMBench(Benchmark):
             "circular_excluding_contested": percentage([hits[group] for group in hits if group not in contested]),
             "contested": contested,
             "base_questions": len(base),
+            "table": path.name,
         }
         for column in ("l2_category", "category"):
             details[column] = percentage_by((row[column], hits[row["group"]]) for row in base)
@@ -143,9 +153,7 @@ class _MMBench(Benchmark):
         """
         if Path(path).suffix.lower() != ".xlsx":
             raise ValueError(f"{self.title} is uploaded as an .xlsx table, so the submission cannot be {path}.")
-        source = self._table(data_dir)
-        table = self._rows(source)
-        joined = join(answers, {str(row["index"]) for row in table}, source)
+        _, table, joined = self._joined(data_dir, answers)
         refuse_missing([row["index"] for row in table if str(row["index"]) not in joined], len(table), allow_missing)
         columns = [column for column in table[0] if column not in _DROPPED_ON_UPLOAD]
         columns.insert(min(_PREDICTION_COLUMN, len(columns)), "prediction")
@@ -157,17 +165,40 @@ class _MMBench(Benchmark):
             rows.append([cells[column] for column in columns])
         write_xlsx(path, columns, rows)
 
-    def _table(self, data_dir: str | Path, split: str | None = None) -> Path:
-        """The table to use: of the known names the first that is there, letter case aside."""
+    def _tables(self, data_dir: str | Path, split: str | None = None) -> dict[tuple[str, str], Path]:
+        """The known tables that are there, letter case aside, by (split, name): dev before test, the paper's first."""
         if split is not None and split not in self.tables:
             raise ValueError(f"{self.title} has no split {split!r}, only {', '.join(self.tables)}.")
-        names = [name for key, value in self.tables.items() if split in (None, key) for name in value]
+        known = [(key, name) for key, names in self.tables.items() if split in (None, key) for name in names]
         folder = Path(data_dir)
         present = {path.name.lower(): path for path in sorted(folder.glob("*.tsv"))} if folder.is_dir() else {}
-        for name in names:
-            if name.lower() in present:
-                return present[name.lower()]
-        raise missing_file(data_dir, names, f"{self.title} table", prepare_hint(self.name))
+        found = {(key, name): present[name.lower()] for key, name in known if name.lower() in present}
+        if not found:
+            raise missing_file(data_dir, [name for _, name in known], f"{self.title} table", prepare_hint(self.name))
+        return found
+
+    def _joined(self, data_dir: str | Path, answers: Sequence[Answer]) -> tuple[Path, list[Row], dict[str, Answer]]:
+        """The table that the answers belong to, its rows, and the answers by index.
+
+        Of several tables it is the one that has all the answered questions; of several such ones of a split the first.
+
+        Raises:
+            ValueError: there is none, or the answers fit tables of both splits.
+        """
+        tables = self._tables(data_dir, self.answered_split)
+        rows = {key: self._rows(path) for key, path in tables.items()}
+        fitting = list(tables)
+        if len(tables) > 1:
+            asked = {answer.question_id for answer in answers}
+            fitting = [key for key in tables if asked <= {str(row["index"]) for row in rows[key]}]
+            if len({split for split, _ in fitting}) > 1:  # a complete run tells them apart
+                fitting = [key for key in fitting if len(rows[key]) == len(asked)] or fitting
+            if len({split for split, _ in fitting}) > 1:
+                names = " and ".join(tables[key].name for key in fitting)
+                raise ValueError(f"The answers fit {names} in {data_dir}; say which with --split.")
+        chosen = (fitting or list(tables))[0]
+        path, table = tables[chosen], rows[chosen]
+        return path, table, join(answers, {str(row["index"]) for row in table}, path)
 
     def _rows(self, path: Path) -> list[Row]:
         """The table, `index` as an integer."""

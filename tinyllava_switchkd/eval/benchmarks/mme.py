@@ -84,7 +84,15 @@ class MME(QuestionFileBenchmark):
         """Subtask, picture and question of an answer, as LLaVA's convert_answer_to_mme.py finds them.
 
         The release has two spaces before "Please" in some lines, which the converter tries second.
+
+        Raises:
+            ValueError: the answer has no prompt.
         """
+        if not answer.prompt:
+            raise ValueError(
+                f"{answer.where}: no 'prompt' (or no text in it), but two questions of MME share the id "
+                f"{answer.question_id!r} and only their prompts tell them apart."
+            )
         subtask, picture = answer.question_id.split("/")[0], answer.question_id.split("/")[-1].split(".")[0]
         question = strip_suffix(answer.prompt)
         if _ASK not in question:

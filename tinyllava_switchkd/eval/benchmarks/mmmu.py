@@ -21,7 +21,7 @@ from .base import (
     refuse_missing,
     register_benchmark,
 )
-from .files import find_file, need_file, read_json, require, write_json
+from .files import ID, find_file, need_file, read_json, require, write_json
 
 DISCIPLINES = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -69,8 +69,12 @@ class MMMU(Benchmark):
         folder = image_folder(data_dir, ("all_images", "images"))
         samples, path = self._samples(data_dir)
         for identifier, sample in samples.items():
-            require(sample, ("prompt",), f"{path}, question {identifier}")
-            image = folder / sample["image"] if "image" in sample else None
+            where = f"{path}, question {identifier}"
+            require(sample, {"prompt": str}, where)
+            for key in ("image", "img_path"):
+                if sample.get(key) is not None:
+                    require(sample, {key: str}, where)
+            image = folder / sample["image"] if sample.get("image") is not None else None
             if image is None and sample.get("img_path"):  # several pictures: TinyLLaVA gives only the first one's path
                 image = next((file for file in (folder / sample["img_path"],) if file.is_file()), None)
             yield Question(identifier, sample["prompt"], image)
@@ -138,11 +142,12 @@ class MMMU(Benchmark):
         samples = {}
         for number, sample in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"
-            require(sample, ("id", "question_type"), where)
+            require(sample, {"id": ID, "question_type": str}, where)
             if sample["question_type"] == MULTIPLE_CHOICE:
-                require(sample, ("all_choices", "index2ans"), where)
+                require(sample, {"all_choices": list, "index2ans": dict}, where)
                 if not sample["all_choices"]:
                     raise ValueError(f"{where}: a multiple-choice question without choices.")
+                require(sample["index2ans"], dict.fromkeys(map(str, sample["all_choices"]), str), f"{where}, index2ans")
             samples[str(sample["id"])] = sample
         return samples, path
 
@@ -151,14 +156,15 @@ class MMMU(Benchmark):
         official = find_file(data_dir, ("eval/answer_dict_val.json", "answer_dict_val.json"))
         if official is None:
             for identifier, sample in samples.items():
-                require(sample, ("answer",), f"{path}, question {identifier} (there is no eval/answer_dict_val.json)")
+                where = f"{path}, question {identifier} (there is no eval/answer_dict_val.json)"
+                require(sample, {"answer": (str, list)}, where)
             return {identifier: sample["answer"] for identifier, sample in samples.items()}
         entries = read_json(official, dict)
         absent = [identifier for identifier in samples if identifier not in entries]
         if absent:
             raise ValueError(f"{official}: no ground truth for {absent[0]!r} ({len(absent)} in all).")
         for identifier in samples:
-            require(entries[identifier], ("ground_truth",), f"{official}, question {identifier}")
+            require(entries[identifier], {"ground_truth": (str, list)}, f"{official}, question {identifier}")
         return {identifier: entries[identifier]["ground_truth"] for identifier in samples}
 
 

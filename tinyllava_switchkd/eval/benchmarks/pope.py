@@ -38,7 +38,7 @@ class POPE(QuestionFileBenchmark):
         labels = self._labels(Path(data_dir))
         questions: dict[str, tuple[str, str, str]] = {}
         for where, row in self.read_questions(data_dir):
-            require(row, ("category",), where)
+            require(row, {"category": str}, where)
             key = row["category"], row["image"], strip_suffix(row["text"])
             if key not in labels:
                 raise ValueError(
@@ -91,7 +91,7 @@ class POPE(QuestionFileBenchmark):
         for path in sorted((data_dir / "coco").glob("coco_pope_*.json")):
             category = path.stem.removeprefix("coco_pope_")
             for where, row in read_jsonl(path):
-                require(row, ("image", "text", "label"), where)
+                require(row, {"image": str, "text": str, "label": str}, where)
                 if row["label"] not in ("yes", "no"):
                     raise ValueError(f"{where}: the label is {row['label']!r}, neither 'yes' nor 'no'.")
                 key = category, row["image"], strip_suffix(row["text"])
@@ -129,12 +129,13 @@ def score_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         positive = (row["truth"] == "yes") == correct
         confusion[("T" if correct else "F") + ("P" if positive else "N")] += 1
     tp, fp, tn, fn = (confusion[cell] for cell in ("TP", "FP", "TN", "FN"))
+    given = [row["parsed"] for row in rows if row["parsed"] is not None]
     return {
         "accuracy": _ratio(tp + tn, len(rows)),
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "yes_ratio": _ratio(tp + fp, len(rows)),
+        "yes_ratio": _ratio(given.count("yes"), len(given)),
         "questions": len(rows),
         **{"TP": tp, "FP": fp, "TN": tn, "FN": fn},
     }

@@ -19,7 +19,7 @@ from .base import (
     prepare_hint,
     register_benchmark,
 )
-from .files import need_file, read_json, require
+from .files import ID, need_file, read_json, require
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
@@ -48,13 +48,14 @@ class ScienceQA(Benchmark):
         folder = image_folder(data_dir, ("images/test", "images", "test"))
         for number, item in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"
-            require(item, ("id", "conversations"), where)
+            require(item, {"id": ID, "conversations": list}, where)
             if not item["conversations"]:
                 raise ValueError(f"{where}: no conversation.")
-            require(item["conversations"][0], ("value",), where)
+            require(item["conversations"][0], {"value": str}, where)
             text = item["conversations"][0]["value"].replace(_IMAGE_TOKEN, "").strip()
             prompt = f"{text}\n{LETTER_SUFFIX}"
-            if "image" in item:
+            if item.get("image") is not None:
+                require(item, {"image": str}, where)
                 yield Question(item["id"], prompt, folder / item["image"], logged_prompt=f"{_IMAGE_TOKEN}\n{prompt}")
             else:
                 yield Question(item["id"], prompt, None)
@@ -104,13 +105,13 @@ class ScienceQA(Benchmark):
         problems_path = need_file(data_dir, ("problems.json",), "ScienceQA problems", hint)
         splits_path = need_file(data_dir, ("pid_splits.json",), "ScienceQA splits", hint)
         problems, splits = read_json(problems_path, dict), read_json(splits_path, dict)
-        require(splits, ("test",), str(splits_path))
+        require(splits, {"test": list}, str(splits_path))
         test = {}
         for identifier in map(str, splits["test"]):
             if identifier not in problems:
                 raise ValueError(f"{splits_path}: the test problem {identifier!r} is not in {problems_path}.")
             problem, where = problems[identifier], f"{problems_path}, problem {identifier}"
-            require(problem, ("choices", "answer"), where)
+            require(problem, {"choices": list, "answer": int}, where)
             if problem["answer"] not in range(min(len(problem["choices"]), len(LETTERS))):
                 raise ValueError(
                     f"{where}: the answer {problem['answer']!r} is none of its {len(problem['choices'])} choices."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .base import SINGLE_WORD_SUFFIX, Answer, QuestionFileBenchmark, Score, prepare_hint, register_benchmark
-from .files import need_file, read_json, require
+from .files import ID, need_file, read_json, require
 from .vqa import annotator_answers, m4c_accuracy, score_row, summarise
 
 OCR_MARK = "Reference OCR token:"
@@ -32,10 +32,10 @@ class TextVQA(QuestionFileBenchmark):
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         path = need_file(data_dir, (self.annotation_file,), "TextVQA annotations", prepare_hint(self.name))
         data = read_json(path, dict)
-        require(data, ("data",), str(path))
+        require(data, {"data": list}, str(path))
         annotations, asked, by_annotation_id = {}, Counter(), {}
         for number, annotation in enumerate(data["data"]):
-            require(annotation, ("image_id", "question", "answers"), f"{path}, entry {number}")
+            require(annotation, {"image_id": ID, "question": str, "answers": list}, f"{path}, entry {number}")
             key = str(annotation["image_id"]), _fold(annotation["question"])
             annotations[key] = annotation  # of equal questions the last one counts, as in LLaVA
             asked[key] += 1
@@ -46,6 +46,11 @@ class TextVQA(QuestionFileBenchmark):
             if key not in annotations:  # an instruction of the user's own, or the annotation's question_id
                 first_line = answer.question_id, _fold(answer.prompt.partition("\n")[0])
                 key = first_line if first_line in annotations else by_annotation_id.get(answer.question_id, key)
+            if key not in annotations and not answer.prompt:
+                raise ValueError(
+                    f"{answer.where}: no 'prompt' (or no text in it), but the id {answer.question_id!r} is an image's, "
+                    f"and only their prompts tell its questions apart."
+                )
             if key not in annotations:
                 raise ValueError(
                     f"{answer.where}: unknown question: {path} has no question {key[1]!r} for the image "

@@ -54,7 +54,7 @@ class VizWiz(QuestionFileBenchmark):
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         path = find_file(data_dir, self.annotation_files)
         annotations = {} if path is None else self._annotations(path)
-        if not any(answer.question_id in annotations for answer in answers):
+        if self.answered_split == "test" or not any(answer.question_id in annotations for answer in answers):
             if self._asks(data_dir, "test", answers):
                 raise NoGroundTruth(
                     f"No ground truth for the test answers of {self.title}: write the server's file with --submission.",
@@ -104,7 +104,7 @@ class VizWiz(QuestionFileBenchmark):
     def _annotations(self, path: Path) -> dict[str, dict]:
         annotations = read_json(path, list)
         for number, annotation in enumerate(annotations):
-            require(annotation, ("image",), f"{path}, annotation {number}")
+            require(annotation, {"image": str}, f"{path}, annotation {number}")
         return {annotation["image"]: annotation for annotation in annotations}
 
 

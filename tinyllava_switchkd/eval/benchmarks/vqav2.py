@@ -15,7 +15,7 @@ from .base import (
     refuse_missing,
     register_benchmark,
 )
-from .files import find_file, read_json, read_jsonl, require, write_json
+from .files import ID, find_file, read_json, read_jsonl, require, write_json
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
 
 SCORERS = {"official_on_submission": vqav2_accuracy, "official_raw": vqav2_accuracy, "m4c": m4c_accuracy}
@@ -99,6 +99,8 @@ class VQAv2(QuestionFileBenchmark):
 
     def _split_of(self, data_dir: str | Path, answers: Sequence[Answer]) -> str:
         """The split that all answers belong to (splits share no question)."""
+        if self.answered_split is not None and self._source(data_dir, self.answered_split) is not None:
+            return self.answered_split
         asked = {answer.question_id for answer in answers}
         sources = {}
         for split in self.question_files:
@@ -126,7 +128,7 @@ class VQAv2(QuestionFileBenchmark):
             return {key: row["question_id"] for key, row in self._annotations(source).items()}
         ids = {}
         for where, row in read_jsonl(source, what="question file"):
-            require(row, ("question_id",), where)
+            require(row, {"question_id": ID}, where)
             ids[str(row["question_id"])] = row["question_id"]
         return ids
 
@@ -135,9 +137,9 @@ class VQAv2(QuestionFileBenchmark):
         if self._read is not None and self._read[0] == path:
             return self._read[1]
         data = read_json(path, dict)
-        require(data, ("annotations",), str(path))
+        require(data, {"annotations": list}, str(path))
         for number, annotation in enumerate(data["annotations"]):
-            require(annotation, ("question_id",), f"{path}, annotation {number}")
+            require(annotation, {"question_id": ID}, f"{path}, annotation {number}")
         annotations = {str(annotation["question_id"]): annotation for annotation in data["annotations"]}
         self._read = path, annotations
         return annotations
