@@ -239,6 +239,9 @@ def test_pictures_in_the_table_may_be_broken_too(checkpoint, tmp_path, capsys):
         ({"--data-dir": "/nonexistent"}, "The data folder /nonexistent does not exist"),
         ({"--model-path": "/nonexistent"}, "There is no folder '/nonexistent'"),
         ({"--split": "dev"}, "POPE has no split 'dev', only test."),
+        ({"--device": "tpu7"}, "The device 'tpu7' is none that torch knows"),
+        ({"--device": "cuda:99"}, "The device is 'cuda:99', but torch sees "),
+        ({"--output-dir": "/dev/null"}, "/dev/null: File exists."),
     ],
 )
 def test_one_clear_sentence(change, message, checkpoint, pope, tmp_path, capsys):
@@ -249,6 +252,16 @@ def test_one_clear_sentence(change, message, checkpoint, pope, tmp_path, capsys)
     assert error.startswith("error: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_memory_that_does_not_suffice_for_one_question(checkpoint, pope, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(Answerer, "answer", full)
+    assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--device", "cpu")) == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: the GPU's memory does not suffice") and "Tried to allocate 2.00 GiB." in error
 
 
 def test_a_malformed_question_is_named_by_line(checkpoint, tmp_path, capsys):

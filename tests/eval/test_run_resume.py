@@ -224,6 +224,25 @@ def test_one_run_at_a_time(setting, tmp_path, capsys):
     assert forked.end(process) == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_is_told_and_costs_no_answer(setting, tmp_path, capsys):
+    checkpoint, data, texts = setting
+    out = tmp_path / "out"
+    assert main(arguments(checkpoint, data, out, "--limit", "3")) == 0
+    part = out / "answers.part-0.jsonl"
+    part.symlink_to("/dev/full")
+    assert main(arguments(checkpoint, data, out)) == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith(f"error: {part}: No space left on device; the answers before are kept")
+    part.unlink()
+    (out / "answers.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:  # where the file is put together
+        AnswerFolder(out).merge([{"question_id": 0, "prompt": "p", "text": "yes"}])
+    assert caught.value.filename == str(out / "answers.jsonl")
+    assert main(arguments(checkpoint, data, out)) == 0
+    assert texts_of(read_lines(out / "answers.jsonl")) == texts
+
+
 # ------------------------------------------------------------------------------------------ answers of another run
 
 

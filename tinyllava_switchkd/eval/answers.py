@@ -200,9 +200,19 @@ class AnswerWriter:
         self._synced = time.monotonic()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows. They outlive this process from then on, and the machine's power within `SYNC_SECONDS`."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self._file.flush()
+        """Append rows. They outlive this process from then on, and the machine's power within `SYNC_SECONDS`.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        try:
+            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()  # now, because to close it later would fail again and hide the reason
+            reason = f"{error.strerror}; the answers before are kept: see to it and repeat the command"
+            raise OSError(error.errno, reason, self._file.name) from None
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -246,8 +256,13 @@ def in_question_order(
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None

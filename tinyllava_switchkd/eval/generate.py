@@ -166,7 +166,7 @@ class Answerer:
         config = read_config(folder)
         template = template_of(config, conv_mode, model_path)
         policy = image_policy_of(config, image_aspect_ratio)
-        device = default_device() if device is None else device
+        device = check_device(default_device() if device is None else device)
         model, tokenizer, image_processor, _ = load_pretrained_model(
             folder, device=device, dtype=dtype_of(config, dtype, device), attn_implementation=attn_implementation
         )
@@ -289,6 +289,23 @@ def default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A device of this machine.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has no such GPU.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"The device {device!r} is none that torch knows; say cpu, cuda or cuda:1.") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"The device is {str(device)!r}, but torch sees {count} GPU(s) here; say another, or cpu.")
+    return device
 
 
 def stop_token_ids(model: TinyLlavaForConditionalGeneration, tokenizer: Any, template: Any) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, 
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
 from .benchmarks import Benchmark, BenchmarkFactory, Question, QuestionFileBenchmark
 from .benchmarks.base import prepare_hint
-from .generate import Answerer, default_device, dtype_of, image_policy_of, template_of
+from .generate import Answerer, check_device, default_device, dtype_of, image_policy_of, template_of
 from .processes import Processes
 from .provenance import PROMPT_PROTOCOL, checkpoint_digest, describe_parts, package_versions
 
@@ -89,7 +89,7 @@ def describe(job: Job) -> dict[str, Any]:
     arguments = job.arguments
     folder = resolve_folder(arguments.model_path)
     config = read_config(folder)
-    device = arguments.device or default_device()
+    device = check_device(arguments.device or default_device())
     return {
         "model_name": arguments.model_name,
         "model_path": arguments.model_path,
@@ -109,7 +109,7 @@ def describe(job: Job) -> dict[str, Any]:
         },
         "batch_size": arguments.batch_size,
         "processes": job.processes.world,
-        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "packages": package_versions(),
     }
 

@@ -19,8 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .benchmarks import BENCHMARKS
-from .benchmarks.files import write_json
+from .benchmarks.files import sentence_of, write_json
 from .generate import DTYPES
 from .job import Job, finish, generate, set_up, still_open
 from .processes import OtherProcessFailed, Processes
@@ -156,7 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{rank}error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"{rank}error: {error}", file=sys.stderr)
+        print(f"{rank}error: {sentence_of(error)}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        print(
+            f"{rank}error: the GPU's memory does not suffice even for one question at a time: {reason} "
+            f"The answers made are kept; make room on the GPU, or pass --dtype bfloat16, and repeat the command.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"{rank}Interrupted.", file=sys.stderr)

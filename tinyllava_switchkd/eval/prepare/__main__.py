@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...fetch import SourceError
+from ..benchmarks.files import sentence_of
 from . import Finding, Job, Preparer, PreparerFactory, check
 
 logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{preparer.title}: interrupted; run the command again to continue.", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:  # the others go on
-            print(f"{preparer.title}: {error}", file=sys.stderr)
+            print(f"{preparer.title}: {sentence_of(error)}", file=sys.stderr)
             complete = False
         except ModuleNotFoundError as error:
             print(f"error: {error}; pip install 'tinyllava_switchkd[eval]'", file=sys.stderr)
