@@ -167,6 +167,18 @@ def test_files_of_a_report(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert "<!-- VizWiz: val split -->" in (out / "radar.svg").read_text(encoding="utf-8")
 
 
+def test_what_runs_share_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shared = {"model_name": "vlm", "checkpoint_digest": "sha256:1", "limit": None}
+    for name, split, tokens in (("gqa", "testdev", 128), ("mmmu", "val", 1024)):
+        run_of = shared | {"split": split, "decoding": {"num_beams": 1, "max_new_tokens": tokens}}
+        write_score(tmp_path, name, run=run_of)
+    text = run(capsys, tmp_path, "--format", "markdown")
+    assert text.count("sha256:1") == 1
+    assert "- decoding.num\\_beams: 1\n" in text and "limit" not in text
+    assert "| Benchmark | split | decoding.max\\_new\\_tokens |" in text
+    assert "| GQA | testdev | 128 |\n| MMMU | val | 1024 |\n" in text
+
+
 def test_formats_are_printed_without_a_folder(student: Path, capsys: pytest.CaptureFixture) -> None:
     text = run(capsys, student, "--format", "csv,latex")
     assert text.startswith("model,source,MME") and r"\begin{tabular}{lrrrrrrrrrrrr}" in text

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, average, figure1_axes, paper_tables
-from tinyllava_switchkd.visualize.radar import COLOURS, axis_scale, axis_values, common_axes, draw_radar
+from tinyllava_switchkd.visualize.radar import COLOURS, axis_scale, axis_scales, axis_values, common_axes, draw_radar
 
 TABLE1 = {f"{row['method']} {row['llm']}": row for row in paper_tables()["table1"]}
 SWITCH_KD = TABLE1["Switch-KD Qwen2.5-0.5B"]["scores"]
@@ -51,6 +51,13 @@ def test_scale_holds_its_values(values: list[float]) -> None:
     low, high = axis_scale(values)
     assert low <= min(values) and max(values) <= high
     assert (high - low) / 3 == pytest.approx(round((high - low) / 3))  # whole numbers on the rings
+    assert high <= 100 or high - low > 100  # no such score, unless the rings need it
+
+
+def test_a_lone_model_has_one_scale_from_zero() -> None:
+    """On scales of their own all its corners would lie on the same ring."""
+    assert axis_scales([[62.7, 57.2, 44.9]]) == [(0.0, 75.0)] * 3
+    assert axis_scales([[62.7, 57.2], [60.0, 41.0]]) == [axis_scale([62.7, 60.0]), axis_scale([57.2, 41.0])]
 
 
 def test_chart_is_written_as_png_and_svg(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..visualize.paper import AVERAGES, COLUMNS, paper_tables
+from .benchmarks.files import sentence_of
 from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, read_results
 
 logger = logging.getLogger(__name__)
@@ -181,16 +181,24 @@ def _score_line(label: str, result: Result) -> list[str]:
 
 
 def _runs(row: Row) -> str:
-    """What made a model's answers: every distinct run of its score files, with the benchmarks it is behind."""
-    runs: dict[str, list[str]] = {}
-    for result in row.results.values():
-        if result.run:
-            runs.setdefault(json.dumps(result.run, sort_keys=True, ensure_ascii=False), []).append(result.column)
-    text = ""
-    for run, columns in runs.items():
-        text += f"\n## {_escape_markdown(row.label)}: {', '.join(columns)}\n\n"
-        text += "".join(f"- {_escape_markdown(f'{key}: {value}')}\n" for key, value in _flat(json.loads(run)))
+    """How a model's answers were made: what all its runs share once, and what differs benchmark by benchmark."""
+    runs = {column: dict(_flat(result.run)) for column, result in row.results.items() if result.run}
+    if not runs:
+        return ""
+    keys = dict.fromkeys(key for run in runs.values() for key in run)
+    shared = [key for key in keys if len({_shown(run.get(key)) for run in runs.values()}) == 1]
+    text = f"\n## {_escape_markdown(row.label)}: {', '.join(runs)}\n\n"
+    first = next(iter(runs.values()))
+    text += "".join(f"- {_escape_markdown(f'{key}: {first[key]}')}\n" for key in shared if _shown(first.get(key)))
+    if len(runs) > 1:
+        differing = [key for key in keys if key not in shared]
+        lines = [[column, *(_shown(run.get(key)) for key in differing)] for column, run in runs.items()]
+        text += "\n" + _markdown_table(["Benchmark", *map(_escape_markdown, differing)], lines)
     return text
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -328,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output_dir is not None:
             write_radar(report, arguments.output_dir)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -59,7 +59,7 @@ def draw_radar(
     """Draw one polygon a model and write it as ``<path>.png`` and ``<path>.svg``.
 
     Every axis has its own scale, whose ends are written on it: the abilities lie tens of points apart, the models
-    only a few.
+    only a few. A model that stands alone is shown on one scale from 0, for there is nothing to compare it with.
 
     Args:
         models: label -> scores by column of the paper's tables.
@@ -90,7 +90,7 @@ def draw_radar(
     for label, row in values.items():
         if None in row:
             raise ValueError(f"{label} has no score for the axis {list(axes)[row.index(None)]!r}.")
-    scales = [axis_scale([row[number] for row in values.values()]) for number in range(len(axes))]
+    scales = axis_scales(list(values.values()))
 
     style = {
         "font.family": "sans-serif",
@@ -132,13 +132,21 @@ def draw_radar(
     return files
 
 
+def axis_scales(rows: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """A scale for each axis; one from 0 for all of them if there is but one model."""
+    if len(rows) == 1:
+        return [axis_scale([0.0, *rows[0]])] * len(rows[0])
+    return [axis_scale(column) for column in zip(*rows, strict=True)]
+
+
 def axis_scale(values: Sequence[float]) -> tuple[float, float]:
-    """Round ends of an axis that hold the values, if possible with room below the lowest."""
+    """Round ends of an axis that hold the values, if possible with room below the lowest and none above 100."""
     low, high = min(values), max(values)
     for step in (1, 2, 5, 10, 15, 20, 25, 30, 35):
         for bottom in (low - 0.125 * (high - low), low):
             start = step * math.floor(max(bottom, 0.0) / step)
             if start + step * (RINGS - 1) >= high:
+                start = min(start, max(0, 100 - step * (RINGS - 1)))
                 return float(start), float(start + step * (RINGS - 1))
     raise ValueError(f"The values of an axis are not on 0-100: {low:g} to {high:g}.")
 
