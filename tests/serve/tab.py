@@ -14,6 +14,11 @@ from gradio_client.utils import apply_diff
 
 from tinyllava_switchkd.serve.page import Page, launch
 
+# An output that stays as it is.
+_LEFT = (
+    {"__type__": "update"},
+    {"__type__": "update", "props": {"__type__": "update"}},
+)
 SETTINGS = [0.0, 1.0, 0, 1.0]  # temperature, top-p, top-k, repetition penalty
 
 
@@ -69,7 +74,7 @@ class Tab:
                     yield json.loads(line[5:])
 
     def call(self, handler: Any, data: list[Any]) -> list[Any]:
-        """A request and its final outputs, in the order of the handler's.
+        """A request and what the page shows after it, in the order of the handler's outputs.
 
         Raises:
             RuntimeError: the server reports an error.
@@ -78,17 +83,19 @@ class Tab:
         if reply.status_code != 200:
             raise RuntimeError(f"{reply.status_code}: {reply.text}")
         outputs: list[Any] = []
+        shown: list[Any] = []
         for message in self.messages():
             if message["msg"] in ("process_generating", "process_completed"):
                 if not message["success"]:
                     raise RuntimeError(json.dumps(message["output"]))
                 new = message["output"].get("data", [])
                 if message["msg"] == "process_completed" and not new:
-                    return outputs
+                    return shown
                 is_diff = message["msg"] == "process_generating" and outputs
                 outputs = [apply_diff(old, edits) for old, edits in zip(outputs, new, strict=True)] if is_diff else new
+                shown = [old if new in _LEFT else new for old, new in zip(shown or outputs, outputs, strict=True)]
             if message["msg"] == "process_completed":
-                return outputs
+                return shown
             if message["msg"] == "unexpected_error":
                 raise RuntimeError(message["message"])
         raise RuntimeError("The server hung up.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import itertools
+import os
 import re
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +201,14 @@ class TestLimits:
         chunks = (b"x" * 100_000 for _ in range(20))  # without a declared length
         assert tab.client.post("/gradio_api/queue/join", content=chunks).status_code >= 400
 
+    @pytest.mark.parametrize(
+        "route",
+        ["process_recording", "deep_link?session_hash=a", "proxy=http://127.0.0.1:1/", "undo-vibe-edit", "dev/reload"],
+    )
+    def test_routes_that_the_page_does_not_use_are_closed(self, tab, route):
+        for method in ("GET", "POST"):
+            assert tab.client.request(method, f"/gradio_api/{route}").status_code == 404
+
     def test_a_decompression_bomb(self, tab, page, tmp_path):
         (tmp_path / "bomb.png").write_bytes(bomb(9000, 9000))
         image = tab.upload(tmp_path / "bomb.png")
@@ -329,6 +340,26 @@ class TestCommandLine:
         assert seen["server_name"] == "127.0.0.1" and seen["share"] is False
         assert seen["allowed_paths"] == [str(FOLDER)] and seen["max_file_size"] == 10 * 2**20
         assert page.blocks._queue.max_size == 16
+
+    def test_uploads_go_with_the_server(self, monkeypatch, tmp_path):
+        (tmp_path / "config.json").touch()
+        seen = []
+
+        def launch(*args, **kwargs):
+            seen.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+            assert seen[0].is_dir()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+        monkeypatch.setattr(app, "launch", launch)
+        monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert app.main(["--model-path", str(tmp_path)]) == 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+        assert seen and not seen[0].exists()
 
     @pytest.mark.parametrize(
         ("argv", "message"),

@@ -163,12 +163,12 @@ def test_paste(user):
 
 
 def test_example(user):
-    user.at("#tl-examples .gallery-item button").nth(1).click()
+    user.at("#tl-examples .gallery-item button").nth(4).click()
     expect(user.at("#tl-question textarea")).to_have_value("What lies to the left of the banana?")
     expect(user.at("#tl-image img")).to_be_visible()
     user.at("#tl-send").click()
     user.wait(2)
-    user.at("#tl-examples .gallery-item button").nth(0).click()
+    user.at("#tl-examples .gallery-item button").nth(3).click()
     expect(user.at("#tl-notice [role=status]")).to_contain_text("joins the conversation")
     expect(user.at("#tl-question textarea")).to_have_value(re.compile("How many trees"))
     user.at("#tl-send").click()
@@ -192,6 +192,69 @@ def test_stop(browser, photo):
         expect(user.at(".tl-answer").nth(1)).to_contain_text("no answer")
         expect(user.at("#tl-send")).to_be_enabled()
         assert 0 < len(user.answers()[0]) < 150
+        user.leave()
+
+
+def test_asked_once_however_often_it_is_clicked(user, photo):
+    user.upload(photo)
+    user.at("#tl-question textarea").fill("Once?")
+    user.at("#tl-send").dblclick(delay=60)
+    user.wait(2)
+    user.at("#tl-question textarea").fill("And once more?")
+    for _ in range(3):
+        user.page.keyboard.press("Enter")
+    user.wait(4)
+    assert user.at(".tl-ask p").all_inner_texts() == ["Once?", "And once more?"]
+
+
+def test_waiting_for_others(browser, tmp_path):
+    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05)])), Sampling(max_new_tokens=400))
+    with serving(page, queue_size=1) as url:
+        first, second, third = (User(browser, url) for _ in range(3))
+        for seed, user in enumerate((first, second, third)):
+            picture(seed, (90, 70)).save(tmp_path / f"{seed}.png")
+            user.upload(tmp_path / f"{seed}.png")
+        first.ask("Me first.")
+        expect(first.at(".tl-caret")).to_be_visible()
+        second.ask("Me too.")
+        expect(second.at("#tl-notice [role=status]")).to_contain_text("Others are being answered first")
+        expect(second.at("#tl-send")).to_be_disabled()
+        third.ask("And me.")
+        expect(third.at("#tl-notice [role=alert]")).to_contain_text("too many people are asking")
+        expect(third.at("#tl-send")).to_be_enabled()
+        assert third.at("#tl-question textarea").input_value() == "And me."
+        second.at("#tl-stop").click()  # stopped before its turn
+        expect(second.at("#tl-stop")).to_be_disabled()
+        first.at("#tl-stop").click()
+        expect(second.at(".tl-answer")).to_contain_text("no answer")
+        expect(second.at("#tl-send")).to_be_enabled()
+        third.ask("And me.")
+        expect(third.at(".tl-caret")).to_be_visible()
+        third.at("#tl-stop").click()
+        third.wait(1)
+        for user in (first, second, third):
+            user.leave()
+
+
+def test_an_upload_during_an_answer_waits_for_the_next_question(browser, photo, tmp_path):
+    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05)])), Sampling(max_new_tokens=400))
+    picture(1, (90, 70)).save(tmp_path / "next.png")
+    with serving(page) as url:
+        user = User(browser, url)
+        user.upload(photo)
+        user.ask("First?")
+        expect(user.at(".tl-answer footer")).to_contain_text("tokens/s")
+        user.at("#tl-image button[aria-label='Remove Image']").click()
+        user.upload(tmp_path / "next.png")
+        notice = user.at("#tl-notice [role=status]")
+        expect(notice).to_contain_text("joins the conversation")
+        user.at("#tl-stop").click()
+        user.wait(1)
+        expect(notice).to_contain_text("joins the conversation")
+        user.ask("Second?")
+        expect(user.at(".tl-ask img")).to_have_count(2)
+        user.at("#tl-stop").click()
+        user.wait(2)
         user.leave()
 
 

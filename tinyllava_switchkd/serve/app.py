@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace) -> int:
     try:
         page = build_page(args)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads do not stay on the disk
         page.demo.pool.start()
         _, local, shared = launch(
             page, args.host, args.port, args.share, args.queue_size, quiet=True, prevent_thread_lock=True

@@ -114,19 +114,20 @@ class Demo:
         exchange = render.Exchange(
             question, thumbnails, [render.Cell(index, self.pool.slots[index].name) for index in ready]
         )
-        session.stop.clear()
         session.maps.clear()
         session.exchanges.append(exchange)
         self._active.add(id(session))
         try:
-            yield
             for index, cell in zip(ready, exchange.cells, strict=True):
                 if not session.stop.is_set():
+                    cell.state = "working"
+                    yield
                     yield from self._answer(session, index, cell, question, settings)
-                cell.is_waiting = False
+                cell.state = "done"
             yield
         finally:
             self._active.discard(id(session))
+            session.stop.clear()  # not at the start: a question can be stopped while it waits for its turn
 
     def read_upload(self, path: str) -> Image.Image:
         """The image in an uploaded file.

@@ -1,12 +1,27 @@
-"""A limit on the size of requests, in front of the whole web demo."""
+"""What stands in front of the whole web demo: a limit on the size of requests, and routes that are closed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+CLOSED = (
+    "process_recording",  # hands what a client sends to ffmpeg
+    "deep_link",  # writes a session to the disk
+    "component_server",
+    "proxy=",
+    "stream/",
+    "custom_component/",
+    "dev/",
+    "vibe-",
+    "undo-vibe-",
+    "call/",
+    "api/",
+)
+"""Routes of Gradio's that the page does not use, without their prefix."""
 
-class BodyLimit:
-    """ASGI middleware that refuses requests whose body is too large, whatever route they take.
+
+class Gate:
+    """ASGI middleware that refuses requests whose body is too large, whatever route they take, and `CLOSED` routes.
 
     Gradio's own `max_file_size` guards its upload route only; an image may also come inside a JSON body.
 
@@ -23,10 +38,13 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["path"].removeprefix("/").removeprefix("gradio_api/").startswith(CLOSED):
+            await self._refuse(send, 404, "This is not here.")
+            return
         headers = dict(scope.get("headers") or ())
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self.max_bytes:
-            await self._refuse(send)
+            await self._refuse(send, 413, f"The request is larger than {self.max_bytes / 2**20:.0f} MB.")
             return
         received = 0
 
@@ -40,8 +58,9 @@ class BodyLimit:
 
         await self.app(scope, counted, send)
 
-    async def _refuse(self, send: Any) -> None:
-        text = f"The request is larger than {self.max_bytes / 2**20:.0f} MB.".encode()
-        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": text})
+    @staticmethod
+    async def _refuse(send: Any, status: int, text: str) -> None:
+        body = text.encode()
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

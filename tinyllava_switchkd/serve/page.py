@@ -13,7 +13,7 @@ from tinyllava_switchkd.serve import render
 from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, Session
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
-from tinyllava_switchkd.serve.limits import BodyLimit
+from tinyllava_switchkd.serve.limits import Gate
 from tinyllava_switchkd.serve.upload import UploadedImage
 
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
@@ -22,6 +22,8 @@ _SESSIONS = 64
 _FILE_SECONDS = 2 * 3600
 _MODELS = "models"  # all that runs a model shares one place in the queue
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+_ASK_ONCE = "() => { if (window.tlAsking) throw new Error('asked already'); window.tlAsking = true; }"
+_ASKED = "() => { window.tlAsking = false; }"
 
 
 class Page:
@@ -64,7 +66,10 @@ class Page:
             buttons=[],
             elem_id="tl-image",
         )
-        _html("<div class='tl-label'>Examples</div>", elem_id="tl-examples-label")
+        _html(
+            "<div class='tl-label'>Examples <span>(the quickstart's models know digits)</span></div>",
+            elem_id="tl-examples-label",
+        )
         self.examples = gr.Gallery(
             [str(FOLDER / name) for name, _ in EXAMPLES],
             label="Examples",
@@ -176,27 +181,22 @@ class Page:
         self.image.upload(self.check_image, [self.session, self.image], arrival, concurrency_limit=2, **_PRIVATE)
         self.examples.select(self.pick, self.session, arrival, queue=False, **_PRIVATE)
         settings = [self.temperature, self.top_p, self.top_k, self.penalty, self.length]
-        gr.on(
-            [self.send.click, self.question.submit],
+        buttons = [self.notice, self.send, self.stop, self.clear]
+        # Gradio's own guard against a second click lets through what comes before the server's first reply.
+        once = gr.on([self.send.click, self.question.submit], None, js=_ASK_ONCE, **_PRIVATE)
+        begun = once.success(self.begin, self.session, [self.session, *buttons], queue=False, **_PRIVATE)
+        asked = begun.success(
             self.ask,
             [self.session, self.image, self.question, *settings],
-            [
-                self.session,
-                self.chat,
-                self.notice,
-                self.question,
-                self.send,
-                self.stop,
-                self.clear,
-                self.map,
-                self.attention_notice,
-            ],
+            [self.session, self.chat, *buttons, self.question, self.map, self.attention_notice],
             concurrency_id=_MODELS,
             concurrency_limit=1,
-            trigger_mode="once",
             **_PRIVATE,
         )
-        gr.on([self.send.click, self.question.submit], self.announce, None, self.notice, queue=False, **_PRIVATE)
+        asked.success(None, js=_ASKED, **_PRIVATE)
+        for step in (begun, asked):
+            step.failure(None, js=_ASKED, **_PRIVATE)
+            step.failure(self.turn_away, None, buttons, queue=False, **_PRIVATE)
         self.stop.click(self.halt, self.session, self.stop, queue=False, **_PRIVATE)
         self.clear.click(
             self.restart,
@@ -255,11 +255,33 @@ class Page:
             self.notice: _about_second_image(session),
         }
 
-    def announce(self) -> Any:
+    def begin(self, session: Session | None) -> dict[Any, Any]:
         """What a user sees at once, while others are being answered."""
-        if not self.demo.is_busy:
-            return gr.skip()  # the answer's own message may be there already
-        return render.notice("Others are being answered first; your turn comes.")
+        session = session or self.demo.new_session()
+        session.stop.clear()
+        waits = render.notice("Others are being answered first; your turn comes.") if self.demo.is_busy else ""
+        return {
+            self.session: session,
+            self.notice: waits,
+            self.send: gr.update(interactive=False),
+            self.stop: gr.update(interactive=True),
+            self.clear: gr.update(interactive=False),
+        }
+
+    def turn_away(self) -> dict[Any, Any]:
+        """A question that never got to a model: the queue is full, or the request was refused."""
+        message = (
+            "The question was not taken: too many people are asking, or a setting is out of range. Please try again."
+        )
+        return {self.notice: render.notice(message, "error"), **self._idle()}
+
+    def _idle(self) -> dict[Any, Any]:
+        """The buttons while nothing is being answered."""
+        return {
+            self.send: gr.update(interactive=True),
+            self.stop: gr.update(interactive=False),
+            self.clear: gr.update(interactive=True),
+        }
 
     def ask(
         self,
@@ -295,16 +317,14 @@ class Page:
             for _ in self.demo.ask(session, image, question, sampling):
                 yield {self.chat: render.transcript(session.exchanges), **busy}
                 busy = {}
-            message = ""
+            message = {}  # what was said meanwhile, of an upload, stays
         except USER_ERRORS as error:
-            message = render.notice(str(error), "error")
+            message = {self.notice: render.notice(str(error), "error")}
         yield {
             self.session: session,
             self.chat: render.transcript(session.exchanges),
-            self.notice: message,
-            self.send: gr.update(interactive=True),
-            self.stop: gr.update(interactive=False),
-            self.clear: gr.update(interactive=True),
+            **message,
+            **self._idle(),
         }
 
     def halt(self, session: Session | None) -> dict[str, Any]:
@@ -379,11 +399,26 @@ def _theme() -> gr.themes.Base:
         block_radius="16px",
         block_shadow="none",
         block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
         block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
         block_title_background_fill="none",
         block_title_text_color="*body_text_color",
         block_title_padding="0",
         input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        # white on these is read easily: at least 4.5 to 1
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_secondary_background_fill_hover_dark="*neutral_500",
+        button_cancel_background_fill_hover_dark="*neutral_500",
+        checkbox_border_color="*neutral_300",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700",
+        slider_color="*primary_600",
         input_border_color_focus="*primary_500",
         input_border_color_focus_dark="*primary_500",
     )
@@ -417,7 +452,7 @@ def launch(
         head=f"<style>{_STYLE.read_text(encoding='utf-8')}</style>",  # `css=` would lose the phone's and dark rules
         allowed_paths=[str(FOLDER)],
         max_file_size=file_bytes,
-        app_kwargs={"middleware": [Middleware(BodyLimit, max_bytes=file_bytes + 2**20)]},
+        app_kwargs={"middleware": [Middleware(Gate, max_bytes=file_bytes + 2**20)]},
         state_session_capacity=_SESSIONS,
         enable_monitoring=False,
         run_history=False,

@@ -14,6 +14,7 @@ from tinyllava_switchkd.serve.engine import Reply
 from tinyllava_switchkd.serve.pool import Slot
 
 _THUMBNAIL = 160  # pixels
+_WITHOUT_REPLY = {"waiting": "waiting …", "working": "reading …<span class=tl-caret></span>", "done": "no answer"}
 _ENDINGS = {"length": "cut at the maximum length", "time": "cut at the time limit", "stopped": "stopped"}
 
 
@@ -26,14 +27,14 @@ class Cell:
         name: the model.
         reply: its answer so far, None while it waits or where it gave none.
         error: what went wrong instead.
-        is_waiting: whether an answer is still to come.
+        state: "waiting" for the models before it, "working", or "done".
     """
 
     index: int
     name: str
     reply: Reply | None = None
     error: str | None = None
-    is_waiting: bool = True
+    state: str = "waiting"
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _cell(cell: Cell) -> str:
     if cell.error is not None:
         body = f"<p class='tl-text tl-error'>{escape(cell.error)}</p>"
     elif cell.reply is None:
-        body = f"<p class='tl-text tl-muted'>{'waiting …' if cell.is_waiting else 'no answer'}</p>"
+        body = f"<p class='tl-text tl-muted'>{_WITHOUT_REPLY[cell.state]}</p>"
     else:
         is_growing = cell.reply.finish is None
         text = escape(cell.reply.text) or ("" if is_growing else "<i class='tl-muted'>empty answer</i>")
@@ -132,7 +133,8 @@ def _notes(reply: Reply | None) -> list[str]:
     notes = [f"<b>{_seconds(reply.first_token)}</b> to first token"]
     if reply.rate is not None:
         notes.append(f"<b>{reply.rate:.1f}</b> tokens/s")
-    notes.append(f"<b>{len(reply.token_ids)}</b> tokens")
+    count = len(reply.token_ids)
+    notes.append(f"<b>{count}</b> token{'' if count == 1 else 's'}")
     if reply.finish in _ENDINGS:
         notes.append(_ENDINGS[reply.finish])
     return notes
