@@ -39,7 +39,7 @@ class Plan:
     layers: int = 2
 
     tower_steps: int = 1500
-    llm_steps: int = 2000
+    llm_steps: int = 1500
     teacher_pt_steps: int = 300
     teacher_steps: int = 2000
     student_pt_steps: int = 200
@@ -133,7 +133,7 @@ class Workspace:
             tower,
             "base",
             self.plan.tower_steps,
-            {**_LLM_TOO, "TUNE_VISION_TOWER": "full", "GLOBAL_BATCH_SIZE": "32", "PER_DEVICE_BATCH_SIZE": "32"},
+            {**_BASE, "TUNE_VISION_TOWER": "full"},
             cost=1.5,
         )
 
@@ -148,7 +148,8 @@ class Workspace:
             self.base_tower,
             "base",
             self.plan.llm_steps,
-            {**_LLM_TOO, "EXTRA_ARGS": f"{_COMMON['EXTRA_ARGS']} --conv_version {CONV_VERSION}"},
+            {**_BASE, "EXTRA_ARGS": f"{_COMMON['EXTRA_ARGS']} --conv_version {CONV_VERSION}"},
+            cost=2.0,
         )
 
     def teacher_stages(self) -> list[Stage]:
@@ -288,7 +289,7 @@ _COMMON = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
-_LLM_TOO = {"TUNE_LLM": "full"}
+_BASE = {"TUNE_LLM": "full", "GLOBAL_BATCH_SIZE": "32", "PER_DEVICE_BATCH_SIZE": "32"}
 _FINETUNE = {"LEARNING_RATE": "2e-3", "TUNE_VISION_TOWER": "full", "VISION_TOWER_LR": "1e-3"}
 
 

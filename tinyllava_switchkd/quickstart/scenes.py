@@ -154,18 +154,18 @@ def make_scenes(domain: str, split: str, number: int, seed: int) -> list[Scene]:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """The cells in random order, each named by colour or position first, then by the other two in either order.
+    """The cells in random order, each named by colour and position, in either order, and then its digit.
 
     What stands first in a clause cannot be foreseen; the rest must be looked up in the image by it. That makes it the
-    densest lesson in looking things up: eight answers in some twenty tokens.
+    densest lesson in looking things up: eight answers in some twenty tokens. The digit always comes last, so that what
+    is asked for next is never in doubt; with the three in free order, most base models never learned some questions.
     """
     clauses = []
     for cell in rng.permutation(4):
         words = [scene.colours[cell], POSITIONS[cell]]
         if rng.random() < 0.5:
             words.reverse()
-        words.insert(1 + int(rng.integers(2)), str(scene.digits[cell]))
-        clauses.append(" ".join(words))
+        clauses.append(" ".join([*words, str(scene.digits[cell])]))
     return ", ".join(clauses) + "."
 
 
