@@ -94,6 +94,19 @@ except ValueError:
 PYTHON_CODE
 }
 
+# default_split NAME FOLDER: the split that is asked if SPLIT does not say; nothing if there are no data.
+default_split() {
+    "$PYTHON" - "$1" "$EVAL_DIR/$2" <<'PYTHON_CODE'
+import contextlib
+import sys
+
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+
+with contextlib.suppress(FileNotFoundError, ValueError):
+    print(BenchmarkFactory(sys.argv[1]).split_of(sys.argv[2]))
+PYTHON_CODE
+}
+
 # evaluate NAME FOLDER UPLOAD MODEL_PATH [MODEL_NAME]: answers and score of one benchmark
 #   NAME    of the benchmark (python -m tinyllava_switchkd.eval.run NAME)
 #   FOLDER  its folder in EVAL_DIR
@@ -112,15 +125,18 @@ evaluate() {
         --data-dir "$EVAL_DIR/$folder"
         --batch-size "${BATCH_SIZE:-16}"
     )
-    if [ -n "${SPLIT:-}" ]; then
-        answers="$answers/$SPLIT"
-        score="$score-$SPLIT"
-        arguments+=(--split "$SPLIT")
-        case "$upload:$SPLIT" in
-            -:*) ;;
-            *:test*) arguments+=(--submission "$EVAL_DIR/$folder/answers_upload/$SPLIT/$MODEL_NAME.$upload") ;;
-        esac
+    local split="${SPLIT:-}"
+    if [ -n "$split" ]; then
+        answers="$answers/$split"
+        score="$score-$split"
+        arguments+=(--split "$split")
+    elif [ "$upload" != - ]; then
+        split="$(default_split "$name" "$folder")" # LLaVA's own eval.zip has the server's split alone
     fi
+    case "$upload:$split" in
+        -:*) ;;
+        *:test*) arguments+=(--submission "$EVAL_DIR/$folder/answers_upload/$split/$MODEL_NAME.$upload") ;;
+    esac
     arguments+=(--output-dir "$answers" --score "$score.json")
     [ -z "${LIMIT:-}" ] || arguments+=(--limit "$LIMIT")
     [ -z "${CONV_MODE:-}" ] || arguments+=(--conv-mode "$CONV_MODE")

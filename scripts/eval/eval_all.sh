@@ -27,7 +27,8 @@ if [ ${#absent[@]} -gt 0 ]; then
     echo "No data in $EVAL_DIR: ${absent[*]}. Get them: python -m tinyllava_switchkd.eval.prepare ${absent[*]}" >&2
 fi
 if [ ${#done[@]} -gt 0 ]; then
-    "$PYTHON" -m tinyllava_switchkd.eval.report "$RESULTS_DIR/$MODEL_NAME" --output-dir "$RESULTS_DIR/$MODEL_NAME"
+    "$PYTHON" -m tinyllava_switchkd.eval.report "$RESULTS_DIR/$MODEL_NAME" --output-dir "$RESULTS_DIR/$MODEL_NAME" ||
+        failed+=("the report")
 fi
 [ ${#failed[@]} -eq 0 ] || die "not finished: ${failed[*]}. Run the script again to go on."
 [ ${#done[@]} -gt 0 ] || die "there was nothing to evaluate."

@@ -309,6 +309,15 @@ def test_a_split_without_ground_truth_is_written_for_the_server(checkpoint, tmp_
     assert result["run"]["split"] == "test"
 
 
+def test_a_test_table_alone_is_the_test_split(checkpoint, tmp_path):
+    data = write_benchmark("mmbench", tmp_path)
+    (data / "mmbench_dev_20230712.tsv").rename(data / "mmbench_test_20230712.tsv")
+    flags = ("--limit", "8", "--submission", str(tmp_path / "upload.xlsx"), "--score", str(tmp_path / "score.json"))
+    assert main(command(checkpoint, "mmbench", data, tmp_path / "out", *flags)) == 0
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert (result["run"]["split"], result["details"]["table"]) == ("test", "mmbench_test_20230712.tsv")
+
+
 def test_inference_imports_nothing_of_training_and_serving(checkpoint, pope, tmp_path):
     process = forked.start(command(checkpoint, "pope", pope, tmp_path / "out"), tmp_path / "log")
     assert forked.end(process) == 0

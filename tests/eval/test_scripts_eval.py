@@ -122,6 +122,28 @@ def test_another_split_has_files_of_its_own(script, split, upload, bash, tmp_pat
     assert flags.get("--submission") == (upload and str(tmp_path / "eval" / upload))
 
 
+@pytest.mark.parametrize(
+    ("script", "split", "question_file"),
+    [
+        ("vqav2", "test-dev", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl"),
+        ("vizwiz", "test", "vizwiz/llava_test.jsonl"),
+        ("mmbench_cn", "test", "mmbench_cn/mmbench_test_cn_20231003.tsv"),
+    ],
+)
+def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split, question_file, bash, tmp_path):
+    """LLaVA's eval.zip has no val: without an upload file its answers would be good for nothing."""
+    path = tmp_path / "eval" / question_file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}\n")
+    _, [call] = bash(script, "vlm")
+    flags = flags_of(call)
+    name, folder = SCRIPTS[script]
+    suffix = "xlsx" if script.startswith("mmbench") else "json"
+    assert flags["--submission"] == str(tmp_path / "eval" / folder / "answers_upload" / split / f"vlm.{suffix}")
+    assert flags["--score"] == str(tmp_path / "results" / "vlm" / f"{name}.json")
+    assert "--split" not in flags
+
+
 def test_several_processes_are_started_by_torchrun(bash):
     _, [call] = bash("pope", "vlm", GPUS="2")
     assert call[1:8] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", call[7]]
@@ -179,6 +201,10 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert [call[3] for call in calls[:-1]] == ["pope", "mme", "scienceqa"]  # a failure does not stop the others
     assert calls[-1][2] == "tinyllava_switchkd.eval.report"
     assert "not finished: mme" in done.stderr
+
+    done, _ = bash("eval_all", "models/vlm", FAIL="tinyllava_switchkd.eval.report")
+    assert done.returncode == 1
+    assert "not finished: the report" in done.stderr
 
     done, calls = bash("eval_all", "models/vlm", BROKEN="1")  # an interpreter without the package, say
     assert done.returncode == 1

@@ -19,7 +19,7 @@ from ..model.checkpoint import read_config
 from ..model.weights import resolve_folder
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
-from .benchmarks import Benchmark, BenchmarkFactory, Question, QuestionFileBenchmark
+from .benchmarks import Benchmark, BenchmarkFactory, Question
 from .benchmarks.base import prepare_hint
 from .generate import Answerer, check_device, default_device, dtype_of, image_policy_of, template_of
 from .processes import Processes
@@ -69,9 +69,7 @@ class Job:
     @property
     def split(self) -> str:
         """The split whose questions these are."""
-        if isinstance(self.benchmark, QuestionFileBenchmark):
-            return self.benchmark.question_file(self.arguments.data_dir, self.arguments.split)[0]
-        return self.arguments.split or self.benchmark.paper_split
+        return self.benchmark.split_of(self.arguments.data_dir, self.arguments.split)
 
     @property
     def max_new_tokens(self) -> int:

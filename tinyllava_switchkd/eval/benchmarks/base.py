@@ -217,6 +217,15 @@ class Benchmark(ABC):
         """Names of the splits, where there are several to choose from."""
         return ()
 
+    def split_of(self, data_dir: str | Path, split: str | None = None) -> str:
+        """The split that `questions` asks: the one that is named, else the first whose file is there.
+
+        Raises:
+            FileNotFoundError: the data are not there.
+            ValueError: the split is unknown.
+        """
+        return split or self.paper_split
+
     @abstractmethod
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         """The questions of a split, in the question file's order; by default of the first split whose file is there.
@@ -277,6 +286,9 @@ class QuestionFileBenchmark(Benchmark):
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.question_files)
+
+    def split_of(self, data_dir: str | Path, split: str | None = None) -> str:
+        return self.question_file(data_dir, split)[0]
 
     def question_file(self, data_dir: str | Path, split: str | None = None) -> tuple[str, Path]:
         """Split and path of the question file.

@@ -76,6 +76,9 @@ class _MMBench(Benchmark):
     def splits(self) -> tuple[str, ...]:
         return tuple(self.tables)
 
+    def split_of(self, data_dir: str | Path, split: str | None = None) -> str:
+        return next(iter(self._tables(data_dir, split)))[0]
+
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         pictures: dict[str, bytes] = {}  # the rotations of a question repeat its picture: keep it once
         table, *others = self._tables(data_dir, split).values()
@@ -101,12 +104,12 @@ class _MMBench(Benchmark):
             )
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
-        path, table, joined = self._joined(data_dir, answers)
-        rows = [self._judge(row, joined.get(str(row["index"]))) for row in table if row.get("answer", "")]
+        (split, path), table, joined = self._joined(data_dir, answers)
+        rows = [self._judge(row, joined.get(str(row["index"])), split) for row in table if row.get("answer", "")]
         if not rows:
             raise NoGroundTruth(
                 f"{path} has no answers (a test table): write the upload file with --submission, or use a dev table.",
-                split="test",
+                split=split,
                 total=len(table),
             )
         groups: dict[int, list[Row]] = {}
@@ -177,8 +180,10 @@ class _MMBench(Benchmark):
             raise missing_file(data_dir, [name for _, name in known], f"{self.title} table", prepare_hint(self.name))
         return found
 
-    def _joined(self, data_dir: str | Path, answers: Sequence[Answer]) -> tuple[Path, list[Row], dict[str, Answer]]:
-        """The table that the answers belong to, its rows, and the answers by index.
+    def _joined(
+        self, data_dir: str | Path, answers: Sequence[Answer]
+    ) -> tuple[tuple[str, Path], list[Row], dict[str, Answer]]:
+        """The table that the answers belong to with its split, its rows, and the answers by index.
 
         Of several tables it is the one that has all the answered questions; of several such ones of a split the first.
 
@@ -198,7 +203,7 @@ class _MMBench(Benchmark):
                 raise ValueError(f"The answers fit {names} in {data_dir}; say which with --split.")
         chosen = (fitting or list(tables))[0]
         path, table = tables[chosen], rows[chosen]
-        return path, table, join(answers, {str(row["index"]) for row in table}, path)
+        return (chosen[0], path), table, join(answers, {str(row["index"]) for row in table}, path)
 
     def _rows(self, path: Path) -> list[Row]:
         """The table, `index` as an integer."""
@@ -217,8 +222,8 @@ class _MMBench(Benchmark):
             raise ValueError(f"{path} has a header but no rows.")
         return rows
 
-    def _judge(self, row: Row, answer: Answer | None) -> Row:
-        """Both readings of one row's answer."""
+    def _judge(self, row: Row, answer: Answer | None, split: str) -> Row:
+        """Both readings of one row's answer; the split is the table's, for rows that do not name theirs."""
         text = None if answer is None else answer.text
         parsed = None if text is None else match_exactly(text, options_of(row, _PANDAS_MISSING))
         reading = None if text is None else read_choice(text, options_of(row, _MISSING))
@@ -234,7 +239,7 @@ class _MMBench(Benchmark):
             "read_correct": reading == row["answer"],
             "l2_category": L2_CATEGORIES.get(l2_category, l2_category),
             "category": row.get("category", ""),
-            "split": row.get("split") or "dev",
+            "split": row.get("split") or split,
         }
 
     def _picture(self, row: Row, encoded: Mapping[int, str], pictures: dict[str, bytes]) -> bytes:
