@@ -6,10 +6,13 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
+from tests.train.world import command_line, write_world
 from tinyllava_switchkd.train import resume
+from tinyllava_switchkd.train.train import main
 
 
 class StopAt(TrainerCallback):
@@ -65,7 +68,7 @@ def run(tmp_path):
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 20}))
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (folder / name).write_bytes(b"x")
+            torch.save({}, folder / name)
     (tmp_path / "checkpoint-latest").mkdir()
     return tmp_path
 
@@ -75,15 +78,17 @@ def test_the_latest_checkpoint_is_found(run):
     assert resume.find_checkpoint(run / "nothing") is None
 
 
-@pytest.mark.parametrize(
-    "broken", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "cut off"]
-)
-def test_an_incomplete_checkpoint_is_skipped_with_a_warning(run, caplog, broken):
-    if broken == "cut off":
-        file = run / "checkpoint-10" / "model.safetensors"
+FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+@pytest.mark.parametrize("broken", FILES)
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(run, caplog, broken, damage):
+    file = run / "checkpoint-10" / broken
+    if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        (run / "checkpoint-10" / broken).unlink()
+        file.unlink()
     assert resume.find_checkpoint(run) == str(run / "checkpoint-5")
     assert "checkpoint-10 is incomplete" in caplog.text
 
@@ -105,6 +110,8 @@ def test_deepspeeds_state_counts_as_the_optimisers(run):
     assert "no optimiser state" in resume.what_is_missing(folder)
     (folder / "global_step10").mkdir()
     (folder / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    assert "cut off" in resume.what_is_missing(folder)
+    torch.save({}, folder / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert resume.what_is_missing(folder) is None
 
 
@@ -121,3 +128,47 @@ def test_a_run_is_finished_when_its_state_says_so(run):
     assert resume.is_finished(run)
     resume.remove_checkpoints(run)
     assert not resume.is_finished(run) and resume.find_checkpoint(run) is None
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of the entry point that was stopped after its second checkpoint, and its world."""
+    folder = tmp_path_factory.mktemp("begun")
+    world = write_world(folder / "world", samples=4)
+    assert main(command_line(world, folder / "run", save_steps=1)) == 0
+    (folder / "run" / "trainer_state.json").unlink()
+    return world, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"connector_type": "linear"}, ["connector_type 'mlp2x_gelu'", "'linear' now"]),
+        ({"model_name_or_path": "teacher_llm"}, ["hidden_size 32", "48 now"]),
+        ({"tune_type_vision_tower": "frozen"}, ["tune_type_vision_tower 'full'", "'frozen' now"]),
+        ({"training_recipe": "lora", "tune_type_llm": "lora"}, ["tune_type_llm 'full'", "'lora' now"]),
+        ({"vision_tower_lr": 1e-4}, ["optimiser cannot go on", "parameter groups"]),
+        ({"optim": "sgd"}, ["another --optim"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_other_arguments_than_the_run_was_begun_with(begun, tmp_path, capsys, changes, words):
+    """One sentence that names the checkpoint and the way out; the run's weights stay as they are."""
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    before = (run / "model.safetensors").read_bytes()
+    changes = {name: world.get(value, value) for name, value in changes.items()}
+    assert main(command_line(world, tmp_path / "run", save_steps=1, max_steps=4, **changes)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in [*words, "checkpoint-2", "--overwrite_output_dir True"])
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_by_true_and_with_another_learning_rate(begun, tmp_path, capsys):
+    """True asks for the latest checkpoint; the schedule is the one that was begun, and that is said."""
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    changes = {"max_steps": 3, "learning_rate": 1e-5, "resume_from_checkpoint": "True"}
+    assert main(command_line(world, tmp_path / "run", **changes)) == 0
+    said = capsys.readouterr().err
+    assert "Resuming from" in said and "learning rates of" in said and "[0.01" in said and "[1e-05" in said

@@ -100,6 +100,16 @@ class TinyLlavaConfig(PretrainedConfig):
 
         self.text_config = self._build_text_config(text_config)
         self.vision_config = self._build_vision_config(vision_config)
+        for part, config, field in (
+            ("text", self.text_config, "vocab_size"),
+            ("vision", self.vision_config, "hidden_size"),
+        ):
+            if getattr(config, field, None) is None:
+                name = self.llm_model_name_or_path if part == "text" else self.vision_model_name_or_path
+                raise ValueError(
+                    f"{name or part + '_config'} is a model of type {config.model_type!r} and no "
+                    f"{'language model' if part == 'text' else 'vision tower'}: its configuration has no {field}."
+                )
         # These four are never free: a value in the file that contradicts the parts would only mislead.
         for name in ("hidden_size", "vocab_size", "vision_hidden_size", "ignore_index", "image_token_index"):
             kwargs.pop(name, None)

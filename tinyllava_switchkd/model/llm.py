@@ -46,6 +46,9 @@ def read_base_config(name_or_path: str, cache_dir: str | None = None) -> Pretrai
     Raises:
         FileNotFoundError: neither a folder with a ``config.json`` nor, as far as can be told, a hub repository.
     """
+    file = Path(name_or_path) / "config.json"
+    if file.is_file():
+        read_json(file)  # says what is wrong with it, if it is
     try:
         return AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     except OSError as error:

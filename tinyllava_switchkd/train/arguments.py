@@ -180,6 +180,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check_parts()
         self._check_lora()
         self._check_unsupported()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("learning_rate", self.learning_rate, 0)
+        _at_least("weight_decay", self.weight_decay, 0)
         super().__post_init__()
 
     def tune_type(self, part: str) -> str:

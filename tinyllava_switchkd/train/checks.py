@@ -57,6 +57,34 @@ def check_paths(arguments: Arguments) -> None:
     if isinstance(training.deepspeed, str) and not Path(training.deepspeed).is_file():
         raise FileNotFoundError(f"--deepspeed {training.deepspeed} does not exist; scripts/train has zero2.json.")
     check_writable(training.output_dir)
+    check_overwriting(arguments)
+
+
+def check_overwriting(arguments: Arguments) -> None:
+    """The output must not take the place of what the run reads, nor of a model that is none of its own.
+
+    Raises:
+        FileExistsError: it would.
+    """
+    model, _, training, distill, _ = arguments
+    folder = Path(training.output_dir)
+    for name, path in (
+        ("teacher_path", distill.teacher_path),
+        ("pretrained_model_path", training.pretrained_model_path),
+        ("model_name_or_path", model.model_name_or_path),
+        ("vision_tower", model.vision_tower),
+    ):
+        if path and folder.is_dir() and Path(path).is_dir() and folder.samefile(path):
+            raise FileExistsError(f"--output_dir {folder} is the folder of --{name} as well; choose another.")
+    marks = ("training_args.bin", "trainer_state.json", "checkpoint-*")  # what a run of this program leaves
+    if training.overwrite_output_dir or any(any(folder.glob(mark)) for mark in marks):
+        return
+    for weights in ("*.safetensors", "*.bin"):
+        for file in folder.glob(weights):
+            raise FileExistsError(
+                f"--output_dir {folder} holds weights ({file.name}) that no training run has put there; choose another "
+                f"folder, or pass --overwrite_output_dir True."
+            )
 
 
 def check_writable(output_dir: str) -> None:

@@ -7,11 +7,58 @@ import logging
 import re
 import shutil
 import struct
+import zipfile
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+_SHAPING = (
+    "connector_type",
+    "hidden_size",
+    "vocab_size",
+    "vision_hidden_size",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "tune_type_llm",
+    "tune_type_connector",
+    "tune_type_vision_tower",
+)
+"""Fields of a model's configuration without which its weights or the optimiser's state have no place."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint is not one of the run that would go on from it."""
+
+
+def check_fits(checkpoint: str | Path, config: Any, training: Any) -> None:
+    """Refuse to go on from a checkpoint of another model, or of the same with other parts trained.
+
+    Args:
+        checkpoint: a complete one.
+        config: configuration of the model that the command line asks for.
+        training: the training arguments, which say what is to be trained.
+
+    Raises:
+        ResumeError: with the first difference, on both sides.
+    """
+    from tinyllava_switchkd.model.checkpoint import read_config
+
+    stored = read_config(Path(checkpoint))
+    for name in _SHAPING:
+        theirs = getattr(stored, name)
+        ours = getattr(training if name.startswith("tune_type") else config, name)
+        if theirs != ours:
+            raise ResumeError(
+                f"The run cannot go on from {checkpoint}, which was written with {name} {theirs!r}, and {name} is "
+                f"{ours!r} now; {REMEDY}."
+            )
+
+
+REMEDY = "use the arguments that the run was begun with, or begin anew with --overwrite_output_dir True"
 
 
 def is_finished(output_dir: str | Path) -> bool:
@@ -54,11 +101,18 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
         shards = list(tag.glob("*_optim_states.pt"))
         if not shards:
             return f"{tag.name} holds no optimiser state"
-    elif not ((folder / "optimizer.pt").is_file() and (folder / "scheduler.pt").is_file()):
-        return "optimizer.pt or scheduler.pt is missing"
-    written = len(list(folder.glob("rng_state*.pth")))
+        pickles = shards
+    else:
+        pickles = [folder / "optimizer.pt", folder / "scheduler.pt"]
+        if not all(file.is_file() for file in pickles):
+            return "optimizer.pt or scheduler.pt is missing"
+    random_states = list(folder.glob("rng_state*.pth"))
+    written = len(random_states)
     if not written:
         return "the state of the random numbers is missing"
+    for file in (*pickles, *random_states):
+        if not zipfile.is_zipfile(file):  # torch's pickles end in a zip's directory
+            return f"{file.name} is cut off"
     if written != world_size:
         raise ValueError(
             f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it with "

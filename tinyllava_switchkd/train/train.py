@@ -67,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if run is not None:
-        run()
+        try:
+            run()
+        except resume.ResumeError as error:
+            if is_main_process():
+                print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -159,6 +164,8 @@ def check(arguments: Arguments) -> Plan | None:
     checkpoint = _where_to_resume(arguments)
     recipe = TrainingRecipeFactory(training.training_recipe)(training)
     skeleton = student_skeleton(arguments)
+    if checkpoint is not None:
+        resume.check_fits(checkpoint, skeleton.model.config, training)
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
@@ -203,7 +210,7 @@ def _where_to_resume(arguments: Arguments) -> str | None:
     if training.overwrite_output_dir:
         return None
     asked = training.resume_from_checkpoint
-    if asked is not None:
+    if asked is not None and asked.lower() != "true":  # True asks for the latest, which is sought anyway
         missing = resume.what_is_missing(asked, training.world_size)
         if missing is not None:
             raise ValueError(f"--resume_from_checkpoint {asked} is incomplete: {missing}.")

@@ -12,6 +12,7 @@ What differs from the Trainer:
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -32,6 +33,9 @@ from tinyllava_switchkd.distill import SupervisedTask
 
 from .arguments import TrainingArguments
 from .recipes import BaseTrainingRecipe
+from .resume import REMEDY, ResumeError
+
+logger = logging.getLogger(__name__)
 
 TOKEN_MEANS = ("knee_teacher", "knee_student", "topk_overlap")
 """Measures that a task averages over its own batch: weighted by its tokens in the window's mean.
@@ -185,6 +189,23 @@ class LLaVATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.recipe.read_student(self.student, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers, which neither refuses another optimiser's state nor tells of other learning rates."""
+        asked = getattr(self.lr_scheduler, "base_lrs", None)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            raise ResumeError(f"The optimiser cannot go on from {checkpoint} ({error}); {REMEDY}.") from error
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        if any(set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups):
+            raise ResumeError(f"The checkpoint {checkpoint} was written with another --optim; {REMEDY}.")
+        if self.lr_scheduler.base_lrs != asked:
+            logger.warning(
+                "The run goes on with the learning rates of %s (%s), not with those asked for now (%s).",
+                *(checkpoint, self.lr_scheduler.base_lrs, asked),
+            )
 
 
 class _Begin(TrainerCallback):

@@ -1,0 +1,49 @@
+"""What the output folder may not be, and numbers that no run can be made of."""
+
+import pytest
+
+from tests.train.world import command_line, write_world
+from tinyllava_switchkd.train.train import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "world", samples=4)
+
+
+def refused(capsys, argv):
+    assert main(argv) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("read", ["model_name_or_path", "vision_tower"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_run_reads_is_not_written_over(world, capsys, read, overwrite):
+    folder = world["llm" if read == "model_name_or_path" else "tower"]
+    line = refused(capsys, command_line(world, folder + "/", overwrite_output_dir=overwrite))
+    assert f"--{read}" in line and "choose another" in line
+
+
+def test_a_strangers_weights_are_not_written_over(world, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    assert "model.safetensors" in refused(capsys, command_line(world, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+    assert main(command_line(world, tmp_path, max_steps=1, overwrite_output_dir=True)) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": -1}, {"per_device_train_batch_size": 0}, {"gradient_accumulation_steps": 0}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_numbers_that_no_run_can_be_made_of(world, tmp_path, capsys, changes):
+    line = refused(capsys, command_line(world, tmp_path / "out", **changes))
+    assert f"--{next(iter(changes))} is" in line and "at least" in line and not (tmp_path / "out").exists()
+
+
+def test_parts_in_each_others_place(world, tmp_path, capsys):
+    line = refused(capsys, command_line(world, tmp_path / "out", model_name_or_path=world["tower"]))
+    assert world["tower"] in line and "no language model" in line
