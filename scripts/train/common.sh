@@ -190,8 +190,8 @@ train() {
         --report_to "${REPORT_TO:-tensorboard}"
         --mm_vision_select_layer "${SELECT_LAYER:--2}"
         --image_aspect_ratio "${IMAGE_ASPECT_RATIO:-square}"
-        --attn_implementation "${ATTN_IMPLEMENTATION:-sdpa}"
     )
+    [ -z "${ATTN_IMPLEMENTATION:-}" ] || arguments+=(--attn_implementation "$ATTN_IMPLEMENTATION")
     [ -z "${MAX_STEPS:-}" ] || arguments+=(--max_steps "$MAX_STEPS")
     [ -z "${CONNECTOR_LR:-}" ] || arguments+=(--mm_projector_lr "$CONNECTOR_LR")
     [ -z "${VISION_TOWER_LR:-}" ] || arguments+=(--vision_tower_lr "$VISION_TOWER_LR")

@@ -2,6 +2,7 @@
 # Distilled fine-tuning (DFT, Switch-KD) of what pretrain.sh made: the whole student, its vision tower too, learns from
 # the data and from the teacher. finetune.sh's arguments and the teacher; the rest from the environment (see common.sh):
 #   DISTILL_LOSS (dbild)  TEMPERATURE (3.0)  ALIGN_WEIGHT (1.0)  SWITCH_WEIGHT (1.0)
+#   TEACHER_BITS (16; 8 or 4 hold the teacher's language model in so many bits, which needs bitsandbytes)
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_arguments 11 "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE MODEL_MAX_LENGTH TEACHER_PATH" "$@"
 stage DISTILL
@@ -45,6 +46,7 @@ train 128 8 "$LEARNING_RATE_HERE" \
     --temperature "${TEMPERATURE:-3.0}" \
     --align_weight "${ALIGN_WEIGHT:-1.0}" \
     --switch_weight "${SWITCH_WEIGHT:-1.0}" \
+    --teacher_bits "${TEACHER_BITS:-16}" \
     --pretrained_model_path "${PRETRAINED_PATH:-$(run_name "$LLM_VERSION" "$VT_VERSION" "$VERSION" pretrain)}" \
     --output_dir "$(run_name "$LLM_VERSION" "$VT_VERSION" "$VERSION" distill)" \
     ${LORA[@]+"${LORA[@]}"}

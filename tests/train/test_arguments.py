@@ -102,6 +102,8 @@ def test_every_ignored_flag_is_dropped():
         (["--temperature", "2"], ["--temperature 2.0", "--teacher_path"]),
         (["--teacher_path", "t", "--temperature", "0"], ["--temperature is 0.0", "greater than 0"]),
         (["--teacher_path", "t", "--align_weight", "0", "--switch_weight", "0"], ["both 0", "'t'"]),
+        (["--teacher_bits", "4"], ["--teacher_bits 4", "--teacher_path"]),
+        (["--teacher_path", "t", "--teacher_bits", "2"], ["--teacher_bits is 2", "16, 8, 4"]),
         (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "'dbild'"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
         (["--eval_strategy", "steps"], ["--eval_strategy", "scripts/eval"]),

@@ -5,6 +5,7 @@ from tests.distill.conftest import make_batch
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.switch import _splice
+from tinyllava_switchkd.model.quantized import weight_bytes
 from tinyllava_switchkd.train.estimate import estimate
 from tinyllava_switchkd.train.train import main
 
@@ -65,6 +66,24 @@ def test_resident_parts_are_counted_exactly():
     sharded = estimate(student, teacher, batch_size=1, text_tokens=40, gpus=8, zero_stage=2)
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * every, 2 * trained // 8, 12 * trained // 8)
     assert estimate(student, teacher, batch_size=1, text_tokens=40, offload=True).optimizer == 0
+
+
+def test_a_quantised_teacher_takes_less_and_in_8_bits_keeps_inputs():
+    """Activations kept in 8 bits were 1.49 times those of the plain teacher when measured on these shapes."""
+    student, teacher = pair("meta")
+    runs = {
+        (bits, checkpointing): estimate(
+            student, teacher, batch_size=2, text_tokens=200, teacher_bits=bits, checkpointing=checkpointing
+        )
+        for bits in (16, 8, 4)
+        for checkpointing in (False, True)
+    }
+    assert runs[8, False].teacher == weight_bytes(teacher, 2, 8) < runs[16, False].teacher
+    activations = {key: run.activations for key, run in runs.items()}
+    alone = estimate(student, teacher, batch_size=2, text_tokens=200, switch=False).activations
+    assert (activations[8, False] - alone) / (activations[16, False] - alone) == pytest.approx(1.49, rel=0.15)
+    assert activations[4, False] == activations[16, False]
+    assert activations[8, True] < 0.3 * activations[8, False]
 
 
 def test_what_saves_memory_is_seen_to():

@@ -99,7 +99,10 @@ def test_stages_have_tinyllavas_settings_and_names():
     assert distill["output_dir"] == f"{name}-distill" and distill["pretrained_model_path"] == f"{name}-pretrain"
     assert distill["teacher_path"] == "/teacher" and [distill[part] for part in tuned] == ["full"] * 3
     assert (distill["temperature"], distill["align_weight"], distill["switch_weight"]) == ("3.0", "1.0", "1.0")
-    assert distill["vision_tower_lr"] == "1e-5"
+    assert distill["vision_tower_lr"] == "1e-5" and distill["teacher_bits"] == "16"
+    assert "attn_implementation" not in distill  # chosen by the entry point
+    _, distill = dry_run("distill.sh", *TEN, "/teacher", TEACHER_BITS=4, ATTN_IMPLEMENTATION="eager")
+    assert (distill["teacher_bits"], distill["attn_implementation"]) == ("4", "eager")
 
     _, lora = dry_run("finetune_lora.sh", *TEN[:8], "lora", TEN[9])
     assert (lora["tune_type_llm"], lora["lora_r"], lora["lora_alpha"]) == ("lora", "128", "256")

@@ -125,6 +125,27 @@ def test_a_checkpoint_alone_can_be_fine_tuned(world, tmp_path):
     assert (model.config.vision_feature_layer, length, model.config.hidden_size) == (-2, 400, 48)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_distillation_from_a_quantised_teacher(world, tmp_path, bits):
+    """Where bitsandbytes is installed: the student is written as ever, and the losses are near the exact teacher's."""
+    pytest.importorskip("bitsandbytes")
+    logs = []
+    for name, changes in (("exact", {}), ("held", {"teacher_bits": bits, "gradient_checkpointing": True})):
+        assert main(distil(world, tmp_path / name, max_steps=1, **changes)) == 0
+        logs.append(json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][0])
+    exact, held = logs
+    assert held["ce"] == pytest.approx(exact["ce"], rel=1e-5)
+    assert held["align"] == pytest.approx(exact["align"], rel=0.2) and held["align"] != exact["align"]
+    assert state_of(tmp_path / "exact").keys() == state_of(tmp_path / "held").keys()
+
+
+def test_a_quantised_teacher_without_bitsandbytes(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tinyllava_switchkd.model.quantized.find_spec", lambda name: None)
+    assert main(distil(world, tmp_path / "out", teacher_bits=4)) == 1
+    assert "error: --teacher_bits 4 needs the package bitsandbytes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def spoilt(world, tmp_path, name):
     """A command line with one thing wrong with it, and words that the sentence must have."""
     sft = {"pretrained_model_path": world["student_pt"]}

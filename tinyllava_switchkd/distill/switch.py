@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.model.quantized import is_quantized, keep_differentiable
 from tinyllava_switchkd.model.splice import Spliced, image_of_placeholder, splice
 
 from .chunked import PARTS, SupervisedTokens, TokenLoss
@@ -134,7 +135,8 @@ class SwitchDistiller(SupervisedTask):
     """Switch-KD: a student learns from a frozen teacher, its vision tower also through the teacher's language model.
 
     `student` is the only registered sub-module. The teacher follows `.to()` but is in neither `parameters()` nor
-    `state_dict()`: no optimiser, checkpoint or ZeRO stage ever sees it. Build one with `build_distiller`.
+    `state_dict()`: no optimiser, checkpoint or ZeRO stage ever sees it. A quantised teacher does not follow: it stays
+    on the device and in the precision that it was loaded with. Build one with `build_distiller`.
 
     Args:
         student: the model to train.
@@ -166,6 +168,7 @@ class SwitchDistiller(SupervisedTask):
         self.vocab_size = vocab_size
         teacher.requires_grad_(False).eval()
         _remove_dropout(teacher)
+        keep_differentiable(teacher)
         object.__setattr__(self, "_teacher", teacher)
         self._one_encoder = _is_frozen(student.vision_tower) and _see_alike(student, teacher)
 
@@ -174,12 +177,17 @@ class SwitchDistiller(SupervisedTask):
         return self._teacher
 
     def _apply(self, fn, *args, **kwargs):
-        self._teacher._apply(fn, *args, **kwargs)
+        if not is_quantized(self._teacher):
+            self._teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Activation checkpointing in the student, and in the teacher's language model for the switch pass."""
         super().gradient_checkpointing_enable(**kwargs)
+        if getattr(self._teacher, "is_loaded_in_8bit", False):
+            # bitsandbytes' 8-bit layers keep their inputs past the hooks by which the non-reentrant kind frees them.
+            chosen = {**(kwargs.get("gradient_checkpointing_kwargs") or {}), "use_reentrant": True}
+            kwargs = {**kwargs, "gradient_checkpointing_kwargs": chosen}
         self._teacher.language_model.gradient_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -19,8 +19,9 @@ from .connector import ConnectorFactory
 from .legacy import config_from_bench, is_bench_config
 from .llm import has_tokenizer, load_tokenizer
 from .modeling import TinyLlavaForConditionalGeneration
+from .quantized import check_quantization, quantization_config
 from .vision_tower import resolve_vision_tower
-from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
+from .weights import is_adapter, read_checkpoint, read_connector, read_json, read_weights, resolve_folder
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_pretrained_model(
     Args:
         model_name_or_path: a folder (full, split or LoRA layout) or a hub repository.
         load_type: only ``hf`` (v1's argument).
-        load_8bit: quantise the language model to 8 bits (bitsandbytes, CUDA).
+        load_8bit: quantise the language model to 8 bits (bitsandbytes); tower, connector and head stay as they are.
         load_4bit: quantise it to 4 bits (NF4).
         device_map: as in transformers; None puts the whole model on `device`.
         device: where the model goes; this process's GPU if there is one, else the CPU.
@@ -65,11 +66,11 @@ def load_pretrained_model(
     if load_type != "hf":
         raise ValueError(f"load_type is 'hf', not {load_type!r}: v1 knew no other either.")
     kwargs: dict[str, Any] = {"dtype": dtype}
-    if load_8bit or load_4bit:
-        kwargs["quantization_config"] = _quantization_config(load_8bit, load_4bit)
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     device = device if device is not None else _default_device()
+    if load_8bit or load_4bit:
+        kwargs["quantization_config"] = _quantization_config(load_8bit, load_4bit, device, dtype)
     if device_map is None and "quantization_config" in kwargs:
         device_map = {"": str(device)}  # quantised weights are made on the device
     folder = resolve_folder(model_name_or_path, **hub)
@@ -88,29 +89,15 @@ def _default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _quantization_config(load_8bit: bool, load_4bit: bool) -> Any:
-    from importlib.util import find_spec
-
+def _quantization_config(load_8bit: bool, load_4bit: bool, device: str | torch.device, dtype: Any) -> Any:
     if load_8bit and load_4bit:
         raise ValueError("Ask for load_8bit or load_4bit, not both.")
-    asked = "load_8bit" if load_8bit else "load_4bit"
-    if not torch.cuda.is_available():
-        raise ValueError(f"{asked} needs a CUDA device, and none is visible here; load the model without it.")
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(f"{asked} needs the package bitsandbytes: pip install 'tinyllava_switchkd[qlora]'.")
-    from transformers import BitsAndBytesConfig
-
-    # The tower and the connector are small and sensitive; the output head stays exact, as transformers does by default.
-    exact = ["vision_tower", "connector", "lm_head"]
-    if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=exact)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
-        llm_int8_skip_modules=exact,
-    )
+    check_quantization("load_8bit" if load_8bit else "load_4bit", device)
+    if not isinstance(dtype, torch.dtype):
+        dtype = torch.float32
+        if torch.device(device).type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return quantization_config(8 if load_8bit else 4, dtype)
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
@@ -143,7 +130,7 @@ def read_config(folder: Path) -> TinyLlavaConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no TinyLLaVA checkpoint: it has no config.json.")
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields = read_json(file)
     if is_bench_config(fields):
         return config_from_bench(fields)
     if fields.get("model_type") != TinyLlavaConfig.model_type:

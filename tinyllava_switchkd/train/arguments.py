@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+import torch
 import transformers
+
+from tinyllava_switchkd.model.quantized import BITS
 
 TUNE_TYPES = {
     "llm": ("frozen", "full", "lora", "qlora"),
@@ -42,7 +45,10 @@ class ModelArguments:
         default=None, metadata={"help": "The tokenizer, if it is not the language model's own."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "flash_attention_2, sdpa or eager; by default what the installation offers."}
+        default=None,
+        metadata={
+            "help": "sdpa, flash_attention_2 or eager; default sdpa, with --packing flash where it is installed."
+        },
     )
     vision_tower: str = field(default="", metadata={"help": "The vision tower: a hub id, a folder, or kind:name."})
     vision_tower2: str = field(default="", metadata={"help": "The second tower of a mixture (mof)."})
@@ -107,6 +113,9 @@ class DistillArguments:
     chunk_size: int | None = field(
         default=None, metadata={"help": "Supervised tokens whose logits are in memory at once."}
     )
+    teacher_bits: int = field(
+        default=16, metadata={"help": "8 or 4 hold the teacher's language model in so many bits (bitsandbytes)."}
+    )
 
     def __post_init__(self) -> None:
         _at_least("temperature", self.temperature, 0, strictly=True)
@@ -114,6 +123,7 @@ class DistillArguments:
         _at_least("switch_weight", self.switch_weight, 0)
         _at_least("top_k", self.top_k, 2)
         _at_least("chunk_size", self.chunk_size, 1)
+        _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
             changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]
@@ -185,6 +195,13 @@ class TrainingArguments(transformers.TrainingArguments):
         _at_least("learning_rate", self.learning_rate, 0)
         _at_least("weight_decay", self.weight_decay, 0)
         super().__post_init__()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What is computed in."""
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
 
     def tune_type(self, part: str) -> str:
         """Tune type of ``"llm"``, ``"vision_tower"`` or ``"connector"``."""

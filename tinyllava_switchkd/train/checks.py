@@ -9,8 +9,11 @@ from pathlib import Path
 from tinyllava_switchkd.data import TemplateFactory
 from tinyllava_switchkd.distill import LossFactory, check_compatible
 from tinyllava_switchkd.model import ConnectorFactory, VisionTowerFactory
+from tinyllava_switchkd.model.quantized import BITS, check_quantization
 
 from .arguments import Arguments
+from .attention import attention_of
+from .compiling import check_compile
 from .recipes import TrainingRecipeFactory
 from .skeleton import Skeleton
 
@@ -85,6 +88,19 @@ def check_overwriting(arguments: Arguments) -> None:
                 f"--output_dir {folder} holds weights ({file.name}) that no training run has put there; choose another "
                 f"folder, or pass --overwrite_output_dir True."
             )
+
+
+def check_machine(arguments: Arguments) -> None:
+    """What is asked of this machine must be possible on it: attention, quantisation, compilation.
+
+    Raises:
+        ValueError: it isn't; with the argument and the remedy.
+    """
+    training, bits = arguments.training, arguments.distill.teacher_bits
+    attention_of(arguments)
+    if bits in BITS:
+        check_quantization(f"--teacher_bits {bits}", training.device)
+    check_compile(training)
 
 
 def check_writable(output_dir: str) -> None:

@@ -8,7 +8,7 @@ fragments and the CUDA context take comes on top (`OVERHEAD`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinyllava_switchkd.distill.chunked import CHUNK_ELEMENTS
+from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 
 from .arguments import Arguments, DistillArguments, TrainingArguments
 from .recipes import TrainingRecipeFactory
@@ -68,6 +69,7 @@ def estimate(
     checkpointing: bool = False,
     switch: bool = True,
     chunk_size: int | None = None,
+    teacher_bits: int = 16,
 ) -> Estimate:
     """Memory of a training step.
 
@@ -85,6 +87,7 @@ def estimate(
         checkpointing: activation checkpointing in the student and in the teacher's switch pass.
         switch: whether the switch pass runs.
         chunk_size: as in `build_distiller`.
+        teacher_bits: 8 or 4 if the teacher's language model is quantised.
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in student.parameters()) - trained
@@ -97,7 +100,9 @@ def estimate(
         passes = [lambda recompute: _student_bytes(student, batch_size, length, recompute, size)]
         layers = [_layers(student)]
         if teacher is not None and switch:
-            passes.append(lambda recompute: _switch_bytes(student, teacher, batch_size, length, recompute, size))
+            passes.append(
+                lambda recompute: _switch_bytes(student, teacher, batch_size, length, recompute, size, teacher_bits)
+            )
             layers.append(_layers(teacher))
         activations = sum(run(checkpointing) for run in passes)
         if checkpointing:  # and one layer, recomputed
@@ -114,7 +119,7 @@ def estimate(
         weights=shard(3, trained * size) + shard(3, frozen * size),
         gradients=shard(2, trained * size),
         optimizer=optimizer,
-        teacher=0 if teacher is None else sum(p.numel() for p in teacher.parameters()) * size,
+        teacher=0 if teacher is None else weight_bytes(teacher, size, teacher_bits),
         activations=activations,
         logits=logits,
     )
@@ -146,6 +151,7 @@ def estimate_run(arguments: Arguments) -> str:
         checkpointing=training.gradient_checkpointing,
         switch=distill.switch_weight > 0,
         chunk_size=distill.chunk_size,
+        teacher_bits=distill.teacher_bits,
     )
     lines = [f"{name:12s} {size:8.2f} GiB" for name, size in result.table()]
     if torch.cuda.is_available():
@@ -166,7 +172,7 @@ def _remedy(result: Estimate, training: TrainingArguments, distill: DistillArgum
         "optimizer": "--deepspeed zero2_offload.json, or --training_recipe lora",
         "weights": "--deepspeed zero3.json on more GPUs",
         "gradients": "--deepspeed zero2.json on more GPUs",
-        "teacher": "a smaller teacher",
+        "teacher": "a smaller teacher" if distill.teacher_bits == 4 else "--teacher_bits 4, or a smaller teacher",
     }
     largest = max(parts, key=lambda name: getattr(result, name))
     return f"{largest} take the most; try {parts[largest]}"
@@ -182,7 +188,7 @@ def _student_bytes(student: nn.Module, batch: int, length: int, checkpointing: b
 
 
 def _switch_bytes(
-    student: nn.Module, teacher: nn.Module, batch: int, length: int, checkpointing: bool, size: int
+    student: nn.Module, teacher: nn.Module, batch: int, length: int, checkpointing: bool, size: int, bits: int
 ) -> int:
     sees = any(p.requires_grad for p in student.vision_tower.parameters())
 
@@ -191,7 +197,9 @@ def _switch_bytes(
         features = torch.empty(batch, tokens, student.config.vision_hidden_size, device="meta", requires_grad=sees)
         return _decode(teacher, teacher.connector(features), length)
 
-    return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size)
+    # bitsandbytes' 8-bit layers keep their inputs, which a frozen linear layer need not
+    keeping = linears_to_quantize(teacher) if bits == 8 and not checkpointing else []
+    return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size, keeping)
 
 
 def _pixels(model: nn.Module, batch: int) -> Tensor:
@@ -206,9 +214,17 @@ def _decode(model: nn.Module, visual: Tensor, length: int) -> Tensor:
 
 
 def _saved(
-    run: Callable[[], Tensor], models: list[nn.Module], module: nn.Module, checkpointing: bool, size: int
+    run: Callable[[], Tensor],
+    models: list[nn.Module],
+    module: nn.Module,
+    checkpointing: bool,
+    size: int,
+    keeping: Iterable[nn.Module] = (),
 ) -> int:
-    """Bytes that autograd keeps of one pass, each storage once, weights left out; float32 counts as `size`."""
+    """Bytes that autograd keeps of one pass, each storage once, weights left out; float32 counts as `size`.
+
+    Modules in `keeping` keep their inputs beside.
+    """
     weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}
 
@@ -221,6 +237,10 @@ def _saved(
             )
         return tensor
 
+    def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pack(inputs[0])
+
+    hooks = [keeper.register_forward_pre_hook(keep_input) for keeper in keeping]
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -228,6 +248,8 @@ def _saved(
             out = run()
         return sum(size for _, size in kept.values()) + out.numel() * size
     finally:
+        for hook in hooks:
+            hook.remove()
         if checkpointing:
             module.gradient_checkpointing_disable()
 

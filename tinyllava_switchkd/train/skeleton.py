@@ -15,6 +15,7 @@ from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
+from .attention import attention_of
 
 
 class Skeleton(NamedTuple):
@@ -54,16 +55,11 @@ def model_settings(arguments: Arguments) -> dict[str, Any]:
         "tokenizer_name_or_path": model.tokenizer_name_or_path,
         "vision_tower": model.vision_tower,
         "vision_tower2": model.vision_tower2,
-        "attn_implementation": attention(model.attn_implementation),
+        "attn_implementation": attention_of(arguments),
         "cache_dir": model.cache_dir,
         "image_aspect_ratio": arguments.data.image_aspect_ratio,
         "conv_version": arguments.data.conv_version,
     }
-
-
-def attention(implementation: str | None) -> dict[str, str] | None:
-    """The attention asked for goes to the language model alone, as in v1: towers may not support it."""
-    return None if implementation is None else {"text_config": implementation}
 
 
 def fresh_skeleton(settings: dict[str, Any]) -> Skeleton:

@@ -25,12 +25,12 @@ from tinyllava_switchkd.model import load_pretrained_model
 from . import checks, resume
 from .arguments import Arguments
 from .argv import parse_arguments
+from .attention import attention_of
 from .estimate import estimate_run
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .skeleton import (
     Skeleton,
     apply_run_settings,
-    attention,
     checkpoint_skeleton,
     model_settings,
     student_skeleton,
@@ -154,6 +154,7 @@ def check(arguments: Arguments) -> Plan | None:
     training = arguments.training
     checks.check_names(arguments)
     checks.check_paths(arguments)
+    checks.check_machine(arguments)
     if not training.overwrite_output_dir and resume.is_finished(training.output_dir):
         logger.info(
             "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "
@@ -184,7 +185,9 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
         distill.teacher_path,
         device=arguments.training.device,
         dtype=recipe.compute_dtype(),  # frozen, it needs no float32 copy: on a GPU usually bfloat16
-        attn_implementation=attention(arguments.model.attn_implementation),
+        attn_implementation=attention_of(arguments),
+        load_8bit=distill.teacher_bits == 8,
+        load_4bit=distill.teacher_bits == 4,
         cache_dir=arguments.model.cache_dir,
     )
     return build_distiller(

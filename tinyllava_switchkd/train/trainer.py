@@ -6,6 +6,7 @@ What differs from the Trainer:
   batch 4, batch 1 accumulated four times, and two ranks give the same gradients;
 * the task's losses and measures are logged beside it, averaged over the logging window and all ranks;
 * connector and vision tower may have learning rates of their own;
+* `--torch_compile` compiles the layers of the models, not the task;
 * samples are grouped by modality or length with an order that depends on seed and epoch alone;
 * checkpoints hold the student alone, complete enough to be loaded by themselves.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -32,6 +34,7 @@ from tinyllava_switchkd.data import LengthGroupedSampler
 from tinyllava_switchkd.distill import SupervisedTask
 
 from .arguments import TrainingArguments
+from .compiling import compile_layers
 from .recipes import BaseTrainingRecipe
 from .resume import REMEDY, ResumeError
 
@@ -69,6 +72,9 @@ class LLaVATrainer(Trainer):
         self._window = _Window()
         super().__init__(model=task, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
+        if args.torch_compile:
+            compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the task as a whole
         self.add_callback(_Begin(self))
 
     @property

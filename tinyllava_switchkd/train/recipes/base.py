@@ -52,9 +52,7 @@ class BaseTrainingRecipe:
 
     def compute_dtype(self) -> torch.dtype:
         """What is computed in."""
-        if self.training_arguments.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.training_arguments.fp16 else torch.float32
+        return self.training_arguments.compute_dtype
 
     def load(self, model: nn.Module, model_args: dict[str, Any]) -> nn.Module:
         """The model with its weights, tokenizer and image processor (attributes of it), on the CPU.

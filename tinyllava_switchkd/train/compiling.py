@@ -1,0 +1,100 @@
+"""torch.compile where it pays: each layer of the language models and of the vision towers, compiled in place.
+
+A whole task would not become one graph: splicing depends on the data, and the loss over chunks is an autograd function
+of its own. Its layers do, all layers of one kind share what is compiled, and names of parameters stay as they are, so
+that checkpoints, resuming, adapters and distributed training need not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from tinyllava_switchkd.distill import SupervisedTask, SwitchDistiller
+
+from .arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = 64
+"""Compiled forms of a layer that torch may keep.
+
+Student and teacher, each with and without gradient, batches of one and of more, make about a dozen; past torch's own
+limit of 8 it would go on uncompiled.
+"""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.\d+$")
+"""Layers by their names in transformers' (layers, layer), timm's and open_clip's models."""
+
+
+def check_compile(training: TrainingArguments) -> None:
+    """Refuse a compiler that there is not.
+
+    Raises:
+        ValueError: an unknown backend or mode, or DeepSpeed's ZeRO-3.
+    """
+    if not training.torch_compile:
+        return
+    backends = torch._dynamo.list_backends(exclude_tags=())
+    if training.torch_compile_backend not in backends:
+        raise ValueError(
+            f"--torch_compile_backend is {training.torch_compile_backend!r}; torch has {', '.join(backends)}."
+        )
+    if training.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options
+
+        modes = list(list_mode_options())
+        if training.torch_compile_backend != "inductor" or training.torch_compile_mode not in modes:
+            raise ValueError(
+                f"--torch_compile_mode is {training.torch_compile_mode!r} with the backend "
+                f"{training.torch_compile_backend!r}; the backend inductor has {', '.join(modes)}, others have none."
+            )
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise ValueError(
+            "--torch_compile does not go with ZeRO-3, which gathers weights in hooks inside every layer, where a graph "
+            "would break each time; use ZeRO-2 (zero2.json), or train without --torch_compile."
+        )
+
+
+def compile_layers(task: SupervisedTask, backend: str | Callable = "inductor", mode: str | None = None) -> int:
+    """Have torch compile every layer of a task's models when it first runs.
+
+    Sequence lengths and numbers of images are symbols in what is compiled, so that another batch needs no other
+    compilation. Layers with bitsandbytes' quantised weights are left as they are.
+
+    Args:
+        task: its student and teacher are changed in place.
+        backend: torch.compile's.
+        mode: torch.compile's.
+
+    Returns:
+        the number of layers.
+    """
+    models = [task.student, *([task.teacher] if isinstance(task, SwitchDistiller) else [])]
+    layers = [layer for model in models for part in _parts(model) for layer in _layers(part)]
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    for layer in layers:
+        layer.compile(backend=backend, mode=mode, dynamic=True)
+    logger.info("torch.compile (%s): %d layers; the first steps wait for the compiler.", backend, len(layers))
+    return len(layers)
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return model.language_model, model.vision_tower
+
+
+def _layers(part: nn.Module) -> Iterator[nn.Module]:
+    outer = None
+    for name, module in part.named_modules():
+        if outer is not None and name.startswith(f"{outer}."):
+            continue
+        if _LAYER.search(name):
+            outer = name
+            if not any(type(child).__module__.startswith("bitsandbytes") for child in module.modules()):
+                yield module
