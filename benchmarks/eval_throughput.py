@@ -25,7 +25,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
-from benchmarks._table import machine, write_section
 from tinyllava_switchkd.eval.answers import AnswerFolder
 from tinyllava_switchkd.eval.batches import in_order, open_image, tasks_of
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
@@ -33,6 +32,11 @@ from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.job import Job, ask
 from tinyllava_switchkd.eval.processes import Processes
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+
+try:
+    from benchmarks._table import machine, write_section
+except ModuleNotFoundError:  # started by its path: then its own folder is searched and the repository is not
+    from _table import machine, write_section
 
 SIZES = {"tiny": (64, 4, 112), "small": (192, 6, 224)}
 """Width and depth of language model and tower, and the picture's side in pixels (patches of 16)."""
