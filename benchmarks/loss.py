@@ -4,8 +4,8 @@
 
 Beside ours stand the ways others take: pairs enumerated one by one at the true knee, pairs at a fixed k = 8 (BiLD), the
 knee of a list cut to the 256 largest logits (the one public attempt; another loss), full-vocabulary reverse KL, and on
-CUDA ours without the Triton kernels, and Liger's chunked JSD where it is installed. All are run in turn in one process, so that the ratios are of one run. Memory
-is what a process of its own grows by (CPU), or the allocator's peak (CUDA).
+CUDA ours without the Triton kernels, and Liger's chunked JSD where it is installed. All are run in turn in one process,
+so that the ratios are of one run. Memory is what a process of its own grows by (CPU), or the allocator's peak (CUDA).
 """
 
 from __future__ import annotations
@@ -74,13 +74,14 @@ def enumerate_eight(student: Tensor, teacher: Tensor) -> Tensor:
 def truncated(student: Tensor, teacher: Tensor) -> Tensor:
     """The knee looked for among the 256 largest logits only: cheap, and another loss."""
     orders = []
-    for leader in (teacher, student.detach()):
+    for leader in (student.detach(), teacher):
         values, indices = leader.topk(256)
         k = knee(values)
         mask = torch.arange(256, device=student.device) < k[:, None]
         threshold = values.gather(1, k[:, None] - 1).squeeze(1)
-        orders.append(Order(indices.where(mask, indices[:, :1]), mask, k, threshold, values[:, -1], values[:, 0]))
-    return logit_difference_kl(student, teacher, orders, TEMPERATURE)
+        indices = indices.where(mask, indices[:, :1])
+        orders.append(Order(indices, mask, k, threshold, leader.amin(-1), leader.amax(-1)))
+    return logit_difference_kl(student, teacher, tuple(orders), TEMPERATURE)
 
 
 def without_kernels(loss: Loss) -> Loss:

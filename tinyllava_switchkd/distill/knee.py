@@ -13,6 +13,7 @@ logits, if triton is there; on the CPU numpy, if it is there, sorts faster than 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from typing import NamedTuple
@@ -33,15 +34,15 @@ FULL_SORT_BELOW = 4096
 BINS = 2048
 """Bins of the histogram. More bins leave fewer logits to sort and cost more to scan; a power of two."""
 
-BLOCK_ELEMENTS = (2**27, 2**19)
-"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 4 MiB of buffers)."""
+BLOCK_ELEMENTS = (2**27, 2**20)
+"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 8 MiB of buffers)."""
 
-BACKEND = os.environ.get("SWITCHKD_KNEE", "triton")
-"""What finds the leading logits on CUDA: "triton", or "torch" as on the CPU. The answers are the same."""
+BACKEND = os.environ.get("SWITCHKD_KERNELS", "triton")
+"""What does the work on CUDA: "triton" kernels, or "torch" operations as on the CPU. The answers are the same."""
 
 
-_checked: set[tuple[torch.device, torch.dtype]] = set()
-"""Where the kernels have been compared with torch's operations."""
+_checked: set[tuple[str, torch.device, torch.dtype]] = set()
+"""Which kernels have been compared with torch's operations."""
 
 
 class Order(NamedTuple):
@@ -117,11 +118,12 @@ def leading(logits: Tensor, k: int | None = None) -> Order:
         none = logits.new_zeros(0)
         indices = torch.zeros(0, 2, dtype=torch.long, device=logits.device)
         return Order(indices, indices.bool(), indices[:, 0], none, none, none)
-    head = _head_by_kernels(logits) if k is None and vocab >= FULL_SORT_BELOW else None
-    return _order(*(head or _head(logits, k)), logits, k)
+    by_kernels = k is None and vocab >= FULL_SORT_BELOW
+    found = try_kernels("knee_triton", "above_knee", logits, logits) if by_kernels else None
+    return cut(*(found or head(logits, k)), logits, k)
 
 
-def _head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The largest logits of every token, more than count: values, columns and mask [tokens, width] in the order of the
     vocabulary; smallest and largest finite logit of the row [tokens, 1]."""
     z, low, high = _finite(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
@@ -131,10 +133,10 @@ def _head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor
     return z.gather(1, columns), columns, counted, low, high
 
 
-def _order(
+def cut(
     values: Tensor, columns: Tensor, counted: Tensor, low: Tensor, high: Tensor, logits: Tensor, k: int | None
 ) -> Order:
-    """What `_head` found of `logits`, sorted and cut at the knee or at `k`."""
+    """What `head` found of `logits`, sorted and cut at the knee or at `k`."""
     tokens, vocab = logits.shape
     values, columns = _descending(values, columns, counted)
     if k is None:
@@ -163,52 +165,39 @@ def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.masked_fill(broken, torch.nan), low, high
 
 
-def _head_by_kernels(logits: Tensor) -> tuple[Tensor, ...] | None:
-    """Values, columns and mask of the logits that are or precede the knee, low and high, by Triton; None without it."""
-    if BACKEND != "triton" or not _on_accelerator(logits):
+def try_kernels(module: str, function: str, like: Tensor, *arguments: object) -> tuple | None:
+    """What a function of Triton kernels returns; None, with one warning, where they cannot run.
+
+    Before their first use on a device and for a dtype, the kernels, as compiled there, are compared with torch's
+    operations: each module has a `check(like)` for that, which raises.
+
+    Args:
+        module: a file beside this one.
+        function: a function of it.
+        like: a tensor of the device and dtype that count.
+        arguments: the function's.
+    """
+    global BACKEND
+    if BACKEND != "triton" or not _on_accelerator(like):
         return None
     try:
-        from .knee_triton import above_knee
-
-        if (logits.device, logits.dtype) not in _checked:
-            _checked.add((logits.device, logits.dtype))
-            _check_kernels(logits)
-        return above_knee(logits)
+        kernels = importlib.import_module(f".{module}", __package__)
+        with torch.cuda.device_of(like):
+            if (module, like.device, like.dtype) not in _checked:
+                _checked.add((module, like.device, like.dtype))
+                kernels.check(like)
+            return getattr(kernels, function)(*arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the compiler or the driver objects to, training goes on
+        BACKEND = "torch"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        logger.warning("The knee's Triton kernels cannot run (%s); torch's operations do their work, slower.", reason)
-        _use_torch()
+        logger.warning("The Triton kernels cannot run (%s); torch's operations do their work, slower.", reason)
         return None
 
 
-def _on_accelerator(logits: Tensor) -> bool:
-    return logits.is_cuda
-
-
-def _use_torch() -> None:
-    global BACKEND
-    BACKEND = "torch"
-
-
-def _check_kernels(logits: Tensor) -> None:
-    """Compare the kernels, as compiled for the device and dtype of `logits`, with torch's operations.
-
-    Raises:
-        RuntimeError: they disagree on a few rows of a long tail, of ties, constant, and with infinities.
-    """
-    from .knee_triton import above_knee
-
-    noise = (12.9898 * torch.arange(1, 80_001, device=logits.device).double().view(4, -1)).sin().mul_(43758.5453)
-    z = (1 - noise.frac().abs_()).log_().mul_(-2)
-    z[1].mul_(4).round_().div_(4)
-    z[2] = 1.5
-    z[3, ::7], z[3, 5] = -torch.inf, torch.inf
-    z = z.to(logits.dtype)
-    pairs = zip(_order(*above_knee(z), z, None), _order(*_head(z, None), z, None), strict=True)
-    if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-        raise RuntimeError("as compiled here, they find other logits than torch's operations do")
+def _on_accelerator(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

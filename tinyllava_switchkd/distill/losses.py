@@ -17,14 +17,12 @@ The file needs torch, `knee.py` beside it, and the project's `Registry` (two lin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.registry import Registry
 
-from .knee import Order, finite, leading
+from .knee import Order, finite, leading, try_kernels
 
 LossFactory = Registry("distillation loss")
 """`LossFactory(name)(temperature=3.0, ...)(student_logits, teacher_logits) -> [tokens]`."""
@@ -34,8 +32,8 @@ register_loss = LossFactory.register
 LINEAR_RANGE = 300.0
 """Spread of scaled logits up to which sums of products of exponentials stay well inside float64 (exp(300) is 2e130)."""
 
-CACHED_ELEMENTS = 2**15
-"""On the CPU, entries [rows, k] to work on at one time: a dozen float64 buffers of them stay in the cache."""
+CACHED_ELEMENTS = 2**17
+"""On the CPU, entries [rows, k] to work on at one time, for the cache's sake: a float64 buffer of 1 MiB."""
 
 
 class LogitLoss(nn.Module):
@@ -148,16 +146,8 @@ class LogitDifferenceKL(LogitLoss):
         teacher_order: Order | None = None,
     ) -> Tensor:
         student, teacher = _sides(student_logits, teacher_logits)
-        teacher_order = teacher_order or leading(teacher, self.top_k)
-        student_order = student_order or leading(student, self.top_k)
-        return logit_difference_kl(
-            student,
-            teacher,
-            (teacher_order, student_order),
-            self.temperature,
-            reverse=self.reverse,
-            bounds=tuple((order.low, order.high) for order in (student_order, teacher_order)),
-        )
+        orders = student_order or leading(student, self.top_k), teacher_order or leading(teacher, self.top_k)
+        return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, top_k={self.top_k or 'knee'}"
@@ -202,69 +192,66 @@ class DBiLDReverseKL(_Knee):
 
 
 def logit_difference_kl(
-    student: Tensor,
-    teacher: Tensor,
-    orders: Sequence[Order],
-    temperature: float,
-    *,
-    reverse: bool = True,
-    bounds: Sequence[tuple[Tensor, Tensor]] | None = None,
+    student: Tensor, teacher: Tensor, orders: tuple[Order, Order], temperature: float, *, reverse: bool = True
 ) -> Tensor:
     """KL between softmax(differences / tau) of two sides over all pairs of each order, summed over the orders; O(k).
 
     Args:
-        student: [tokens, vocab] logits; receives the gradient.
+        student: [tokens, vocab] logits; receives the gradient, but for its infinite ones.
         teacher: [tokens, vocab].
-        orders: the leading logits, of one leader or of several.
+        orders: what leads on the student's side, and on the teacher's.
         temperature: tau.
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
-        bounds: each side's smallest and largest finite logit [tokens], which infinite ones count as (without a
-            gradient); NaN makes the token's loss NaN. Without bounds all logits must be finite.
 
     Returns:
-        [tokens], in the student's dtype; computed in float64.
+        [tokens], in the student's dtype; computed in float64; NaN where either side has a NaN.
     """
     needs_gradient = student.requires_grad and torch.is_grad_enabled()
-    sides = student.detach(), teacher.detach()
-    loss = student.new_zeros(len(student), dtype=torch.float64)
+    arguments = (student.detach(), teacher.detach(), orders, temperature, reverse, needs_gradient)
+    found = None
+    if len(student):
+        found = try_kernels("losses_triton", "logit_difference_kl", student, *arguments, LINEAR_RANGE)
+    loss, gradients = found or by_blocks(*arguments)
+    loss = loss.to(student.dtype)
+    if not needs_gradient:
+        return loss
+    return _WithGradient.apply(student, loss, *(order.indices for order in orders), *gradients)
+
+
+def by_blocks(
+    student: Tensor,
+    teacher: Tensor,
+    orders: tuple[Order, Order],
+    temperature: float,
+    reverse: bool,
+    needs_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss [tokens] in float64 and, for every order, its gradient by the student's logits at `order.indices`."""
+    tokens = len(student)
+    loss = student.new_zeros(tokens, dtype=torch.float64)
     gradients = []
     for order in orders:
-        gradient = sides[0].new_empty(order.indices.shape) if needs_gradient else None
-        for rows in _blocks(order.indices):
-            indices, mask = order.indices[rows], order.mask[rows]
-            led = [side[rows].gather(1, indices) for side in sides]  # [rows, k]
-            if bounds is not None:
-                infinite = led[0].isinf()
-                led = [
-                    side.clamp(low[rows, None], high[rows, None]) for side, (low, high) in zip(led, bounds, strict=True)
-                ]
-            led = [side.double().div_(temperature) for side in led]
-            value, slope = pair_kl(*led, mask, reverse=reverse, needs_gradient=needs_gradient)
+        width = order.indices.shape[1]
+        gradients.append(student.new_empty(tokens, width) if needs_gradient else None)
+        size = max(1, tokens if student.is_cuda else CACHED_ELEMENTS // width)
+        for rows in (slice(start, start + size) for start in range(0, tokens, size)):
+            raw = [side[rows].gather(1, order.indices[rows]) for side in (student, teacher)]  # [rows, k]
+            clamped = [x.clamp(o.low[rows, None], o.high[rows, None]) for x, o in zip(raw, orders, strict=True)]
+            scaled = [side.double().div_(temperature) for side in clamped]
+            value, slope = pair_kl(*scaled, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient)
             loss[rows] += value
             if needs_gradient:
-                gradient[rows] = slope.div_(temperature)
-                if bounds is not None:
-                    gradient[rows].masked_fill_(infinite, 0.0)
-        if needs_gradient:
-            gradients += [order.indices, gradient]
-    loss = loss.to(student.dtype)
-    return _WithGradient.apply(student, loss, *gradients) if needs_gradient else loss
-
-
-def _blocks(indices: Tensor) -> list[slice]:
-    """Rows to work on at one time: on the CPU few enough that a dozen buffers of [rows, k] stay in its cache."""
-    tokens, width = indices.shape
-    size = max(1, tokens if indices.is_cuda else CACHED_ELEMENTS // width)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+                gradients[-1][rows] = slope.div_(temperature).masked_fill_(raw[0].isinf(), 0.0)
+    return loss, gradients
 
 
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradient was found along with it, at a few vocabulary entries of each token."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, loss: Tensor, *indices_and_gradients: Tensor) -> Tensor:
+    def forward(ctx, student: Tensor, loss: Tensor, *indices_then_gradients: Tensor) -> Tensor:
         ctx.shape = student.shape
-        ctx.save_for_backward(*indices_and_gradients)
+        ctx.save_for_backward(*indices_then_gradients)
         return loss
 
     @staticmethod
@@ -272,7 +259,7 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         out = grad_loss.new_zeros(ctx.shape)
-        for indices, gradient in zip(saved[::2], saved[1::2], strict=True):
+        for indices, gradient in zip(saved[: len(saved) // 2], saved[len(saved) // 2 :], strict=True):
             out.scatter_add_(1, indices, gradient * grad_loss[:, None])
         return out, None, *(None for _ in saved)
 

@@ -1,4 +1,4 @@
-"""The knee's Triton kernels where there is no GPU: interpreted, compiled ahead of time, and failing gracefully."""
+"""The Triton kernels where there is no GPU: interpreted, compiled ahead of time, and failing gracefully."""
 
 import importlib
 import logging
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .test_knee import assert_same_order, hard_rows
+from tinyllava_switchkd.distill import LossFactory
+
+from .test_knee import assert_same_order, hard_rows, language_model_like
 
 knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
 ROOT = Path(__file__).parents[2]
@@ -18,16 +20,15 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 
 
 @needs_triton
-def test_interpreted_kernels_give_the_order_of_torch():
+def test_interpreted_kernels_agree_with_torch_and_with_pairs():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.distill.interpreted_knee"]
+    command = [sys.executable, "-m", "tests.distill.interpreted"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path, monkeypatch):
     """What the interpreter lets pass the compiler may refuse; ptxas comes with triton."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -35,17 +36,24 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path,
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from tinyllava_switchkd.distill import knee_triton
+    from tinyllava_switchkd.distill import knee_triton, losses_triton
 
-    fixed = {"TILE": knee_triton.TILE, "BINS": knee_module.BINS, "FLOAT": tl.float32}
-    pointers = {"z": f"*{dtype}", **dict.fromkeys(("low", "high", "scale", "values"), "*fp32")}
-    pointers |= dict.fromkeys(("counts", "last", "offsets", "columns_out"), "*i32")
-    for kernel in (knee_triton.extremes, knee_triton.count, knee_triton.collect):
+    kinds = dict.fromkeys(("z", "q", "p"), f"*{dtype}") | dict.fromkeys(("low", "high", "scale", "values"), "*fp32")
+    kinds |= dict.fromkeys(("counts", "last", "offsets", "columns_out"), "*i32")
+    kinds |= dict.fromkeys(("settings", "statistics", "gradient"), "*fp64") | {"indices": "*i64", "ks": "*i64"}
+    of_knee = {"BINS": knee_module.BINS, "TILE": knee_triton.TILE, "FLOAT": tl.float32}
+    of_loss = {"REVERSE": dtype == "fp32", "GRADIENT": True, "TILE": losses_triton.TILE}
+    for kernel, fixed, warps in (
+        (knee_triton.extremes, of_knee, knee_triton.WARPS),
+        (knee_triton.count, of_knee, knee_triton.WARPS),
+        (knee_triton.collect, of_knee, knee_triton.WARPS),
+        (losses_triton.pair_losses, of_loss, losses_triton.WARPS),
+        (losses_triton.finish_gradient, of_loss, losses_triton.WARPS),
+    ):
         constants = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-        kinds = pointers | dict.fromkeys(constants, "constexpr")
-        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
-        options = {"num_warps": knee_triton.WARPS}
+        options = {"num_warps": warps}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 1000
         assert compiled.metadata.shared <= 48 * 1024  # what every device grants without asking
@@ -61,8 +69,8 @@ def test_training_goes_on_where_the_kernels_cannot_run(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert_same_order(knee_module.leading(z), expected)
-    assert [record.message for record in caplog.records if "Triton kernels cannot run" in record.message] != []
-    assert len(caplog.records) == 1
+    [record] = caplog.records
+    assert "Triton kernels cannot run" in record.message
 
 
 @needs_triton
@@ -70,9 +78,8 @@ def test_kernels_that_disagree_with_torch_are_not_used(monkeypatch, caplog):
     from tinyllava_switchkd.distill import knee_triton
 
     def wrong(logits):
-        head = list(knee_module._head(logits, None))
-        head[0] = head[0].flip(-1)
-        return tuple(head)
+        values, *rest = knee_module.head(logits, None)
+        return values.flip(-1), *rest
 
     z = hard_rows(5003, torch.float32)
     expected = knee_module.leading(z)
@@ -96,3 +103,23 @@ def test_kernels_and_torch_agree_on_a_gpu(dtype, monkeypatch):
     by_torch = knee_module.leading(z)
     assert_same_order(by_kernels, by_torch)
     assert_same_order(knee_module.Order(*(part.cpu() for part in by_kernels)), knee_module.leading(z.cpu()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["dbild_rkl", "dbild_fkl", "bild_rkl"])
+def test_losses_agree_on_a_gpu(name, monkeypatch):
+    pytest.importorskip("triton")
+    teacher = language_model_like(6, 151_936, seed=1)
+    student = teacher + language_model_like(6, 151_936, seed=2) / 4
+    results = []
+    for device, backend in (("cuda", "triton"), ("cuda", "torch"), ("cpu", "torch")):
+        monkeypatch.setattr(knee_module, "BACKEND", backend)
+        leaf = student.to(device).requires_grad_()
+        values = LossFactory(name)()(leaf, teacher.to(device))
+        values.sum().backward()
+        assert backend == knee_module.BACKEND
+        results.append((values.detach().cpu(), leaf.grad.cpu()))
+    for values, gradient in results[:2]:
+        torch.testing.assert_close(values, results[2][0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(gradient, results[2][1], rtol=1e-5, atol=1e-8)
