@@ -11,6 +11,7 @@ BENCHMARKS=(
     sqa:scienceqa:scienceqa textvqa:textvqa:textvqa mmmu:mmmu:MMMU vizwiz:vizwiz:vizwiz vqav2:vqav2:vqav2
 )
 absent=() failed=() done=()
+trap 'echo "${0##*/}: interrupted. Run the script again to go on." >&2; exit 130' INT TERM
 for entry in "${BENCHMARKS[@]}"; do
     IFS=: read -r script name folder <<<"$entry"
     status=0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,40 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert done.returncode == 1
     assert not calls
     assert "there was nothing to evaluate" in done.stderr
+
+
+def test_an_interruption_stops_all_that_was_to_come(tmp_path):
+    """Ctrl-C reaches every process of the terminal; the run saves what it has and ends with 130 by itself."""
+    for name in ("pope", "mme"):
+        write_benchmark(name, tmp_path / "eval")
+    interpreter, started, run = tmp_path / "python", tmp_path / "started", tmp_path / "run.py"
+    run.write_text(
+        "import pathlib, sys, time\n"
+        "try:\n"
+        f"    with open({str(started)!r}, 'a') as file: print(sys.argv[3], file=file)\n"
+        "    time.sleep(30)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    interpreter.write_text(f'#!/usr/bin/env bash\n[ "$1" = - ] || set -- {run} "$@"\nexec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    settings = {"PYTHON": interpreter, "EVAL_DIR": tmp_path / "eval", "RESULTS_DIR": tmp_path / "results"}
+    environment = os.environ | {"DEVICE": "cpu"} | {name: str(value) for name, value in settings.items()}
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "eval" / "eval_all.sh"), "vlm"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (started.is_file() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert "eval_all.sh: interrupted. Run the script again to go on." in errors
+    assert started.read_text().split() == ["pope"]
 
 
 @pytest.mark.slow

@@ -105,7 +105,11 @@ class _MMBench(Benchmark):
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         (split, path), table, joined = self._joined(data_dir, answers)
-        rows = [self._judge(row, joined.get(str(row["index"])), split) for row in table if row.get("answer", "")]
+        rows = [
+            self._judge(row, joined.get(str(row["index"])), split)
+            for row in table
+            if row.get("answer", "") not in _MISSING
+        ]
         if not rows:
             raise NoGroundTruth(
                 f"{path} has no answers (a test table): write the upload file with --submission, or use a dev table.",
