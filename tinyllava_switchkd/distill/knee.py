@@ -23,7 +23,9 @@ from torch import Tensor
 
 try:
     import numpy
-except ImportError:
+
+    torch.zeros(0).numpy()  # raises where torch was built for another numpy
+except (ImportError, RuntimeError):
     numpy = None
 
 logger = logging.getLogger(__name__)
