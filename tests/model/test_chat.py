@@ -73,3 +73,20 @@ def test_bad_input_is_one_sentence(tmp_path):
         model.chat("What?")
     with pytest.raises(FileNotFoundError, match="no image"):
         model.chat("What?", tmp_path / "none.png", tiny_tokenizer())
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png' is no image"):
+        model.chat("What?", tmp_path / "text.png", tiny_tokenizer())
+    with pytest.raises(ValueError, match="path of one, not a bytes"):
+        model.chat("What?", b"png", tiny_tokenizer())
+
+
+def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
+    model = tiny_llava(conv_version="qwen2_base")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    picture(3).save(tmp_path / "phone.png", exif=exif)
+    upright = picture(3).transpose(Image.Transpose.ROTATE_270)
+    seen = [
+        model.chat("What?", image, tiny_tokenizer(), max_new_tokens=8) for image in (tmp_path / "phone.png", upright)
+    ]
+    assert seen[0] == seen[1] != model.chat("What?", picture(3), tiny_tokenizer(), max_new_tokens=8)

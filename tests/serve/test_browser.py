@@ -22,6 +22,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 playwright_api = pytest.importorskip("playwright.sync_api", reason="no browser tests: playwright is not installed")
 expect = playwright_api.expect
+expect.set_options(timeout=30_000)  # on a busy machine the page alone takes seconds
 
 pytestmark = [
     pytest.mark.browser,
@@ -70,7 +71,7 @@ class User:
     def __init__(self, browser, url: str, **context) -> None:
         self.url, self.problems, self.elsewhere = url, [], []
         self.context = browser.new_context(**{"viewport": DESKTOP, **context})
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(30_000)
         self.page = self.context.new_page()
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
@@ -178,7 +179,7 @@ def test_example(user):
 
 
 def test_stop(browser, photo):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05), talker("Never", 1)])), Sampling(max_new_tokens=300))
+    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05), talker("Never", 1)])), Sampling(max_new_tokens=400))
     with serving(page) as url:
         user = User(browser, url)
         user.upload(photo)
@@ -191,7 +192,7 @@ def test_stop(browser, photo):
         expect(user.at(".tl-answer footer").first).to_contain_text("stopped")
         expect(user.at(".tl-answer").nth(1)).to_contain_text("no answer")
         expect(user.at("#tl-send")).to_be_enabled()
-        assert 0 < len(user.answers()[0]) < 150
+        assert 0 < len(user.answers()[0]) < 350
         user.leave()
 
 
@@ -208,7 +209,7 @@ def test_asked_once_however_often_it_is_clicked(user, photo):
 
 
 def test_waiting_for_others(browser, tmp_path):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05)])), Sampling(max_new_tokens=400))
+    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.1)])), Sampling(max_new_tokens=400))
     with serving(page, queue_size=1) as url:
         first, second, third = (User(browser, url) for _ in range(3))
         for seed, user in enumerate((first, second, third)):

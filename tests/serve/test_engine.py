@@ -163,9 +163,9 @@ class TestStop:
     def test_time_limit(self):
         model = talker(seconds_per_token=0.02)
         started = time.perf_counter()
-        reply = finish(model.stream(Conversation(), "Go.", Sampling(max_new_tokens=300), time_limit=0.3))[-1]
-        assert reply.finish == "time" and 1 < len(reply.token_ids) < 20
-        assert time.perf_counter() - started < 3
+        reply = finish(model.stream(Conversation(), "Go.", Sampling(max_new_tokens=300), time_limit=0.6))[-1]
+        assert reply.finish == "time" and 0 < len(reply.token_ids) < 40
+        assert time.perf_counter() - started < 5
 
     def test_closing_the_iterator_stops_the_work(self):
         model = talker(seconds_per_token=0.02)
@@ -173,7 +173,7 @@ class TestStop:
         stream = model.stream(conversation, "Go.", Sampling(max_new_tokens=300))
         next(stream)
         stream.close()
-        assert model._lock.acquire(timeout=2)  # 300 tokens would take 6 s
+        assert model._lock.acquire(timeout=4)  # 300 tokens would take 6 s
         model._lock.release()
         assert conversation.turns == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 
@@ -75,7 +75,8 @@ def chat(
         the answer's text.
 
     Raises:
-        ValueError: the model came without a tokenizer and none is given.
+        ValueError: the model came without a tokenizer and none is given, or a file is no image.
+        FileNotFoundError: there is no such image.
     """
     # The data room stands on the same floor; it is only needed here, so that models load without it.
     from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
@@ -122,8 +123,13 @@ def _fetch_own(model: Any) -> None:
 
 
 def _open(path: str | Path) -> Image.Image:
+    if not isinstance(path, str | Path):
+        raise ValueError(f"An image is a PIL image or the path of one, not a {type(path).__name__}.")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")  # upright, as the demo and the terminal show it
+    except UnidentifiedImageError:
+        raise ValueError(f"{str(path)!r} is no image that Pillow can read.") from None

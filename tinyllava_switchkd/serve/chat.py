@@ -104,7 +104,10 @@ class Chat:
             self.stats = not self.stats
             print(f"Figures are {'on' if self.stats else 'off'}.")
         elif name == "/image":
-            paths = shlex.split(rest)
+            try:
+                paths = shlex.split(rest)
+            except ValueError:
+                raise ValueError(f"A quotation mark in {rest!r} has no partner.") from None
             if not paths:
                 raise ValueError("/image needs the path of an image.")
             self.attach(paths)

@@ -29,7 +29,13 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for `load_pretrained_model`."""
+    """Arguments for `load_pretrained_model`.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if args.device is not None:
+        _check_device(args.device)
     on_cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
     dtype = _DTYPES[args.dtype] if args.dtype else (torch.float32 if on_cpu else None)
     return {
@@ -39,6 +45,14 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "load_8bit": args.load_8bit,
         "load_4bit": args.load_4bit,
     }
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason.rstrip('.')}); 'cpu' always can.") from None
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
