@@ -147,7 +147,7 @@ class MMMU(Benchmark):
                 require(sample, {"all_choices": list, "index2ans": dict}, where)
                 if not sample["all_choices"]:
                     raise ValueError(f"{where}: a multiple-choice question without choices.")
-                require(sample["index2ans"], dict.fromkeys(map(str, sample["all_choices"]), str), f"{where}, index2ans")
+                require(sample["index2ans"], [str(choice) for choice in sample["all_choices"]], f"{where}, index2ans")
             samples[str(sample["id"])] = sample
         return samples, path
 
@@ -192,7 +192,7 @@ def read_choice(response: str, choices: Sequence[str], texts: Mapping[str, str])
     if max(places.values(), default=-1) < 0:
         places = {choice: response.rfind(f" {choice} ") for choice in choices}
     if max(places.values(), default=-1) < 0 and len(response.split()) > 5:
-        places = {choice: lowered.rfind(text.lower()) for choice, text in texts.items()}
+        places = {choice: lowered.rfind(str(text).lower()) for choice, text in texts.items()}
     best = max(places, key=places.__getitem__, default=None)
     return None if best is None or places[best] < 0 else best
 
