@@ -9,6 +9,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distill import oracle
 from tests.distill.test_knee import assert_same_order, hard_rows, language_model_like
@@ -49,6 +50,23 @@ def compare_with_pairs(name: str, student: torch.Tensor, teacher: torch.Tensor, 
     torch.testing.assert_close(leaf.grad[clean], theirs.grad[clean], rtol=1e-9, atol=atol)
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host would wait for the GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func._schema.name in {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "bincount")}
+        return func(*args, **(kwargs or {}))
+
+
+def count_waits(student: torch.Tensor, teacher: torch.Tensor) -> int:
+    knee_module.BACKEND = "triton"
+    with Waits() as waits:
+        LossFactory("dbild")()(student.clone().requires_grad_(), teacher).sum().backward()
+    return waits.number
+
+
 def main() -> None:
     torch.set_num_threads(1)
     knee_module._on_accelerator = lambda tensor: True
@@ -75,6 +93,7 @@ def main() -> None:
     student[5, ::7], teacher[5, 3] = -torch.inf, torch.inf
     student[6, 399] = torch.nan
     teacher[7] = teacher[7].round()
+    assert count_waits(student, teacher) == 5  # two for each order, one for the loss
     for name in ("dbild_rkl", "dbild_fkl"):
         compare_with_pairs(name, student, teacher)
     # Too far apart for products of exponentials: the kernels hand over to torch's logarithms.
