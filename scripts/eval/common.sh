@@ -34,6 +34,9 @@ read_arguments() {
         exit 1
     fi
     MODEL_PATH="$1"
+    case "$MODEL_PATH" in # no name on the hub looks like these
+        /* | ./* | ../*) [ -d "$MODEL_PATH" ] || die "there is no checkpoint folder $MODEL_PATH." ;;
+    esac
     MODEL_NAME="${2:-}"
     if [ -z "$MODEL_NAME" ]; then
         local path="${MODEL_PATH%/}"

@@ -186,6 +186,13 @@ def test_wrong_arguments(script, args, bash):
     assert not calls
 
 
+@pytest.mark.parametrize("script", ["gqa", "eval_all"])
+def test_a_checkpoint_that_is_not_there_is_told_once(script, bash):
+    done, calls = bash(script, "/no such/model")
+    assert (done.returncode, calls) == (1, [])
+    assert done.stderr == f"{script}.sh: there is no checkpoint folder /no such/model.\n"
+
+
 def test_all_that_have_data_then_the_report(bash, tmp_path):
     for name in ("pope", "scienceqa", "mme"):
         write_benchmark(name, tmp_path / "eval")
