@@ -11,6 +11,8 @@ repeats after a warm-up); peak memory is the allocator's (CUDA) or what a proces
     align + switch          ours: supervised tokens only, in chunks
     + checkpointing         the same with activation checkpointing in student and switch pass
     + packing               the same with samples end to end instead of padded (`--lengths mixed` gives it padding)
+    + compile               ours with every layer compiled by torch (the compiler's time is left out; on a CPU its
+                            memory is in the peak)
     heads, trivial loss     ours with a sum of logits for a loss: what passes and heads cost
     passes, no heads        the three passes with a sum of hidden states for a loss
 """
@@ -34,6 +36,7 @@ from benchmarks._table import machine, write_section
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import SupervisedTask, SwitchDistiller, build_distiller, register_loss
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.train.compiling import compile_layers
 from tinyllava_switchkd.train.estimate import estimate
 
 
@@ -182,6 +185,7 @@ VARIANTS = (
     "align + switch",
     "+ checkpointing",
     "+ packing",
+    "+ compile",
     "heads, trivial loss",
     "passes, no heads",
 )
@@ -194,6 +198,7 @@ class Bench:
         student, teacher, vision, text = SIZES[args.size]
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         self.device = args.device
+        self.compiled = False
         self.student = model(student, vision, 0, args.device, dtype).train()
         self.student.freeze_unused_parameters()
         self.teacher = model(teacher, vision, 1, args.device, dtype)
@@ -218,6 +223,15 @@ class Bench:
         return BarePasses(distiller) if variant == "passes, no heads" else distiller
 
     def step(self, variant: str) -> None:
+        # Layers are compiled in place, and once; the other variants run the same layers as if they were not.
+        compiled = variant == "+ compile"
+        if compiled and not self.compiled:
+            compile_layers(self.task(variant))
+            self.compiled = True
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            self._step(variant)
+
+    def _step(self, variant: str) -> None:
         task = self.task(variant)
         checkpointing = variant == "+ checkpointing"
         if checkpointing:
@@ -231,8 +245,8 @@ class Bench:
             torch.cuda.synchronize()
 
     def flops(self, variant: str) -> int:
-        with CountFlops() as counter:
-            self.step(variant)
+        with CountFlops() as counter:  # which does not see into what is compiled
+            self.step("align + switch" if variant == "+ compile" else variant)
         return counter.total
 
     def peak(self, variant: str) -> float:
@@ -292,7 +306,7 @@ def peak_memory(bench: Bench, variant: str, args: argparse.Namespace) -> float:
 
 def predicted(variant: str, args: argparse.Namespace) -> str:
     """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train."""
-    if variant not in ("SFT", "align only", "align + switch", "+ checkpointing"):
+    if variant not in ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile"):
         return ""
     student, teacher, vision, text = SIZES[args.size]
     learner = model(student, vision, 0, "meta", torch.float32).train()
