@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, ways: list[str]) -> dict[tuple[str, str], 
         "teacher": model(teacher, vision, 1, args.device, dtype).eval(),
         "student": model(student, vision, 0, args.device, dtype).eval(),
     }
-    batch = make_batch(1, args.text, vision, student.vocab, args.device)
+    batch = make_batch(1, args.text, vision, student.vocab, args.device, mixed=False)
     length = args.text + models["student"].num_image_tokens + args.new_tokens
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     warm_up: dict[tuple[str, str], float] = {}
