@@ -97,6 +97,21 @@ def test_where_the_pictures_are():
     assert all(question.image.is_file() for question in questions("mme"))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_mmmu_shows_the_first_of_several_pictures_if_it_is_there(listed, tmp_path):
+    """TinyLLaVA's file gives these questions a path and no image."""
+    first = "validation_Art_1_1.png"
+    path = [first, "validation_Art_1_2.png"] if listed else first
+    sample = {"id": "validation_Art_1", "question_type": "short-answer", "prompt": "What?", "img_path": path}
+    (tmp_path / "anns_for_eval.json").write_text(json.dumps([sample]))
+    (tmp_path / "all_images").mkdir()
+    [question] = BenchmarkFactory("mmmu").questions(tmp_path)
+    assert question.image is None
+    (tmp_path / "all_images" / first).write_bytes(b"")
+    [question] = BenchmarkFactory("mmmu").questions(tmp_path)
+    assert question.image == tmp_path / "all_images" / first
+
+
 def test_scienceqa_logs_the_image_token_but_does_not_ask_it():
     with_image, without = questions("scienceqa")[0], next(q for q in questions("scienceqa") if q.image is None)
     assert with_image.key[1] == f"<image>\n{with_image.prompt}"

@@ -71,12 +71,13 @@ class MMMU(Benchmark):
         for identifier, sample in samples.items():
             where = f"{path}, question {identifier}"
             require(sample, {"prompt": str}, where)
-            for key in ("image", "img_path"):
-                if sample.get(key) is not None:
-                    require(sample, {key: str}, where)
-            image = folder / sample["image"] if sample.get("image") is not None else None
-            if image is None and sample.get("img_path"):  # several pictures: TinyLLaVA gives only the first one's path
-                image = next((file for file in (folder / sample["img_path"],) if file.is_file()), None)
+            if sample.get("image") is not None:
+                require(sample, {"image": str}, where)
+                image = folder / sample["image"]
+            else:  # several pictures: TinyLLaVA gives only their paths, of which the first counts if it is there
+                first = sample.get("img_path")
+                first = first[0] if isinstance(first, list) and first else first
+                image = folder / first if isinstance(first, str) and (folder / first).is_file() else None
             yield Question(identifier, sample["prompt"], image)
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
