@@ -211,7 +211,7 @@ def growth(device: str, repeats: int) -> list[list[str]]:
 
     def linear(k: int, tokens: int = 4) -> float:
         student, teacher = (x.sort(-1, descending=True).values for x in language_model_logits(tokens, k, device))
-        student, teacher = student.double() / TEMPERATURE, teacher.double() / TEMPERATURE
+        student, teacher = ((side.double() - side[:, :1]) / TEMPERATURE for side in (student, teacher))
         mask = torch.ones_like(student, dtype=torch.bool)
         return median(lambda: pair_kl(student, teacher, mask)) / tokens
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 FULL_SORT_BELOW = 4096
 """Vocabularies smaller than this are sorted whole: there the histogram costs more than it saves."""
 
-BINS = 2048
+BINS = 1024
 """Bins of the histogram. More bins leave fewer logits to sort and cost more to scan; a power of two."""
 
 BLOCK_ELEMENTS = (2**27, 2**20)
@@ -248,19 +248,25 @@ def bin_scale(low: Tensor, high: Tensor) -> Tensor:
 def last_bin(counts: Tensor, vocab: int, varies: Tensor) -> Tensor:
     """Last bin that can hold the knee [tokens, 1], int32; -1 in rows that do not vary."""
     numbers = torch.arange(BINS, dtype=torch.int32, device=counts.device)
-    lower = numbers / (BINS - 1.0) - (counts.cumsum(1) - counts + 1).double() / vocab
-    empty = counts == 0
-    best = lower.masked_fill(empty, -torch.inf).amax(1, keepdim=True)
-    # Half a bin of slack absorbs the rounding of the binning itself.
-    able = (lower + 1.5 / (BINS - 1) >= best).logical_and_(~empty).logical_and_(varies)
-    return torch.where(able, numbers, -1).amax(1, keepdim=True)
+    counts = counts.float()
+    above = counts.cumsum(1).sub_(counts)
+    lower = torch.add(numbers / (BINS - 1) - 1 / vocab, above, alpha=-1 / vocab).where(counts > 0, -torch.inf)
+    # Half a bin of slack absorbs the rounding of the binning, and of this.
+    able = lower >= lower.amax(1, keepdim=True) - 1.5 / (BINS - 1)
+    return numbers.where(able, -1).amax(1, keepdim=True).where(varies, -1)
 
 
 def _positions(values: Tensor, most: Tensor) -> Tensor:
     """Where in the flattened `values` [tokens, n] stands at most the row's `most` [tokens, 1], ascending."""
     if numpy is None or values.is_cuda:
         return (values <= most).view(-1).nonzero().view(-1)
-    return torch.from_numpy(numpy.flatnonzero(numpy.less_equal(values.numpy(), most.numpy())))
+    found = numpy.less_equal(values.numpy(), most.numpy()).reshape(-1)
+    if found.size % 8:
+        return torch.from_numpy(numpy.flatnonzero(found))
+    words = found.view(numpy.uint64)  # few hold any: those are found first
+    hit = numpy.flatnonzero(words != 0)
+    within = numpy.flatnonzero(words[hit].view(numpy.bool_))
+    return torch.from_numpy((hit << 3)[within >> 3] + (within & 7))
 
 
 def _padded(positions: Tensor, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
@@ -306,7 +312,11 @@ def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int) -> tuple[Ten
     ranks = torch.arange(1, values.shape[1] + 1, device=values.device)
     low, high = low.double(), high.double()
     y = ((values.double() - low) / (high - low)).nan_to_num_(neginf=torch.inf)  # padding
-    best = ((1 - ranks.double() / vocab) - y).argmax(dim=-1, keepdim=True)
+    height = (1 - ranks.double() / vocab) - y
+    if numpy is None or height.is_cuda:
+        best = height.argmax(dim=-1, keepdim=True)
+    else:
+        best = torch.from_numpy(height.numpy().argmax(axis=-1))[:, None]
     varies = high > low
     k = torch.where(varies, best + 1, 2)
     threshold = torch.where(varies, values.gather(1, best), high.nan_to_num().to(values.dtype))

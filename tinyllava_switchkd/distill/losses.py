@@ -17,6 +17,8 @@ The file needs torch, `knee.py` beside it, and the project's `Registry` (two lin
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -236,12 +238,26 @@ def by_blocks(
         size = max(1, tokens if student.is_cuda else CACHED_ELEMENTS // width)
         for rows in (slice(start, start + size) for start in range(0, tokens, size)):
             raw = [side[rows].gather(1, order.indices[rows]) for side in (student, teacher)]  # [rows, k]
-            clamped = [x.clamp(o.low[rows, None], o.high[rows, None]) for x, o in zip(raw, orders, strict=True)]
-            scaled = [side.double().div_(temperature) for side in clamped]
-            value, slope = pair_kl(*scaled, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient)
+            bounds = [(o.low[rows, None], o.high[rows, None]) for o in orders]
+            tops = [side.amax(-1, keepdim=True) for side in raw]
+            spreads = [
+                top - side.amin(-1, keepdim=True) + 0 * (low + high)
+                for side, top, (low, high) in zip(raw, tops, bounds, strict=True)
+            ]
+            spread = float(torch.stack(spreads).max()) / temperature  # not finite if a logit is not
+            if not math.isfinite(spread):
+                infinite = raw[0].isinf()
+                raw = [side.clamp(*bound) for side, bound in zip(raw, bounds, strict=True)]
+                tops = [side.amax(-1, keepdim=True) for side in raw]
+            shifted = [side.double().sub_(top.double()).div_(temperature) for side, top in zip(raw, tops, strict=True)]
+            value, slope = pair_kl(
+                *shifted, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient, spread=spread
+            )
             loss[rows] += value
             if needs_gradient:
-                gradients[-1][rows] = slope.div_(temperature).masked_fill_(raw[0].isinf(), 0.0)
+                gradients[-1][rows] = slope.div_(temperature)
+                if not math.isfinite(spread):
+                    gradients[-1][rows].masked_fill_(infinite, 0.0)
     return loss, gradients
 
 
@@ -265,24 +281,33 @@ class _WithGradient(torch.autograd.Function):
 
 
 def pair_kl(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, reverse: bool = True, needs_gradient: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    reverse: bool = True,
+    needs_gradient: bool = True,
+    spread: float = math.nan,
 ) -> tuple[Tensor, Tensor | None]:
     """KL over all pairs m < n of one order, and its gradient.
 
     Args:
-        student: [tokens, k] float64 logits / tau in leader order; padding on the right repeats an entry that counts.
+        student: [tokens, k] float64 logits / tau in leader order, less the row's largest; padding on the right repeats
+            an entry that counts.
         teacher: [tokens, k] at the same indices.
         mask: [tokens, k], true where an entry counts (at least two of each row).
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
         needs_gradient: whether to take the gradient.
+        spread: how far below 0 both sides reach, if the caller knows; found here if not finite.
 
     Returns:
         loss [tokens] and its gradient by `student` [tokens, k] (zero at padding).
     """
     if student.numel() == 0:
         return student.sum(-1), student.clone()
-    spreads = [side.amax(-1) - side.amin(-1) for side in (student, teacher)]
-    if float(torch.stack(spreads).nan_to_num_(nan=0.0).max()) <= LINEAR_RANGE:
+    if not math.isfinite(spread):
+        spread = -float(torch.stack([side.amin(-1) for side in (student, teacher)]).nan_to_num_(nan=0.0).min())
+    if spread <= LINEAR_RANGE:
         return _pair_kl_by_products(student, teacher, mask, reverse, needs_gradient)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
@@ -295,8 +320,8 @@ class _Side:
     """One side's exponentials: exp(a_m), exp(-a_n) of the entries that count, prefix sums of the former, and Z."""
 
     def __init__(self, a: Tensor, counts: Tensor) -> None:
-        self.a = a - a.amax(-1, keepdim=True)  # a shift of all logits cancels everywhere
-        self.up = self.a.exp()  # at most 1
+        self.a = a
+        self.up = a.exp()  # at most 1
         self.down = counts / self.up
         self.before = _before(self.up)
         self.z = (self.down[:, 1:] * self.before).sum(-1, keepdim=True)
