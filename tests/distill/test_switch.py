@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.distill import LossFactory, SupervisedTask, build_distiller
+from tinyllava_switchkd.distill import LossFactory, SupervisedTask, build_distiller, chunked, register_loss
+from tinyllava_switchkd.distill.losses import LogitLoss
 
 from .conftest import make_batch
 
@@ -23,6 +24,42 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
         # Some gradients are zero but for rounding (a key's bias shifts every score alike).
         scale = theirs[name].abs().max().clamp(min=1e-3)
         assert torch.allclose(ours[name] / scale, theirs[name] / scale, atol=tolerance), name
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_chunks_of_another_ranks_tokens_change_nothing(student, teacher, batch, trains, monkeypatch):
+    """Under ZeRO-3 every rank runs its heads as often as the one with the most tokens, on nothing if it has no more."""
+    head = student.language_model.get_output_embeddings()
+    head.requires_grad_(trains)
+    distiller = build_distiller(student, teacher, chunk_size=4)
+    expected, losses = gradients(distiller, batch), distiller(batch)
+    monkeypatch.setattr(chunked, "_most_of_all_ranks", lambda count, device: count + 2)
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    head.weight.ds_id = 0  # DeepSpeed's mark
+    for name, value in distiller(batch).items():
+        assert torch.isclose(value, losses[name], rtol=1e-5), name
+    assert len(calls) == -(-int(losses["supervised_tokens"]) // 4) + 2
+    assert_same_gradients(gradients(distiller, batch), expected)
+    calls.clear()
+    assert distiller(make_batch("ipp"))["loss"] == 0 and len(calls) == 2  # nothing supervised here, but elsewhere
+
+
+def test_what_a_rank_may_call_less_often_is_not_registered(student, teacher):
+    """ZeRO-3 follows the order in which registered modules are called, and waits where ranks differ."""
+    distiller = build_distiller(student, teacher)
+    assert [name for name, _ in distiller.named_children()] == ["student"]
+
+    class Scaled(LogitLoss):
+        def __init__(self, temperature=3.0):
+            super().__init__(temperature)
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, student_logits, teacher_logits, **orders):
+            return (student_logits - teacher_logits).square().mean(-1) * self.scale
+
+    register_loss("scaled")(Scaled)
+    assert build_distiller(student, teacher, loss="scaled").to(torch.float64).loss.scale.dtype == torch.float64
 
 
 def dense(distiller, batch, dtype=torch.float64):

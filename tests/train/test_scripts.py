@@ -191,6 +191,7 @@ def tiny(root, **changes):
         "OUTPUT_ROOT": root,
         "GLOBAL_BATCH_SIZE": 4,
         "PER_DEVICE_BATCH_SIZE": 2,
+        "GROUP_BY_MODALITY": False,
         "MAX_STEPS": 2,
         "LEARNING_RATE": 0.1,
         "REPORT_TO": "none",
@@ -245,9 +246,18 @@ def test_the_chain_of_stages(alone):
 @pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zero):
+    """One sample a rank and small chunks: ranks differ in modality and in how often they run a head."""
     stages, environment = chain(
-        world, tmp_path, GPUS=2, LAUNCHER="deepspeed", ZERO=zero, GRADIENT_CHECKPOINTING=True, MASTER_PORT=free_port()
+        world,
+        tmp_path,
+        GPUS=2,
+        LAUNCHER="deepspeed",
+        ZERO=zero,
+        PER_DEVICE_BATCH_SIZE=1,
+        GRADIENT_CHECKPOINTING=True,
+        MASTER_PORT=free_port(),
     )
+    environment["EXTRA_ARGS"] += " --chunk_size 3"
     for stage, script in stages.items():
         bash(*script, **environment)
         one, two = weights(alone, stage), weights(tmp_path, stage)

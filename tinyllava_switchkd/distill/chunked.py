@@ -6,7 +6,8 @@ their knee are computed once and serve the align and the visual-switch term.
 
 The gradient of a chunk is taken as soon as its loss is known and kept as the (small) gradient of the hidden states and
 of the student's head; nothing is recomputed in the backward pass. Where a head's parameters exist only while its own
-module runs (ZeRO-3), the chunk is recomputed in the backward pass instead, which costs each head a second time.
+module runs (ZeRO-3), the chunk is recomputed in the backward pass instead, which costs each head a second time. There
+every run of a head is a collective operation, too, so all ranks make as many chunks as the one with the most.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -77,13 +79,17 @@ class TokenLoss:
         """Weighted loss (with gradient) and the `PARTS` (without), summed over all tokens."""
         parameters = [p for p in self.student_head.parameters() if p.requires_grad]
         size = self.chunk_size or max(64, CHUNK_ELEMENTS // self._head_rows())
-        chunks = [slice(start, start + size) for start in range(0, len(tokens.labels), size)]
+        count = -(-len(tokens.labels) // size)
+        sharded = any(hasattr(p, "ds_id") for p in self.student_head.parameters())
+        if sharded:
+            count = max(1, _most_of_all_ranks(count, tokens.labels.device))  # those beyond a rank's tokens are empty
+        chunks = [slice(index * size, (index + 1) * size) for index in range(count)]
         if not chunks:
             # Nothing supervised: a zero that depends on whatever the other ranks' losses depend on.
             inputs = [x for x in (tokens.student, tokens.switch, *parameters) if x is not None and x.requires_grad]
             zero = tokens.student.new_zeros((), dtype=torch.float32)
             return sum((x.sum() * 0.0 for x in inputs), zero), tokens.student.new_zeros(len(PARTS)).float()
-        recompute = any(hasattr(p, "ds_id") for p in parameters) if self.recompute is None else self.recompute
+        recompute = sharded and bool(parameters) if self.recompute is None else self.recompute
         if not torch.is_grad_enabled():
             results = [
                 self._chunk(tokens, chunk, tokens.student[chunk], _rows(tokens.switch, chunk)) for chunk in chunks
@@ -189,6 +195,15 @@ class _GradientInForward(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return None, None, None, *grads
+
+
+def _most_of_all_ranks(count: int, device: torch.device) -> int:
+    """The largest of the ranks' counts; ranks that gather a head a different number of times wait forever."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _rows(hidden: Tensor | None, chunk: slice) -> Tensor | None:

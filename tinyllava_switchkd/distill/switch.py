@@ -162,7 +162,12 @@ class SwitchDistiller(SupervisedTask):
         packing: bool = False,
     ) -> None:
         super().__init__(student, chunk_size, packing)
-        self.loss = loss
+        if any(True for _ in loss.parameters()):
+            self.loss = loss
+        else:
+            # Not registered: ZeRO-3 expects every rank to call every module as often, but a rank without images calls
+            # the loss less often, and would wait for the others forever.
+            object.__setattr__(self, "loss", loss)
         self.align_weight = align_weight
         self.switch_weight = switch_weight
         self.vocab_size = vocab_size
@@ -179,6 +184,8 @@ class SwitchDistiller(SupervisedTask):
     def _apply(self, fn, *args, **kwargs):
         if not is_quantized(self._teacher):
             self._teacher._apply(fn, *args, **kwargs)
+        if "loss" not in self._modules:
+            self.loss._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
