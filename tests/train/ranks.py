@@ -10,33 +10,30 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.ranks", "tests.train.toy", "peft"])
 
 
-def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, dict[str, Any]]:
+def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, Mapping[str, Any]]:
     """Weights of the student after training, by the names of `settings` (see `train_once`), from rank 0."""
     from tests.eval.forked import ranks
 
-    with CONTEXT.Manager() as manager:
-        results = manager.dict()
-        processes = [
-            CONTEXT.Process(target=_rank, args=(environment, dict(settings), folder, results))
-            for environment in ranks(world)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(240)
-            if process.is_alive():
-                process.kill()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
-        return {name: dict(value) for name, value in results.items()}
+    processes = [CONTEXT.Process(target=_rank, args=(each, dict(settings), folder)) for each in ranks(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
+    return {name: np.load(f"{folder}/{name}.npz") for name in settings}
 
 
 def train_once(folder: str, batch_size: int, lora: bool = False, **kwargs: Any) -> dict[str, Any]:
-    """Two steps of distillation by SGD, whose weights are linear in the gradient; the trained weights as arrays."""
+    """A step of distillation by SGD, whose weights are linear in the gradient; the trained weights as arrays."""
     import torch
 
     from tests.train.toy import toy_arguments, toy_task, toy_trainer
@@ -45,7 +42,7 @@ def train_once(folder: str, batch_size: int, lora: bool = False, **kwargs: Any) 
 
     adapters = {"training_recipe": "lora", "tune_type_llm": "lora", "tune_type_vision_tower": "lora", "lora_r": 4}
     args = toy_arguments(
-        folder, per_device_train_batch_size=batch_size, optim="sgd", max_grad_norm=0, learning_rate=0.1, max_steps=2,
+        folder, per_device_train_batch_size=batch_size, optim="sgd", max_grad_norm=0, learning_rate=0.1, max_steps=1,
         lr_scheduler_type="constant", lora_dropout=0.0, **(adapters if lora else {}), **kwargs,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -56,7 +53,7 @@ def train_once(folder: str, batch_size: int, lora: bool = False, **kwargs: Any) 
     return {name: p.detach().numpy().copy() for name, p in task.named_parameters() if p.requires_grad}
 
 
-def _rank(environment: Mapping[str, str], settings: dict[str, dict[str, Any]], folder: str, results: Any) -> None:
+def _rank(environment: Mapping[str, str], settings: dict[str, dict[str, Any]], folder: str) -> None:
     os.environ.update(environment)
     import torch
 
@@ -64,4 +61,4 @@ def _rank(environment: Mapping[str, str], settings: dict[str, dict[str, Any]], f
     for name, kwargs in settings.items():
         weights = train_once(f"{folder}/{name}", ddp_backend="gloo", **kwargs)
         if environment["RANK"] == "0":
-            results[name] = weights
+            np.savez(f"{folder}/{name}.npz", **weights)

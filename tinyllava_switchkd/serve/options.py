@@ -24,8 +24,8 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
     quantised = group.add_mutually_exclusive_group()
-    quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes, GPU)")
-    quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes, GPU)")
+    quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
+    quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
 
 
 def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
