@@ -250,7 +250,7 @@ def last_bin(counts: Tensor, vocab: int, varies: Tensor) -> Tensor:
     numbers = torch.arange(BINS, dtype=torch.int32, device=counts.device)
     counts = counts.float()
     above = counts.cumsum(1).sub_(counts)
-    lower = torch.add(numbers / (BINS - 1) - 1 / vocab, above, alpha=-1 / vocab).where(counts > 0, -torch.inf)
+    lower = torch.add(numbers.float() / (BINS - 1) - 1 / vocab, above, alpha=-1 / vocab).where(counts > 0, -torch.inf)
     # Half a bin of slack absorbs the rounding of the binning, and of this.
     able = lower >= lower.amax(1, keepdim=True) - 1.5 / (BINS - 1)
     return numbers.where(able, -1).amax(1, keepdim=True).where(varies, -1)
