@@ -269,9 +269,10 @@ class Page:
         }
 
     def turn_away(self) -> dict[Any, Any]:
-        """A question that never got to a model: the queue is full, or the request was refused."""
+        """A question that never got to a model: the queue is full, or its inputs were refused (a file that is gone)."""
         message = (
-            "The question was not taken: too many people are asking, or a setting is out of range. Please try again."
+            "The question was not taken: too many people are asking, or the image is no longer on the server. "
+            "Please try again, if need be with the image uploaded anew."
         )
         return {self.notice: render.notice(message, "error"), **self._idle()}
 
