@@ -101,6 +101,15 @@ def test_connector_by_name(name, expected):
     assert ConnectorFactory(name).__name__ == expected
 
 
+def test_override_reaches_every_name_that_meant_the_old_entry(monkeypatch):
+    """v1 knows Qwen2.5 by qwen2 alone; an alias beside it would keep a plugin from taking its place."""
+    monkeypatch.setattr(LLMFactory, "_entries", dict(LLMFactory._entries))
+    register_llm("qwen2", override=True)(lambda: ("mine", ()))
+    for name in ("qwen2", "Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-3B-Instruct"):
+        assert LLMFactory(name) == ("mine", ())
+    assert LLMFactory("Qwen/Qwen3-0.6B") != ("mine", ())
+
+
 def test_second_registration_needs_override():
     for register, name in ((register_llm, "qwen2"), (register_vision_tower, "clip"), (register_connector, "linear")):
         with pytest.raises(ValueError, match="override=True"):
