@@ -157,7 +157,7 @@ def test_the_students_eyes_in_the_teacher_are_the_teachers(student, teacher, bat
 
 
 def test_one_frozen_encoder_is_run_once(student, teacher, batch):
-    """The same tower in both models (pre-training with a teacher): an image is encoded once, until the towers differ."""
+    """The same tower in both models (pre-training with a teacher): an image is encoded once, until they differ."""
     student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
     student.vision_tower.requires_grad_(False)
     expected = build_distiller(student, teacher)

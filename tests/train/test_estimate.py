@@ -123,3 +123,12 @@ def test_the_command_prints_and_trains_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert code == 0 and "activations" in out and "peak" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_under_autocast_the_teacher_alone_is_halved():
+    student, teacher = pair("meta")
+    settings = {"batch_size": 2, "text_tokens": 50, "mixed_precision": False}
+    full, half = (estimate(student, teacher, **settings, half_teacher=flag) for flag in (False, True))
+    assert (half.weights, half.optimizer, half.teacher) == (full.weights, full.optimizer, full.teacher // 2)
+    alone = estimate(student, None, **settings).activations
+    assert half.activations - alone == pytest.approx((full.activations - alone) / 2, rel=0.01)

@@ -69,6 +69,7 @@ def estimate(
     checkpointing: bool = False,
     switch: bool = True,
     chunk_size: int | None = None,
+    half_teacher: bool | None = None,
     teacher_bits: int = 16,
 ) -> Estimate:
     """Memory of a training step.
@@ -87,11 +88,15 @@ def estimate(
         checkpointing: activation checkpointing in the student and in the teacher's switch pass.
         switch: whether the switch pass runs.
         chunk_size: as in `build_distiller`.
+        half_teacher: whether the teacher is in bfloat16 or float16; None as the student. Under torch's autocast the
+            student's weights are in float32 and the teacher's are not; the student's activations, of which autocast
+            keeps some in float32, are then all counted so.
         teacher_bits: 8 or 4 if the teacher's language model is quantised.
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in student.parameters()) - trained
     size = 2 if mixed_precision else 4
+    guide_size = size if half_teacher is None else 2 if half_teacher else 4
     shard = lambda stage, bytes_: bytes_ // gpus if zero_stage >= stage else bytes_  # noqa: E731
     states = 12 if mixed_precision and master_weights else 2 * size
     optimizer = 0 if offload else shard(1, trained * states)
@@ -101,7 +106,9 @@ def estimate(
         layers = [_layers(student)]
         if teacher is not None and switch:
             passes.append(
-                lambda recompute: _switch_bytes(student, teacher, batch_size, length, recompute, size, teacher_bits)
+                lambda recompute: _switch_bytes(
+                    student, teacher, batch_size, length, recompute, guide_size, teacher_bits
+                )
             )
             layers.append(_layers(teacher))
         activations = sum(run(checkpointing) for run in passes)
@@ -119,7 +126,7 @@ def estimate(
         weights=shard(3, trained * size) + shard(3, frozen * size),
         gradients=shard(2, trained * size),
         optimizer=optimizer,
-        teacher=0 if teacher is None else weight_bytes(teacher, size, teacher_bits),
+        teacher=0 if teacher is None else weight_bytes(teacher, guide_size, teacher_bits),
         activations=activations,
         logits=logits,
     )
@@ -151,6 +158,7 @@ def estimate_run(arguments: Arguments) -> str:
         checkpointing=training.gradient_checkpointing,
         switch=distill.switch_weight > 0,
         chunk_size=distill.chunk_size,
+        half_teacher=recipe.compute_dtype() != torch.float32,
         teacher_bits=distill.teacher_bits,
     )
     lines = [f"{name:12s} {size:8.2f} GiB" for name, size in result.table()]
