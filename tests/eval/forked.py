@@ -52,7 +52,6 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], log: str, s
 
         answers.AnswerWriter.write = counted
         status = main(argv)
-        print("heavy modules:", [name for name in ("deepspeed", "peft", "gradio") if name in sys.modules], file=file)
         file.flush()
         os._exit(status)
 

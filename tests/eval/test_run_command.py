@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.eval import forked
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_lines, write_pope
 from tinyllava_switchkd.eval import generate as generate_module
 from tinyllava_switchkd.eval import lmms_plugin
@@ -319,9 +321,15 @@ def test_a_test_table_alone_is_the_test_split(checkpoint, tmp_path):
 
 
 def test_inference_imports_nothing_of_training_and_serving(checkpoint, pope, tmp_path):
-    process = forked.start(command(checkpoint, "pope", pope, tmp_path / "out"), tmp_path / "log")
-    assert forked.end(process) == 0
-    assert (tmp_path / "log").read_text().rstrip().endswith("heavy modules: []")
+    code = (
+        "import sys; from tinyllava_switchkd.eval.run import main; status = main(sys.argv[1:]); "
+        "print('heavy:', [name for name in ('deepspeed', 'peft', 'gradio') if name in sys.modules]); sys.exit(status)"
+    )
+    argv = [sys.executable, "-c", code, *command(checkpoint, "pope", pope, tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.rstrip().endswith("heavy: []")
 
 
 def test_lmms_evals_entry_point_names_the_plugin():
