@@ -308,8 +308,12 @@ def peak_memory(bench: Bench, variant: str, args: argparse.Namespace) -> float:
 
 
 def predicted(variant: str, args: argparse.Namespace) -> str:
-    """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train."""
-    if variant not in ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile"):
+    """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train.
+
+    It speaks of samples at their longest, so nothing is said of mixed lengths.
+    """
+    ways = ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile")
+    if variant not in ways or args.lengths == "mixed":
         return ""
     student, teacher, vision, text = SIZES[args.size]
     learner = model(student, vision, 0, "meta", torch.float32).train()

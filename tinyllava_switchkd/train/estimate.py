@@ -26,7 +26,7 @@ from .skeleton import checkpoint_skeleton, student_skeleton
 OVERHEAD = 0.0
 """Share added for fragments and buckets; measured figures replace it in docs/benchmarks.md."""
 
-LOGIT_COPIES = (3, 7, 9)
+LOGIT_COPIES = (3, 5, 6)
 """Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
 the switch term too (softmax, gradients on their way, the teacher's logits, buffers); measured by benchmarks/step.py."""
 
