@@ -147,7 +147,7 @@ class TestModule:
 
     def test_eos_that_generation_stops_at(self, folder):
         args = data_args(folder, conv_version="qwen2_instruct", eos_token_ids=[1202])
-        make_supervised_data_module(qwen2(), args)
+        assert len(make_supervised_data_module(qwen2(), args)["train_dataset"]) == 3
 
     def test_too_short_a_model(self, folder):
         with pytest.raises(ValueError, match=r"2 of 3 samples.*200 tokens, 728 of which.*raise model_max_length"):

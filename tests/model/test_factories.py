@@ -25,7 +25,7 @@ from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
         ("Qwen/Qwen2-1.5B-Instruct", "Qwen2ForCausalLM"),
         ("Qwen/Qwen1.5-0.5B", "Qwen2ForCausalLM"),
         ("Qwen/Qwen3-0.6B", "Qwen3ForCausalLM"),
-        ("/home/philip/Qwen2-0.5B", "Qwen2ForCausalLM"),  # v1: phi, by the parent folder
+        ("models/philip/Qwen2-0.5B", "Qwen2ForCausalLM"),  # v1: phi, by the parent folder
         ("/data/gemma-runs/TinyLlama-1.1B-Chat-v1.0/", "LlamaForCausalLM"),
         ("microsoft/phi-2", "PhiForCausalLM"),
         ("microsoft/Phi-3-mini-4k-instruct", "Phi3ForCausalLM"),

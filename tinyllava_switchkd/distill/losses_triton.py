@@ -33,6 +33,11 @@ def _ups(x, inside):
     return tl.where(inside, tl.exp(x), 0.0)
 
 
+@triton.jit
+def _settings_of(row):
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
 @triton.jit(do_not_specialize=["width"])
 def pair_losses(
     q, p, indices, ks, settings, statistics, gradient, stride, width,
@@ -48,14 +53,7 @@ def pair_losses(
     p += row * stride
     indices += row * width
     k = tl.load(ks + row)
-    settings += row * 5
-    q_low, q_high, p_low, p_high = (
-        tl.load(settings),
-        tl.load(settings + 1),
-        tl.load(settings + 2),
-        tl.load(settings + 3),
-    )
-    scale = tl.load(settings + 4)
+    q_low, q_high, p_low, p_high, scale = _settings_of(settings + row * 5)
     places = tl.arange(0, TILE)
     infinity = float("inf")
 
@@ -155,14 +153,7 @@ def finish_gradient(
     p += row * stride
     indices += row * width
     k = tl.load(ks + row)
-    settings += row * 5
-    q_low, q_high, p_low, p_high = (
-        tl.load(settings),
-        tl.load(settings + 1),
-        tl.load(settings + 2),
-        tl.load(settings + 3),
-    )
-    scale = tl.load(settings + 4)
+    q_low, q_high, p_low, p_high, scale = _settings_of(settings + row * 5)
     out = statistics + row * 7
     q_top, p_top, expected = tl.load(out), tl.load(out + 1), tl.load(out + 2)
     q_share, p_share = tl.load(out + 3), tl.load(out + 4)

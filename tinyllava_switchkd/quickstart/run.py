@@ -21,7 +21,7 @@ from .prepare import extract_llm, extract_tower, make_data, make_random_models
 from .report import Report
 from .runner import STARTUP_COST, Runner, StageError
 
-Job = Callable[[Runner], None]
+Job = Callable[[Runner], object]
 WHO = ("teacher", "student")
 BENCHMARKED = ("teacher", "sft", "switch_kd")
 """What the benchmarks' commands are run on."""
@@ -110,13 +110,9 @@ class Quickstart:
     @staticmethod
     def _jobs(stages: Iterable[Stage]) -> list[Job]:
         def job_of(stage: Stage) -> Job:
-            return lambda runner: void(runner.stage(stage))
+            return lambda runner: runner.stage(stage)
 
         return [job_of(stage) for stage in stages]
-
-
-def void(result: object) -> None:
-    """A job returns nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -117,7 +117,7 @@ class Runner:
             if not self._bar.disable:
                 self._bar.write(line, file=sys.stdout)
 
-    def run(self, lanes: Sequence[Sequence[Callable[[Runner], None]]]) -> None:
+    def run(self, lanes: Sequence[Sequence[Callable[[Runner], object]]]) -> None:
         """Run the jobs of each lane one after another, several lanes at once.
 
         Raises:
@@ -134,7 +134,7 @@ class Runner:
         if failures:
             raise next((error for error in failures if not isinstance(error, Interrupted)), failures[0])
 
-    def _lane(self, jobs: Sequence[Callable[[Runner], None]]) -> None:
+    def _lane(self, jobs: Sequence[Callable[[Runner], object]]) -> None:
         try:
             for job in jobs:
                 if self._stop.is_set():
