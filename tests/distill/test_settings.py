@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.tiny import VOCAB_SIZE, tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 
+from .conftest import set_recompute
 from .test_switch import assert_same_gradients, dense, gradients
 
 
@@ -29,14 +30,7 @@ def test_mixed_precision_computes_the_loss_in_float32(student, teacher, batch, r
     monkeypatch.setattr(F, "cross_entropy", lambda z, *args, **kw: (seen.append(z), cross_entropy(z, *args, **kw))[1])
     mixed = build_distiller(student, teacher.to(torch.bfloat16), chunk_size=4, gradient_checkpointing=checkpointing)
     mixed.loss.register_forward_pre_hook(lambda module, logits: seen.extend(logits))
-    make_token_loss = type(mixed)._token_loss
-
-    def token_loss(self):
-        loss = make_token_loss(self)
-        loss.recompute = recompute
-        return loss
-
-    monkeypatch.setattr(type(mixed), "_token_loss", token_loss)
+    set_recompute(monkeypatch, mixed, recompute)
     mixed.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         losses = mixed(batch)

@@ -9,7 +9,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import LossFactory, SupervisedTask, build_distiller, chunked, register_loss
 from tinyllava_switchkd.distill.losses import LogitLoss
 
-from .conftest import make_batch
+from .conftest import make_batch, set_recompute
 
 
 def gradients(task, batch, **kwargs):
@@ -107,14 +107,7 @@ def test_chunks_change_nothing(student, teacher, batch, chunk_size, recompute, m
     whole = build_distiller(student, teacher)
     expected, expected_losses = gradients(whole, batch), whole(batch)
     chunked = build_distiller(student, teacher, chunk_size=chunk_size)
-    original = type(chunked)._token_loss
-
-    def token_loss(self):
-        loss = original(self)
-        loss.recompute = recompute
-        return loss
-
-    monkeypatch.setattr(type(chunked), "_token_loss", token_loss)
+    set_recompute(monkeypatch, chunked, recompute)
     assert_same_gradients(gradients(chunked, batch), expected)
     for name, value in chunked(batch).items():
         assert torch.allclose(value.float(), expected_losses[name].float(), rtol=1e-5), name
