@@ -1,0 +1,123 @@
+"""Files: JSON read with a clear error, everything written whole or not at all. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+StrPath = str | os.PathLike
+
+
+@contextlib.contextmanager
+def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
+    """A binary file that takes its place under `path` only if the block ends without an exception.
+
+    The content is on the disk before the name is (fsync), so that a power cut leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written; with the file's name.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if error.filename in (None, str(unfinished)):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def write_bytes(path: StrPath, data: bytes) -> None:
+    """Write a file in one step."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Write a UTF-8 text file in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: StrPath, value: Any, *, indent: int | None = 2, sort_keys: bool = False) -> None:
+    """Write one JSON document in one step (UTF-8, text left readable).
+
+    Raises:
+        ValueError: the value holds a NaN or an infinity, which JSON does not know.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, in one step."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_text(path: StrPath, *, what: str = "file") -> str:
+    """A file's text, without the mark that some editors put at its start.
+
+    Args:
+        path: the file.
+        what: what it is, for the error's sentence.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+        ValueError: it is not UTF-8.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"The {what} {path} is a folder; name a file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"The {what} {path} does not exist.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+
+
+def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
+    """A JSON file that holds a `kind` (dict or list).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, is nested too deeply, or holds something else.
+    """
+    text = read_text(path, what=what)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); it may be cut off.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read.") from None
+    if not isinstance(value, kind):
+        expected = {dict: "an object of fields", list: "a list"}[kind]
+        raise ValueError(f"{path} holds a JSON {type(value).__name__} where {expected} is expected.")
+    return value
+
+
+def digest(path: StrPath) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:  # Python 3.10
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
