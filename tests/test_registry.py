@@ -106,3 +106,18 @@ def test_an_installed_entry_point_is_found(tmp_path: Path):
     )
     assert result.stdout.strip() == "Mine", result.stderr
     assert "broken" in result.stderr  # reported, but not fatal
+
+
+def test_an_override_ends_with_its_block(towers):
+    clip = towers("clip")
+    with towers.override("clip", "mine"), towers.override("new", "other"):
+        assert (towers("CLIP"), towers("new")) == ("mine", "other")
+        towers.register("third")(object())
+    assert towers("clip") is clip
+    assert towers.list() == ["clip", "siglip", "siglip2"]
+
+
+def test_an_override_ends_when_its_block_fails(towers):
+    with pytest.raises(ZeroDivisionError), towers.override("clip", "mine"):
+        raise ZeroDivisionError
+    assert towers("clip") != "mine"

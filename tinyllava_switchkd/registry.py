@@ -8,9 +8,10 @@ and everything unknown or ambiguous is an error that lists the candidates.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -93,6 +94,24 @@ class Registry:
             return entry
 
         return decorator
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """What the ``with`` block registers is forgotten at its end, and what it replaces comes back; for tests."""
+        load_entry_points()
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries.clear()
+            self._entries.update(before)
+
+    @contextlib.contextmanager
+    def override(self, name: str, entry: Any) -> Iterator[None]:
+        """Within the ``with`` block, `name` is `entry`, whether it is registered already or not; for tests."""
+        with self.scope():
+            self.register(name, override=True)(entry)
+            yield
 
     def list(self, pattern: str = "*") -> list[str]:
         """Registered names that match a shell pattern, sorted."""

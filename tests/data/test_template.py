@@ -233,9 +233,8 @@ def test_template_is_usable_as_v1s():
 class TestPlugins:
     @pytest.fixture(autouse=True)
     def _forget(self):
-        yield
-        for name in ("dialogue", "old", "own-labels", "v1-encode"):
-            TemplateFactory._entries.pop(name, None)
+        with TemplateFactory.scope():
+            yield
 
     def test_v1_style_class(self, caplog):
         register_template("dialogue")(DialogueTemplate)

@@ -7,9 +7,10 @@ from tinyllava_switchkd.distill import LossFactory
 
 
 @pytest.fixture(autouse=True)
-def no_leftovers(monkeypatch):
+def no_leftovers():
     """A loss that a test registers is gone after it."""
-    monkeypatch.setattr(LossFactory, "_entries", dict(LossFactory._entries))
+    with LossFactory.scope():
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The plugins of docs/extend.md, run as they stand there."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,19 +43,18 @@ REGISTRIES = {
 @pytest.fixture
 def plugin(tmp_path):
     """Imports a plugin of the page, and takes it out of its registry afterwards."""
-    before = {registry: dict(registry._entries) for registry, _ in REGISTRIES.values()}
 
     def load(file):
         registry, name = REGISTRIES[file]
-        assert all(entry not in name.lower() for entry in registry._entries), f"{name} is built in; pick another"
+        assert all(entry not in name.lower() for entry in registry.list()), f"{name} is built in; pick another"
         module = import_from(tmp_path, file, PLUGINS[file])
         registry(name)
         return module
 
-    yield load
-    for registry, entries in before.items():
-        registry._entries.clear()
-        registry._entries.update(entries)
+    with contextlib.ExitStack() as scopes:
+        for registry, _ in REGISTRIES.values():
+            scopes.enter_context(registry.scope())
+        yield load
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from tinyllava_switchkd.eval.benchmarks import (
     read_answers,
     register_benchmark,
 )
-from tinyllava_switchkd.eval.benchmarks.base import BenchmarkFactory as Factory
 from tinyllava_switchkd.eval.score import score_file
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
@@ -173,9 +172,14 @@ def test_split_is_chosen_by_name_or_by_what_is_there(tmp_path):
         list(vqav2.questions(tmp_path, split="dev"))
 
 
-def test_a_third_party_adds_a_benchmark_with_one_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(Factory, "_entries", dict(Factory._entries))
+@pytest.fixture
+def no_leftovers():
+    with BenchmarkFactory.scope():
+        yield
 
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_a_third_party_adds_a_benchmark_with_one_class(tmp_path):
     @register_benchmark("colours")
     class Colours(QuestionFileBenchmark):
         name, title, folder, metric = "colours", "Colours", "colours", "accuracy"

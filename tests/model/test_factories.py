@@ -101,13 +101,13 @@ def test_connector_by_name(name, expected):
     assert ConnectorFactory(name).__name__ == expected
 
 
-def test_override_reaches_every_name_that_meant_the_old_entry(monkeypatch):
+def test_override_reaches_every_name_that_meant_the_old_entry():
     """v1 knows Qwen2.5 by qwen2 alone; an alias beside it would keep a plugin from taking its place."""
-    monkeypatch.setattr(LLMFactory, "_entries", dict(LLMFactory._entries))
-    register_llm("qwen2", override=True)(lambda: ("mine", ()))
-    for name in ("qwen2", "Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-3B-Instruct"):
-        assert LLMFactory(name) == ("mine", ())
-    assert LLMFactory("Qwen/Qwen3-0.6B") != ("mine", ())
+    with LLMFactory.scope():
+        register_llm("qwen2", override=True)(lambda: ("mine", ()))
+        for name in ("qwen2", "Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-3B-Instruct"):
+            assert LLMFactory(name) == ("mine", ())
+        assert LLMFactory("Qwen/Qwen3-0.6B") != ("mine", ())
 
 
 def test_second_registration_needs_override():

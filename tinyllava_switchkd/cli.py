@@ -1,0 +1,60 @@
+"""The parser of every command: ``--snake_case`` options, as transformers' own; ``--kebab-case`` is read as well.
+
+Needs the standard library alone, so that ``--help`` and a wrong argument are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` for which ``-`` and ``_`` in the name of a long option are the same.
+
+    Options are declared with underscores (``add_argument("--model_path")``), which is how help and errors print them.
+    An unknown option is answered with the nearest known one, and a wrong command line with one sentence and exit
+    code 2.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._declared(words), namespace)
+
+    def _declared(self, words: list[str]) -> list[str]:
+        """The words, each option in the spelling that it was declared with."""
+        spelling = {option.replace("-", "_"): option for option in self._option_string_actions}
+        end = words.index("--") if "--" in words else len(words)
+        result = []
+        for word in words[:end]:
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                asked = name.replace("-", "_")
+                if asked in spelling:
+                    name = spelling[asked]
+                elif self.allow_abbrev and any(known.startswith(asked) for known in spelling):
+                    name = f"--{asked[2:]}"
+            result.append(name + equals + value)
+        return result + words[end:]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown))
+        return arguments
+
+    def _unknown(self, words: list[str]) -> str:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--"):
+                near = difflib.get_close_matches(name.replace("-", "_"), [o.replace("-", "_") for o in options], n=1)
+                hint = f"did you mean --{near[0][2:]}?" if near else "see --help."
+                return f"there is no argument {name}; {hint}"
+        return f"unrecognized arguments: {' '.join(words)}; see --help."
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
