@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks._memory import peak_resident
 from benchmarks._table import machine, write_section
 from tinyllava_switchkd.distill import LossFactory, knee
-from tinyllava_switchkd.distill.knee import Order
-from tinyllava_switchkd.distill.losses import logit_difference_kl, pair_kl
+from tinyllava_switchkd.distill.losses.knee import Order
+from tinyllava_switchkd.distill.losses.pairs import logit_difference_kl, pair_kl
 
-knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
+knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 TEMPERATURE = 3.0
 Loss = Callable[[Tensor, Tensor], Tensor]
 

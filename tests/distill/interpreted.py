@@ -15,9 +15,9 @@ from tests.distill import oracle
 from tests.distill.test_knee import assert_same_order, hard_rows, language_model_like
 from tinyllava_switchkd.distill import LossFactory
 
-knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
-knee_kernels = importlib.import_module("tinyllava_switchkd.distill.knee_triton")
-loss_kernels = importlib.import_module("tinyllava_switchkd.distill.losses_triton")
+knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
+knee_kernels = importlib.import_module("tinyllava_switchkd.distill.losses.knee_triton")
+loss_kernels = importlib.import_module("tinyllava_switchkd.distill.losses.pairs_triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tinyllava_switchkd.distill import knee
-from tinyllava_switchkd.distill.knee import BINS, finite, leading
+from tinyllava_switchkd.distill.losses.knee import BINS, finite, leading
 
 from . import oracle
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "dbild"
-knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
+knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 
 

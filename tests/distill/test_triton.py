@@ -14,7 +14,7 @@ from tinyllava_switchkd.distill import LossFactory
 
 from .test_knee import assert_same_order, hard_rows, language_model_like
 
-knee_module = importlib.import_module("tinyllava_switchkd.distill.knee")
+knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 
@@ -38,19 +38,19 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path,
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from tinyllava_switchkd.distill import knee_triton, losses_triton
+    from tinyllava_switchkd.distill.losses import knee_triton, pairs_triton
 
     kinds = dict.fromkeys(("z", "q", "p"), f"*{dtype}") | dict.fromkeys(("low", "high", "scale", "values"), "*fp32")
     kinds |= dict.fromkeys(("counts", "last", "offsets", "columns_out"), "*i32")
     kinds |= dict.fromkeys(("settings", "statistics", "gradient"), "*fp64") | {"indices": "*i64", "ks": "*i64"}
     of_knee = {"BINS": knee_module.BINS, "TILE": knee_triton.TILE, "FLOAT": tl.float32}
-    of_loss = {"REVERSE": dtype == "fp32", "GRADIENT": True, "TILE": losses_triton.TILE}
+    of_loss = {"REVERSE": dtype == "fp32", "GRADIENT": True, "TILE": pairs_triton.TILE}
     for kernel, fixed, warps in (
         (knee_triton.extremes, of_knee, knee_triton.WARPS),
         (knee_triton.count, of_knee, knee_triton.WARPS),
         (knee_triton.collect, of_knee, knee_triton.WARPS),
-        (losses_triton.pair_losses, of_loss, losses_triton.WARPS),
-        (losses_triton.finish_gradient, of_loss, losses_triton.WARPS),
+        (pairs_triton.pair_losses, of_loss, pairs_triton.WARPS),
+        (pairs_triton.finish_gradient, of_loss, pairs_triton.WARPS),
     ):
         constants = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
@@ -77,10 +77,10 @@ def test_training_goes_on_where_the_kernels_cannot_run(monkeypatch, caplog):
 
 @needs_triton
 def test_kernels_that_disagree_with_torch_are_not_used(monkeypatch, caplog):
-    from tinyllava_switchkd.distill import knee_triton
+    from tinyllava_switchkd.distill.losses import knee_triton
 
     def wrong(logits):
-        values, *rest = knee_module.head(logits, None)
+        values, *rest = knee_module.candidates(logits, None)
         return values.flip(-1), *rest
 
     z = hard_rows(5003, torch.float32)

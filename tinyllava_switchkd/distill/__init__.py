@@ -1,8 +1,7 @@
 """Switch-KD: the knee, the distillation losses, the three pathways, and the builder that joins teacher and student."""
 
 from .builder import build_distiller, check_compatible
-from .knee import knee
-from .losses import LogitLoss, LossFactory, register_loss
+from .losses import LogitLoss, LossFactory, knee, register_loss
 from .switch import PathwayLogits, SupervisedTask, SwitchDistiller
 
 __all__ = [

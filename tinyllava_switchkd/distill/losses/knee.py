@@ -122,12 +122,21 @@ def leading(logits: Tensor, k: int | None = None) -> Order:
         return Order(indices, indices.bool(), indices[:, 0], none, none, none)
     by_kernels = k is None and vocab >= FULL_SORT_BELOW
     found = try_kernels("knee_triton", "above_knee", logits, logits) if by_kernels else None
-    return cut(*(found or head(logits, k)), logits, k)
+    return cut(*(found or candidates(logits, k)), logits, k)
 
 
-def head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The largest logits of every token, more than count: values, columns and mask [tokens, width] in the order of the
-    vocabulary; smallest and largest finite logit of the row [tokens, 1]."""
+def candidates(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The logits that may lead: all up to the knee, or the `k` largest, and a few more. They are not sorted yet.
+
+    Args:
+        logits: [tokens, vocab], any floating dtype.
+        k: a fixed number for every token, or None for each token's knee.
+
+    Returns:
+        values, columns and counted: [tokens, width], in the order of the vocabulary; `counted` is false where a row has
+            fewer than others.
+        low and high: [tokens, 1], the row's smallest and largest finite logit.
+    """
     z, low, high = _finite(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
     if bool(low.isnan().any()):
         z = z.masked_fill(low.isnan(), 0.0)
@@ -138,7 +147,7 @@ def head(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor,
 def cut(
     values: Tensor, columns: Tensor, counted: Tensor, low: Tensor, high: Tensor, logits: Tensor, k: int | None
 ) -> Order:
-    """What `head` found of `logits`, sorted and cut at the knee or at `k`."""
+    """Sort what `candidates` found of `logits`, and keep what counts: up to the knee, or `k`."""
     tokens, vocab = logits.shape
     values, columns = _descending(values, columns, counted)
     if k is None:

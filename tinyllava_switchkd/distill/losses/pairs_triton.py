@@ -1,6 +1,6 @@
-"""Triton kernels for `losses.py`: the pair KL of one order, straight from the logits, one program a token.
+"""Triton kernels for `pairs.py`: the pair KL of one order, straight from the logits, one program a token.
 
-The torch operations of `losses.py` take some forty passes over float64 buffers of [tokens, k]; here a token's k leading
+The torch operations of `pairs.py` take some forty passes over float64 buffers of [tokens, k]; here a token's k leading
 logits are read a handful of times and nothing but the gradient is written. Sums run in float64, in another order than
 torch's: the results agree to rounding. Exclusive sums are taken of entries shifted by one place, never by subtraction,
 which would lose whatever is small beside the entry taken off.
@@ -235,7 +235,7 @@ def check(like: Tensor) -> None:
     Raises:
         RuntimeError: they disagree by more than rounding.
     """
-    from .losses import LINEAR_RANGE, by_blocks
+    from .pairs import LINEAR_RANGE, by_blocks
 
     noise = (78.233 * torch.arange(1, 8001, device=like.device).double().view(2, 2, -1)).sin().mul_(43758.5453)
     student, teacher = noise.frac().mul_(9).to(like.dtype)

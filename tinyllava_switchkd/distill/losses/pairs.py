@@ -1,4 +1,4 @@
-"""The distillation losses: DBiLD (Switch-KD Section 3.3), its relatives of the paper's Table 4, and their registry.
+"""Losses between the two sides' logit differences: BiLD and DBiLD (Switch-KD Section 3.3 and Table 4).
 
 DBiLD compares logit *differences*. A leader (first the teacher, then the student) chooses its k largest logits and
 their order; both sides' differences over all pairs m < n of these are turned into distributions, p = softmax(d / tau),
@@ -12,7 +12,7 @@ with a = z / tau in leader order,
 
 which prefix and suffix sums give in O(k), gradient included.
 
-The file needs torch, `knee.py` beside it, and the project's `Registry` (two lines to replace elsewhere).
+The file needs torch, and `knee.py` and `base.py` beside it.
 """
 
 from __future__ import annotations
@@ -22,102 +22,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinyllava_switchkd.registry import Registry
-
-from .knee import Order, finite, leading, try_kernels
-
-LossFactory = Registry("distillation loss")
-"""`LossFactory(name)(temperature=3.0, ...)(student_logits, teacher_logits) -> [tokens]`."""
-
-register_loss = LossFactory.register
+from .base import LogitLoss, both_sides, register_loss
+from .knee import Order, leading, try_kernels
 
 LINEAR_RANGE = 300.0
 """Spread of scaled logits up to which sums of products of exponentials stay well inside float64 (exp(300) is 2e130)."""
 
 CACHED_ELEMENTS = 2**17
 """On the CPU, entries [rows, k] to work on at one time, for the cache's sake: a float64 buffer of 1 MiB."""
-
-
-class LogitLoss(nn.Module):
-    """Base of the losses between two sides' logits.
-
-    A subclass defines `forward`. One that ranks logits also defines `order`, so that a caller who compares several
-    students with the same teacher logits (Switch-KD does) ranks them once.
-
-    Args:
-        temperature: tau, by which logits (or their differences) are divided; positive.
-
-    Raises:
-        ValueError: the temperature is not positive.
-    """
-
-    def __init__(self, temperature: float = 3.0) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"The distillation temperature must be positive, not {temperature}.")
-        self.temperature = float(temperature)
-
-    def order(self, logits: Tensor) -> Order | None:
-        """What of a side's ranking the loss uses when that side leads; None for losses without a leader."""
-        return None
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        *,
-        student_order: Order | None = None,
-        teacher_order: Order | None = None,
-    ) -> Tensor:
-        """Loss of every token.
-
-        Args:
-            student_logits: [tokens, vocab]; gradients flow into these only.
-            teacher_logits: [tokens, vocab], the same vocabulary.
-            student_order: `order(student_logits)` if the caller has it.
-            teacher_order: `order(teacher_logits)` if the caller has it.
-
-        Returns:
-            [tokens], float32 (float64 for float64 logits), never negative but for rounding.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define forward.")
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature:g}"
-
-
-class FullVocabularyKL(LogitLoss):
-    """KL between the two softmaxes at tau over the whole vocabulary, without the customary tau^2 factor."""
-
-    reverse: bool
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        *,
-        student_order: Order | None = None,
-        teacher_order: Order | None = None,
-    ) -> Tensor:
-        student, teacher = (finite(side) for side in _sides(student_logits, teacher_logits))
-        student = (student / self.temperature).log_softmax(-1)
-        teacher = (teacher / self.temperature).log_softmax(-1)
-        q, p = (student, teacher) if self.reverse else (teacher, student)
-        return (q.exp() * (q - p)).sum(-1)
-
-
-@register_loss("fkl")
-class ForwardKL(FullVocabularyKL):
-    """KL(teacher || student) over the vocabulary (Table 4, FKL)."""
-
-    reverse = False
-
-
-@register_loss("rkl")
-class ReverseKL(FullVocabularyKL):
-    """KL(student || teacher) over the vocabulary (Table 4, RKL)."""
-
-    reverse = True
 
 
 class LogitDifferenceKL(LogitLoss):
@@ -147,7 +59,7 @@ class LogitDifferenceKL(LogitLoss):
         student_order: Order | None = None,
         teacher_order: Order | None = None,
     ) -> Tensor:
-        student, teacher = _sides(student_logits, teacher_logits)
+        student, teacher = both_sides(student_logits, teacher_logits)
         orders = student_order or leading(student, self.top_k), teacher_order or leading(teacher, self.top_k)
         return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse)
 
@@ -212,7 +124,7 @@ def logit_difference_kl(
     arguments = (student.detach(), teacher.detach(), orders, temperature, reverse, needs_gradient)
     found = None
     if len(student):
-        found = try_kernels("losses_triton", "logit_difference_kl", student, *arguments, LINEAR_RANGE)
+        found = try_kernels("pairs_triton", "logit_difference_kl", student, *arguments, LINEAR_RANGE)
     loss, gradients = found or by_blocks(*arguments)
     loss = loss.to(student.dtype)
     if not needs_gradient:
@@ -386,14 +298,3 @@ def _before(values: Tensor) -> Tensor:
 def _after(values: Tensor) -> Tensor:
     """Sum of all entries after each but the last."""
     return values.flip(-1).cumsum_(-1)[:, :-1].flip(-1)
-
-
-def _sides(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides in a dtype that is safe to compare in, the teacher out of the graph."""
-    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(
-            f"Student and teacher logits must both be [tokens, vocab], not {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}; slice unequal vocabularies to the shared one first."
-        )
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
