@@ -4,58 +4,57 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import load_pretrained_model, save_pretrained_model
-from ..weights import resolve_folder
-from .files import empty_folder, read_by_older_versions
-from .from_llava import from_hf_llava, is_hf_llava
-from .hf_llava import to_hf_llava
-from .verify import verify_export
+from .targets import ExportTargetFactory, load_targets
 
 logger = logging.getLogger(__name__)
 
 
-def to_v1(source: str, output_dir: str, conv_version: str | None = None, dtype: str | None = None) -> None:
-    """Write a TinyLLaVA checkpoint of any layout (split, LoRA, TinyLLaVABench) in v1's full layout, self-contained."""
-    output_dir = empty_folder(output_dir)
-    model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
-    save_pretrained_model(model, tokenizer, image_processor, output_dir, conv_version=conv_version)
-    read_by_older_versions(output_dir)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: ``--to`` first, for a target has arguments of its own. ``args.target`` is the target."""
+    load_targets()
+    names = ExportTargetFactory.list()
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--to", choices=names)
+    known, _ = chosen.parse_known_args(argv)
 
-
-def main(argv: Sequence[str] | None = None) -> None:
+    targets = {name: ExportTargetFactory(name)() for name in names}
     parser = argparse.ArgumentParser(
-        prog="python -m tinyllava_switchkd.model.export", description="Write a checkpoint in another layout."
+        prog="python -m tinyllava_switchkd.model.export",
+        description="Write a checkpoint in another layout. With --to NAME, --help shows that target's arguments.",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--to",
-        required=True,
-        choices=("hf-llava", "v1"),
-        help="hf-llava: transformers' LlavaForConditionalGeneration; v1: TinyLLaVA v1's full layout",
+        "--to", required=True, choices=names, help="; ".join(f"{name}: {targets[name].summary}" for name in names)
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint (for v1 also of a LLaVA)")
     parser.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
     parser.add_argument("--conv-version", help="conversation template, if the checkpoint does not name the right one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as is)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the export with the checkpoint")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not run both models on one image afterwards (hf-llava)"
+        "--allow_approximate",
+        "--allow-approximate",
+        action="store_true",
+        help="write a model that the target cannot hold exactly too, and print by how much the two disagree",
     )
+    if known.to is not None:
+        targets[known.to].add_arguments(parser)
     args = parser.parse_args(argv)
+    args.target = targets[args.to]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if args.to == "hf-llava":
-            to_hf_llava(args.model, args.out, args.conv_version, args.dtype)
-            if not args.no_verify:
-                difference = verify_export(args.model, args.out)
-                logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
-        elif is_hf_llava(resolve_folder(args.model)):
-            from_hf_llava(args.model, args.out, args.conv_version, args.dtype)
-        else:
-            to_v1(args.model, args.out, args.conv_version, args.dtype)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        args.target.export(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"python -m tinyllava_switchkd.model.export: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     logger.info("Written to %s.", Path(args.out))
 
 

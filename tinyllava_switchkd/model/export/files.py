@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
+
+from tinyllava_switchkd.io import read_json, write_json
 
 
 def empty_folder(output_dir: str | os.PathLike) -> Path:
@@ -18,16 +18,6 @@ def empty_folder(output_dir: str | os.PathLike) -> Path:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that nothing is mixed.")
     return output_dir
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def write_json(file: Path, fields: dict[str, Any]) -> None:
-    """Write an object as transformers does: indented, sorted."""
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_by_older_versions(folder: Path) -> None:
@@ -43,7 +33,7 @@ def read_by_older_versions(folder: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         fields["text_config"]["rope_scaling"] = rope
     fields["torch_dtype"] = fields.get("dtype")
-    write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields, sort_keys=True)
 
     file = folder / "tokenizer_config.json"
     fields = read_json(file)
@@ -54,8 +44,8 @@ def read_by_older_versions(folder: Path) -> None:
     fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
     for name in ("backend", "is_local", "local_files_only"):
         fields.pop(name, None)
-    write_json(file, fields)
+    write_json(file, fields, sort_keys=True)
 
     file = folder / "processor_config.json"
     if file.is_file():  # the image processor has a file of its own, preprocessor_config.json
-        write_json(file, {k: v for k, v in read_json(file).items() if k != "image_processor"})
+        write_json(file, {k: v for k, v in read_json(file).items() if k != "image_processor"}, sort_keys=True)

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import TemplateFactory
+from tinyllava_switchkd.io import read_json, write_json
 
 from ..checkpoint import save_pretrained_model
 from ..configuration import TinyLlavaConfig
 from ..modeling import TinyLlavaForConditionalGeneration
 from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
 from .chat_template import conv_version_of
-from .files import empty_folder, read_by_older_versions, read_json, write_json
+from .files import empty_folder, read_by_older_versions
 from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
 
 # transformers 5's names -> the hub's -> v1's.
@@ -181,4 +182,4 @@ def _forget_image_token(folder: Path) -> None:
             fields[key] = [entry for entry in entries if entry["content"] != DEFAULT_IMAGE_TOKEN]
         elif entries:
             fields[key] = {k: entry for k, entry in entries.items() if entry["content"] != DEFAULT_IMAGE_TOKEN}
-        write_json(folder / name, fields)
+        write_json(folder / name, fields, sort_keys=True)

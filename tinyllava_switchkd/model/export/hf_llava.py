@@ -6,6 +6,8 @@ The weights get the names of the LLaVA models on the hub (``language_model.model
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 from typing import Any
 
@@ -19,11 +21,15 @@ from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, 
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory
+from tinyllava_switchkd.io import write_json
 
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import empty_folder, read_by_older_versions, write_json
+from .files import empty_folder, read_by_older_versions
+from .targets import ExportTarget, register_export_target
+
+logger = logging.getLogger(__name__)
 
 TOWERS = ("siglip_vision_model", "clip_vision_model")
 CONNECTORS = {"mlp2x_gelu": "gelu", "linear": "linear", "mlp1x_gelu": "linear"}
@@ -68,11 +74,24 @@ def to_hf_llava(
 
     output_dir.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, output_dir)
-    write_json(output_dir / "config.json", _config(model, image_token, rows) | {RECORD: record})
+    write_json(output_dir / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
     _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     save_image_processor(processor.image_processor, output_dir)
     read_by_older_versions(output_dir)
+
+
+@register_export_target("hf-llava")
+class HfLlavaTarget(ExportTarget):
+    summary = "transformers' LlavaForConditionalGeneration"
+
+    def export(self, args: argparse.Namespace) -> None:
+        from .verify import verify_export
+
+        to_hf_llava(args.model, args.out, args.conv_version, args.dtype)
+        if not args.no_verify:
+            difference = verify_export(args.model, args.out)
+            logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
 
 
 def why_not_llava(model: Any) -> str | None:
