@@ -256,35 +256,43 @@ def _tokenize(
 ) -> tuple[list[int], list[int]]:
     """Tokenise the pieces between the ``<image>``s and label the tokens that start inside `spans`.
 
-    As in v1 every piece is tokenised by itself and a BOS is kept only at the very front.
+    As in v1 every piece is tokenised by itself. What the tokenizer puts in front of a text by itself (a BOS) stands
+    once, at the very front. What it puts behind a text (an EOS) would end the conversation in its middle, and is left
+    out.
 
     Returns:
         ids and labels, equally long; no labels if `spans` is None.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
+    input_ids = begin_tokens(tokenizer)
+    labels = [] if spans is None else [IGNORE_INDEX] * len(input_ids)
     position = 0  # of the piece in the prompt
-    starts_with_bos = False
     for index, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         if index:
             input_ids.append(image_token_index)
-            labels.append(IGNORE_INDEX)
+        text = _reveal(piece)
         if spans is None:
-            ids, starts = tokenizer(_reveal(piece), verbose=False).input_ids, None
-        else:
-            encoded = tokenizer(_reveal(piece), return_offsets_mapping=True, verbose=False)
-            ids, starts = encoded.input_ids, [start for start, _ in encoded.offset_mapping]
-        if index == 0:
-            starts_with_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-            if starts_with_bos:
-                input_ids.append(ids[0])
-                labels.append(IGNORE_INDEX)
-        skip = 1 if starts_with_bos else 0
-        input_ids.extend(ids[skip:])
-        if starts is not None:
-            labels.extend(_labels_of(ids[skip:], starts[skip:], position, spans))
+            input_ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            continue
+        if index:
+            labels.append(IGNORE_INDEX)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        input_ids.extend(encoded.input_ids)
+        labels.extend(_labels_of(encoded.input_ids, [start for start, _ in encoded.offset_mapping], position, spans))
         position += len(piece) + len(DEFAULT_IMAGE_TOKEN)
     return input_ids, labels
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts in front of every text by itself: its BOS, if it adds one, or nothing.
+
+    That a tokenizer has a `bos_token` says nothing: SmolLM2's is ``<|im_start|>``, which only its chat template writes.
+    """
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []
 
 
 def _labels_of(ids: list[int], starts: list[int], position: int, spans: list[tuple[int, int]]) -> list[int]:

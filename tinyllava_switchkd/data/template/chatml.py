@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Template, is_special
+from tinyllava_switchkd.data.template.base import Template, begin_tokens, is_special
 from tinyllava_switchkd.data.template.factory import register_template
 from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
 
@@ -78,7 +78,7 @@ class ChatMLTemplate(Template):
             ) from None
         system = head[: len(head) - len(user)]
         bos = tokenizer.bos_token
-        if bos and system.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        if bos and system.startswith(bos) and begin_tokens(tokenizer)[-1:] == [tokenizer.bos_token_id]:
             system = system[len(bos) :]  # the tokenizer puts it there itself
         return replace(
             self,
