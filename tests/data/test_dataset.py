@@ -2,20 +2,23 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor
 
 from tests.data.conftest import RECORDS, data_args, write
-from tests.data.tokenizers import qwen2
+from tests.data.tokenizers import FIXTURES, qwen2
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import (
     DataCollatorForSupervisedDataset,
     ImagePreprocess,
     LazySupervisedDataset,
     TextPreprocess,
+    make_supervised_data_module,
 )
 
 
@@ -38,6 +41,58 @@ def test_samples(folder):
         else:
             assert "images" not in data[index]
         assert torch.equal(data.encode(index)["labels"], expected["labels"])
+
+
+def test_an_image_is_decoded_once_and_prepared_for_each_model(folder, monkeypatch):
+    clip = AutoImageProcessor.from_pretrained(FIXTURES / "v1" / "clip-tiny")
+    args = data_args(folder, teacher_image_processor=clip, teacher_image_aspect_ratio="pad")
+    module = make_supervised_data_module(qwen2(), args)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
+    data = module["train_dataset"]
+    samples = [data[index] for index in range(3)]
+    assert len(opened) == 3
+    teacher = ImagePreprocess(clip, SimpleNamespace(image_aspect_ratio="pad"))
+    images = [Image.open(folder / name) for name in ("a/red.png", "a/red.png", "b.jpg")]
+    expected = torch.stack([teacher(image) for image in images])
+    batch = module["data_collator"](samples)
+    assert torch.equal(batch["teacher_images"], expected)
+    assert torch.equal(batch["images"], torch.stack([data.image_preprocess(image) for image in images]))
+    assert batch["ids"] == ["one", "text", "two"]
+    alone = module["data_collator"]([samples[1]])
+    assert not alone["teacher_images"].any() and alone["teacher_images"].shape == (1, *expected.shape[1:])
+    assert alone["images"].shape == (1, 3, 56, 56)
+    second = (samples[2]["input_ids"] == IMAGE_TOKEN_INDEX).nonzero()[1]
+    cut = DataCollatorForSupervisedDataset(qwen2(), model_max_length=int(second))([samples[2]])
+    assert torch.equal(cut["images"], samples[2]["images"][:1])
+    assert torch.equal(cut["teacher_images"], samples[2]["teacher_images"][:1])
+
+
+@pytest.mark.parametrize("aspect", [None, "square", "pad"])
+def test_a_teacher_that_reads_the_students_pixels_costs_nothing(folder, aspect):
+    args = data_args(folder, teacher_image_aspect_ratio=aspect)
+    args.teacher_image_processor = copy.deepcopy(args.image_processor)
+    data = LazySupervisedDataset(args.data_path, qwen2(), args)
+    assert ("teacher_images" in data[0]) == (aspect == "pad")
+
+
+def test_a_skipped_image_is_blank_for_the_teacher_too(folder):
+    (folder / "b.jpg").write_bytes(b"")
+    clip = AutoImageProcessor.from_pretrained(FIXTURES / "v1" / "clip-tiny")
+    sample = dataset(folder, on_bad_image="skip", teacher_image_processor=clip)[2]
+    assert sample["teacher_images"][0].any() and not sample["teacher_images"][1].any()
+
+
+def test_every_sample_has_a_name_of_its_own(folder):
+    turns = RECORDS[1]["conversations"]
+    records = [
+        {"conversations": turns} | ({} if name is None else {"id": name}) for name in ("a", 7, "a", None, "3", "a")
+    ]
+    write(folder, records)
+    data = dataset(folder)
+    assert [data[index]["id"] for index in range(6)] == ["a", "7", "a#2", "3", "3#4", "a#5"]
+    loader = DataLoader(data, batch_size=3, collate_fn=DataCollatorForSupervisedDataset(qwen2()), num_workers=1)
+    assert [batch["ids"] for batch in loader] == [["a", "7", "a#2"], ["3", "3#4", "a#5"]]
 
 
 def test_lengths_are_v1s(folder):

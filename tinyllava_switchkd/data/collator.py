@@ -24,6 +24,8 @@ class DataCollatorForSupervisedDataset:
         num_image_tokens: tokens that an image takes in the sequence.
         image_shape: (3, H, W) of the zero image that a batch without images gets, so that every rank runs the vision
             tower in every step; None for a model that sees nothing.
+        teacher_image_shape: the same of the images that a teacher reads, if it reads others; see
+            `LazySupervisedDataset`.
         model_max_length: longest sequence, the tokenizer's if None.
 
     Attributes:
@@ -36,20 +38,23 @@ class DataCollatorForSupervisedDataset:
         num_image_tokens: int = 1,
         image_shape: Sequence[int] | None = None,
         model_max_length: int | None = None,
+        teacher_image_shape: Sequence[int] | None = None,
     ) -> None:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.model_max_length = min(model_max_length or tokenizer.model_max_length, 1 << 40)  # "none" is 1e30
         self.num_image_tokens = num_image_tokens
-        self.image_shape = tuple(image_shape) if image_shape is not None else None
+        self.image_shapes = {"images": image_shape, "teacher_images": teacher_image_shape}
         self.counts = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of B samples with I images in all.
 
         Returns:
             input_ids [B, T], labels [B, T] (IGNORE_INDEX at padding), attention_mask [B, T] (bool, true where there
             are tokens, whatever their ids: a padding id that doubles as end of answer is still seen) and images
-            [I, 3, H, W] in the order of their places, or one zero image if there are none.
+            [I, 3, H, W] in the order of their places, or one zero image if there are none; for a teacher that reads
+            other pixels teacher_images [I, 3, H', W'], image by image; ids, the B names of the samples, if they have
+            any. A model reads neither of the last two by itself.
 
         Raises:
             ValueError: a sample has not as many images as places for them, or images differ in size.
@@ -71,17 +76,22 @@ class DataCollatorForSupervisedDataset:
             batch["input_ids"][row, :length] = sample["input_ids"]
             batch["labels"][row, :length] = sample["labels"]
             batch["attention_mask"][row, :length] = True
-        images = [sample["images"] for sample in samples if "images" in sample]
-        sizes = {tuple(image.shape[1:]) for image in images}
-        if len(sizes) > 1:
-            raise ValueError(f"The images of a batch differ in size: {sorted(sizes)}; the image processor must fix it.")
-        if images:
-            batch["images"] = torch.cat(images)
-        elif self.image_shape is not None:
-            batch["images"] = torch.zeros(1, *self.image_shape)
+        for key, shape in self.image_shapes.items():
+            images = [sample[key] for sample in samples if key in sample]
+            sizes = {tuple(image.shape[1:]) for image in images}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"The images of a batch differ in size: {sorted(sizes)}; the image processor must fix it."
+                )
+            if images:
+                batch[key] = torch.cat(images)
+            elif shape is not None:
+                batch[key] = torch.zeros(1, *shape)
+        if all("id" in sample for sample in samples):
+            batch["ids"] = [sample["id"] for sample in samples]
         return batch
 
-    def truncate(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def truncate(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Cut one sample to `model_max_length`; images whose places are cut off go with them."""
         input_ids, labels = sample["input_ids"], sample["labels"]
         is_image = input_ids == IMAGE_TOKEN_INDEX
@@ -92,12 +102,15 @@ class DataCollatorForSupervisedDataset:
         if keep == len(input_ids):
             return sample
         self.counts[1] += 1
-        kept = {"input_ids": input_ids[:keep], "labels": labels[:keep]}
+        kept = {**sample, "input_ids": input_ids[:keep], "labels": labels[:keep]}
         if (labels != IGNORE_INDEX).any() and not (kept["labels"] != IGNORE_INDEX).any():
             self.counts[2] += 1
         kept_images = int(is_image[:keep].sum())
-        if kept_images and "images" in sample:
-            kept["images"] = sample["images"][:kept_images]
+        for key in self.image_shapes:
+            if key in kept and kept_images:
+                kept[key] = kept[key][:kept_images]
+            else:
+                kept.pop(key, None)
         return kept
 
     def report(self) -> str | None:

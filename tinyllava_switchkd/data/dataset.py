@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class LazySupervisedDataset(Dataset):
             ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`) and ``on_bad_image``:
             what becomes of an image that cannot be read, "raise" (the default) or "skip", which keeps the sample and
             learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
+            A ``teacher_image_processor`` (and ``teacher_image_aspect_ratio``, the student's if absent) that makes
+            other pixels than the student's gives every image a second time, as a teacher of another tower reads it.
         visit: see `Records`.
 
     Attributes:
@@ -72,6 +75,7 @@ class LazySupervisedDataset(Dataset):
                 f"take it from the vision tower."
             )
         self.image_preprocess = None if image_processor is None else ImagePreprocess(image_processor, data_args)
+        self.teacher_image_preprocess = self._preprocess_of_teacher(data_args)
         # Shared memory, so that the counts of the loader's workers arrive here.
         self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()  # images asked for, images not readable
 
@@ -94,11 +98,12 @@ class LazySupervisedDataset(Dataset):
         words[self.records.num_images == 0] *= -1
         return words.tolist()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample.
 
         Returns:
-            input_ids [T], labels [T] and, for a sample with n images, images [n, 3, H, W].
+            input_ids [T], labels [T], id (see `Records.id_of`) and, for a sample with n images, images [n, 3, H, W];
+            with a teacher that reads other pixels, teacher_images [n, 3, H', W'] of the same images as well.
 
         Raises:
             ValueError: the sample cannot be made; the message names it.
@@ -108,19 +113,19 @@ class LazySupervisedDataset(Dataset):
             images = [self._load(name, where) for name in names]
             if any(image is None for image in images):
                 sample["labels"] = torch.full_like(sample["labels"], IGNORE_INDEX)
-                images = [self.image_preprocess.blank() if image is None else image for image in images]
-            sample["images"] = torch.stack(images)
+            for key, preprocess in self._preprocesses.items():
+                sample[key] = torch.stack([preprocess.blank() if image is None else image[key] for image in images])
         return sample
 
-    def encode(self, index: int) -> dict[str, torch.Tensor]:
-        """One sample without its images: input_ids [T], labels [T].
+    def encode(self, index: int) -> dict[str, Any]:
+        """One sample without its images: input_ids [T], labels [T], id.
 
         Raises:
             ValueError: as for a sample.
         """
         return self._encode(index)[0]
 
-    def _encode(self, index: int) -> tuple[dict[str, torch.Tensor], list[str], str]:
+    def _encode(self, index: int) -> tuple[dict[str, Any], list[str], str]:
         record = self.records[index]
         where = f"Sample {index} (id {record.get('id')!r}) of {self.records.path}"
         names = images_of(record, where)
@@ -131,15 +136,33 @@ class LazySupervisedDataset(Dataset):
         places = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
         if places != len(names):  # a template of v1's interface does not count
             raise ValueError(f"{where} has {len(names)} image(s) and {places} place(s) for them.")
+        sample["id"] = self.records.id_of(index, record)
         return sample, names, where
 
-    def _load(self, name: str, where: str) -> torch.Tensor | None:
-        """Pixel values [3, H, W], or None for a bad image that is to be skipped."""
+    @property
+    def _preprocesses(self) -> dict[str, ImagePreprocess]:
+        """What is made of an image, by the name that it has in a sample."""
+        both = {"images": self.image_preprocess, "teacher_images": self.teacher_image_preprocess}
+        return {key: preprocess for key, preprocess in both.items() if preprocess is not None}
+
+    def _preprocess_of_teacher(self, data_args: Any) -> ImagePreprocess | None:
+        """How a teacher reads images; None without one, and if it reads the student's pixels."""
+        processor = getattr(data_args, "teacher_image_processor", None)
+        if processor is None or self.image_preprocess is None:
+            return None
+        aspect = getattr(data_args, "teacher_image_aspect_ratio", None) or self.image_preprocess.image_aspect_ratio
+        settings = {"image_aspect_ratio": aspect, "image_backend": getattr(data_args, "image_backend", None)}
+        preprocess = ImagePreprocess(processor, SimpleNamespace(**settings))
+        return None if preprocess.makes_same_pixels(self.image_preprocess) else preprocess
+
+    def _load(self, name: str, where: str) -> dict[str, torch.Tensor] | None:
+        """Pixel values [3, H, W] for each model, the image being decoded once; None for a bad one that is skipped."""
         path = os.path.join(self.image_folder, name)
         self._counts[0] += 1
         try:
             with Image.open(path) as image:
-                return self.image_preprocess(image)
+                rgb = image.convert("RGB")
+            return {key: preprocess(rgb) for key, preprocess in self._preprocesses.items()}
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             self._counts[1] += 1
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"

@@ -26,6 +26,8 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
         data_args: as for `LazySupervisedDataset`, with ``data_path``; further ``num_image_tokens`` (tokens an image
             takes after the connector; 1 if absent), ``is_multimodal`` (whether a batch without images gets a zero
             image; yes if absent) and ``eos_token_ids`` (the ids generation stops at; the tokenizer's eos if absent).
+            With ``teacher_image_processor`` and ``teacher_image_aspect_ratio`` of a teacher that reads other pixels,
+            batches hold ``teacher_images`` as well.
 
     Returns:
         ``{"train_dataset", "eval_dataset": None, "data_collator"}``, as a Trainer takes them.
@@ -40,11 +42,16 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
         _judge(checker.finish(dataset.image_folder), dataset)
-    sees = dataset.image_preprocess is not None and getattr(data_args, "is_multimodal", True)
+    sees = getattr(data_args, "is_multimodal", True)
+    shapes = [
+        preprocess.blank().shape if sees and preprocess is not None else None
+        for preprocess in (dataset.image_preprocess, dataset.teacher_image_preprocess)
+    ]
     collator = DataCollatorForSupervisedDataset(
         tokenizer,
         num_image_tokens=getattr(data_args, "num_image_tokens", None) or 1,
-        image_shape=dataset.image_preprocess.blank().shape if sees else None,
+        image_shape=shapes[0],
+        teacher_image_shape=shapes[1],
     )
     check_supervision(dataset, collator)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

@@ -44,10 +44,15 @@ class Records:
         self.path = str(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no data file {self.path}; give the path of a LLaVA JSON (data_path).")
-        offsets, words, num_images = [], [], []
+        offsets, words, num_images, repeated = [], [], [], []
+        known: set[int] = set()  # hashes take a tenth of the memory that the texts would
         for index, (start, end, record) in enumerate(scan(self.path)):
             where = f"Record {index} of {self.path}"
             offsets.append((start, end))
+            identity = hash(_id_in(record, index))
+            if identity in known:
+                repeated.append(index)
+            known.add(identity)
             num_images.append(len(images_of(record, where)))
             words.append(_count_words(record, where))
             if visit is not None:
@@ -57,6 +62,7 @@ class Records:
         self._offsets = np.array(offsets, dtype=np.int64)
         self.words = np.array(words, dtype=np.int32)
         self.num_images = np.array(num_images, dtype=np.int32)
+        self._repeated = frozenset(repeated)
         self._map = self._open()
 
     def _open(self) -> mmap.mmap:
@@ -70,6 +76,15 @@ class Records:
         start, end = self._offsets[index]
         return json.loads(self._map[start:end])
 
+    def id_of(self, index: int, record: dict[str, Any] | None = None) -> str:
+        """A name for a record that no other record of the file has.
+
+        It is the record's "id" as a text, its index if there is none. LLaVA's own files use an id several times; from
+        the second time on it is followed by ``#`` and the index.
+        """
+        name = _id_in(self[index] if record is None else record, index)
+        return f"{name}#{index}" if index in self._repeated else name
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
@@ -79,6 +94,11 @@ class Records:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map = self._open()
+
+
+def _id_in(record: dict[str, Any], index: int) -> str:
+    identity = record.get("id")
+    return str(index if identity is None else identity)
 
 
 def images_of(record: dict[str, Any], where: str) -> list[str]:
