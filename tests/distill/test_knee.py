@@ -55,6 +55,21 @@ def test_knee_agrees_with_the_definition(route, vocab, style):
     assert knee(z).tolist() == [oracle.knee(row) for row in z]
 
 
+@pytest.mark.parametrize(("window", "temperature"), [(0, 3.0), (100, None), (100, 0.5), (4000, 3.0)])
+def test_knee_of_a_window_and_of_probabilities_agree_with_the_definition(route, window, temperature):
+    z = language_model_like(5, 3000, dtype=torch.float64)
+    z[1] = (4 * z[1]).round() / 4
+    z[2] *= 30
+    z[3] /= 1000
+    z[4, 7] = 1e4
+    expected = [oracle.knee(row, window, temperature) for row in z]
+    assert knee(z, window=window, temperature=temperature).tolist() == expected
+    order = leading(z, window=window, temperature=temperature)
+    for row, k in enumerate(expected):
+        by_hand = z[row].argsort(descending=True, stable=True)[:k]
+        assert order.indices[row, order.mask[row]].tolist() == by_hand.tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_histogram_and_full_sort_agree_at_real_vocabulary(monkeypatch, dtype):
     z = language_model_like(4, 151_936, dtype=dtype)
@@ -131,6 +146,19 @@ def hard_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
 def assert_same_order(ours, theirs):
     for name, a, b in zip(ours._fields, ours, theirs, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [300, 5003])
+@pytest.mark.parametrize(
+    "settings", [{"window": 99}, {"temperature": 3.0}, {"window": 2000, "temperature": 0.1}], ids=str
+)
+def test_window_and_probabilities_give_the_same_order_by_histogram(monkeypatch, vocab, dtype, settings):
+    z = hard_rows(vocab, dtype)
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 10**9)
+    expected = leading(z, **settings)
+    monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 0)
+    assert_same_order(leading(z, **settings), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,5 +1,8 @@
+import inspect
 import json
 from pathlib import Path
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +16,16 @@ from . import oracle
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "dbild"
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 PAIR_LOSSES = ("dbild_rkl", "dbild_fkl", "bild_rkl", "bild_fkl")
-ALL = (*PAIR_LOSSES, "rkl", "fkl")
+PUBLISHED = (*PAIR_LOSSES, "rkl", "fkl")
+VOCABULARY_LOSSES = ("rkl", "fkl", "jsd", "skew_fkl", "skew_rkl", "tvd")
+ALL = (*PAIR_LOSSES, *VOCABULARY_LOSSES)
+SETTINGS = [
+    {"knee_window": 0, "knee_on": "probabilities"},
+    {"knee_window": 20},
+    {"knee_window": 20, "knee_on": "probabilities", "pairs": "row"},
+    {"knee_window": 10**6},
+    {"pairs": "row"},
+]
 
 
 @pytest.fixture(params=["products", "logarithms"])
@@ -30,7 +42,7 @@ def random_logits(tokens=7, vocab=40, seed=0, scale=3.0):
     return student, teacher
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_published_vectors(arithmetic, case, name):
     vectors = np.load(FIXTURES / "vectors.npz")
@@ -60,6 +72,145 @@ def test_value_and_gradient_equal_pair_enumeration(arithmetic, name, tau):
     (values * weights).sum().backward()
     (expected * weights).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dbild", "dbild_fkl"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_the_paper_leaves_open_equals_enumeration(name, settings):
+    student, teacher = random_logits(vocab=60)
+    teacher[3] = student[3] * 2 + 1
+    student[4] = -teacher[4]
+    student[5] = student[5].round()
+    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+    values = LossFactory(name)(temperature=0.7, **settings)(ours, teacher)
+    expected = oracle.logit_difference_loss(
+        theirs,
+        teacher,
+        0.7,
+        reverse=name == "dbild",
+        window=settings.get("knee_window", 0),
+        on_softmax=settings.get("knee_on") == "probabilities",
+        kl=oracle.row_kl if settings.get("pairs") == "row" else oracle.pair_kl,
+    )
+    assert torch.allclose(values, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.arange(1.0, 8.0, dtype=torch.float64)
+    (values * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:3] + SETTINGS[4:], ids=str)
+def test_every_setting_makes_another_loss(settings):
+    student, teacher = random_logits(vocab=60)
+    as_written = LossFactory("dbild")(temperature=0.7)(student, teacher)
+    assert not torch.allclose(LossFactory("dbild")(temperature=0.7, **settings)(student, teacher), as_written)
+
+
+def test_a_window_of_the_vocabulary_is_the_vocabulary():
+    student, teacher = random_logits(vocab=60)
+    values = LossFactory("dbild")(knee_window=60)(student, teacher)
+    assert torch.equal(values, LossFactory("dbild")()(student, teacher))
+
+
+@pytest.mark.parametrize("settings", [{}, *SETTINGS], ids=str)
+def test_pair_losses_bear_what_models_give(settings):
+    """Constant, infinite and extreme logits, a real vocabulary in bfloat16, NaN, no tokens."""
+    student, teacher = random_logits(tokens=7, vocab=5000)
+    teacher[0] = 2.0
+    student[1] = -1.0
+    teacher[2, 10:] = -torch.inf
+    student[3, 5] = torch.inf
+    student[4] *= 1e6
+    teacher[5], student[5] = -torch.inf, -torch.inf
+    loss = LossFactory("dbild")(**settings)
+    leaf = student.bfloat16().requires_grad_()
+    values = loss(leaf, teacher.bfloat16())
+    values.sum().backward()
+    assert torch.isfinite(values).all() and (values > -1e-9).all()
+    assert torch.isfinite(leaf.grad).all() and leaf.grad[3, 5] == 0
+    exact = loss(leaf.detach().double(), teacher.bfloat16().double())
+    assert torch.allclose(values.double(), exact, rtol=1e-5, atol=1e-5)
+    student[6, 7] = torch.nan
+    assert loss(student, teacher).isnan().tolist() == [False] * 6 + [True]
+    assert loss(student[:0], teacher[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in ("fkl", "rkl", "tvd")),
+        *(("jsd", {"beta": beta}) for beta in (0.1, 0.5, 0.8)),
+        *((name, {"alpha": alpha}) for name in ("skew_fkl", "skew_rkl") for alpha in (0.0, 0.1, 0.9)),
+    ],
+    ids=str,
+)
+def test_vocabulary_losses_equal_their_definition(name, settings):
+    """Values by loops over probabilities; gradients by central differences of the same, in float64."""
+    share = next(iter(settings.values()), 0.0)
+    student, teacher = random_logits(tokens=3, vocab=11)
+    loss = LossFactory(name)(temperature=2.0, **settings)
+    leaf = student.clone().requires_grad_()
+    values = loss(leaf, teacher)
+    values.sum().backward()
+    step = 1e-5
+    for row in range(3):
+        expected = oracle.vocabulary_loss(name, student[row], teacher[row], 2.0, share)
+        assert values[row].item() == pytest.approx(expected, rel=1e-10)
+        for column in range(11):
+            ends = []
+            for sign in (1, -1):
+                moved = student[row].clone()
+                moved[column] += sign * step
+                ends.append(oracle.vocabulary_loss(name, moved, teacher[row], 2.0, share))
+            assert leaf.grad[row, column].item() == pytest.approx((ends[0] - ends[1]) / 2 / step, abs=1e-8)
+
+
+def test_mixtures_have_their_known_special_cases():
+    student, teacher = random_logits()
+    for skewed, plain in (("skew_fkl", "fkl"), ("skew_rkl", "rkl")):
+        assert torch.equal(LossFactory(skewed)(alpha=0.0)(student, teacher), LossFactory(plain)()(student, teacher))
+    jsd = LossFactory("jsd")(beta=0.2)
+    assert torch.allclose(jsd(student, teacher), LossFactory("jsd")(beta=0.8)(teacher, student), rtol=1e-12)
+    near = LossFactory("jsd")(beta=1e-6)(student, teacher) / 1e-6
+    assert torch.allclose(near, LossFactory("fkl")()(student, teacher), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("jsd", {"beta": 0.0}),
+        ("jsd", {"beta": 1.0}),
+        ("jsd", {"beta": float("nan")}),
+        ("skew_fkl", {"alpha": -0.1}),
+        ("skew_rkl", {"alpha": 1.0}),
+        ("skew_rkl", {"alpha": float("nan")}),
+        ("bild_fkl", {"top_k": 1}),
+        ("dbild", {"knee_window": 1}),
+        ("dbild", {"knee_window": -256}),
+        ("dbild", {"knee_on": "softmax"}),
+        ("dbild_fkl", {"pairs": "column"}),
+        ("tvd", {"temperature": float("inf")}),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(name, settings):
+    [(setting, value)] = settings.items()
+    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+        LossFactory(name)(**settings)
+
+
+@pytest.mark.parametrize("name", LossFactory.list())
+def test_settings_are_typed_and_described(name):
+    """Flags and docs are made from the signature and the docstring of every registered loss."""
+    kind = LossFactory(name)
+    hints = get_type_hints(kind.__init__)
+    described = inspect.getdoc(kind).partition("Args:")[2].partition("Raises:")[0]
+    for setting, parameter in list(inspect.signature(kind).parameters.items()):
+        assert parameter.default is not parameter.empty, setting
+        alternatives = get_args(hints[setting]) if get_origin(hints[setting]) is UnionType else (hints[setting],)
+        assert all(get_origin(a) is Literal or a in (int, float, str, bool, type(None)) for a in alternatives), setting
+        assert f"\n    {setting}: " in described, setting
+    assert described.count("\n    ") == len(inspect.signature(kind).parameters)
 
 
 @pytest.mark.parametrize("name", ALL)

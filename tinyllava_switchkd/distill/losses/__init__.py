@@ -3,7 +3,15 @@
 from .base import LogitLoss, LossFactory, register_loss
 from .knee import knee
 from .pairs import BiLDForwardKL, BiLDReverseKL, DBiLDForwardKL, DBiLDReverseKL, LogitDifferenceKL
-from .vocabulary import ForwardKL, FullVocabularyKL, ReverseKL
+from .vocabulary import (
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    VocabularyLoss,
+)
 
 __all__ = [
     "BiLDForwardKL",
@@ -11,11 +19,15 @@ __all__ = [
     "DBiLDForwardKL",
     "DBiLDReverseKL",
     "ForwardKL",
-    "FullVocabularyKL",
+    "GeneralizedJSD",
     "LogitDifferenceKL",
     "LogitLoss",
     "LossFactory",
     "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "VocabularyLoss",
     "knee",
     "register_loss",
 ]

@@ -37,8 +37,8 @@ class LogitLoss(nn.Module):
 
     def __init__(self, temperature: float = 3.0) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"The distillation temperature must be positive, not {temperature}.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"The distillation temperature must be a positive, finite number, not {temperature}.")
         self.temperature = float(temperature)
 
     def order(self, logits: Tensor) -> Order | None:

@@ -80,7 +80,7 @@ def finite(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def knee(logits: Tensor) -> Tensor:
+def knee(logits: Tensor, *, window: int = 0, temperature: float | None = None) -> Tensor:
     """Number of leading logits up to the knee (Switch-KD Eq. 8-9).
 
     The first maximum wins; k is at least 2; constant logits have no knee and give 2; infinite logits count as the
@@ -88,49 +88,62 @@ def knee(logits: Tensor) -> Tensor:
 
     Args:
         logits: [tokens, vocab], any floating dtype; computed in float64 where it decides.
+        window: look for the knee among this many of the largest logits, as if there were no others; 0 takes all, as
+            the paper writes it.
+        temperature: look for the knee of softmax(logits / temperature); None takes the logits themselves, as the paper
+            writes it.
 
     Returns:
         k [tokens], int64.
 
     Raises:
-        ValueError: `logits` is not a matrix, or the vocabulary has fewer than 2 entries.
+        ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `window` is 1 or negative.
     """
-    return leading(logits).k
+    return leading(logits, window=window, temperature=temperature).k
 
 
 @torch.no_grad()
-def leading(logits: Tensor, k: int | None = None) -> Order:
+def leading(logits: Tensor, k: int | None = None, *, window: int = 0, temperature: float | None = None) -> Order:
     """The logits up to the knee, or the `k` largest, in descending order.
 
     Args:
         logits: [tokens, vocab], any floating dtype. Infinities count as the row's extreme finite logits; in a row with
             a NaN, whose order means nothing, the first logits of the vocabulary lead.
         k: a fixed number for every token (BiLD's 8), or None for each token's knee.
+        window: where the knee is looked for; see `knee`.
+        temperature: on what the knee is looked for; see `knee`.
 
     Raises:
-        ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `k` is below 2.
+        ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `k` or `window` is too small.
     """
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"Logits must be [tokens, vocab] with a vocabulary of at least 2, not {tuple(logits.shape)}.")
     if k is not None and k < 2:
         raise ValueError(f"top_k must be at least 2 (a pair needs two logits), not {k}.")
+    if window != 0 and window < 2:
+        raise ValueError(f"The knee's window must be 0 (the whole vocabulary) or at least 2, not {window}.")
     logits = logits.detach()
     tokens, vocab = logits.shape
     if tokens == 0:
         none = logits.new_zeros(0)
         indices = torch.zeros(0, 2, dtype=torch.long, device=logits.device)
         return Order(indices, indices.bool(), indices[:, 0], none, none, none)
-    by_kernels = k is None and vocab >= FULL_SORT_BELOW
+    window = 0 if window >= vocab else window
+    by_kernels = k is None and not window and temperature is None and vocab >= FULL_SORT_BELOW
     found = try_kernels("knee_triton", "above_knee", logits, logits) if by_kernels else None
-    return cut(*(found or candidates(logits, k)), logits, k)
+    return cut(*(found or candidates(logits, k, window, temperature)), logits, k, window, temperature)
 
 
-def candidates(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def candidates(
+    logits: Tensor, k: int | None = None, window: int = 0, temperature: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The logits that may lead: all up to the knee, or the `k` largest, and a few more. They are not sorted yet.
 
     Args:
         logits: [tokens, vocab], any floating dtype.
         k: a fixed number for every token, or None for each token's knee.
+        window: where the knee is looked for; see `knee`.
+        temperature: on what the knee is looked for; see `knee`.
 
     Returns:
         values, columns and counted: [tokens, width], in the order of the vocabulary; `counted` is false where a row has
@@ -140,18 +153,32 @@ def candidates(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor, T
     z, low, high = _finite(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
     if bool(low.isnan().any()):
         z = z.masked_fill(low.isnan(), 0.0)
-    columns, counted = _largest(z, k) if k is not None else _above_knee(z, low.nan_to_num(), high.nan_to_num())
+    if k is not None:
+        columns, counted = _largest(z, k)
+    else:
+        columns, counted = _above_knee(z, low.nan_to_num(), high.nan_to_num(), window, temperature)
     return z.gather(1, columns), columns, counted, low, high
 
 
 def cut(
-    values: Tensor, columns: Tensor, counted: Tensor, low: Tensor, high: Tensor, logits: Tensor, k: int | None
+    values: Tensor,
+    columns: Tensor,
+    counted: Tensor,
+    low: Tensor,
+    high: Tensor,
+    logits: Tensor,
+    k: int | None = None,
+    window: int = 0,
+    temperature: float | None = None,
 ) -> Order:
     """Sort what `candidates` found of `logits`, and keep what counts: up to the knee, or `k`."""
     tokens, vocab = logits.shape
     values, columns = _descending(values, columns, counted)
     if k is None:
-        ks, threshold = _highest(values, low, high, vocab)
+        if window:
+            ks, threshold = _highest(values[:, :window], values[:, window - 1 : window], high, window, temperature)
+        else:
+            ks, threshold = _highest(values, low, high, vocab, temperature)
         width = int(ks.max())
     else:
         width = min(k, vocab)
@@ -217,8 +244,12 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _padded(_positions(z.neg(), threshold.neg()), *z.shape)
 
 
-def _above_knee(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _above_knee(
+    z: Tensor, low: Tensor, high: Tensor, window: int = 0, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Columns [tokens, width] of all logits that are or precede the knee (and some after it), and which entries count.
+
+    With a window, these are the window's logits (and some more).
 
     Bin b (0 holds the largest logits) of B begins after `above_b` larger logits, so its largest logit has rank
     above_b + 1 and its height is at least b / B - (above_b + 1) / N, while no logit of it is higher than
@@ -229,6 +260,10 @@ def _above_knee(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     if vocab < FULL_SORT_BELOW:
         columns = torch.arange(vocab, device=z.device).expand(tokens, vocab)
         return columns, torch.ones_like(columns, dtype=torch.bool)
+    by_softmax = temperature is not None and not window
+    if by_softmax:  # whose normaliser cancels in Eq. 9
+        z = ((z - high) / temperature).exp()
+        low, high = ((low - high) / temperature).exp(), torch.ones_like(high)
     scale = bin_scale(low, high)
     # Blocks of tokens keep the work in buffers that are allocated once; fresh memory costs more than the arithmetic.
     block = min(tokens, max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // vocab))
@@ -243,7 +278,11 @@ def _above_knee(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         torch.sub(high[rows] / 4, z[rows], alpha=0.25, out=work[:size]).mul_(scale[rows])
         bins[:size].copy_(work[:size]).add_(first_bin[:size])
         counts = bins[:size].view(-1).bincount(minlength=size * BINS).view(size, BINS)
-        last = last_bin(counts, vocab, high[rows] > low[rows])
+        if window:
+            last = (counts.cumsum(1) < window).sum(1, keepdim=True, dtype=torch.int32)
+        else:
+            # exp may round its results out of order, so that a logit before the knee falls a bin behind it.
+            last = last_bin(counts, vocab, high[rows] > low[rows]) + by_softmax
         found.append(_positions(bins[:size], first_bin[:size] + last).add_(start * vocab))
     return _padded(torch.cat(found), tokens, vocab)
 
@@ -316,11 +355,15 @@ def _ascending(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int, temperature: float | None) -> tuple[Tensor, Tensor]:
     """Rank and value [tokens] where (1 - x) - y of Eq. 9 is highest, in float64, of values in descending order."""
     ranks = torch.arange(1, values.shape[1] + 1, device=values.device)
     low, high = low.double(), high.double()
-    y = ((values.double() - low) / (high - low)).nan_to_num_(neginf=torch.inf)  # padding
+    if temperature is None:
+        y = ((values.double() - low) / (high - low)).nan_to_num_(neginf=torch.inf)  # padding
+    else:
+        y = 1 - ((values.double() - high) / temperature).expm1() / ((low - high) / temperature).expm1()
+        y = y.nan_to_num_().masked_fill_(values.isneginf(), torch.inf)
     height = (1 - ranks.double() / vocab) - y
     if numpy is None or height.is_cuda:
         best = height.argmax(dim=-1, keepdim=True)

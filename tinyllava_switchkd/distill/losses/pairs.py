@@ -18,6 +18,7 @@ The file needs torch, and `knee.py` and `base.py` beside it.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +34,40 @@ CACHED_ELEMENTS = 2**17
 
 
 class LogitDifferenceKL(LogitLoss):
-    """KL between the two sides' distributions over logit differences, teacher-led plus student-led.
+    """Base of the KLs between the two sides' distributions over logit differences, teacher-led plus student-led.
 
     Args:
-        temperature: tau.
-        top_k: a fixed number of leading logits (BiLD), or None for each token's knee (DBiLD).
+        temperature: Tau, by which logit differences are divided; a positive number.
+        top_k: A fixed number of leading logits for every token (BiLD), or None for each token's knee (DBiLD).
+        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
+        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
     """
 
     reverse: bool
 
-    def __init__(self, temperature: float = 3.0, top_k: int | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        top_k: int | None = None,
+        knee_window: int = 0,
+        knee_on: Literal["logits", "probabilities"] = "logits",
+        pairs: Literal["triangle", "row"] = "triangle",
+    ) -> None:
         super().__init__(temperature)
         if top_k is not None and top_k < 2:
             raise ValueError(f"top_k must be at least 2 (a pair needs two logits), not {top_k}.")
-        self.top_k = top_k
+        if knee_window != 0 and knee_window < 2:
+            raise ValueError(f"knee_window must be 0 (the whole vocabulary) or at least 2, not {knee_window}.")
+        if knee_on not in ("logits", "probabilities"):
+            raise ValueError(f"knee_on must be 'logits' or 'probabilities', not {knee_on!r}.")
+        if pairs not in ("triangle", "row"):
+            raise ValueError(f"pairs must be 'triangle' or 'row', not {pairs!r}.")
+        self.top_k, self.knee_window, self.knee_on, self.pairs = top_k, knee_window, knee_on, pairs
 
     def order(self, logits: Tensor) -> Order:
-        return leading(logits, self.top_k)
+        temperature = self.temperature if self.knee_on == "probabilities" else None
+        return leading(logits, self.top_k, window=self.knee_window, temperature=temperature)
 
     def forward(
         self,
@@ -60,53 +78,106 @@ class LogitDifferenceKL(LogitLoss):
         teacher_order: Order | None = None,
     ) -> Tensor:
         student, teacher = both_sides(student_logits, teacher_logits)
-        orders = student_order or leading(student, self.top_k), teacher_order or leading(teacher, self.top_k)
-        return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse)
+        orders = student_order or self.order(student), teacher_order or self.order(teacher)
+        return logit_difference_kl(student, teacher, orders, self.temperature, reverse=self.reverse, pairs=self.pairs)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, top_k={self.top_k or 'knee'}"
+        where = f"top_k={self.top_k}" if self.top_k else f"knee_window={self.knee_window}, knee_on={self.knee_on}"
+        return f"{super().extra_repr()}, {where}, pairs={self.pairs}"
 
 
-class _FixedK(LogitDifferenceKL):
+class BiLD(LogitDifferenceKL):
+    """Base of the two BiLD losses.
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+    """
+
     def __init__(self, temperature: float = 3.0, top_k: int = 8) -> None:
         super().__init__(temperature, top_k)
 
 
 @register_loss("bild_fkl")
-class BiLDForwardKL(_FixedK):
-    """BiLD with forward KL: the 8 largest logits of each leader (Table 4, BiLD-FKL)."""
+class BiLDForwardKL(BiLD):
+    """BiLD with forward KL, KL(teacher || student) (Table 4, BiLD-FKL).
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+    """
 
     reverse = False
 
 
 @register_loss("bild_rkl")
-class BiLDReverseKL(_FixedK):
-    """BiLD with reverse KL (Table 4, BiLD-RKL)."""
+class BiLDReverseKL(BiLD):
+    """BiLD with reverse KL, KL(student || teacher) (Table 4, BiLD-RKL).
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+    """
 
     reverse = True
 
 
-class _Knee(LogitDifferenceKL):
-    def __init__(self, temperature: float = 3.0) -> None:
-        super().__init__(temperature)
+class DBiLD(LogitDifferenceKL):
+    """Base of the two DBiLD losses.
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
+        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        knee_window: int = 0,
+        knee_on: Literal["logits", "probabilities"] = "logits",
+        pairs: Literal["triangle", "row"] = "triangle",
+    ) -> None:
+        super().__init__(temperature, None, knee_window, knee_on, pairs)
 
 
 @register_loss("dbild_fkl")
-class DBiLDForwardKL(_Knee):
-    """DBiLD with forward KL (Table 4, DBiLD-FKL)."""
+class DBiLDForwardKL(DBiLD):
+    """DBiLD with forward KL, KL(teacher || student) (Table 4, DBiLD-FKL).
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
+        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
+    """
 
     reverse = False
 
 
 @register_loss("dbild", "dbild_rkl")
-class DBiLDReverseKL(_Knee):
-    """DBiLD as Switch-KD uses it: dynamic k, reverse KL (Section 3.3; Table 4, DBiLD-RKL)."""
+class DBiLDReverseKL(DBiLD):
+    """DBiLD as Switch-KD uses it, with reverse KL, KL(student || teacher) (Section 3.3; Table 4, DBiLD-RKL).
+
+    Args:
+        temperature: Tau, by which logit differences are divided; a positive number.
+        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
+        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
+    """
 
     reverse = True
 
 
 def logit_difference_kl(
-    student: Tensor, teacher: Tensor, orders: tuple[Order, Order], temperature: float, *, reverse: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    orders: tuple[Order, Order],
+    temperature: float,
+    *,
+    reverse: bool = True,
+    pairs: str = "triangle",
 ) -> Tensor:
     """KL between softmax(differences / tau) of two sides over all pairs of each order, summed over the orders; O(k).
 
@@ -116,6 +187,8 @@ def logit_difference_kl(
         orders: what leads on the student's side, and on the teacher's.
         temperature: tau.
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
+        pairs: "triangle" for one softmax over all pairs m < n; "row" for one softmax over the pairs of each m, with
+            the mean of the KLs of the k - 1 rows.
 
     Returns:
         [tokens], in the student's dtype; computed in float64; NaN where either side has a NaN.
@@ -123,9 +196,9 @@ def logit_difference_kl(
     needs_gradient = student.requires_grad and torch.is_grad_enabled()
     arguments = (student.detach(), teacher.detach(), orders, temperature, reverse, needs_gradient)
     found = None
-    if len(student):
+    if len(student) and pairs == "triangle":
         found = try_kernels("pairs_triton", "logit_difference_kl", student, *arguments, LINEAR_RANGE)
-    loss, gradients = found or by_blocks(*arguments)
+    loss, gradients = found or by_blocks(*arguments, pairs)
     loss = loss.to(student.dtype)
     if not needs_gradient:
         return loss
@@ -139,6 +212,7 @@ def by_blocks(
     temperature: float,
     reverse: bool,
     needs_gradient: bool,
+    pairs: str = "triangle",
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [tokens] in float64 and, for every order, its gradient by the student's logits at `order.indices`."""
     tokens = len(student)
@@ -163,7 +237,7 @@ def by_blocks(
                 tops = [side.amax(-1, keepdim=True) for side in raw]
             shifted = [side.double().sub_(top.double()).div_(temperature) for side, top in zip(raw, tops, strict=True)]
             value, slope = pair_kl(
-                *shifted, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient, spread=spread
+                *shifted, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient, spread=spread, pairs=pairs
             )
             loss[rows] += value
             if needs_gradient:
@@ -200,6 +274,7 @@ def pair_kl(
     reverse: bool = True,
     needs_gradient: bool = True,
     spread: float = math.nan,
+    pairs: str = "triangle",
 ) -> tuple[Tensor, Tensor | None]:
     """KL over all pairs m < n of one order, and its gradient.
 
@@ -211,6 +286,7 @@ def pair_kl(
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
         needs_gradient: whether to take the gradient.
         spread: how far below 0 both sides reach, if the caller knows; found here if not finite.
+        pairs: one softmax over the "triangle" of all pairs, or one for each "row".
 
     Returns:
         loss [tokens] and its gradient by `student` [tokens, k] (zero at padding).
@@ -219,11 +295,12 @@ def pair_kl(
         return student.sum(-1), student.clone()
     if not math.isfinite(spread):
         spread = -float(torch.stack([side.amin(-1) for side in (student, teacher)]).nan_to_num_(nan=0.0).min())
-    if spread <= LINEAR_RANGE:
+    if pairs == "triangle" and spread <= LINEAR_RANGE:
         return _pair_kl_by_products(student, teacher, mask, reverse, needs_gradient)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        loss = _pair_kl_by_logarithms(*((leaf, teacher) if reverse else (teacher, leaf)), mask)
+        by_logarithms = _row_kl if pairs == "row" else _pair_kl_by_logarithms
+        loss = by_logarithms(*((leaf, teacher) if reverse else (teacher, leaf)), mask)
         gradient = torch.autograd.grad(loss.sum(), leaf)[0] if needs_gradient else None
     return loss.detach(), gradient
 
@@ -288,6 +365,27 @@ def _log_marginals(a: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     columns = (before + down[:, 1:] - log_z[:, None]).exp()
     pad = nn.functional.pad
     return log_z, pad(rows, (0, 1)) - pad(columns, (1, 0))
+
+
+def _row_kl(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
+    """Mean over m = 1..k-1 of the KL between softmaxes over the pairs of row m, differentiated by autograd.
+
+    In row m the first logit cancels: the softmax is that of -a_n over n > m. With V_m = sum_{n>m} exp(-q_n),
+
+        KL_m = sum_{n>m} exp(-q_n) (p_n - q_n) / V_m - log V_m(q) + log V_m(p)
+        sum_m KL_m = sum_n (p_n - q_n) exp(-q_n) sum_{m<n} 1 / V_m(q) - sum_m log V_m(q) + sum_m log V_m(p)
+    """
+    nothing = -1e300
+
+    def log_v(a: Tensor) -> Tensor:
+        return (-a).masked_fill(~mask, nothing).flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]  # for m = 1..k-1
+
+    counts = mask[:, 1:]  # row m = 1..k-1 has a pair if entry m + 1 counts
+    log_v_q, log_v_p = (log_v(side).masked_fill(~counts, 0.0) for side in (q, p))
+    columns = (-log_v_q).masked_fill(~counts, nothing).logcumsumexp(-1)
+    weights = (columns - q[:, 1:]).masked_fill(~counts, nothing).exp()  # of the last entries n = 2..k, over all rows
+    total = ((p - q)[:, 1:].masked_fill(~counts, 0.0) * weights).sum(-1) + (log_v_p - log_v_q).sum(-1)
+    return total / counts.sum(-1)
 
 
 def _before(values: Tensor) -> Tensor:
