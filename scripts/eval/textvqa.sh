@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # TextVQA (val): bash scripts/eval/textvqa.sh MODEL_PATH [MODEL_NAME]
-# The environment decides about the rest, see common.sh.
-. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-evaluate textvqa textvqa - "$@"
+# The environment decides about the rest: docs/evaluation.md.
+. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+launch eval textvqa "$@"

@@ -1,43 +1,6 @@
 #!/bin/bash
 # Supervised fine-tuning (SFT) of what pretrain.sh made: the language model and the connector learn to answer.
-# TinyLLaVA's arguments; everything else comes from the environment (see common.sh).
-. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-need_arguments 10 "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE MODEL_MAX_LENGTH" "$@"
-stage FINETUNE
-
-DATA_PATH="$1"          # conversations: a JSON file in LLaVA's format
-IMAGE_PATH="$2"         # folder that its image paths start from
-LLM_VERSION="$3"        # language model: hub id or folder
-VT_VERSION="$4"         # vision tower: hub id or folder
-VT_VERSION2="$5"        # second vision tower of a mixture, otherwise ""
-CN_VERSION="$6"         # connector, e.g. mlp2x_gelu
-CONV_VERSION="$7"       # conversation template, e.g. qwen2_base
-VERSION="$8"            # the name of the run that pretrain.sh was given
-TRAIN_RECIPE="$9"       # common, lora or qlora
-MODEL_MAX_LENGTH="${10}" # tokens, those of the image counted
-
-LEARNING_RATE_HERE=2e-5
-LORA=()
-if is_lora "$TRAIN_RECIPE"; then
-    TUNE_LLM="${TUNE_LLM:-${TRAIN_RECIPE%%_*}}"
-    LEARNING_RATE_HERE=2e-4
-    LORA=(--lora_r "${LORA_R:-128}" --lora_alpha "${LORA_ALPHA:-256}")
-fi
-
-train 128 8 "$LEARNING_RATE_HERE" \
-    --data_path "$DATA_PATH" \
-    --image_folder "$IMAGE_PATH" \
-    --model_name_or_path "$LLM_VERSION" \
-    --vision_tower "$VT_VERSION" \
-    ${VT_VERSION2:+--vision_tower2 "$VT_VERSION2"} \
-    --connector_type "$CN_VERSION" \
-    --conv_version "$CONV_VERSION" \
-    --model_max_length "$MODEL_MAX_LENGTH" \
-    --training_recipe "$TRAIN_RECIPE" \
-    --tune_type_llm "${TUNE_LLM:-full}" \
-    --tune_type_vision_tower "${TUNE_VISION_TOWER:-frozen}" \
-    --tune_type_connector "${TUNE_CONNECTOR:-full}" \
-    --group_by_modality_length "${GROUP_BY_MODALITY:-True}" \
-    --pretrained_model_path "${PRETRAINED_PATH:-$(run_name "$LLM_VERSION" "$VT_VERSION" "$VERSION" pretrain)}" \
-    --output_dir "$(run_name "$LLM_VERSION" "$VT_VERSION" "$VERSION" finetune)" \
-    ${LORA[@]+"${LORA[@]}"}
+# Settings come from the environment and from flags that follow: docs/train.md.
+#   DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE MODEL_MAX_LENGTH
+. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+launch train finetune "$@"

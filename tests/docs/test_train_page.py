@@ -12,10 +12,11 @@ from tests.docs.pages import DOCS, ROOT, first_cells, read, section
 from tests.train.toy import toy_arguments, toy_task, toy_trainer
 from tinyllava_switchkd.data import TemplateFactory
 from tinyllava_switchkd.distill import LossFactory
+from tinyllava_switchkd.launch.recipe import read_recipe
+from tinyllava_switchkd.launch.variables import MACHINE, TRAINING
 from tinyllava_switchkd.model import ConnectorFactory
 from tinyllava_switchkd.train.argv import translate_argv
 
-SCRIPTS = sorted((ROOT / "scripts" / "train").glob("*.sh"))
 FINETUNE = "conversations.json images Qwen/Qwen2.5-0.5B siglip '' mlp2x_gelu qwen2_base base common 2048"
 
 
@@ -48,39 +49,32 @@ def test_there_are_commands():
     assert len(commands()) >= 10
 
 
-def test_environment_variables_are_the_scripts():
+def test_environment_variables_are_the_launchers():
     documented = codes(first_cells(section("train.md", "Environment variables")))
     documented |= set(re.findall(r"`([A-Z_]+)`", section("train.md", "The paper's setting")))
-    text = "\n".join(path.read_text() for path in SCRIPTS)
-    read_by_scripts = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?[-+]", text))
-    positional = set(re.findall(r'^([A-Z_0-9]+)="\$\{?\d', text, re.MULTILINE))
-    inner = {"PYTHONPATH", "CUDA_VISIBLE_DEVICES", "BASH_SOURCE", "LORA", "ARGUMENTS"}
-    inner |= {
-        f"{stage}_{what}" for stage in ("PRETRAIN", "FINETUNE") for what in ("DATA", "IMAGES")
-    }  # parts of DATA_ROOT
-    assert read_by_scripts - inner - positional - documented == set()
-    assert documented - read_by_scripts == set()
+    parts_of_data_root = {f"{stage}_{what}" for stage in ("PRETRAIN", "FINETUNE") for what in ("DATA", "IMAGES")}
+    assert {*MACHINE, *TRAINING} - parts_of_data_root == documented - parts_of_data_root
 
 
 def test_variables_of_one_stage():
     table = section("train.md", "Environment variables").split("These hold for every stage")[0]
-    text = (ROOT / "scripts" / "train" / "common.sh").read_text()
-    (loop,) = re.findall(r"for name in (LEARNING_RATE.*?); do", text, re.DOTALL)
-    assert codes(first_cells(table)) == set(loop.replace("\\", " ").split())
+    own = {name for name, variable in (MACHINE | TRAINING).items() if variable.of_a_stage}
+    assert codes(first_cells(table)) == own
 
 
 def test_defaults_that_the_table_gives():
-    text = "\n".join(path.read_text() for path in SCRIPTS)
+    base = read_recipe("tinyllava")
     checked = 0
     for row in section("train.md", "Environment variables").splitlines():
         names = re.findall(r"`([A-Z_]+)`", row.split("|")[1]) if row.startswith("| `") else []
-        if names[:1] in (["DEVICE"], ["HOSTFILE"]):
-            continue  # found, or none
         given = row.split("|")[2] if names else ""
         for name, value in zip(names, given.split(", "), strict=False):
-            defaults = set(re.findall(rf"\$\{{{name}:-([\w.-]+)}}", text)) - {"0"}
+            setting = TRAINING[name].setting if name in TRAINING else ""
+            layers = (base.settings, base.switch_kd, base.adapters)
+            defaults = {own[setting] for layer in layers for own in layer.values() if setting in own}
             words = re.split(r"[ ;,]+", value.strip())
-            assert not defaults or any(default.rstrip(".") in words for default in defaults), f"{name}: {defaults}"
+            same = {default.rstrip("0").rstrip(".") if "." in default else default for default in defaults}
+            assert not defaults or (defaults | same) & set(words), f"{name}: {defaults}"
             checked += bool(defaults)
     assert checked > 15
 

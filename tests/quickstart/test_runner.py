@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tinyllava_switchkd.launch.stages import run_name
 from tinyllava_switchkd.quickstart import runner as runner_module
 from tinyllava_switchkd.quickstart.plan import Plan, Stage, Workspace, fingerprint
 from tinyllava_switchkd.quickstart.runner import (
@@ -188,17 +189,11 @@ def test_plan_is_made_of_the_projects_own_scripts(tmp_path):
 
 
 def test_outputs_are_where_the_scripts_write(tmp_path):
-    """The names are derived twice, here and in scripts/train/common.sh."""
-    import subprocess
-
+    """The names are derived twice, here and by the launcher."""
     space = Workspace(tmp_path, Plan())
     for stage, kind in ((space.student_pt(3), "pretrain"), (space.student_sft(3), "finetune")):
         llm, tower, version = stage.arguments[2], stage.arguments[3], stage.arguments[-3]
-        common = runner_module.Path(stage.command[1]).parent / "common.sh"
-        line = f'. "{common}"; run_name "{llm}" "{tower}" "{version}" {kind}'
-        environment = {**stage.environment, "PATH": "/usr/bin:/bin", "PYTHON": "python3"}
-        result = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
-        assert result.stdout.strip() == str(stage.output), result.stderr
+        assert f"{stage.environment['OUTPUT_ROOT']}/{run_name(llm, tower, version, kind)}" == str(stage.output)
 
 
 def test_mark_names_everything_that_matters(script):

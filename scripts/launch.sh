@@ -1,0 +1,14 @@
+# Sourced by the scripts of train/ and eval/, which then run `python -m tinyllava_switchkd.launch`: it reads the arguments
+# and the environment variables (docs/train.md, docs/evaluation.md), finds the devices, and starts what is to be started.
+#   PYTHON       the interpreter
+#   DRY_RUN=1    print the command instead of running it
+set -euo pipefail
+
+REPO="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+export TINYLLAVA_SCRIPT="$0"
+
+launch() {
+    exec "$PYTHON" -m tinyllava_switchkd.launch "$@"
+}

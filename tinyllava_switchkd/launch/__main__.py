@@ -1,0 +1,258 @@
+"""The command: ``tinyllava-switchkd`` or ``python -m tinyllava_switchkd.launch``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from . import evaluate, recipe, stages
+from .devices import find_devices
+from .processes import Commands, become
+from .variables import read
+
+MODULES = {
+    "prepare": ("tinyllava_switchkd.eval.prepare", "benchmarks' data in LLaVA's layout"),
+    "data": ("tinyllava_switchkd.data.download", "LLaVA-558K and LLaVA-Mix-665K"),
+    "check": ("tinyllava_switchkd.data.check", "look a data file over"),
+    "score": ("tinyllava_switchkd.eval.score", "score a file of answers"),
+    "report": ("tinyllava_switchkd.eval.report", "tables and charts of scores"),
+    "export": ("tinyllava_switchkd.model.export", "write a checkpoint in another format"),
+    "demo": ("tinyllava_switchkd.serve.app", "web demo"),
+    "chat": ("tinyllava_switchkd.serve.chat", "talk to a checkpoint in the terminal"),
+    "attention": ("tinyllava_switchkd.visualize.attention", "attention maps"),
+    "curves": ("tinyllava_switchkd.visualize.curves", "training curves"),
+    "quickstart": ("tinyllava_switchkd.quickstart.run", "Switch-KD from nothing to a table on a CPU"),
+}
+"""Command -> (module, what it does); the module has options of its own."""
+
+SCRIPT = "TINYLLAVA_SCRIPT"
+"""The script that calls this command, as it was called: its name stands in usage and errors."""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be meant; the message is the whole usage."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. What is wrong is said in one sentence."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    script = os.environ.pop(SCRIPT, "")
+    try:
+        return _command(words, script)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        name = script.rsplit("/", 1)[-1] or " ".join(["tinyllava-switchkd", *words[:1]])
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _command(words: list[str], script: str) -> int:
+    commands: dict[str, Callable[[list[str], str], int]] = {"train": _train, "eval": _eval, "recipes": _recipes}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else 1
+    if words[0] in commands:
+        return commands[words[0]](words[1:], script)
+    if words[0] in MODULES:
+        module, _ = MODULES[words[0]]
+        sys.argv = [f"tinyllava-switchkd {words[0]}", *words[1:]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0
+    near = difflib.get_close_matches(words[0], [*commands, *MODULES], n=1)
+    hint = f"did you mean {near[0]}?" if near else "see --help."
+    raise UsageError(f"tinyllava-switchkd: there is no command {words[0]!r}; {hint}")
+
+
+def _overview() -> str:
+    own = {
+        "train": "pretrain | finetune | distill | custom ARGUMENTS, or --recipe NAME or FILE",
+        "eval": "BENCHMARK or all, MODEL_PATH [MODEL_NAME]",
+        "recipes": "list the recipes; recipes NAME prints one, to be copied",
+    }
+    rows = own | {name: what for name, (_, what) in MODULES.items()}
+    lines = [f"  {name:<11} {what}" for name, what in rows.items()]
+    return "\n".join(
+        [
+            "Usage: tinyllava-switchkd COMMAND ...",
+            "",
+            *lines,
+            "",
+            "COMMAND --help says more. DRY_RUN=1 shows what is run.",
+        ]
+    )
+
+
+def _python(environment: Mapping[str, str]) -> str:
+    return environment.get("PYTHON") or sys.executable
+
+
+def playground() -> Path:
+    """Where data, checkpoints and results lie: in the repository, or in the current folder without one."""
+    repository = Path(__file__).resolve().parents[2]
+    return (repository if (repository / "scripts" / "train").is_dir() else Path.cwd()) / "playground"
+
+
+def _is_dry(environment: Mapping[str, str]) -> bool:
+    return environment.get("DRY_RUN", "").lower() not in ("", "0", "false", "no")
+
+
+def _train(words: list[str], script: str) -> int:
+    stage, positional, flags = _split(words)
+    if "recipe" in flags and not stage:
+        name = flags.pop("recipe")
+        if positional or not isinstance(name, str):
+            raise ValueError("--recipe takes one recipe: the name of one, or a file.")
+        named = recipe.read_recipe(name)
+    elif {"help", "h"} & flags.keys() or stage.removesuffix("_lora") not in stages.ARGUMENTS:
+        raise UsageError(_train_usage(stage, script))
+    else:
+        named = None
+        _check_count(stage, positional, script)
+    variables = read(os.environ, training=True)
+    python = _python(variables)
+    request = stages.Request(variables, find_devices(os.environ, python), python, playground(), flags)
+    if named is None:
+        trainings = [stages.one_stage(stage.removesuffix("_lora"), positional, request)]
+    else:
+        trainings = stages.whole_recipe(named, request)
+    if named is not None and named.world == "tiny" and not _is_dry(variables):
+        with Commands().listening() as commands:
+            code = commands.run([python, "-m", "tinyllava_switchkd.launch.tiny", str(request.tiny)], {})
+        if code:
+            return code
+    return _launch(trainings, dry=_is_dry(variables))
+
+
+def _split(words: list[str]) -> tuple[str, list[str], recipe.Settings]:
+    """The stage, its arguments, and the flags that follow."""
+    first = next((index for index, word in enumerate(words) if word.startswith("--") or word == "-h"), len(words))
+    flags = stages.parse_flags([word if word != "-h" else "--help" for word in words[first:]])
+    stage, *positional = words[:first] or [""]
+    return stage, positional, flags
+
+
+def _check_count(stage: str, positional: list[str], script: str) -> None:
+    names = stages.ARGUMENTS[stage.removesuffix("_lora")]
+    wanted = len(names.split())
+    if len(positional) != wanted:
+        raise UsageError(f"{_train_usage(stage, script)}\nIt takes {wanted} arguments, not {len(positional)}.")
+    if stage.endswith("_lora"):
+        given = positional[names.split().index("TRAIN_RECIPE")]
+        if not (given == "lora" or given.startswith("qlora")):
+            raise ValueError(f"TRAIN_RECIPE is {given!r}; here it must be lora or qlora.")
+
+
+def _train_usage(stage: str, script: str) -> str:
+    if stage.removesuffix("_lora") in stages.ARGUMENTS:
+        start = f"bash {script}" if script else f"tinyllava-switchkd train {stage}"
+        return f"Usage: {start} {stages.ARGUMENTS[stage.removesuffix('_lora')]} [--flag value ...]"
+    return "\n".join(
+        [
+            "Usage: tinyllava-switchkd train STAGE ARGUMENTS [--flag value ...]",
+            "       tinyllava-switchkd train --recipe NAME|FILE [--flag value ...]",
+            *(f"  {name:<9} {arguments}" for name, arguments in stages.ARGUMENTS.items()),
+            f"Recipes: {', '.join(recipe.names())}",
+        ]
+    )
+
+
+def _launch(trainings: Sequence[stages.Training], *, dry: bool) -> int:
+    with Commands().listening() as commands:
+        for training in trainings:
+            if training.title:
+                print(f"== {training.title} ==")
+            print(training.batch)
+            if training.batch.total != training.usual:
+                print(f"Note: that is not the usual {training.usual} a step.", file=sys.stderr)
+            if dry:
+                print(training)
+                continue
+            if len(trainings) == 1:
+                break
+            code = commands.run(training.command, training.environment)
+            if code or commands.interrupted:
+                return code or 130
+    if not dry and len(trainings) == 1:
+        return become(trainings[0].command, trainings[0].environment)
+    return 0
+
+
+def _eval(words: list[str], script: str) -> int:
+    name, *rest = words or [""]
+    first = next((index for index, word in enumerate(rest) if word.startswith("-")), len(rest))
+    positional, flags = rest[:first], rest[first:]
+    if not name or name.startswith("-") or not 1 <= len(positional) <= 2 or not positional[0]:
+        start = f"bash {script}" if script else f"tinyllava-switchkd eval {name.lstrip('-') or 'BENCHMARK'}"
+        raise UsageError(f"Usage: {start} MODEL_PATH [MODEL_NAME]")
+    model_name = evaluate.check_model(*positional)
+    variables = read(os.environ, training=False)
+    python = _python(variables)
+    devices = find_devices(os.environ, python)
+    request = evaluate.Request(positional[0], model_name, variables, devices, python, playground(), tuple(flags))
+    if name == "all":
+        return _eval_all(request, script or "tinyllava-switchkd eval all")
+    command = evaluate.evaluation(name, request)
+    if _is_dry(variables):
+        print(evaluate.shown(command))
+        return 0
+    return become(command, request.environment)
+
+
+def _eval_all(request: evaluate.Request, script: str) -> int:
+    """All benchmarks that have data, then the report; a benchmark that fails does not stop the others."""
+    if request.variables.get("SPLIT"):
+        raise ValueError("SPLIT is of one benchmark; run its own script with it.")
+    absent, failed, done = [], [], []
+    with Commands().listening() as commands:
+
+        def run(command: list[str]) -> bool:
+            if _is_dry(request.variables):
+                print(evaluate.shown(command))
+                return True
+            return commands.run(command, request.environment) == 0
+
+        for name in evaluate.every_benchmark():
+            if not evaluate.has_data(name, request):
+                absent.append(name)
+            elif run(evaluate.evaluation(name, request)):
+                done.append(name)
+            else:
+                failed.append(name)
+            if commands.interrupted:
+                print(f"{script.rsplit('/', 1)[-1]}: interrupted. Run the script again to go on.", file=sys.stderr)
+                return 130
+        if absent:
+            listed = " ".join(absent)
+            print(
+                f"No data in {request.eval_dir}: {listed}. "
+                f"Get them: python -m tinyllava_switchkd.eval.prepare {listed}",
+                file=sys.stderr,
+            )
+        if done and not run(evaluate.report(request)):
+            failed.append("the report")
+    if failed:
+        raise ValueError(f"not finished: {' '.join(failed)}. Run the script again to go on.")
+    if not done:
+        raise ValueError("there was nothing to evaluate.")
+    return 0
+
+
+def _recipes(words: list[str], script: str) -> int:
+    if not words:
+        for name in recipe.names():
+            first = recipe.path_of(name).read_text(encoding="utf-8").splitlines()[0]
+            print(f"{name:<34} {first.lstrip('# ')}")
+        return 0
+    for word in words:
+        print(recipe.path_of(word).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

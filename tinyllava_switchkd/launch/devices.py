@@ -1,0 +1,96 @@
+"""The devices of this machine that a command may use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where to run.
+
+    Attributes:
+        gpus: what ``CUDA_VISIBLE_DEVICES`` is to be, one entry a GPU; empty on a CPU.
+        processes: of this machine.
+    """
+
+    gpus: tuple[str, ...]
+    processes: int
+
+    @property
+    def kind(self) -> str:
+        """cuda or cpu."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the GPUs are known by number, rather than as GPU-<uuid> or MIG-<uuid>."""
+        return all(gpu.isdigit() for gpu in self.gpus)
+
+
+def visible_gpus(environment: Mapping[str, str], python: str) -> tuple[str, ...]:
+    """The GPUs that may be used: ``CUDA_VISIBLE_DEVICES``, or else what the driver lists."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        listed = environment["CUDA_VISIBLE_DEVICES"]
+    elif which("nvidia-smi", path=environment.get("PATH")):
+        listed = _output(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], environment)
+    elif Path("/dev/kfd").exists():  # an AMD GPU: torch knows how many
+        code = "import torch; print(*range(torch.cuda.device_count()))"
+        listed = _output([python, "-c", code], environment)
+    else:
+        listed = ""
+    gpus = []
+    for entry in re.split(r"[,\s]+", listed.strip()):
+        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", entry):  # as CUDA reads it: what follows is not visible
+            break
+        gpus.append(entry)
+    return tuple(gpus)
+
+
+def _output(command: list[str], environment: Mapping[str, str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(environment), timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def find_devices(environment: Mapping[str, str], python: str) -> Devices:
+    """What ``DEVICE`` and ``GPUS`` ask for; by default every visible GPU, or one process on the CPU.
+
+    ``GPUS`` is how many (``4``) or which (``0,2``; one of them ``2,``); on a CPU the number of processes.
+
+    Raises:
+        ValueError: the machine does not have them, or it is not clear what is asked for.
+    """
+    device, asked = environment.get("DEVICE", ""), environment.get("GPUS", "").strip()
+    found = () if device == "cpu" else visible_gpus(environment, python)
+    if device == "cuda" and not found:
+        raise ValueError("DEVICE is cuda, but this machine shows no GPU; set DEVICE=cpu.")
+    if not found:
+        if asked and not re.fullmatch(r"0*[1-9]\d*", asked):
+            raise ValueError(f"GPUS is {asked!r}; on a CPU it is the number of processes.")
+        return Devices((), int(asked or 1))
+    if not asked:
+        return Devices(found, len(found))
+    if re.fullmatch(r"\d+", asked):
+        count = int(asked)
+        if count < 1:
+            raise ValueError(
+                f"GPUS is {asked!r}; it is how many (GPUS=1) or which (GPUS=0, with a comma, for the first)."
+            )
+        if count > len(found):
+            raise ValueError(f"GPUS is {count}, but only {','.join(found)} are visible.")
+        return Devices(found[:count], count)
+    chosen = tuple(entry.strip() for entry in asked.removesuffix(",").split(","))
+    wrong = [entry for entry in chosen if entry not in found]
+    if wrong:
+        raise ValueError(f"GPUS is {asked!r}, but only {','.join(found)} are visible.")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"GPUS is {asked!r}, which names a GPU twice.")
+    return Devices(chosen, len(chosen))

@@ -1,0 +1,151 @@
+"""Evaluations: one benchmark, or all that have data and then the report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .devices import Devices
+from .values import folder_name
+
+MODULE = "tinyllava_switchkd.eval.run"
+
+UPLOADS = {"vqav2": "json", "vizwiz": "json", "mmbench": "xlsx", "mmbench_cn": "xlsx"}
+"""Benchmark -> ending of the file that its server takes."""
+
+FIRST = ("pope", "mme", "mmbench", "mmbench_cn", "gqa", "scienceqa", "textvqa", "mmmu")
+LAST = ("vizwiz", "vqav2")
+"""The order of an evaluation of all: small ones first, so that there is something to see; the largest last."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, besides the benchmark.
+
+    Attributes:
+        model_path: the checkpoint.
+        model_name: what it is called in the folders of answers and results.
+        variables: the environment variables of an evaluation, checked.
+        devices: of this machine.
+        python: the interpreter.
+        playground: the folder of data and results, where the variables do not say.
+        flags: more words for the entry point.
+    """
+
+    model_path: str
+    model_name: str
+    variables: Mapping[str, str]
+    devices: Devices
+    python: str
+    playground: Path
+    flags: tuple[str, ...] = ()
+
+    @property
+    def eval_dir(self) -> Path:
+        """The benchmarks' data in LLaVA's layout; the answers go there, too."""
+        return Path(self.variables.get("EVAL_DIR") or self.playground / "data" / "eval")
+
+    @property
+    def results(self) -> Path:
+        """The scores of this model."""
+        return Path(self.variables.get("RESULTS_DIR") or self.playground / "results") / self.model_name
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the processes need in their environment besides the command."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices.gpus)} if self.devices.gpus else {}
+
+
+def check_model(model_path: str, model_name: str = "") -> str:
+    """The model's name: the given one, or the checkpoint's base name; one of a run's checkpoints by its run.
+
+    Raises:
+        ValueError: there is no such folder, or the name is none for a folder.
+    """
+    path = model_path.rstrip("/") or "/"
+    if path.startswith(("/", "./", "../")) and not Path(path).is_dir():  # no name on the hub looks like these
+        raise ValueError(f"there is no checkpoint folder {model_path}.")
+    if not model_name:
+        if path in (".", "..") or path.endswith(("/.", "/..")):
+            path = str(Path(path).resolve())
+        parent, _, model_name = path.rpartition("/")
+        if model_name.startswith("checkpoint-") and parent:
+            model_name = f"{parent.rpartition('/')[2]}_{model_name}"
+    wrong = folder_name(model_name)
+    if wrong is not None:
+        raise ValueError(f"MODEL_NAME is {model_name!r}; it must be {wrong}.")
+    return model_name
+
+
+def every_benchmark() -> list[str]:
+    """All registered benchmarks, in the order in which they are run."""
+    from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
+
+    registered = {BenchmarkFactory(name).name for name in BenchmarkFactory.list()}  # without their other names
+    return [*FIRST, *sorted(registered - set(BENCHMARKS)), *LAST]
+
+
+def has_data(name: str, request: Request) -> bool:
+    """Whether the benchmark's questions are there; malformed ones are, and the benchmark itself will complain."""
+    from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+
+    benchmark = BenchmarkFactory(name)
+    try:
+        next(iter(benchmark.questions(request.eval_dir / benchmark.folder)), None)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
+def evaluation(name: str, request: Request) -> list[str]:
+    """The command that asks one benchmark.
+
+    Raises:
+        ValueError: there is no such benchmark.
+    """
+    from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+
+    variables, benchmark = request.variables, BenchmarkFactory(name)
+    data = request.eval_dir / benchmark.folder
+    answers, score = data / "answers" / request.model_name, name
+    words = [name, "--model-path", request.model_path, "--model-name", request.model_name, "--data-dir", str(data)]
+    words += ["--batch-size", variables.get("BATCH_SIZE", "16")]
+    split = variables.get("SPLIT", "")
+    if split:
+        answers, score = answers / split, f"{name}-{split}"
+        words += ["--split", split]
+    elif name in UPLOADS:  # LLaVA's own eval.zip has the server's split alone
+        try:
+            split = benchmark.split_of(data)
+        except (FileNotFoundError, ValueError):
+            split = ""
+    if name in UPLOADS and split.startswith("test"):
+        upload = data / "answers_upload" / split / f"{request.model_name}.{UPLOADS[name]}"
+        words += ["--submission", str(upload)]
+    words += ["--output-dir", str(answers), "--score", str(request.results / f"{score}.json")]
+    for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--conv-mode")):
+        if variable in variables:
+            words += [flag, variables[variable]]
+    words += [*variables.get("EXTRA_ARGS", "").split(), *request.flags]
+    if not request.devices.gpus:
+        words += ["--device", "cpu"]
+    count = request.devices.processes
+    start = [request.python]
+    if count > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [*start, "-m", MODULE, *words]
+
+
+def report(request: Request) -> list[str]:
+    """The command that puts the model's scores into a table."""
+    results = str(request.results)
+    return [request.python, "-m", "tinyllava_switchkd.eval.report", results, "--output-dir", results]
+
+
+def shown(command: list[str]) -> str:
+    """A command as a shell would take it."""
+    return shlex.join(command)

@@ -1,0 +1,268 @@
+"""Recipes: files that say which stages a training has and with which settings.
+
+A recipe is YAML. Values are what stands on a command line: `1e-3`, `True`, `mlp2x_gelu`; `null` takes a setting out::
+
+    extends: tinyllava          # another recipe, whose settings hold where this one says nothing
+    version: mine               # in the names of the folders
+    models:
+      teacher: Qwen/Qwen2.5-3B
+      student: Qwen/Qwen2.5-0.5B
+    settings:                   # of every stage: flags of the training entry, and those of `LAUNCH_SETTINGS`
+      vision_tower: google/siglip-so400m-patch14-384
+    defaults:                   # of one kind of stage, wherever it occurs
+      distill: {tune_type_vision_tower: full}
+    stages:                     # one after another
+      - stage: pretrain
+        model: student
+        settings: {learning_rate: 5e-4}
+      - stage: distill
+        model: student
+
+The recipes of this package lie in `RECIPES`; what a run did lies as ``recipe.yaml`` in its output folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinyllava_switchkd.io import read_text
+
+from .values import folder_name, word
+
+RECIPES = Path(__file__).parent / "recipes"
+KINDS = ("pretrain", "finetune", "distill", "custom")
+
+LAUNCH_SETTINGS = {
+    "global_batch_size": "samples of an optimiser step, on any number of devices",
+    "per_device_batch_size": "samples that a device is expected to hold at a time",
+    "grad_accum": "micro-batches of a step; by default what is left",
+    "precision": "bf16, fp16 or fp32; by default bf16 on a GPU and fp32 on a CPU",
+    "zero": "2, 3, 2_offload, a DeepSpeed JSON, or none",
+}
+"""Settings that are no flags of the training entry, but become some."""
+
+Settings = dict[str, "str | list[str]"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stage of a recipe.
+
+    Attributes:
+        stage: pretrain, finetune or distill; "" for a run that has all its settings.
+        model: teacher or student; "" where the settings name the models.
+        start: the stage whose output it starts from.
+        distills: whether it learns from the teacher (the stage distill always does).
+        settings: of this stage alone.
+    """
+
+    stage: str = ""
+    model: str = ""
+    start: str = ""
+    distills: bool = False
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, with what it extends.
+
+    Attributes:
+        name: of its file.
+        version: in the names of the output folders.
+        models: the language models of teacher and student.
+        settings: of each kind of stage ("" for a stage of no kind).
+        adapters: what a kind of stage has besides when it trains adapters.
+        switch_kd: what a kind of stage has besides when its method is Switch-KD.
+        stages: one after another.
+        world: "tiny" where the recipe wants random models and drawn pictures made first.
+    """
+
+    name: str
+    version: str = ""
+    models: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Settings] = field(default_factory=dict)
+    adapters: dict[str, Settings] = field(default_factory=dict)
+    switch_kd: dict[str, Settings] = field(default_factory=dict)
+    stages: tuple[Item, ...] = ()
+    world: str = ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars stay the text that they are; a key that occurs twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def names() -> list[str]:
+    """The recipes of this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def path_of(recipe: str) -> Path:
+    """The file of a recipe: one of this package by name, or your own by path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = RECIPES / f"{recipe}.yaml"
+    if folder_name(recipe) is None and own.is_file():
+        return own
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.yaml").is_file():  # a run's output folder
+        return path / "recipe.yaml"
+    near = difflib.get_close_matches(recipe, names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, and files of your own."
+    raise ValueError(f"There is no recipe {recipe}; {hint}")
+
+
+def read_recipe(recipe: str) -> Recipe:
+    """Read a recipe and what it extends.
+
+    Raises:
+        ValueError: it does not exist, is not YAML, or has a part that no recipe has.
+        FileNotFoundError: it cannot be read.
+    """
+    return _read(path_of(recipe), ())
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
+    if path in seen:
+        raise ValueError(f"The recipe {path} extends itself.")
+    try:
+        content = yaml.load(read_text(path, what="recipe"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: not a recipe ({getattr(error, 'problem', None) or error}).") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read.") from None
+    content = _mapping(content, path, "the file")
+    _known(
+        content, ("extends", "version", "models", "settings", "defaults", "stages", "world", "machine"), path, "part"
+    )
+    base = Recipe("")
+    if content.get("extends"):
+        base = _read(_beside(path, _text(content["extends"], path, "extends")), (*seen, path))
+    settings = _settings(content.get("settings", {}), path, "settings")
+    defaults = _mapping(content.get("defaults", {}), path, "defaults")
+    _known(defaults, KINDS, path, "stage")
+    layers: dict[str, dict[str, Settings]] = {"settings": {}, "adapters": {}, "switch_kd": {}}
+    for kind in ("", *KINDS):
+        own = dict(_mapping(defaults.get(kind, {}), path, f"defaults of {kind}"))
+        for name in ("adapters", "switch_kd"):
+            layers[name][kind] = getattr(base, name).get(kind, {}) | _settings(own.pop(name, {}), path, name)
+        own = settings | _settings(own, path, f"defaults of {kind}")
+        layers["settings"][kind] = base.settings.get(kind, {}) | own
+    models = _mapping(content.get("models", {}), path, "models")
+    _known(models, ("teacher", "student"), path, "model")
+    version = _text(content.get("version", base.version), path, "version")
+    if version and folder_name(version):
+        raise ValueError(f"{path}: version is {version!r}; it must be {folder_name(version)}.")
+    world = _text(content.get("world", base.world), path, "world")
+    if world not in ("", "tiny"):
+        raise ValueError(f"{path}: world is {world!r}; there is only tiny.")
+    stages = content.get("stages")
+    if stages is not None and (not isinstance(stages, list) or not stages):
+        raise ValueError(f"{path}: stages must be a list of stages.")
+    return Recipe(
+        name=path.stem,
+        version=version,
+        models=base.models | {who: _text(name, path, who) for who, name in models.items()},
+        **layers,
+        stages=base.stages if stages is None else tuple(_item(item, path) for item in stages),
+        world=world,
+    )
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A recipe that another one extends: its neighbour, or one of the package."""
+    neighbour = path.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    return neighbour if neighbour.is_file() else path_of(name)
+
+
+def _item(content: object, path: Path) -> Item:
+    content = _mapping(content, path, "a stage")
+    _known(content, ("stage", "model", "start", "distills", "settings"), path, "part of a stage")
+    stage = _text(content.get("stage", ""), path, "stage")
+    model = _text(content.get("model", ""), path, "model")
+    start = _text(content.get("start", ""), path, "start")
+    for what, value, choices in (
+        ("stage", stage, ("pretrain", "finetune", "distill", "")),
+        ("model", model, ("teacher", "student", "")),
+        ("start", start, ("pretrain", "finetune", "distill", "")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{path}: {what} is {value!r}; it must be {', '.join(filter(None, choices))}.")
+    distills = _text(content.get("distills", "False"), path, "distills").lower()
+    if distills not in ("true", "false"):
+        raise ValueError(f"{path}: distills is {distills!r}; it must be True or False.")
+    settings = _settings(content.get("settings", {}), path, f"settings of {stage or 'the stage'}")
+    return Item(stage, model, start, distills == "true" or stage == "distill", settings)
+
+
+def _settings(content: object, path: Path, what: str) -> Settings:
+    settings: Settings = {}
+    for name, value in _mapping(content, path, what).items():
+        if word(name) is not None:
+            raise ValueError(f"{path}, {what}: {name!r} is no name of a setting.")
+        if isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(one, str) for one in value)):
+            raise ValueError(f"{path}, {what}: {name} must be a value, or a list of values.")
+        settings[setting_name(name)] = value
+    return settings
+
+
+def is_unset(value: str | list[str]) -> bool:
+    """Whether a setting's value takes it out."""
+    return value in ("", "null", "~")
+
+
+SAME = {
+    "per_device_train_batch_size": "per_device_batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "deepspeed": "zero",
+}
+"""Flags that the launcher computes itself, by the names of its own settings."""
+
+
+def setting_name(name: str) -> str:
+    """The name of a setting, whichever way it is spelt."""
+    name = name.replace("-", "_")
+    return SAME.get(name, name)
+
+
+def _mapping(content: object, path: Path, what: str) -> Mapping[str, Any]:
+    if content in (None, ""):
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {what} must be names with values, like 'learning_rate: 1e-3'.")
+    return content
+
+
+def _text(value: object, path: Path, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{path}: {what} must be a single value.")
+    return value
+
+
+def _known(content: Mapping[str, Any], names: tuple[str, ...], path: Path, what: str) -> None:
+    for name in content:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+            raise ValueError(f"{path}: there is no {what} {name!r}; {hint}")

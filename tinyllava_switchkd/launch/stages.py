@@ -1,0 +1,361 @@
+"""From a stage's arguments, the environment and a recipe to the commands that train."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .batch import Batch, batch_of
+from .devices import Devices
+from .launcher import find_launcher, launch_environment, launch_words
+from .recipe import LAUNCH_SETTINGS, Item, Recipe, Settings, is_unset, read_recipe, setting_name
+from .values import folder_name
+from .variables import STAGE_PREFIXES, TRAINING
+
+BASE_RECIPE = "tinyllava"
+"""The recipe of a stage that is run by itself."""
+
+ARGUMENTS = {
+    "pretrain": "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION VERSION TRAIN_RECIPE "
+    "MODEL_MAX_LENGTH",
+    "finetune": "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE "
+    "MODEL_MAX_LENGTH",
+    "distill": "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION CONV_VERSION VERSION TRAIN_RECIPE "
+    "MODEL_MAX_LENGTH TEACHER_PATH",
+    "custom": "DATA_PATH IMAGE_PATH MODEL_PATH CONV_VERSION OUTPUT_DIR",
+}
+"""The arguments of a stage in their order, which is TinyLLaVA's."""
+
+_FLAG_OF = {
+    "DATA_PATH": "data_path",
+    "IMAGE_PATH": "image_folder",
+    "LLM_VERSION": "model_name_or_path",
+    "VT_VERSION": "vision_tower",
+    "VT_VERSION2": "vision_tower2",
+    "CN_VERSION": "connector_type",
+    "CONV_VERSION": "conv_version",
+    "TRAIN_RECIPE": "training_recipe",
+    "MODEL_MAX_LENGTH": "model_max_length",
+    "TEACHER_PATH": "teacher_path",
+    "MODEL_PATH": "pretrained_model_path",
+    "OUTPUT_DIR": "output_dir",
+}
+
+DISTILLATION = ("distill_method", "distill_loss", "temperature", "align_weight", "switch_weight", "teacher_bits")
+"""Settings that mean something only to a stage that has a teacher."""
+
+ADAPTERS = ("lora_r", "lora_alpha")
+
+_TITLES = {"pretrain": "pre-training", "finetune": "supervised fine-tuning", "distill": "distilled fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, ready to be launched.
+
+    Attributes:
+        title: for people; "" for a stage that is run by itself.
+        command: the words of the command.
+        environment: what it needs in its environment besides.
+        batch: of a step.
+        usual: samples of a step that the recipe wants.
+        output_dir: where the model goes.
+    """
+
+    title: str
+    command: list[str]
+    environment: dict[str, str]
+    batch: Batch
+    usual: int
+    output_dir: str
+
+    def __str__(self) -> str:
+        return shlex.join(self.command)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, besides the recipe.
+
+    Attributes:
+        variables: the environment variables of a training, checked.
+        devices: of this machine.
+        python: the interpreter.
+        playground: the folder of data and checkpoints, where the variables do not say.
+        flags: settings from the command line; they overrule everything.
+    """
+
+    variables: Mapping[str, str]
+    devices: Devices
+    python: str
+    playground: Path
+    flags: Settings = field(default_factory=dict)
+
+    @property
+    def output_root(self) -> Path:
+        """Where the runs' folders go."""
+        return Path(self.variables.get("OUTPUT_ROOT") or self.playground / "checkpoints")
+
+    @property
+    def tiny(self) -> Path:
+        """Where the recipes of tiny models have them."""
+        return self.output_root / "debug"
+
+    def expand(self, value: str) -> str:
+        """A value with this machine's folders in the place of ``{data_root}`` and ``{tiny}``."""
+        data_root = self.variables.get("DATA_ROOT") or str(self.playground / "data")
+        return value.replace("{data_root}", data_root).replace("{tiny}", str(self.tiny))
+
+
+def variant(name: str) -> str:
+    """The part of a model's name that goes into a folder's: ``Qwen/Qwen2.5-0.5B`` -> ``Qwen2.5-0.5B``."""
+    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+
+
+def run_name(llm: str, vision_tower: str, version: str, stage: str) -> str:
+    """TinyLLaVA's name of an output folder.
+
+    Raises:
+        ValueError: the version is no name for a folder.
+    """
+    wrong = folder_name(version)
+    if wrong is not None:
+        raise ValueError(f"VERSION is {version!r}; it must be {wrong}.")
+    return f"tiny-llava-{variant(llm)}-{variant(vision_tower)}-{version}-{stage}"
+
+
+def parse_flags(words: Sequence[str]) -> Settings:
+    """``--name value ...`` words as settings; a flag without a value stands for True.
+
+    Raises:
+        ValueError: a value without a flag in front of it.
+    """
+    settings: Settings = {}
+    name = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word[2:].partition("=")
+            name = setting_name(flag)
+            settings[name] = [value] if equals else []
+        elif name is None:
+            raise ValueError(f"{word!r} stands where a --flag is expected.")
+        else:
+            settings[name] = [*settings[name], word]
+    return {name: values[0] if len(values) == 1 else values for name, values in settings.items()}
+
+
+def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Training:
+    """A stage that is run by itself, with its arguments in TinyLLaVA's order.
+
+    Raises:
+        ValueError: a wrong argument or setting.
+    """
+    names = ARGUMENTS[stage].split()
+    given = dict(zip(names, arguments, strict=True))
+    for name, value in given.items():
+        if not value and name != "VT_VERSION2":
+            raise ValueError(f"{name} is empty.")
+        check = TRAINING[name].check if name in TRAINING else None
+        if check is not None and check(value) is not None:
+            raise ValueError(f"{name} is {value!r}; it must be {check(value)}.")
+    settings = {_FLAG_OF[name]: value for name, value in given.items() if name in _FLAG_OF and value}
+    if stage != "custom":
+        name = (given["LLM_VERSION"], given["VT_VERSION"], given["VERSION"])
+        settings["output_dir"] = str(request.output_root / run_name(*name, stage))
+        if stage != "pretrain":
+            start = request.output_root / run_name(*name, "pretrain")
+            settings["pretrained_model_path"] = request.variables.get("PRETRAINED_PATH") or str(start)
+    elif not settings["output_dir"].strip("/."):
+        raise ValueError(f"OUTPUT_DIR is {settings['output_dir']!r}; name a folder for the tuned model.")
+    variables = _of_stage(request.variables, "finetune" if stage == "custom" else stage)
+    return _training(stage, read_recipe(BASE_RECIPE), Item(), variables, settings, request, "")
+
+
+def whole_recipe(recipe: Recipe, request: Request) -> list[Training]:
+    """All stages of a recipe, in their order. The teacher's are left out where ``TEACHER_PATH`` names one.
+
+    Raises:
+        ValueError: a wrong setting, or one that is missing.
+    """
+    variables = request.variables
+    items = [item for item in recipe.stages if not (item.model == "teacher" and variables.get("TEACHER_PATH"))]
+    if not items:
+        raise ValueError(f"The recipe {recipe.name} has no stages of its own; extend it in one that has.")
+    if len(items) > 1 and "output_dir" in request.flags:
+        raise ValueError(
+            f"--output_dir names one folder, but the recipe {recipe.name} has {len(items)} stages; set OUTPUT_ROOT."
+        )
+    trainings = []
+    teacher = variables.get("TEACHER_PATH", "")
+    for item in items:
+        training = _item_training(recipe, item, item is items[-1], teacher, request)
+        trainings.append(training)
+        if item.model == "teacher":
+            teacher = training.output_dir
+    return trainings
+
+
+def _item_training(recipe: Recipe, item: Item, last: bool, teacher: str, request: Request) -> Training:
+    variables = _of_stage(request.variables, item.stage)
+    if not last:  # adapters are for the stage that ends the recipe
+        variables.pop("TRAIN_RECIPE", None)
+    if not item.model:
+        return _training(item.stage, recipe, item, variables, {}, request, "")
+    variables.pop("TEACHER_PATH", None)
+    settings: Settings = {}
+    if item.distills:
+        if not teacher and "teacher_path" not in recipe.settings[item.stage] | item.settings | request.flags:
+            raise ValueError(f"The recipe {recipe.name} needs a teacher: set TEACHER_PATH to a trained one.")
+        if teacher:
+            settings["teacher_path"] = teacher
+    llm = variables.get(f"{item.model.upper()}_LLM") or recipe.models.get(item.model, "")
+    known = recipe.settings[item.stage] | item.settings | request.flags
+    tower = variables.get("VISION_TOWER") or known.get("vision_tower", "")
+    for name, value in ((f"{item.model.upper()}_LLM", llm), ("VISION_TOWER", tower)):
+        if not value or not isinstance(value, str):
+            raise ValueError(f"The recipe {recipe.name} does not name the {item.model}'s models: set {name}.")
+    llm, tower = request.expand(llm), request.expand(str(tower))
+    version = variables.get("VERSION") or recipe.version or recipe.name
+    settings |= {
+        "model_name_or_path": llm,
+        "vision_tower": tower,
+        "output_dir": str(request.output_root / run_name(llm, tower, version, item.stage)),
+    }
+    if item.stage != "pretrain":
+        start = item.start or "pretrain"
+        own = variables.get("PRETRAINED_PATH") if start == "pretrain" else None
+        settings["pretrained_model_path"] = own or str(request.output_root / run_name(llm, tower, version, start))
+    data = "pretrain" if item.stage == "pretrain" else "finetune"
+    for setting, name in (("data_path", "DATA"), ("image_folder", "IMAGES")):
+        if variables.get(f"{data.upper()}_{name}"):
+            settings[setting] = variables[f"{data.upper()}_{name}"]
+    what = _TITLES[item.stage] if item.stage != "pretrain" or not item.distills else "distilled pre-training"
+    title = f"The {item.model}, {llm}: {what}" + (f" from {settings.get('teacher_path')}" if item.distills else "")
+    return _training(item.stage, recipe, item, variables, settings, request, title)
+
+
+def _of_stage(variables: Mapping[str, str], stage: str) -> dict[str, str]:
+    """The variables as one stage sees them: what is set for it alone takes the place of what is set for all."""
+    prefixes = tuple(f"{prefix}_" for prefix in STAGE_PREFIXES)
+    common = {name: value for name, value in variables.items() if name in TRAINING or not name.startswith(prefixes)}
+    prefix = f"{stage.upper()}_"
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in variables.items()
+        if name.startswith(prefix) and name not in TRAINING
+    }
+    return {name: value for name, value in (common | own).items() if value}
+
+
+def _training(
+    stage: str,
+    recipe: Recipe,
+    item: Item,
+    variables: Mapping[str, str],
+    arguments: Settings,
+    request: Request,
+    title: str,
+) -> Training:
+    """Lay the layers of settings over one another, and make the command of what comes out."""
+    extra = parse_flags(variables.get("EXTRA_ARGS", "").split()) | request.flags
+    over = _from_variables(variables, recipe_too=bool(item.model)) | arguments | extra
+    base, own = recipe.settings[stage], item.settings
+    if str((base | own | over).get("distill_method") or "switch_kd") == "switch_kd":
+        base = recipe.switch_kd[stage] | base
+    adapters = _is_adapters((base | own | over).get("training_recipe"))
+    if adapters and _is_adapters((base | own).get("training_recipe")):
+        settings = base | _adapters(recipe, stage, base | own) | own
+    elif adapters:  # asked for from outside the recipe, whose learning rates are for full weights
+        settings = base | own | _adapters(recipe, stage, over)
+    else:
+        settings = base | own
+    if not (settings | over).get("teacher_path"):
+        over = {name: value for name, value in over.items() if name not in DISTILLATION or name in extra}
+    if not adapters:
+        over = {name: value for name, value in over.items() if name not in ADAPTERS or name in extra}
+    settings = {name: value for name, value in (settings | over).items() if not is_unset(value)}
+    return _command(settings, over, request, title)
+
+
+def _from_variables(variables: Mapping[str, str], *, recipe_too: bool) -> Settings:
+    known = {name: TRAINING[name] for name in variables if name in TRAINING and name != "PRETRAINED_PATH"}
+    return {
+        variable.setting: variables[name]
+        for name, variable in known.items()
+        if variable.setting and (recipe_too or not variable.recipe_only)
+    }
+
+
+def _adapters(recipe: Recipe, stage: str, settings: Settings) -> Settings:
+    return {"tune_type_llm": str(settings["training_recipe"]).split("_")[0]} | recipe.adapters[stage]
+
+
+def _is_adapters(recipe: object) -> bool:
+    return recipe == "lora" or str(recipe).startswith("qlora")
+
+
+def _command(settings: Settings, given: Settings, request: Request, title: str) -> Training:
+    variables, devices = request.variables, request.devices
+    if "output_dir" not in settings:
+        raise ValueError("output_dir is missing: pass --output_dir FOLDER.")
+    settings = {name: request.expand(value) if isinstance(value, str) else value for name, value in settings.items()}
+    launcher = find_launcher(variables, devices, _text(settings, "zero"))
+    batch, usual = _batch(settings, given, launcher.processes)
+    words = launch_words(variables, devices, launcher, request.python)
+    flags = {name: value for name, value in settings.items() if name not in LAUNCH_SETTINGS}
+    flags |= {
+        "per_device_train_batch_size": str(batch.per_device),
+        "gradient_accumulation_steps": str(batch.accumulate),
+    }
+    if "eval_data_path" in flags:
+        flags.setdefault("eval_strategy", "steps")
+    else:
+        flags.pop("eval_steps", None)
+    if launcher.deepspeed is not None:
+        flags["deepspeed"] = launcher.deepspeed
+    if not {"bf16", "fp16"} & flags.keys():
+        precision = _text(settings, "precision") or ("bf16" if devices.kind == "cuda" else "fp32")
+        if precision not in ("bf16", "fp16", "fp32"):
+            raise ValueError(f"PRECISION is {precision!r}; it must be bf16, fp16 or fp32.")
+        if precision != "fp32":
+            flags[precision] = "True"
+    if devices.kind == "cpu":
+        flags.setdefault("use_cpu", "True")
+    flags.setdefault("dataloader_num_workers", "0" if devices.kind == "cpu" else "8")
+    flags.setdefault("gradient_checkpointing", "False" if devices.kind == "cpu" else "True")
+    for name, value in flags.items():
+        words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    environment = launch_environment(devices, launcher)
+    return Training(title, words, environment, batch, usual, str(settings["output_dir"]))
+
+
+def _batch(settings: Settings, given: Settings, processes: int) -> tuple[Batch, int]:
+    """The batch, and the samples of a step that are wanted."""
+    total = _count(settings, "global_batch_size")
+    at_most = _count(settings, "per_device_batch_size")
+    accumulate = _count(settings, "grad_accum")
+    exact = at_most if "per_device_batch_size" in given else None
+    if accumulate is not None and exact is None and "global_batch_size" not in given:
+        exact = at_most or 1
+    if total is None:  # a recipe that knows of no global batch
+        exact, accumulate = exact or at_most or 8, accumulate or 1
+        total = exact * accumulate * processes
+    return batch_of(total, at_most or 8, processes, exact, accumulate), total
+
+
+def _count(settings: Settings, name: str) -> int | None:
+    value = _text(settings, name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    return int(value)
+
+
+def _text(settings: Settings, name: str) -> str | None:
+    value = settings.get(name)
+    if isinstance(value, list):
+        raise ValueError(f"{name} takes one value, not {len(value)}.")
+    return value
