@@ -10,9 +10,19 @@ from typing import Any
 
 import pytest
 
-from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
-from tinyllava_switchkd.eval.prepare import PreparerFactory, mmbench, reasoning, vqa, yes_no
-from tinyllava_switchkd.eval.prepare.__main__ import ORDER, main
+from tinyllava_switchkd.eval.benchmarks import BENCHMARKS as ORDER
+from tinyllava_switchkd.eval.benchmarks import (
+    BenchmarkFactory,
+    gqa,
+    mmbench,
+    mmmu,
+    pope,
+    scienceqa,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
+from tinyllava_switchkd.eval.prepare import main
 from tinyllava_switchkd.eval.score import score_file
 
 from .fake_hub import FakeHub, serve
@@ -88,7 +98,7 @@ def test_data_from_the_hub_score_as_the_original(name: str, hub: FakeHub, tmp_pa
     images = [question.image for question in questions if isinstance(question.image, Path)]
     assert all(image.is_file() for image in images) and (images or name.startswith("mmbench"))
     provenance = read_json(folder / "prepared.json")
-    assert provenance[PreparerFactory(name).splits[0]]["repo_id"] == BENCHMARKS[name][1]
+    assert provenance[BenchmarkFactory(name).prepared_splits[0]]["repo_id"] == BENCHMARKS[name][1]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -104,7 +114,7 @@ def test_mmbench_keeps_its_table_and_the_option_none(name: str, hub: FakeHub, tm
     """The hub's copies turned the option "None" into "nan", as they turned what is missing."""
     publish(hub, name)
     assert prepare(tmp_path, name, "--source", "hf") == 0
-    preparer = PreparerFactory(name)
+    preparer = BenchmarkFactory(name)
     found = read_tsv(tmp_path / "eval" / name / preparer.file_name)
     wanted = read_tsv(data_dir(name) / preparer.file_name)
     assert found == wanted
@@ -115,20 +125,20 @@ def test_scienceqa_has_the_text_of_llava_15() -> None:
     """Not that of LLaVA's converter, which costs points (LLaVA #1294)."""
     problems = read_json(data_dir("scienceqa") / "problems.json")
     for sample in read_json(data_dir("scienceqa") / "llava_test_CQM-A.json"):
-        assert reasoning.scienceqa_sample(sample["id"], problems[sample["id"]]) == sample
+        assert scienceqa.sample(sample["id"], problems[sample["id"]]) == sample
 
 
 def test_mmmu_prompts() -> None:
     row = {"id": "validation_Art_1", "question": "Which <image 1>?", "answer": "B", "question_type": "multiple-choice"}
-    sample = reasoning.mmmu_sample({**row, "options": "['a', \"the b's\"]"})
+    sample = mmmu.question_of({**row, "options": "['a', \"the b's\"]"})
     assert sample["prompt"] == (
         "Which <image 1>?\n(A) a\n(B) the b's\n\nAnswer with the option's letter from the given choices directly."
     )
     assert sample["index2ans"] == {"A": "a", "B": "the b's"}
-    sample = reasoning.mmmu_sample({**row, "question_type": "open", "options": "[]"})
+    sample = mmmu.question_of({**row, "question_type": "open", "options": "[]"})
     assert sample["prompt"] == "Which <image 1>?\nAnswer the question using a single word or phrase."
     with pytest.raises(ValueError, match="validation_Art_1: the options are not a list"):
-        reasoning.mmmu_sample({**row, "options": "a, b"})
+        mmmu.question_of({**row, "options": "a, b"})
 
 
 def test_mmmu_of_its_authors_has_a_folder_for_every_subject(hub: FakeHub, tmp_path: Path) -> None:
@@ -142,7 +152,7 @@ def test_mmmu_of_its_authors_has_a_folder_for_every_subject(hub: FakeHub, tmp_pa
 
 
 def test_textvqa_prompt_keeps_its_three_lines() -> None:
-    text = vqa.textvqa_prompt("what\ndoes IT say?", ["a\nb", "C"])
+    text = textvqa.prompt_of("what\ndoes IT say?", ["a\nb", "C"])
     assert text == (
         "What does it say?\nReference OCR token: a b, C\nAnswer the question using a single word or phrase."
     )
@@ -243,7 +253,7 @@ def test_pope_labels_of_its_authors_with_images_of_the_hub(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(hub, "pope")
-    folder = site(hub, monkeypatch, yes_no, "POPE_URL")
+    folder = site(hub, monkeypatch, pope, "POPE_URL")
     for path in (data_dir("pope") / "coco").iterdir():
         shutil.copy(path, folder / path.name)
     assert prepare(tmp_path, "pope") == 0
@@ -253,7 +263,7 @@ def test_pope_labels_of_its_authors_with_images_of_the_hub(
 
 def test_pope_falls_back_on_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(hub, "pope")
-    site(hub, monkeypatch, yes_no, "POPE_URL")
+    site(hub, monkeypatch, pope, "POPE_URL")
     assert prepare(tmp_path, "pope") == 0
     assert read_json(tmp_path / "eval" / "pope" / "prepared.json")["test"]["source"] == "hf"
 
@@ -283,7 +293,7 @@ def test_mmbench_under_its_other_name_is_found(tmp_path: Path) -> None:
 
 
 def test_scienceqa_of_its_authors_keeps_the_ids(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = site(hub, monkeypatch, reasoning, "SCIENCEQA_URL", "SCIENCEQA_IMAGES_URL")
+    folder = site(hub, monkeypatch, scienceqa, "SCIENCEQA_URL", "SCIENCEQA_IMAGES_URL")
     for name in ("problems.json", "pid_splits.json"):
         shutil.copy(data_dir("scienceqa") / name, folder / name)
     problems = read_json(folder / "problems.json")
@@ -296,7 +306,7 @@ def test_scienceqa_of_its_authors_keeps_the_ids(hub: FakeHub, tmp_path: Path, mo
 
 
 def test_gqa_of_its_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = site(hub, monkeypatch, reasoning, "GQA_URL")
+    folder = site(hub, monkeypatch, gqa, "GQA_URL")
     truth = data_dir("gqa") / "data" / "testdev_balanced_questions.json"
     archive(folder, "questions1.2.zip", {truth.name: truth.read_bytes(), "other.json": b"{}"})
     names = {row["imageId"] for row in read_json(truth).values()}
@@ -309,13 +319,13 @@ def test_gqa_of_its_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Mo
 def test_vqav2_of_its_authors_for_val_and_for_the_server(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = site(hub, monkeypatch, vqa, "VQA_URL", "COCO_URL")
+    folder = site(hub, monkeypatch, vqav2, "VQA_URL", "COCO_URL")
     questions = data_dir("vqav2") / "v2_OpenEnded_mscoco_val2014_questions.json"
     annotations = data_dir("vqav2") / "v2_mscoco_val2014_annotations.json"
     archive(folder, "v2_Questions_Val_mscoco.zip", {questions.name: questions.read_bytes()})
     archive(folder, "v2_Annotations_Val_mscoco.zip", {annotations.name: annotations.read_bytes()})
     rows = read_json(questions)["questions"]
-    images = {vqa.coco_image("val2014", row["image_id"]) for row in rows}
+    images = {vqav2.coco_image("val2014", row["image_id"]) for row in rows}
     archive(folder, "val2014.zip", {f"val2014/{image}": picture(image)["bytes"] for image in images})
     assert prepare(tmp_path, "vqav2", "--source", "official") == 0
     same_score("vqav2", tmp_path)
@@ -327,7 +337,7 @@ def test_vqav2_of_its_authors_for_val_and_for_the_server(
         "v2_OpenEnded_mscoco_test-dev2015_questions.json": test_dev,
     }
     archive(folder, "v2_Questions_Test_mscoco.zip", members)
-    images = {vqa.coco_image("test2015", row["image_id"]) for row in rows}
+    images = {vqav2.coco_image("test2015", row["image_id"]) for row in rows}
     archive(folder, "test2015.zip", {f"test2015/{image}": picture(image)["bytes"] for image in images})
     assert prepare(tmp_path, "vqav2", "--split", "test") == 0
     shown = read_jsonl(tmp_path / "eval" / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl")
@@ -340,7 +350,7 @@ def test_vqav2_of_its_authors_for_val_and_for_the_server(
 def test_vqav2_for_the_server_falls_back_on_the_hub(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site(hub, monkeypatch, vqa, "VQA_URL", "COCO_URL")  # which has nothing
+    site(hub, monkeypatch, vqav2, "VQA_URL", "COCO_URL")  # which has nothing
     folder = hub.folder("lmms-lab/VQAv2") / "data"
     rows = [
         {"question_id": 10 * number, "image_id": number, "question": f"What {number}?", "image": picture(number)}
@@ -358,7 +368,8 @@ def test_vqav2_for_the_server_falls_back_on_the_hub(
 
 
 def test_vizwiz_and_textvqa_of_their_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site(hub, monkeypatch, vqa, "VIZWIZ_URL", "TEXTVQA_URL")
+    site(hub, monkeypatch, vizwiz, "VIZWIZ_URL")
+    site(hub, monkeypatch, textvqa, "TEXTVQA_URL")
     folder = hub.root / "site"
     for name in ("vqa_data", "images", "data"):
         (folder / name).mkdir()
@@ -367,11 +378,11 @@ def test_vizwiz_and_textvqa_of_their_authors(hub: FakeHub, tmp_path: Path, monke
     images = {f"val/{row['image']}": picture(row["image"])["bytes"] for row in read_json(truth)}
     archive(folder / "images", "val.zip", images)
 
-    shutil.copy(data_dir("textvqa") / vqa.TEXTVQA_TRUTH, folder / "data")
-    document = read_json(data_dir("textvqa") / vqa.TEXTVQA_TRUTH)
+    shutil.copy(data_dir("textvqa") / textvqa.TRUTH_FILE, folder / "data")
+    document = read_json(data_dir("textvqa") / textvqa.TRUTH_FILE)
     ids = {row["image_id"] for row in document["data"]}
     ocr = {"data": [{"image_id": name, "ocr_tokens": [name, "EXIT"]} for name in ids]}
-    (folder / "data" / vqa.TEXTVQA_OCR).write_text(json.dumps(ocr))
+    (folder / "data" / textvqa.OCR_FILE).write_text(json.dumps(ocr))
     images = {f"train_images/{name}.jpg": picture(name)["bytes"] for name in ids}
     archive(folder / "images", "train_val_images.zip", images)
 
@@ -424,7 +435,7 @@ def test_doctor_names_a_file_that_is_no_json(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["popee"], "Unknown benchmark to prepare 'popee'"),
+        (["popee"], "Unknown benchmark 'popee'"),
         (["pope", "mme", "--repo-id", "a/b"], "one by one"),
         (["pope", "--split", "train"], "POPE has the split test, not 'train'"),
     ],

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_lines, write_pope
-from tinyllava_switchkd.eval import generate as generate_module
+from tinyllava_switchkd import runtime
 from tinyllava_switchkd.eval import lmms_plugin
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
 from tinyllava_switchkd.eval.generate import Answerer, dtype_of
-from tinyllava_switchkd.eval.provenance import checkpoint_digest
-from tinyllava_switchkd.eval.run import default_model_name, main
+from tinyllava_switchkd.eval.provenance import checkpoint_digest, checkpoint_name
+from tinyllava_switchkd.eval.run import main
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_benchmarks_have_llavas_length_limits():
     ],
 )
 def test_default_name(path, name):
-    assert default_model_name(path) == name
+    assert checkpoint_name(path) == name
 
 
 # -------------------------------------------------------------------------------- template, image policy, dtype
@@ -165,9 +165,9 @@ def test_dtype(checkpoint):
 def test_a_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert generate_module.default_device() == "cuda:0"
+    assert runtime.default_device() == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert generate_module.default_device() == "cuda:3"
+    assert runtime.default_device() == "cuda:3"
 
 
 # ------------------------------------------------------------------------------------------------------ bad images
@@ -243,7 +243,7 @@ def test_pictures_in_the_table_may_be_broken_too(checkpoint, tmp_path, capsys):
         ({"--split": "dev"}, "POPE has no split 'dev', only test."),
         ({"--device": "tpu7"}, "The device 'tpu7' is none that torch knows"),
         ({"--device": "cuda:99"}, "The device is 'cuda:99', but torch sees "),
-        ({"--output-dir": "/dev/null"}, "/dev/null: File exists."),
+        ({"--output-dir": "/dev/null"}, "The output folder /dev/null is a file; name a folder."),
     ],
 )
 def test_one_clear_sentence(change, message, checkpoint, pope, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def test_a_full_disk_is_told_and_costs_no_answer(setting, tmp_path, capsys):
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert error.startswith(f"error: {part}: No space left on device; the answers before are kept")
     part.unlink()
-    (out / "answers.jsonl.tmp").symlink_to("/dev/full")
+    (out / f".answers.jsonl.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:  # where the file is put together
         AnswerFolder(out).merge([{"question_id": 0, "prompt": "p", "text": "yes"}])
     assert caught.value.filename == str(out / "answers.jsonl")

@@ -22,8 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+
 from .benchmarks import Question, answer_key
-from .benchmarks.files import read_json, read_jsonl, require
+from .benchmarks.files import read_jsonl, require
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ SETTINGS = (
     "benchmark",
     "split",
     "checkpoint_digest",
+    "options",
     "prompt_protocol",
     "conversation_template",
     "image_aspect_ratio",
@@ -65,10 +68,15 @@ class AnswerFolder:
 
     Args:
         folder: made if it does not exist.
+
+    Raises:
+        ValueError: it is a file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"The output folder {self.folder} is a file; name a folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.merged = self.folder / "answers.jsonl"
         self.run_file = self.folder / "run.json"
@@ -132,9 +140,9 @@ class AnswerFolder:
                     f"{self.folder} holds answers, but no run.json that says how they were made; move them away, or "
                     f"choose another folder."
                 )
-            known = read_json(self.run_file, dict)
+            known = read_json(self.run_file)
             for name in SETTINGS:
-                if known.get(name) != run.get(name):
+                if (known.get(name) or {}) != (run.get(name) or {}):
                     raise ValueError(
                         f"The answers in {self.folder} were made with {name} = {known.get(name)!r}, and now it is "
                         f"{run.get(name)!r}; move them away, or choose another folder."
@@ -143,7 +151,7 @@ class AnswerFolder:
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace `run.json`."""
-        _replace(self.run_file, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.run_file, run)
 
     # ---------------------------------------------------------------------------------------------------- the rows
 
@@ -174,9 +182,15 @@ class AnswerFolder:
         for path in (self.merged, *self.parts):
             if not path.is_file():
                 continue
-            for where, row in read_jsonl(path, what="answers file"):
-                require(row, ("question_id", "prompt", "text"), where)
-                rows.setdefault(answer_key(row), []).append(row)
+            try:
+                for where, row in read_jsonl(path, what="answers file"):
+                    require(row, ("question_id", "prompt", "text"), where)
+                    rows.setdefault(answer_key(row), []).append(row)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} It is not a line that an evaluation writes: delete that line (its question is asked "
+                    f"again) or the file, and repeat the command."
+                ) from None
         return rows
 
     @contextlib.contextmanager
@@ -187,7 +201,7 @@ class AnswerFolder:
 
     def merge(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Put `answers.jsonl` in the place of the parts; at no time is an answer on neither side."""
-        _replace(self.merged, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(self.merged, rows)
         for part in self.parts:
             part.unlink()
 
@@ -251,18 +265,3 @@ def in_question_order(
                 f"changed since. Move the answers away, or choose another folder."
             )
     return ordered
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None

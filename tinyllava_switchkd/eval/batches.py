@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,13 +26,13 @@ class Task:
 
     Attributes:
         prompt: the user's turn without the image token.
-        image: a path, encoded bytes, or None.
-        image_key: equal for the same picture; None without one.
+        images: its pictures in order, paths or encoded bytes.
+        image_key: equal for the same pictures; None without one.
         questions: equal (image, prompt) pairs of the question file (POPE repeats 43 % of its pairs).
     """
 
     prompt: str
-    image: Path | bytes | None
+    images: tuple[Path | bytes, ...]
     image_key: str | None
     questions: list[Question] = field(default_factory=list)
 
@@ -42,12 +43,12 @@ class Batch:
 
     Attributes:
         tasks: in order.
-        load: pictures that no earlier batch has shown, by key.
+        load: pictures that no earlier batch has shown, by the key of the tasks that show them.
         drop: keys of pictures that no later batch shows.
     """
 
     tasks: list[Task]
-    load: dict[str, Path | bytes] = field(default_factory=dict)
+    load: dict[str, tuple[Path | bytes, ...]] = field(default_factory=dict)
     drop: set[str] = field(default_factory=set)
 
 
@@ -62,7 +63,7 @@ def tasks_of(questions: Iterable[Question]) -> list[Task]:
     for question in questions:
         pair = pair_of(question)
         if pair not in tasks:
-            tasks[pair] = Task(question.prompt, question.image, question.image_key)
+            tasks[pair] = Task(question.prompt, question.images, question.image_key)
         tasks[pair].questions.append(question)
     return list(tasks.values())
 
@@ -83,9 +84,9 @@ def in_order(tasks: Iterable[Task], shard: int = 0, shards: int = 1) -> list[Tas
     return [task for group in ordered[shard::shards] for task in group]
 
 
-def _length(task: Task) -> tuple[bool, int]:
+def _length(task: Task) -> tuple[int, int]:
     """Visual tokens are all alike and outnumber the words, hence come first; words are counted in characters."""
-    return task.image_key is not None, len(task.prompt)
+    return len(task.images), len(task.prompt)
 
 
 def batches_of(tasks: Sequence[Task], batch_size: int) -> list[Batch]:
@@ -104,7 +105,7 @@ def batches_of(tasks: Sequence[Task], batch_size: int) -> list[Batch]:
             if task.image_key is not None:
                 if task.image_key not in first:
                     first[task.image_key] = number
-                    batch.load[task.image_key] = task.image
+                    batch.load[task.image_key] = task.images
                 last[task.image_key] = number
     for key, number in last.items():
         batches[number].drop.add(key)
@@ -128,7 +129,7 @@ class Prepared:
 
     Attributes:
         prompts: token ids [T] of each task.
-        pixels: [3, H, W] of each picture of `Batch.load` that could be read, by key.
+        pixels: [n, 3, H, W] of the pictures of each key of `Batch.load` whose pictures could all be read.
         unreadable: why the others could not, by key.
     """
 
@@ -161,11 +162,11 @@ class Prefetched(Dataset):
 
     def __getitem__(self, index: int) -> Prepared:
         batch = self.batches[index]
-        prompts = [self.prompt_ids(task.prompt, int(task.image_key is not None)) for task in batch.tasks]
+        prompts = [self.prompt_ids(task.prompt, len(task.images)) for task in batch.tasks]
         prepared = Prepared(prompts, {}, {})
-        for key, image in batch.load.items():
+        for key, images in batch.load.items():
             try:
-                prepared.pixels[key] = self.pixels_of(open_image(image))
+                prepared.pixels[key] = torch.stack([self.pixels_of(open_image(image)) for image in images])
             except UNREADABLE as error:
                 prepared.unreadable[key] = str(error) or type(error).__name__
         return prepared

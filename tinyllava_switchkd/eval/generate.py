@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..constants import DEFAULT_IMAGE_TOKEN
-from ..data import ImagePreprocess, TemplateFactory, TextPreprocess
-from ..model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from ..model.checkpoint import load_pretrained_model, read_config
-from ..model.weights import resolve_folder
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
+from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model, read_config
+from tinyllava_switchkd.model.weights import resolve_folder
+from tinyllava_switchkd.runtime import check_device, default_device
+
 from .prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,70 @@ def dtype_of(config: TinyLlavaConfig, dtype: str, device: str | torch.device) ->
     return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A checkpoint and how it is asked: found out once, before anything is loaded.
+
+    Attributes:
+        folder: the checkpoint on this machine.
+        name: what the user called it.
+        config: its configuration.
+        template: name of the conversation template.
+        image_aspect_ratio: "square" or "pad".
+        dtype: of the weights.
+        device: where they go.
+        attn_implementation: as in transformers; None for its choice.
+    """
+
+    folder: Path
+    name: str
+    config: TinyLlavaConfig
+    template: str
+    image_aspect_ratio: str
+    dtype: torch.dtype
+    device: torch.device
+    attn_implementation: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str = "auto",
+        conv_mode: str | None = None,
+        image_aspect_ratio: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> Setting:
+        """Resolve the checkpoint, read its configuration, and decide how it is asked.
+
+        Args:
+            model_path: a folder or a hub repository.
+            device: this process's GPU if there is one, else the CPU.
+            dtype: one of `DTYPES`, see `dtype_of`.
+            conv_mode: conversation template; the checkpoint's own if None.
+            image_aspect_ratio: "square" or "pad"; the checkpoint's own if None.
+            attn_implementation: as in transformers.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is no TinyLLaVA, or names no template and neither do you.
+        """
+        folder = resolve_folder(model_path)
+        config = read_config(folder)
+        device = check_device(default_device() if device is None else device)
+        return cls(
+            folder,
+            str(model_path),
+            config,
+            template_of(config, conv_mode, model_path),
+            image_policy_of(config, image_aspect_ratio),
+            dtype_of(config, dtype, device),
+            device,
+            attn_implementation,
+        )
+
+
 class PromptEncoder:
     """Token ids of a user's turn. Holds no model, so that workers may have one each.
 
@@ -138,39 +204,49 @@ class Answerer:
         self.batch_limit: int | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_path: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str = "auto",
-        conv_mode: str | None = None,
-        image_aspect_ratio: str | None = None,
-        attn_implementation: str | None = None,
-    ) -> Answerer:
-        """Load a checkpoint of any layout, see `load_pretrained_model`.
+    def from_pretrained(cls, model_path: str | Path, **asked: Any) -> Answerer:
+        """Load a checkpoint of any layout; arguments as `Setting.of`."""
+        return cls.load(Setting.of(model_path, **asked))
 
-        Args:
-            model_path: a folder or a hub repository.
-            device: this process's GPU if there is one, else the CPU.
-            dtype: one of `DTYPES`, see `dtype_of`.
-            conv_mode: conversation template; the checkpoint's own if None.
-            image_aspect_ratio: "square" or "pad"; the checkpoint's own if None.
-            attn_implementation: as in transformers.
+    @classmethod
+    def load(cls, setting: Setting) -> Answerer:
+        """Load a checkpoint as it is to be asked.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it does not fit together, or names no template and neither do you.
+            FileNotFoundError: it lacks weights or a tokenizer.
+            ValueError: it does not fit together.
         """
-        folder = resolve_folder(model_path)
-        config = read_config(folder)
-        template = template_of(config, conv_mode, model_path)
-        policy = image_policy_of(config, image_aspect_ratio)
-        device = check_device(default_device() if device is None else device)
         model, tokenizer, image_processor, _ = load_pretrained_model(
-            folder, device=device, dtype=dtype_of(config, dtype, device), attn_implementation=attn_implementation
+            setting.folder,
+            device=setting.device,
+            dtype=setting.dtype,
+            attn_implementation=setting.attn_implementation,
+            config=setting.config,
         )
-        return cls(model, tokenizer, image_processor, template, policy)
+        return cls(model, tokenizer, image_processor, setting.template, setting.image_aspect_ratio)
+
+    def auto_batch_size(self, characters: int, images: int, max_new_tokens: int) -> int:
+        """How many prompts to answer at once: on a GPU what its free memory bears, on a CPU 16.
+
+        A guess from the keys and values of the longest prompt, with as much again for activations; a batch that does
+        not fit all the same is halved (`answer_ids`).
+
+        Args:
+            characters: of the longest prompt.
+            images: most pictures of a prompt.
+            max_new_tokens: length limit of an answer.
+        """
+        device = self.model.device
+        if device.type != "cuda":
+            return 16
+        config = self.model.config.text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        tokens = characters // 2 + images * self.model.num_image_tokens + max_new_tokens
+        free, _ = torch.cuda.mem_get_info(device)
+        rows = int(0.7 * free / (2 * per_token * tokens))
+        return 1 << max(0, min(rows, 256).bit_length() - 1)
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -282,30 +358,6 @@ class Answerer:
         """Up to the first stop token: what follows pads the row while others go on."""
         end = next((place for place, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
         return token_ids[:end]
-
-
-def default_device() -> str:
-    """This process's GPU (torchrun and accelerate number the processes of a machine), else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """A device of this machine.
-
-    Raises:
-        ValueError: torch knows no such device, or this machine has no such GPU.
-    """
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"The device {device!r} is none that torch knows; say cpu, cuda or cuda:1.") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"The device is {str(device)!r}, but torch sees {count} GPU(s) here; say another, or cpu.")
-    return device
 
 
 def stop_token_ids(model: TinyLlavaForConditionalGeneration, tokenizer: Any, template: Any) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,14 @@ import shortuuid
 import torch
 from tqdm import tqdm
 
-from ..model.checkpoint import read_config
-from ..model.weights import resolve_folder
+from tinyllava_switchkd.io import read_json, write_json
+
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
 from .benchmarks import Benchmark, BenchmarkFactory, Question
 from .benchmarks.base import prepare_hint
-from .generate import Answerer, check_device, default_device, dtype_of, image_policy_of, template_of
+from .cache import ResponseCache
+from .generate import Answerer, Setting
 from .processes import Processes
 from .provenance import PROMPT_PROTOCOL, checkpoint_digest, describe_parts, package_versions
 
@@ -42,6 +42,8 @@ class Job:
         questions: all of the split.
         wanted: those to be answered now (`--limit`).
         answers: the files.
+        setting: the checkpoint and how it is asked.
+        cache: answers of other runs, if the user names where they are.
     """
 
     benchmark: Benchmark
@@ -50,6 +52,8 @@ class Job:
     answers: AnswerFolder
     arguments: argparse.Namespace
     processes: Processes = field(default_factory=Processes)
+    setting: Setting | None = None
+    cache: ResponseCache | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, processes: Processes) -> Job:
@@ -60,11 +64,29 @@ class Job:
             ValueError: the benchmark is unknown, or its data are malformed.
         """
         benchmark = BenchmarkFactory(arguments.benchmark)
+        benchmark.configure(arguments.options)
         questions = list(benchmark.questions(arguments.data_dir, arguments.split))
         if not questions:
             raise ValueError(f"{benchmark.title} has no questions in {arguments.data_dir}.")
         wanted = questions[: arguments.limit]
         return cls(benchmark, questions, wanted, AnswerFolder(arguments.output_dir), arguments, processes)
+
+    def choose(self) -> None:
+        """Resolve the checkpoint and decide how it is asked; does nothing the second time.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is no TinyLLaVA, or its conversation template is unknown.
+        """
+        arguments = self.arguments
+        self.setting = self.setting or Setting.of(
+            arguments.model_path,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            conv_mode=arguments.conv_mode,
+            image_aspect_ratio=arguments.image_aspect_ratio,
+            attn_implementation=arguments.attn_implementation,
+        )
 
     @property
     def split(self) -> str:
@@ -78,32 +100,26 @@ class Job:
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """The `run` object: how the answers are made. Fails early where the checkpoint or the flags are wrong.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no TinyLLaVA, or its conversation template is unknown.
-    """
-    arguments = job.arguments
-    folder = resolve_folder(arguments.model_path)
-    config = read_config(folder)
-    device = check_device(arguments.device or default_device())
+    """The `run` object: how the answers are made."""
+    arguments, setting = job.arguments, job.setting
+    device = setting.device
     return {
         "model_name": arguments.model_name,
         "model_path": arguments.model_path,
-        "checkpoint_digest": checkpoint_digest(folder),
-        **describe_parts(config),
+        "checkpoint_digest": checkpoint_digest(setting.folder),
+        **describe_parts(setting.config),
         "benchmark": job.benchmark.name,
         "split": job.split,
+        "options": dict(job.benchmark.settings),
         "prompt_protocol": PROMPT_PROTOCOL,
-        "conversation_template": template_of(config, arguments.conv_mode, arguments.model_path),
-        "image_aspect_ratio": image_policy_of(config, arguments.image_aspect_ratio),
+        "conversation_template": setting.template,
+        "image_aspect_ratio": setting.image_aspect_ratio,
         "decoding": {
             "do_sample": False,
             "num_beams": 1,
             "repetition_penalty": 1.0,
             "max_new_tokens": job.max_new_tokens,
-            "dtype": str(dtype_of(config, arguments.dtype, device)).removeprefix("torch."),
+            "dtype": str(setting.dtype).removeprefix("torch."),
         },
         "batch_size": arguments.batch_size,
         "processes": job.processes.world,
@@ -118,7 +134,7 @@ def check_images(job: Job) -> None:
     Raises:
         FileNotFoundError: some are not there (only a warning with ``--skip-bad-images``).
     """
-    paths = {question.image for question in job.wanted if isinstance(question.image, Path)}
+    paths = {image for question in job.wanted for image in question.images if isinstance(image, Path)}
     absent = sorted(path for path in paths if not path.is_file())
     if not absent:
         return
@@ -139,6 +155,7 @@ def set_up(job: Job) -> dict[str, Any]:
     """
     check_keys(job.questions, job.arguments.data_dir)
     check_images(job)
+    job.choose()
     run = describe(job)
     job.answers.lock(0)
     job.answers.repair()
@@ -164,34 +181,47 @@ def generate(job: Job) -> None:
             if answered:
                 logger.info("%d of %d questions are answered already.", len(answered), len(job.wanted))
             writer.write(answer_row(job, question, known[pair_of(question)]) for question in repeated)
+        if job.arguments.response_cache is not None:
+            tasks = read_cache(job, tasks, writer)
         if tasks:
-            arguments = job.arguments
-            answerer = Answerer.from_pretrained(
-                arguments.model_path,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                conv_mode=arguments.conv_mode,
-                image_aspect_ratio=arguments.image_aspect_ratio,
-                attn_implementation=arguments.attn_implementation,
-            )
-            ask(job, answerer, tasks, writer)
+            job.choose()
+            ask(job, Answerer.load(job.setting), tasks, writer)
+
+
+def read_cache(job: Job, tasks: Sequence[Task], writer: AnswerWriter) -> list[Task]:
+    """Write the answers that other runs have generated; returns the tasks that are left."""
+    job.cache = ResponseCache(job.arguments.response_cache, read_json(job.answers.run_file))
+    known = job.cache.get(tasks)
+    writer.write(
+        answer_row(job, question, text) for place, text in known.items() for question in tasks[place].questions
+    )
+    if known:
+        logger.info("%d of %d answers are taken from %s.", len(known), len(tasks), job.cache.path)
+    return [task for place, task in enumerate(tasks) if place not in known]
 
 
 def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWriter) -> None:
     """Generate batch by batch; an answer is on the disk before the next batch begins."""
-    batches = batches_of(tasks, job.arguments.batch_size)
+    size = job.arguments.batch_size
+    if size == "auto":
+        size = answerer.auto_batch_size(
+            max(len(task.prompt) for task in tasks), max(len(task.images) for task in tasks), job.max_new_tokens
+        )
+        logger.info("%s: %d questions at once.", job.benchmark.title, size)
+    batches = batches_of(tasks, size)
     workers = job.arguments.num_workers
     if workers is None:
         workers = 4 if answerer.model.device.type == "cuda" else 0
     prefetched = Prefetched(batches, answerer.prompt_ids, answerer.pixels_of).loader(workers)
-    visual: dict[str, torch.Tensor] = {}  # [1, K, D] of each picture that this batch or a later one shows
+    visual: dict[str, torch.Tensor] = {}  # [n, K, D] of the pictures that this batch or a later one shows
     with progress_bar(job, sum(len(task.questions) for task in tasks)) as bar:
         for batch, prepared in zip(batches, prefetched, strict=True):
             for key, reason in prepared.unreadable.items():
                 logger.warning("An image cannot be read (%s): %s", reason, name_of(batch.load[key]))
             if prepared.pixels:
-                encoded = answerer.encode_images(torch.stack(list(prepared.pixels.values())))  # [I, K, D]
-                visual.update(zip(prepared.pixels, encoded.split(1), strict=True))
+                encoded = answerer.encode_images(torch.cat(list(prepared.pixels.values())))  # [I, K, D]
+                counts = [len(pixels) for pixels in prepared.pixels.values()]
+                visual.update(zip(prepared.pixels, encoded.split(counts), strict=True))
             ready = [
                 (task, prompt)
                 for task, prompt in zip(batch.tasks, prepared.prompts, strict=True)
@@ -205,6 +235,8 @@ def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWrite
                 for (task, _), text in zip(ready, texts, strict=True)
                 for question in task.questions
             )
+            if job.cache is not None:
+                job.cache.put((task, text) for (task, _), text in zip(ready, texts, strict=True))
             for key in batch.drop:
                 visual.pop(key, None)
             bar.update(sum(len(task.questions) for task in batch.tasks))
@@ -226,9 +258,16 @@ def answer_row(job: Job, question: Question, text: str) -> dict[str, Any]:
     return question.answer_row(text, answer_id=shortuuid.uuid(), model_id=job.arguments.model_name)
 
 
-def name_of(image: Path | bytes) -> str:
-    """What to call a picture in a message."""
-    return str(image) if isinstance(image, Path) else f"an encoded image of {len(image)} bytes"
+def picture_keys(question: Question) -> Sequence[str]:
+    """A name for each of a question's pictures."""
+    return () if question.image_key is None else question.image_key.split("\n")
+
+
+def name_of(images: Sequence[Path | bytes]) -> str:
+    """What to call a question's pictures in a message."""
+    return ", ".join(
+        str(image) if isinstance(image, Path) else f"an encoded image of {len(image)} bytes" for image in images
+    )
 
 
 def finish(job: Job, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +299,7 @@ def finish(job: Job, run: Mapping[str, Any]) -> dict[str, Any]:
             "questions": len(job.questions),
             "answered": len(answered),
             "generated": len({pair_of(question) for question in answered}),
-            "images": len({question.image_key for question in answered} - {None}),
+            "images": len({image for question in answered for image in picture_keys(question)}),
             "unreadable_images": len(unreadable or ()),
         },
     }
@@ -273,13 +312,14 @@ def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
     """Why the pictures of unanswered questions cannot be read; None as soon as one can, or there is none to blame."""
     reasons: dict[str, str] = {}
     for question in missing:
-        if question.image is None:
+        if not question.images:
             return None
-        name = name_of(question.image)
+        name = name_of(question.images)
         if name in reasons:
             continue
         try:
-            open_image(question.image)
+            for image in question.images:
+                open_image(image)
         except UNREADABLE as error:
             reasons[name] = str(error) or type(error).__name__
         else:
@@ -291,7 +331,7 @@ def note_missing(job: Job, missing: Sequence[Question], unreadable: Mapping[str,
     """Write down which questions have no answer; returns what is missing, why, and what to do about it."""
     path = job.answers.folder / MISSING_FILE
     names = [{"question_id": question.question_id, "prompt": question.key[1]} for question in missing]
-    path.write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, names, indent=1)
     named = ", ".join(repr(question.question_id) for question in missing[:5]) + (", ..." if len(missing) > 5 else "")
     message = (
         f"{len(missing):,} of {len(job.wanted):,} questions of {job.benchmark.title} have no answer: {named} "

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
+
+MESSAGES = "TINYLLAVA_EVAL_MESSAGES"
+"""Environment variable: the folder where a process of `spawn` leaves what its parent is to say at the end."""
 
 
 class OtherProcessFailed(RuntimeError):
@@ -95,3 +104,59 @@ def _deaths_reported() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OtherProcessFailed(f"Another process has ended before the generation began ({error}).") from None
+
+
+def tell(message: str, rank: int) -> None:
+    """An error for the user: printed now, or by the parent of `spawn` when all processes have ended."""
+    folder = os.environ.get(MESSAGES)
+    if folder is None:
+        print(message, file=sys.stderr)
+    else:
+        with open(Path(folder) / f"{rank}.txt", "a", encoding="utf-8") as file:
+            file.write(f"{message}\n")
+
+
+def spawn(module: str, argv: Sequence[str], count: int) -> int:
+    """Run a module in so many processes of this machine and wait for them all; returns the exit status.
+
+    No process is ended because another has failed: what it still answers is kept. What went wrong is said last, after
+    everything that libraries print.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), MESSAGES: folder}
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, *argv],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(count)
+        ]
+        interrupted = False
+        for child in children:
+            while True:
+                try:
+                    child.wait()
+                    break
+                except KeyboardInterrupt:  # the children are told, by the terminal or here, and end by themselves
+                    interrupted = True
+                    for other in children:
+                        other.send_signal(signal.SIGTERM)
+        sys.stdout.flush()
+        for rank, child in reversed(list(enumerate(children))):
+            if child.returncode < 0:
+                name = signal.Signals(-child.returncode).name
+                print(
+                    f"[process {rank}] error: it was ended from outside ({name}; where that is SIGKILL, the machine's "
+                    f"memory may not suffice: take fewer processes or a smaller --batch_size).",
+                    file=sys.stderr,
+                )
+        for rank in reversed(range(count)):
+            messages = Path(folder) / f"{rank}.txt"
+            if messages.is_file():
+                print(messages.read_text(encoding="utf-8"), end="", file=sys.stderr)
+        if interrupted:
+            return 130
+        return 1 if any(child.returncode for child in children) else 0

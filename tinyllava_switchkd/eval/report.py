@@ -20,15 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..visualize.paper import AVERAGES, COLUMNS, paper_tables
+from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
+
 from .benchmarks.files import sentence_of
 from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, read_results
 
 logger = logging.getLogger(__name__)
 
-MARKS = {"val": " val", "missing": "*", "own data": "‡"}
-LATEX_MARKS = {"val": r"$^{\mathrm{val}}$", "missing": "$^{*}$", "own data": r"$^{\ddagger}$"}
-RADAR_NOTES = {"val": "val split", "missing": "answers are missing", "own data": "not the official questions"}
+MARKS = {"val": " val", "missing": "*", "part": "§", "own data": "‡"}
+LATEX_MARKS = {"val": r"$^{\mathrm{val}}$", "missing": "$^{*}$", "part": r"$^{\S}$", "own data": r"$^{\ddagger}$"}
+RADAR_NOTES = {
+    "val": "val split",
+    "missing": "answers are missing",
+    "part": "a part of the questions",
+    "own data": "not the official questions",
+}
 FILES = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
 PAPER_RADAR_LLM = "Qwen2.5-0.5B"
 """The paper's rows that the radar chart shows: its main student and those it is compared with."""
@@ -76,10 +82,19 @@ class Report:
             if result.missing
         ]:
             notes.append(f"*: questions without an answer counted as wrong ({_some(missing)}).")
+        if part := [
+            f"{label}, {result.column}: {result.asked['questions']:,} of {result.asked['of']:,}"
+            for label, result in results
+            if "part" in result.marks
+        ]:
+            notes.append(f"§: only the first questions were asked, and these are scored ({_some(part)}).")
         if own := [f"{label}, {result.column}: {result.total:,}" for label, result in results if result.own_data]:
             notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
         if unread := [f"{label}, {result.column}: {result.fallback:,}" for label, result in results if result.fallback]:
             notes.append(f"Answers that no rule of the protocol could read ({_some(unread)}).")
+        for label, result in results:
+            if changed := result.changed_options:
+                notes.append(f"{label}, {result.column}: asked with {', '.join(changed)}.")
         everything = [*self.rows, *self.paper]
         if any(row.average(name, self.include_val).value is None for row in everything for name in AVERAGES):
             notes.append("– (k/n): only k of the n benchmarks of the average have a score, so there is no average.")
@@ -279,7 +294,7 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
     Returns:
         the files; none, with a line in the log, where there are too few benchmarks or too many models.
     """
-    from ..visualize.radar import draw_radar
+    from tinyllava_switchkd.visualize.radar import draw_radar
 
     models = {row.label: row.comparable(report.include_val) for row in report.rows}
     own = set(models)

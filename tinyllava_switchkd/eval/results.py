@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..visualize.paper import AVERAGES, COLUMNS, paper_tables
-from .benchmarks.files import read_json
-from .prepare import PreparerFactory
+from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
+
+from .benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory
 
 logger = logging.getLogger(__name__)
 
-SERVER_SPLITS = {"vqav2": "test-dev", "vizwiz": "test"}
+SERVER_SPLITS = {
+    name: BenchmarkFactory(name).paper_split for name in BENCHMARKS if BenchmarkFactory(name).upload == "json"
+}
 """Benchmarks whose number in the paper is a server's: the ground truth of the split is not public, val's is."""
 
 
@@ -28,6 +31,8 @@ class Result:
         run: how the answers were made (model, checkpoint digest, prompt protocol, decoding, package versions, ...), as
             the file has it.
         path: the file.
+        standard_error: of the score, on its scale; None where the file does not say.
+        asked: what part of the split was asked, None for all of it.
     """
 
     benchmark: str
@@ -39,11 +44,20 @@ class Result:
     fallback: int
     run: dict[str, Any]
     path: Path
+    standard_error: float | None = None
+    asked: dict[str, Any] | None = None
+
+    @property
+    def registered(self) -> Benchmark | None:
+        """The benchmark itself; None for one whose plugin is not installed here."""
+        return BenchmarkFactory(self.benchmark) if self.benchmark in BenchmarkFactory else None
 
     @property
     def column(self) -> str:
-        """The paper's name of the benchmark; its own where the paper doesn't have it."""
-        return COLUMNS.get(self.benchmark, self.benchmark)
+        """The paper's name of the benchmark; its own where the paper does not have it."""
+        if self.registered is None:
+            return COLUMNS.get(self.benchmark, self.benchmark)
+        return self.registered.column or self.registered.title
 
     @property
     def missing(self) -> int:
@@ -58,20 +72,30 @@ class Result:
     @property
     def official_totals(self) -> tuple[int, ...]:
         """Numbers of questions that releases of this benchmark have; empty where that is not known."""
-        if self.benchmark not in PreparerFactory:
+        if self.registered is None or self.split not in self.registered.prepared_splits:
             return ()
-        preparer = PreparerFactory(self.benchmark)
-        return preparer.files(self.split)[0].rows if self.split in preparer.splits else ()
+        files = self.registered.files(self.split)
+        return files[0].rows if files else ()
 
     @property
     def own_data(self) -> bool:
         """Whether the questions are not the official ones, to judge by their number: a part of them, or others."""
-        return bool(self.official_totals) and self.total not in self.official_totals
+        total = self.asked["of"] if self.asked else self.total
+        return bool(self.official_totals) and total not in self.official_totals
+
+    @property
+    def changed_options(self) -> list[str]:
+        """How the benchmark was asked otherwise than by default: "name=value"."""
+        options = self.run.get("options")
+        if self.registered is None or not isinstance(options, dict):
+            return []
+        return [f"{name}={value}" for name, value in options.items() if value != self.registered.default_of(name)]
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What sets the score apart: "val", "missing", "own data"."""
-        found = {"val": self.stand_in, "missing": self.missing > 0, "own data": self.own_data}
+        """What sets the score apart: "val", "missing", "part", "own data"."""
+        part = self.asked is not None and "limit" in self.asked
+        found = {"val": self.stand_in, "missing": self.missing > 0, "part": part, "own data": self.own_data}
         return tuple(name for name, is_so in found.items() if is_so)
 
 
@@ -199,7 +223,11 @@ def _result(document: dict[str, Any], path: Path) -> Result:
     run = {} if document.get("run") is None else document["run"]
     if not isinstance(run, dict):
         raise ValueError(f"{path}: 'run' is a JSON {type(run).__name__}, not an object.")
+    details, asked = document.get("details"), document.get("asked")
+    error = details.get("standard_error") if isinstance(details, dict) else None
     return Result(
+        standard_error=float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else None,
+        asked=asked if isinstance(asked, dict) and isinstance(asked.get("of"), int) else None,
         benchmark=str(document["benchmark"]),
         metric=str(document.get("metric", "")),
         score=float(score),

@@ -1,8 +1,8 @@
 """Generate a checkpoint's answers to a benchmark, and score them if asked to::
 
-    python -m tinyllava_switchkd.eval.run BENCH --model-path CHECKPOINT --data-dir DIR --output-dir DIR
-        [--score FILE.json] [--batch-size N] [--limit N] ...
-    torchrun --nproc_per_node 8 -m tinyllava_switchkd.eval.run ...          # or accelerate launch: a share for each GPU
+    python -m tinyllava_switchkd.eval.run BENCH --model_path CHECKPOINT --data_dir DIR --output_dir DIR
+        [--score FILE.json] [--batch_size N] [--limit N] [--processes N] ...
+    torchrun --nproc_per_node 8 -m tinyllava_switchkd.eval.run ...  # or accelerate launch: the same on several machines
 
 The answers are `answers.jsonl` in the output folder, with LLaVA's keys and in the question file's order; the file is
 there only once no answer is missing. A run that was killed goes on where it stopped when the command is repeated.
@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .benchmarks import BENCHMARKS
-from .benchmarks.files import sentence_of, write_json
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.io import write_json
+
+from .benchmarks import BenchmarkFactory, names
+from .benchmarks.files import sentence_of
 from .generate import DTYPES
 from .job import Job, finish, generate, set_up, still_open
-from .processes import OtherProcessFailed, Processes
-from .score import score_file
+from .processes import OtherProcessFailed, Processes, spawn, tell
+from .provenance import checkpoint_name
+from .score import rows_file, score_file, write_rows
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
@@ -40,15 +44,20 @@ def score(job: Job, run: Mapping[str, Any]) -> None:
         job.answers.merged,
         arguments.submission,
         allow_missing=arguments.skip_bad_images or arguments.limit is not None,
+        judge=arguments.judge,
     )
     if arguments.score is not None:
-        write_json(arguments.score, {**result.to_dict(), "run": run}, indent=2)
+        write_json(arguments.score, {**result.to_dict(), "run": run})
+        write_rows(result, rows_file(arguments.score))
     if result.missing:
         logger.warning("%d of %d questions have no answer and count as wrong.", result.missing, result.total)
-    if result.score is None:
+    part = f", the {result.asked['questions']:,} of {result.asked['of']:,} questions asked" if result.asked else ""
+    if result.score is not None:
+        logger.info("%s (%s%s): %s %.1f", job.benchmark.title, result.split, part, result.metric, result.score)
+    elif arguments.submission is not None:
         logger.info("%s (%s): no public ground truth; upload %s.", job.benchmark.title, job.split, arguments.submission)
     else:
-        logger.info("%s (%s): %s %.1f", job.benchmark.title, result.split, result.metric, result.score)
+        logger.info("%s (%s%s): nothing that makes the headline.", job.benchmark.title, result.split, part)
 
 
 def run(arguments: argparse.Namespace, processes: Processes) -> None:
@@ -79,7 +88,7 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
                 score(job, description)
     except KeyboardInterrupt:
         if job is not None and processes.first:
-            logger.warning("%s", still_open(job))
+            tell(still_open(job), processes.rank)
         raise
     finally:
         processes.leave()
@@ -89,51 +98,60 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.run", description="Generate a checkpoint's answers to a benchmark."
     )
-    parser.add_argument("benchmark", metavar="BENCH", help=f"one of {', '.join(BENCHMARKS)}, or your own")
-    parser.add_argument("--model-path", required=True, help="checkpoint: a folder or a hub repository")
-    parser.add_argument("--data-dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
+    parser.add_argument("benchmark", metavar="BENCH", help=f"one of {', '.join(names())}, or your own")
+    parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub repository")
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
     parser.add_argument(
-        "--output-dir", required=True, metavar="DIR", help="where the answers go; resumed if it has some"
+        "--output_dir", required=True, metavar="DIR", help="where the answers go; resumed if it has some"
     )
-    parser.add_argument("--model-name", help="model_id of the answers; by default the checkpoint's base name")
+    parser.add_argument("--model_name", help="model_id of the answers; by default the checkpoint's base name")
     parser.add_argument("--split", help="the split to ask; by default the first that is there")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="questions at once (%(default)s)")
-    parser.add_argument("--num-workers", type=int, metavar="N", help="processes that read images (GPU: 4, CPU: 0)")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
-    parser.add_argument("--conv-mode", metavar="NAME", help="conversation template; by default the checkpoint's own")
-    parser.add_argument("--image-aspect-ratio", choices=("square", "pad"), help="by default the checkpoint's own")
+    parser.add_argument(
+        "--batch_size",
+        type=_batch_size,
+        default=16,
+        metavar="N",
+        help="questions at once (%(default)s), or auto: as many as the GPU's memory bears",
+    )
+    parser.add_argument("--num_workers", type=int, metavar="N", help="processes that read images (GPU: 4, CPU: 0)")
+    parser.add_argument("--max_new_tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
+    parser.add_argument("--conv_mode", metavar="NAME", help="conversation template; by default the checkpoint's own")
+    parser.add_argument("--image_aspect_ratio", choices=("square", "pad"), help="by default the checkpoint's own")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: half precision on a GPU, else float32")
     parser.add_argument("--device", help="by default this process's GPU, else the CPU")
-    parser.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--attn_implementation", metavar="NAME", help="sdpa, eager or flash_attention_2")
     parser.add_argument(
-        "--skip-bad-images", action="store_true", help="leave questions unanswered whose image cannot be read"
+        "--skip_bad_images", action="store_true", help="leave questions unanswered whose image cannot be read"
     )
     parser.add_argument("--score", metavar="FILE.json", help="score the answers and write the result there")
     parser.add_argument("--submission", metavar="FILE", help="write the file that the benchmark's server takes")
+    parser.add_argument("--judge", metavar="NAME", help="a plugin's judge for answers that no rule can read (none)")
+    parser.add_argument(
+        "--response_cache", metavar="DIR", help="share answers with other runs of the same checkpoint that name it"
+    )
+    parser.add_argument("--processes", type=_positive, metavar="N", help="share the questions: one process a GPU")
+    options = {option.name: option for name in names() for option in BenchmarkFactory(name).options}
+    for option in options.values():
+        kind = {"choices": option.choices} if option.choices else {"action": "store_true"}
+        parser.add_argument(f"--{option.name}", help=option.help, **kind)
     arguments = parser.parse_args(argv)
-    arguments.model_name = arguments.model_name or default_model_name(arguments.model_path)
+    arguments.options = {name: getattr(arguments, name) for name in options}
+    arguments.model_name = arguments.model_name or checkpoint_name(arguments.model_path)
     return arguments
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-def default_model_name(model_path: str) -> str:
-    """Base name of a checkpoint; with its run's name for one of the trainer's intermediate ones (as in LLaVA)."""
-    parts = [part for part in model_path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    if not parts:
-        parts = [Path(model_path).resolve().name or "model"]
-    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1]
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
 
 
 def _terminate(*_: Any) -> None:
@@ -143,33 +161,36 @@ def _terminate(*_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 only if every question wanted has its answer."""
     arguments = parse_arguments(argv)
-    rank = ""
+    if arguments.processes is not None and "RANK" not in os.environ:
+        return spawn("tinyllava_switchkd.eval.run", sys.argv[1:] if argv is None else argv, arguments.processes)
+    rank, prefix = 0, ""
     handler = None
     if threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGTERM, _terminate)  # torchrun ends the others so when one has failed
     try:
         processes = Processes.from_environment()
-        rank = f"[process {processes.rank}] " if processes.world > 1 else ""
-        logging.basicConfig(format=f"{rank}%(message)s")
+        rank = processes.rank
+        prefix = f"[process {rank}] " if processes.world > 1 else ""
+        logging.basicConfig(format=f"{prefix}%(message)s")
         logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO if processes.first else logging.WARNING)
         run(arguments, processes)
     except OtherProcessFailed as error:
         if str(error):
-            print(f"{rank}error: {error}", file=sys.stderr)
+            tell(f"{prefix}error: {error}", rank)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"{rank}error: {sentence_of(error)}", file=sys.stderr)
+        tell(f"{prefix}error: {sentence_of(error)}", rank)
         return 1
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
-        print(
-            f"{rank}error: the GPU's memory does not suffice even for one question at a time: {reason} "
+        tell(
+            f"{prefix}error: the GPU's memory does not suffice even for one question at a time: {reason} "
             f"The answers made are kept; make room on the GPU, or pass --dtype bfloat16, and repeat the command.",
-            file=sys.stderr,
+            rank,
         )
         return 1
     except KeyboardInterrupt:
-        print(f"{rank}Interrupted.", file=sys.stderr)
+        tell(f"{prefix}Interrupted.", rank)
         return 130
     finally:
         if handler is not None:

@@ -1,7 +1,7 @@
 """Score a benchmark's answers::
 
-    python -m tinyllava_switchkd.eval.score BENCH --data-dir DIR --answers-file FILE
-        [--output FILE.json] [--submission FILE] [--allow-missing] [--split SPLIT]
+    python -m tinyllava_switchkd.eval.score BENCH --data_dir DIR --answers_file FILE
+        [--output FILE.json] [--rows FILE.jsonl] [--submission FILE] [--allow_missing] [--split SPLIT] [--judge NAME]
 
 Prints one JSON object on stdout and nothing else; an error is one sentence on stderr and exit status 1. Imports no
 torch, so that it runs anywhere and at once.
@@ -9,15 +9,19 @@ torch, so that it runs anywhere and at once.
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import BENCHMARKS, BenchmarkFactory, NoGroundTruth, Score, read_answers
-from .benchmarks.files import read_json, sentence_of, write_json
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+
+from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, NoGroundTruth, Score, names, read_answers
+from .benchmarks.files import sentence_of
+from .statistics import standard_error
 
 
 def score_file(
@@ -27,6 +31,7 @@ def score_file(
     submission: str | Path | None = None,
     allow_missing: bool = False,
     split: str | None = None,
+    judge: str | None = None,
 ) -> Score:
     """Score an answers file, and write the upload file if one is asked for.
 
@@ -37,10 +42,12 @@ def score_file(
         submission: where to write the upload file.
         allow_missing: write it even if answers are missing.
         split: the answers' split; by default what the run beside them says, else what their questions tell.
+        judge: name of a registered judge, which reads the answers that no rule can read; none by default.
 
     Returns:
         The score, with the `run` object that stands beside the answers. Its `score` is None, and the details say why,
-        where the answers belong to a split without public ground truth and only the submission could be written.
+        where the answers belong to a split without public ground truth and only the submission could be written. Where
+        the run asked only a part of the split, only that part is scored, and `asked` says which it was.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -48,9 +55,10 @@ def score_file(
             no submission was asked for.
     """
     benchmark = BenchmarkFactory(name)
+    benchmark.judge = None if judge is None else JudgeFactory(judge)
     answers = read_answers(answers_file)
     if not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"The data folder {data_dir} does not exist; --data-dir is the benchmark's own folder.")
+        raise FileNotFoundError(f"The data folder {data_dir} does not exist; --data_dir is the benchmark's own folder.")
     run = run_beside(answers_file, benchmark.name)
     if split is not None and split not in (benchmark.splits or (benchmark.paper_split,)):
         known = ", ".join(benchmark.splits or (benchmark.paper_split,))
@@ -58,6 +66,10 @@ def score_file(
     if split is None and run is not None and run.get("split") in benchmark.splits:
         split = run["split"]
     benchmark.answered_split = split
+    asked = None if run is None else _narrow(benchmark, data_dir, run)
+    if benchmark.asked is not None:
+        keys = {question.key for question in benchmark.asked}
+        answers = [answer for answer in answers if answer.key in keys]
     try:
         score = benchmark.score(data_dir, answers)
     except NoGroundTruth as error:
@@ -68,8 +80,39 @@ def score_file(
         )
     if submission is not None:
         benchmark.write_submission(data_dir, answers, submission, allow_missing=allow_missing)
-    score.run = run
+    if score.score is not None and score.rows:
+        score.standard_error = standard_error(list(benchmark.units(score.rows)), benchmark.headline)
+    if judge is not None:
+        share = 100.0 * benchmark.judged["read"] / max(score.answered, 1)
+        score.judge = {"name": judge, **benchmark.judged, "share_of_answers": share}
+    score.run, score.asked = run, asked
     return score
+
+
+def _narrow(benchmark: Benchmark, data_dir: str | Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """Restrict a benchmark to what a run has asked; returns how that differs from the whole split, None if it is all.
+
+    Raises:
+        ValueError: the run has an option that the benchmark does not know.
+    """
+    whole = sum(1 for _ in benchmark.questions(data_dir, run.get("split"))) if _partial(benchmark, run) else 0
+    benchmark.configure(run.get("options") or {})
+    if not _partial(benchmark, run):
+        return None
+    questions = list(benchmark.questions(data_dir, run.get("split")))
+    benchmark.asked = questions[: run.get("limit")]
+    if len(benchmark.asked) == whole:
+        benchmark.asked = None
+        return None
+    chosen = {name: value for name, value in benchmark.settings.items() if value != benchmark.default_of(name)}
+    limit = {} if run.get("limit") is None else {"limit": run["limit"]}
+    return {"questions": len(benchmark.asked), "of": whole, **limit, **chosen}
+
+
+def _partial(benchmark: Benchmark, run: dict[str, Any]) -> bool:
+    return run.get("limit") is not None or any(
+        value != benchmark.default_of(name) for name, value in (run.get("options") or {}).items()
+    )
 
 
 def run_beside(answers_file: str | Path, benchmark: str) -> dict[str, Any] | None:
@@ -80,35 +123,58 @@ def run_beside(answers_file: str | Path, benchmark: str) -> dict[str, Any] | Non
     path = Path(answers_file).with_name("run.json")
     if not path.is_file() or not Path(answers_file).match("answers*.jsonl"):
         return None
-    run = read_json(path, dict)
+    run = read_json(path)
     return run if run.get("benchmark") == benchmark else None
+
+
+def rows_file(score_file: str | Path) -> Path:
+    """Where `eval.run` keeps the verdicts behind a score file: ``pope.json`` -> ``pope.rows.jsonl``."""
+    return Path(score_file).with_suffix(".rows.jsonl")
+
+
+def write_rows(score: Score, path: str | Path) -> None:
+    """One line a question, with its verdict; see `Benchmark.score`."""
+    write_jsonl(path, ({"benchmark": score.benchmark, **row} for row in score.rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.score", description="Score a benchmark's answers with its own protocol."
     )
-    parser.add_argument("benchmark", metavar="BENCH", help=f"one of {', '.join(BENCHMARKS)}, or your own")
-    parser.add_argument("--data-dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
-    parser.add_argument("--answers-file", required=True, metavar="FILE", help="answers, JSONL with LLaVA's keys")
+    parser.add_argument("benchmark", metavar="BENCH", help=f"one of {', '.join(names())}, or your own")
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
+    parser.add_argument("--answers_file", required=True, metavar="FILE", help="answers, JSONL with LLaVA's keys")
     parser.add_argument("--output", metavar="FILE.json", help="write the JSON object there, too")
+    parser.add_argument("--rows", metavar="FILE.jsonl", help="write one row a question, with its verdict")
     parser.add_argument("--submission", metavar="FILE", help="write the file that the benchmark's server takes")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="write the submission even if questions have no answer"
+        "--allow_missing", action="store_true", help="write the submission even if questions have no answer"
     )
     parser.add_argument("--split", help="the answers' split, where the data folder holds several and they fit both")
+    parser.add_argument("--judge", metavar="NAME", help="a plugin's judge for answers that no rule can read (none)")
     args = parser.parse_args(argv)
     try:
         score = score_file(
-            args.benchmark, args.data_dir, args.answers_file, args.submission, args.allow_missing, args.split
+            args.benchmark,
+            args.data_dir,
+            args.answers_file,
+            submission=args.submission,
+            allow_missing=args.allow_missing,
+            split=args.split,
+            judge=args.judge,
         )
         if args.output is not None:
-            write_json(args.output, score.to_dict(), indent=2)
+            write_json(args.output, score.to_dict())
+        if args.rows is not None:
+            write_rows(score, args.rows)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
-    print(json.dumps(score.to_dict(), indent=2, allow_nan=False))
+    try:
+        print(json.dumps(score.to_dict(), indent=2, allow_nan=False), flush=True)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

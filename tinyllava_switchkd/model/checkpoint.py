@@ -36,6 +36,7 @@ def load_pretrained_model(
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     compile: bool = False,
+    config: TinyLlavaConfig | None = None,
     **hub: Any,
 ) -> tuple[TinyLlavaForConditionalGeneration, Any, Any, int]:
     """Load a checkpoint of any of v1's layouts, ready to generate.
@@ -54,6 +55,7 @@ def load_pretrained_model(
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, or a dict by part (``text_config``,
             ``vision_config``).
         compile: generate with compiled steps over a static cache, see `compile_generation`.
+        config: the checkpoint's configuration, where it has been read already.
         hub: `cache_dir`, `revision`, `token`, `local_files_only`.
 
     Returns:
@@ -65,7 +67,7 @@ def load_pretrained_model(
     """
     if load_type != "hf":
         raise ValueError(f"load_type is 'hf', not {load_type!r}: v1 knew no other either.")
-    kwargs: dict[str, Any] = {"dtype": dtype}
+    kwargs: dict[str, Any] = {"dtype": dtype, "config": config}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     device = device if device is not None else _default_device()

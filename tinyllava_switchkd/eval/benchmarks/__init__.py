@@ -1,16 +1,25 @@
-"""The ten benchmarks: one module each, registered by name, none of which imports torch."""
+"""The benchmarks: one module each, registered by name, none of which imports torch.
+
+`names()` lists them in the order of the paper's tables, others after them; a benchmark says itself what its script,
+its column and its upload file are (see `Benchmark`).
+"""
 
 from .base import (
     Answer,
     Benchmark,
     BenchmarkFactory,
+    ExpectedFile,
+    JudgeFactory,
     NoGroundTruth,
+    Option,
     Question,
     QuestionFileBenchmark,
+    Reading,
     Score,
     answer_key,
     read_answers,
     register_benchmark,
+    register_judge,
 )
 from .gqa import GQA
 from .mmbench import MMBench, MMBenchCN
@@ -18,12 +27,30 @@ from .mme import MME
 from .mmmu import MMMU
 from .pope import POPE
 from .scienceqa import ScienceQA
-from .textvqa import TextVQA
+from .textvqa import TextVQA, TextVQANoOCR
 from .vizwiz import VizWiz
 from .vqav2 import VQAv2
 
-BENCHMARKS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "mme", "mmbench", "mmbench_cn", "pope", "mmmu")
+BENCHMARKS = ("mme", "mmbench", "mmbench_cn", "vqav2", "gqa", "scienceqa", "mmmu", "textvqa", "vizwiz", "pope")
 """The paper's ten, in the order of its tables."""
+
+
+def names() -> list[str]:
+    """All registered benchmarks, each once: the paper's in its order, then the others by name."""
+    registered = {BenchmarkFactory(name).name for name in BenchmarkFactory.list()}
+    return [*BENCHMARKS, *sorted(registered - set(BENCHMARKS))]
+
+
+def by_size() -> list[str]:
+    """`names`, those with the fewest questions first: the order in which to ask them all."""
+
+    def size(name: str) -> int:
+        benchmark = BenchmarkFactory(name)
+        files = benchmark.files(benchmark.prepared_splits[0])
+        return max(files[0].rows, default=0) if files else 0
+
+    return sorted(names(), key=size)
+
 
 __all__ = [
     "BENCHMARKS",
@@ -34,17 +61,25 @@ __all__ = [
     "Answer",
     "Benchmark",
     "BenchmarkFactory",
+    "ExpectedFile",
+    "JudgeFactory",
     "MMBench",
     "MMBenchCN",
     "NoGroundTruth",
+    "Option",
     "Question",
     "QuestionFileBenchmark",
+    "Reading",
     "ScienceQA",
     "Score",
     "TextVQA",
+    "TextVQANoOCR",
     "VQAv2",
     "VizWiz",
     "answer_key",
+    "by_size",
+    "names",
     "read_answers",
     "register_benchmark",
+    "register_judge",
 ]

@@ -1,16 +1,8 @@
-"""What a benchmark is: its questions, its score and its upload file, behind one small class and one registry.
+"""What a benchmark is: questions, score, upload file and preparation, behind one class and one registry.
 
 Nothing here imports torch: a benchmark reads questions and compares strings, and `python -m
-tinyllava_switchkd.eval.score` must start in a blink on a machine that has no accelerator. A third party adds a
-benchmark with one decorated class::
-
-    @register_benchmark("colours")
-    class Colours(QuestionFileBenchmark):
-        name, title, folder, metric = "colours", "Colours", "colours", "accuracy"
-        question_files = {"test": ("questions.jsonl",)}
-        image_folders = {"test": ("images",)}
-
-        def score(self, data_dir, answers): ...
+tinyllava_switchkd.eval.score` must start at once on a machine that has no accelerator. A third party adds a
+benchmark with one decorated class in one file, see docs/extend.md.
 """
 
 from __future__ import annotations
@@ -21,10 +13,20 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ...registry import Registry
+from tinyllava_switchkd.registry import Registry
+
 from .files import ID, find_file, missing_file, read_jsonl, require
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+Image = Path | bytes | tuple[Path, ...] | None
+"""A picture's path or encoded bytes (MMBench keeps its pictures in the table), several paths, or no picture."""
 
 SINGLE_WORD_SUFFIX = "Answer the question using a single word or phrase."
 """Ends the prompt of every short-answer task (LLaVA, docs/Evaluation.md)."""
@@ -54,8 +56,8 @@ class Question:
 
     Attributes:
         question_id: as in the question file; **not** unique in MME and TextVQA.
-        prompt: the user's turn without the image token.
-        image: a path, the encoded bytes (MMBench keeps its images in the table) or None for a text-only question.
+        prompt: the user's turn without image tokens.
+        image: see `Image`; several pictures go in front of the prompt in their order.
         category: of the question file.
         logged_prompt: what LLaVA writes under "prompt" where that is not `prompt` (MMBench leaves the suffix out,
             ScienceQA writes the image token in).
@@ -64,7 +66,7 @@ class Question:
 
     question_id: str | int
     prompt: str
-    image: Path | bytes | None
+    image: Image
     category: str = "default"
     logged_prompt: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -79,10 +81,19 @@ class Question:
 
     @cached_property
     def image_key(self) -> str | None:
-        """Equal for questions about the same picture; None without one."""
+        """Equal for questions about the same picture (or the same pictures); None without one."""
         if isinstance(self.image, bytes):
             return hashlib.sha1(self.image).hexdigest()
+        if isinstance(self.image, tuple):
+            return "\n".join(map(str, self.image))
         return None if self.image is None else str(self.image)
+
+    @property
+    def images(self) -> tuple[Path | bytes, ...]:
+        """Its pictures, in order."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
     def answer_row(self, text: str, *, answer_id: str, model_id: str) -> dict[str, Any]:
         """The row of the answers file, with LLaVA's keys."""
@@ -112,12 +123,19 @@ class Answer:
         prompt: what the file has under "prompt", or "" where that is no string (TinyLLaVA's MMMU script writes the
             whole question list there).
         where: "FILE, line N", for messages.
+        letters: letters of the choices that were shown, where the file says so (MMBench's `option_char`).
     """
 
     question_id: str
     text: str
     prompt: str
     where: str
+    letters: tuple[str, ...] | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """`Question.key` of the question that it answers."""
+        return self.question_id, self.prompt
 
 
 def read_answers(path: str | Path) -> list[Answer]:
@@ -135,7 +153,9 @@ def read_answers(path: str | Path) -> list[Answer]:
             raise ValueError(f"{where}: the question_id {identifier!r} is neither a string nor an integer.")
         if not isinstance(text, str):
             raise ValueError(f"{where}: the text of question {identifier!r} is {text!r}, not a string.")
-        answers.append(Answer(str(identifier), text, prompt if isinstance(prompt, str) else "", where))
+        shown = row.get("option_char")
+        letters = tuple(map(str, shown)) if isinstance(shown, list) else None
+        answers.append(Answer(str(identifier), text, prompt if isinstance(prompt, str) else "", where, letters))
     if not answers:
         raise ValueError(f"{path} holds no answers; generate them first.")
     return answers
@@ -154,7 +174,10 @@ class Score:
         answered: of these, how many have one.
         fallback: answers that no rule of the protocol could read.
         details: further figures, by benchmark.
-        rows: one per question, for those who show or compare single answers; not part of the JSON object.
+        rows: one per question with its verdict, see `Benchmark.score`; not part of the JSON object.
+        standard_error: of `score`, the questions about one picture being one cluster; None where it is not known.
+        asked: what part of the split was asked, where that is not all of it.
+        judge: share of the answers that a judge has read, where there was one.
         run: how the answers were made, where that is known.
     """
 
@@ -167,6 +190,9 @@ class Score:
     fallback: int
     details: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    standard_error: float | None = None
+    asked: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
 
     @property
@@ -181,36 +207,140 @@ class Score:
             "metric": self.metric,
             "score": self.score,
             "split": self.split,
+            **({} if self.asked is None else {"asked": self.asked}),
             "total": self.total,
             "answered": self.answered,
             "missing": self.missing,
             "fallback": self.fallback,
-            "details": self.details,
+            **({} if self.judge is None else {"judge": self.judge}),
+            "details": self.details | ({} if self.standard_error is None else {"standard_error": self.standard_error}),
             **({} if self.run is None else {"run": self.run}),
         }
 
 
+@dataclass(frozen=True)
+class Option:
+    """A setting of how a benchmark is asked, which becomes a flag of `eval.run`.
+
+    Attributes:
+        name: with underscores; the flag has hyphens.
+        help: one line.
+        choices: the values, the default first; none of them for a switch that is off by default.
+    """
+
+    name: str
+    help: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def default(self) -> str | bool:
+        return self.choices[0] if self.choices else False
+
+
+@dataclass(frozen=True)
+class ExpectedFile:
+    """A file of a prepared folder with its official row counts (several: several releases; none: not counted)."""
+
+    path: str
+    rows: tuple[int, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Other names under which the same file goes round."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge is shown: an answer that no rule of the protocol can read.
+
+    Attributes:
+        benchmark: registered name.
+        question_id: as in the question file.
+        prompt: what the model was asked.
+        text: its answer.
+        choices: what the judge may return -> what it stands for ("A" -> "a red bus"; "yes" -> "yes").
+    """
+
+    benchmark: str
+    question_id: str
+    prompt: str
+    text: str
+    choices: Mapping[str, str]
+
+
+JudgeFactory = Registry("judge")
+"""`JudgeFactory("name")` is the judge registered under that name, a function of a `Reading`."""
+
+register_judge = JudgeFactory.register
+"""Decorator for a judge: a callable that takes a `Reading` and returns one of its choices, or None."""
+
+
 class Benchmark(ABC):
-    """One benchmark in LLaVA's data layout.
+    """One benchmark in LLaVA's data layout: all that the package knows about it.
 
     Class attributes:
         name: the registered name, also the "benchmark" of its scores.
-        title: for tables.
+        title: for messages.
         folder: its folder's name under LLaVA's playground/data/eval.
         metric: the headline's name.
+        column: its column's name in the report; by default the title.
+        script: base name of its script in scripts/eval; by default the registered name.
+        upload: suffix of its server's file ("json", "xlsx"); None where there is no server.
         paper_split: the split behind the paper's number; a score on another split is a stand-in.
         max_new_tokens: length limit of LLaVA's own generation script.
+        options: how it may be asked otherwise.
+        repos: its data set's names on the Hugging Face hub, the newest first; none: `eval.prepare` cannot build it.
+        sources: "hf" (the hub) and "official" (the authors' own files), in the order in which they are tried.
+        prepared_splits: what `eval.prepare` can build; the first is the default.
+        by_hand: where a person gets the data without this program.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     folder: ClassVar[str]
     metric: ClassVar[str]
+    column: ClassVar[str | None] = None
+    script: ClassVar[str | None] = None
+    upload: ClassVar[str | None] = None
     paper_split: ClassVar[str] = "test"
     max_new_tokens: ClassVar[int] = 128
+    options: ClassVar[tuple[Option, ...]] = ()
+    repos: ClassVar[tuple[str, ...]] = ()
+    sources: ClassVar[tuple[str, ...]] = ("hf",)
+    prepared_splits: ClassVar[tuple[str, ...]] = ("val",)
+    by_hand: ClassVar[str] = ""
 
     answered_split: str | None = None
     """The split of the answers to be scored, where somebody says it; else it is told from the answers."""
+    asked: Sequence[Question] | None = None
+    """The questions that were asked, where that was not the whole split: only these are scored."""
+    judge: Callable[[Reading], str | None] | None = None
+    """Reads answers that no rule can read; off by default."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {option.name: option.default for option in self.options}
+        self.judged = {"asked": 0, "read": 0}
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Choose how to ask, by `options`; what is None keeps its default.
+
+        Raises:
+            ValueError: the benchmark has no such option, or the option no such value.
+        """
+        known = {option.name: option for option in self.options}
+        for name, value in settings.items():
+            if value is None or (name not in known and value is False):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if name not in known:
+                raise ValueError(f"{self.title} has no option {flag}; drop it.")
+            if value not in (known[name].choices or (False, True)):
+                raise ValueError(f"{flag} is {value!r}; it is one of {', '.join(known[name].choices)}.")
+            self.settings[name] = value
+
+    def default_of(self, option: str) -> str | bool | None:
+        """An option's default; None for one that this benchmark does not have."""
+        return next((known.default for known in self.options if known.name == option), None)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -235,15 +365,65 @@ class Benchmark(ABC):
             ValueError: they are malformed, or the split is unknown.
         """
 
+    # ----------------------------------------------------------------------------------------------- scoring
+
     @abstractmethod
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         """Compare answers with the ground truth, joined by key; a question without an answer counts as wrong.
+
+        A row of the result has the `question_id`, the `text` (None without an answer), the `truth`, and the verdict:
+        `value`, 0 to 1, what the question adds to the mean. `cluster` names the picture, where questions share one.
 
         Raises:
             FileNotFoundError: the ground truth is not there.
             NoGroundTruth: the answers' split has no public ground truth.
             ValueError: malformed data, an unknown question id, or a second answer to a question.
         """
+
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        """What the headline is made of: (cluster, unit, what it adds to the sums) for each question, or group of them.
+
+        Units of one cluster (the questions about one picture) are not independent of each other.
+
+        Args:
+            rows: of a score.
+        """
+        for row in rows:
+            unit = row["question_id"]
+            yield row.get("cluster") or unit, unit, {"value": row["value"], "count": 1.0}
+
+    def headline(self, sums: Mapping[str, Any]) -> Any:
+        """The score (0-100) from sums over `units`: of numbers, or of arrays for many resamples at once."""
+        return 100.0 * sums["value"] / sums["count"]
+
+    def asked_of(
+        self, truth: Mapping[K, V], key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id
+    ) -> dict[K, V]:
+        """The part of the ground truth that was asked.
+
+        Args:
+            truth: by key.
+            key_of: the key of an answer (as for `join`).
+        """
+        if self.asked is None:
+            return dict(truth)
+        keys = {key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked}
+        return {key: value for key, value in truth.items() if key in keys}
+
+    def read_by_judge(self, answer: Answer, choices: Mapping[str, str]) -> str | None:
+        """What the judge reads in an answer that no rule can read; None without a judge, or where it cannot tell.
+
+        Raises:
+            ValueError: the judge returns something else than a choice.
+        """
+        if self.judge is None:
+            return None
+        verdict = self.judge(Reading(self.name, answer.question_id, answer.prompt, answer.text, choices))
+        if verdict is not None and verdict not in choices:
+            raise ValueError(f"The judge read {verdict!r} in {answer.where}, which is none of {', '.join(choices)}.")
+        self.judged["asked"] += 1
+        self.judged["read"] += verdict is not None
+        return verdict
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -266,8 +446,32 @@ class Benchmark(ABC):
         fallback: int = 0,
         rows: list[dict[str, Any]] | None = None,
     ) -> Score:
-        """A `Score` under this benchmark's name and metric."""
+        """A `Score` under this benchmark's name and metric; a row without a `value` has it from its `correct`."""
+        for row in rows or ():
+            row.setdefault("value", float(row.get("correct", 0.0)))
         return Score(self.name, self.metric, score, split, total, answered, fallback, details, rows or [])
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        """The question and ground-truth files of a prepared split, the question file first."""
+        return []
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        """Paths below `root` of the pictures that the split's questions name; the question files exist."""
+        return ()
+
+    def source_order(self, split: str) -> tuple[str, ...]:
+        """Sources in the order in which ``--source auto`` tries them."""
+        return self.sources
+
+    def from_hf(self, job: Job) -> None:
+        """Build the folder from the hub's data set."""
+        raise job.unavailable(f"{self.title} is not on the hub.")
+
+    def from_official(self, job: Job) -> None:
+        """Build the folder from the authors' own files."""
+        raise job.unavailable(f"{self.title} has no official download.")
 
 
 class QuestionFileBenchmark(Benchmark):
@@ -318,6 +522,23 @@ class QuestionFileBenchmark(Benchmark):
         folder = image_folder(data_dir, self.image_folders[split])
         for _, row in self.read_questions(data_dir, split):
             yield Question(row["question_id"], row["text"], folder / row["image"], row.get("category", "default"))
+
+
+def said(answer: Answer | None) -> dict[str, str | None]:
+    """The columns of a row that come from the answer."""
+    return {"prompt": None, "text": None} if answer is None else {"prompt": answer.prompt, "text": answer.text}
+
+
+def question_line(question_id: int | str, image: str, text: str, category: str = "default") -> dict[str, Any]:
+    """One line of a LLaVA question file."""
+    return {"question_id": question_id, "image": image, "text": text, "category": category}
+
+
+def question_images(root: Path, question_file: str, folder: str) -> Iterator[str]:
+    """Image paths of a LLaVA question file (JSON lines with `image`)."""
+    for _, row in read_jsonl(root / question_file):
+        if row.get("image"):
+            yield f"{folder}/{row['image']}"
 
 
 BenchmarkFactory = Registry("benchmark", resolve=lambda benchmark: benchmark())

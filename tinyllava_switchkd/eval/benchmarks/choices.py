@@ -65,7 +65,14 @@ def _match_text(text: str, options: Mapping[str, str]) -> str | None:
 
 # A capital that is no part of a word; Chinese characters may touch it ("选项D").
 _LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-H](?![A-Za-z0-9'’])")
-_SMALL_LETTER = re.compile(r"(?:\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?|^\(?)([a-h])(?:[).:,]|$)", re.MULTILINE)
+_SMALL_LETTER = re.compile(
+    r"(?:\b(?:answer|option|choice|letter)(?:\s+is)?\s*:?\s*(?:option\s+)?\(?|^\(?)([a-h])(?:[).:,]|$)",
+    re.MULTILINE | re.IGNORECASE,
+)
+# What comes before a choice that is ruled out: "Not B", "It is not A", "isn't (C)", "cannot be D", "不是B".
+_DENIED = re.compile(
+    r"(?:\bnot|n['’]t|\bcannot)(?:\s+(?:be|option|choice|answer|letter|the))*[\s(\"'*]*$|不是\W*$", re.IGNORECASE
+)
 _BEFORE_LETTER = re.compile(r"(?:option|answer|choice|letter|is|:)\W*$", re.IGNORECASE)
 _AFTER_LETTER = re.compile(r"\s+(?:is|was|are|because|since|as|for|and|or|seems|would)\b")
 _EDGES = " \t\r\n.,:;!?*_`\"'()[]{}。、"
@@ -76,6 +83,7 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
 
     Full-width forms are read as the plain ones, a letter in lower case that stands for itself is a letter, "A" before
     a noun is an article, and a letter is found wherever it stands. An option's whole text goes before a letter in it.
+    A letter that is denied ("Not B") is no answer; what the model does say may stand beside it.
 
     Args:
         text: the model's answer.
@@ -91,9 +99,12 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
         return whole[0]
     if any(refusal in text for refusal in _REFUSALS):
         return None
-    letters = {match[0] for match in _LETTER.finditer(text) if match[0] in options and not _is_article(match, text)}
+    found = [match for match in _LETTER.finditer(text) if match[0] in options and not _is_article(match, text)]
+    letters = {match[0] for match in found if not _DENIED.search(text[: match.start()])}
     if letters:
         return letters.pop() if len(letters) == 1 else None
+    if found:
+        return None
     small = {letter.upper() for letter in _SMALL_LETTER.findall(text)} & set(options)
     if len(small) == 1:
         return small.pop()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava_switchkd.io import read_text, write_text
+
 
 def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
     """The first of `names` (relative to `data_dir`) that is a file, or None."""
@@ -46,50 +48,13 @@ def sentence_of(error: Exception) -> str:
     return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
 
 
-def read_text(path: str | Path, *, what: str = "file") -> str:
-    """A file's text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"The {what} {path} does not exist.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-
-
-def read_json(path: str | Path, kind: type, *, what: str = "file") -> Any:
-    """A JSON file that holds a `kind` (dict or list).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or holds something else.
-    """
-    text = read_text(path, what=what)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    if not isinstance(data, kind):
-        expected = {dict: "an object", list: "a list"}[kind]
-        raise ValueError(f"{path} holds a JSON {type(data).__name__}, not {expected}.")
-    return data
-
-
 def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a JSON-lines file, each with its place ("FILE, line N"); empty lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is a folder.
         ValueError: a line is not a JSON object.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"The {what} {path} does not exist.")
     # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
     for number, line in enumerate(read_text(path, what=what).split("\n"), start=1):
         if not line.strip():
@@ -99,6 +64,8 @@ def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, d
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not valid JSON ({error.msg}).") from None
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply to be read.") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
         yield where, row
@@ -113,7 +80,7 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"The table {path} does not exist.")
+        raise FileNotFoundError(f"The table {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     csv.field_size_limit(2**31 - 1)  # a cell holds a whole image in base64
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -172,8 +139,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def write_json(path: str | Path, data: Any, *, indent: int | None = None) -> None:
-    """Write a JSON file, folders included."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
+def write_upload(path: str | Path, data: Any) -> None:
+    """Write a server's JSON file, byte for byte as the official converters write it."""
+    write_text(path, json.dumps(data, allow_nan=False))

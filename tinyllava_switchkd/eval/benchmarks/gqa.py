@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
 
 from .base import (
+    SINGLE_WORD_SUFFIX,
     Answer,
+    ExpectedFile,
     QuestionFileBenchmark,
     Score,
     join,
     percentage,
     percentage_by,
     prepare_hint,
+    question_images,
+    question_line,
     refuse_missing,
     register_benchmark,
+    said,
 )
-from .files import need_file, read_json, require, write_json
+from .files import need_file, require, write_upload
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/"
+QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"
+TRUTH_FILE = "testdev_balanced_questions.json"
 
 _NO_STEP = ("exist", "query: name", "choose name")  # official eval.py: operations that are not a reasoning step
 
@@ -35,15 +49,18 @@ class GQA(QuestionFileBenchmark):
     name, title, folder = "gqa", "GQA", "gqa"
     metric = "accuracy"
     paper_split = "testdev"
-    question_files = {"testdev": ("llava_gqa_testdev_balanced.jsonl",)}  # noqa: RUF012
+    question_files = {"testdev": (QUESTION_FILE,)}  # noqa: RUF012
     image_folders = {"testdev": ("data/images", "images")}  # noqa: RUF012
-    truth_files = tuple(
-        folder + "testdev_balanced_questions.json" for folder in ("data/", "", "data/questions/", "questions/")
-    )
+    truth_files = tuple(folder + TRUTH_FILE for folder in ("data/", "", "data/questions/", "questions/"))
+    repos = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
+    sources = ("hf", "official")
+    prepared_splits = ("testdev",)
+    by_hand = f"{GQA_URL}questions1.2.zip ({TRUTH_FILE} to data/) and {GQA_URL}images.zip (20 GB, to data/images/)"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         questions, path = self._truth(data_dir)
         joined = join(answers, questions, path)
+        questions = self.asked_of(questions)
         rows = []
         gold: dict[str, Counter[str]] = defaultdict(Counter)
         predicted: dict[str, Counter[str]] = defaultdict(Counter)
@@ -54,7 +71,9 @@ class GQA(QuestionFileBenchmark):
             rows.append(
                 {
                     "question_id": key,
-                    "text": joined[key].text if key in joined else None,
+                    "cluster": question.get("imageId"),
+                    "question": question["question"],
+                    **said(joined.get(key)),
                     "parsed": parsed,
                     "truth": question["answer"],
                     "correct": correct,
@@ -87,13 +106,14 @@ class GQA(QuestionFileBenchmark):
         questions, source = self._truth(data_dir)
         joined = join(answers, questions, source)
         refuse_missing([key for key in questions if key not in joined], len(questions), allow_missing)
-        write_json(path, [{"questionId": key, "prediction": prediction(a.text)} for key, a in joined.items()])
+        rows = [{"questionId": key, "prediction": prediction(a.text)} for key, a in joined.items()]
+        write_upload(path, rows)
 
     def _truth(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The balanced questions by id, and their file."""
         path = need_file(data_dir, self.truth_files, "GQA ground truth", prepare_hint(self.name))
         questions = {}
-        for key, question in read_json(path, dict).items():
+        for key, question in read_json(path).items():
             where = f"{path}, question {key}"
             require(question, {"question": str, "answer": str, "types": dict}, where)
             require(question["types"], {"structural": str, "semantic": str}, where)
@@ -106,6 +126,38 @@ class GQA(QuestionFileBenchmark):
             if question.get("isBalanced", True):
                 questions[key] = question
         return questions, path
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [ExpectedFile(QUESTION_FILE, (12_578,)), ExpectedFile(f"data/{TRUTH_FILE}", (12_578,))]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return question_images(root, QUESTION_FILE, "data/images")
+
+    def from_hf(self, job: Job) -> None:
+        for row in job.rows("testdev", "testdev_balanced_images", columns=("id", "image")):
+            job.write_image(f"data/images/{row['id']}.jpg", row["image"])
+        needed = ("id", "imageId", "question", "answer", "types")
+        kept = ("fullAnswer", "isBalanced", "groups", "entailed", "equivalent", "annotations", "semantic")
+        rows = job.rows("testdev", "testdev_balanced_instructions", columns=needed, optional=(*kept, "semanticStr"))
+        self._write(job, {row.pop("id"): row for row in rows})
+
+    def from_official(self, job: Job) -> None:
+        path = job.downloads / "gqa" / TRUTH_FILE
+        job.extract(f"{GQA_URL}questions1.2.zip", {TRUTH_FILE: path})
+        truth = read_json(path)
+        names = {f"{row['imageId']}.jpg" for row in truth.values()}
+        job.extract(f"{GQA_URL}images.zip", {name: job.root / "data" / "images" / name for name in names})
+        self._write(job, truth)
+
+    def _write(self, job: Job, truth: dict[str, dict[str, Any]]) -> None:
+        write_json(job.root / "data" / TRUTH_FILE, truth, indent=None)
+        lines = (
+            question_line(key, f"{row['imageId']}.jpg", f"{row['question']}\n{SINGLE_WORD_SUFFIX}")
+            for key, row in truth.items()
+        )
+        write_jsonl(job.root / QUESTION_FILE, lines)
 
 
 def prediction(text: str) -> str:

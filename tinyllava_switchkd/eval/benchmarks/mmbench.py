@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import csv
 import hashlib
+import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import atomic_file
 
 from .base import (
     LETTER_SUFFIX,
     Answer,
     Benchmark,
+    ExpectedFile,
     NoGroundTruth,
+    Option,
     Question,
     Score,
     join,
@@ -23,9 +31,13 @@ from .base import (
     prepare_hint,
     refuse_missing,
     register_benchmark,
+    said,
 )
 from .choices import match_exactly, read_choice
 from .files import missing_file, read_tsv
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +63,12 @@ _PANDAS_MISSING = frozenset(
 # What is missing indeed: an empty cell, or the "nan" that the Hugging Face copies have in its place.
 _MISSING = frozenset({"", "nan"})
 
+OFFICIAL_URL = "https://download.openmmlab.com/mmclassification/datasets/mmbench/"
+_COLUMNS = (
+    *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category"),
+    "comment",
+)
+
 _DROPPED_ON_UPLOAD = frozenset({"hint", "category", "source", "image", "comment", "l2-category"})
 _PREDICTION_COLUMN = 6
 
@@ -61,14 +79,31 @@ class _MMBench(Benchmark):
     """What the two languages share.
 
     The headline is CircularEval (a question counts if every rotation in the table is right) with VLMEvalKit's exact
-    matching, which leaves unread what it cannot match and takes a choice "None" for a missing one. Beside it stands
-    the same score as a careful reader would give it (`circular_human_reading`), with the questions on which the two
-    differ.
+    matching, which leaves unread what it cannot match. Beside it stands the same score as a careful reader would give
+    it (`circular_human_reading`), with the questions on which the two differ.
+
+    An option whose text is "None" is an option, for the prompt and for the matching. LLaVA and VLMEvalKit read their
+    tables with pandas, which takes the word for a missing cell: LLaVA's prompt stops before it, VLMEvalKit's matching
+    does not know its letter. ``--prompt_protocol llava`` asks and matches so; answers that were asked so elsewhere
+    are told by their `option_char`, and matched so. `options_named_none` counts the questions that this is about.
     """
 
     metric = "circular"
+    upload = "xlsx"
     paper_split = "dev"
     max_new_tokens = 1024
+    options = (
+        Option(
+            "prompt_protocol",
+            'MMBench: full asks an option whose text is "None"; llava stops before it, as LLaVA does',
+            ("full", "llava"),
+        ),
+    )
+    sources = ("official", "hf")
+    prepared_splits = ("dev",)
+    rows_of_table: int
+    config: str | None = None
+    """Configuration of the hub's data set."""
     tables: Mapping[str, tuple[str, ...]]
     suffix = LETTER_SUFFIX
 
@@ -92,6 +127,8 @@ class _MMBench(Benchmark):
             if row.get("hint", "") not in _MISSING:
                 text = f"{row['hint']}\n{text}"
             options = options_of(row, _MISSING)
+            if self.settings["prompt_protocol"] == "llava":
+                options = before_none(options)
             for letter, option in options.items():
                 text += f"\n{letter}. {option}"
             yield Question(
@@ -105,9 +142,11 @@ class _MMBench(Benchmark):
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         (split, path), table, joined = self._joined(data_dir, answers)
+        asked = self.asked_of({str(row["index"]): row for row in table}).values()
+        pictures = _clusters(table)
         rows = [
-            self._judge(row, joined.get(str(row["index"])), split)
-            for row in table
+            self._judge(row, joined.get(str(row["index"])), split) | {"cluster": pictures[row["index"]]}
+            for row in asked
             if row.get("answer", "") not in _MISSING
         ]
         if not rows:
@@ -133,6 +172,7 @@ class _MMBench(Benchmark):
             "contested": contested,
             "base_questions": len(base),
             "table": path.name,
+            "options_named_none": sum(row["none"] for row in base),
         }
         for column in ("l2_category", "category"):
             details[column] = percentage_by((row[column], hits[row["group"]]) for row in base)
@@ -143,10 +183,19 @@ class _MMBench(Benchmark):
             split="+".join(sorted({row["split"] for row in base})),
             total=len(rows),
             answered=sum(row["text"] is not None for row in rows),
-            fallback=sum(row["text"] is not None and row["parsed"] is None for row in rows),
+            fallback=sum(row["unread"] for row in rows),
             details=details,
             rows=rows,
         )
+
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        groups: dict[int, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(row["group"], []).append(row)
+        for group, members in groups.items():
+            if any(row["question_id"] == group for row in members):
+                value = float(all(row["correct"] for row in members))
+                yield members[0]["cluster"], group, {"value": value, "count": 1.0}
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -228,29 +277,39 @@ class _MMBench(Benchmark):
 
     def _judge(self, row: Row, answer: Answer | None, split: str) -> Row:
         """Both readings of one row's answer; the split is the table's, for rows that do not name theirs."""
-        text = None if answer is None else answer.text
-        parsed = None if text is None else match_exactly(text, options_of(row, _PANDAS_MISSING))
-        reading = None if text is None else read_choice(text, options_of(row, _MISSING))
+        options = options_of(row, _MISSING)
+        named_none = before_none(options) != options
+        shown = options
+        if named_none and (self.settings["prompt_protocol"] == "llava" or _asked_without(answer, options)):
+            shown = options_of(row, _PANDAS_MISSING)
+        parsed = reading = None
+        if answer is not None:
+            parsed = match_exactly(answer.text, shown)
+            reading = read_choice(answer.text, options)
+        unread = answer is not None and parsed is None
+        if unread:
+            parsed = self.read_by_judge(answer, shown)
         l2_category = row.get("l2-category", row.get("L2-category", ""))
         return {
             "question_id": row["index"],
             "group": int(row.get("g_index") or row["index"] % ROTATION),
-            "text": text,
+            "question": row["question"],
+            **said(answer),
             "truth": row["answer"],
             "parsed": parsed,
+            "unread": unread,
             "correct": parsed == row["answer"],
             "read": reading,
             "read_correct": reading == row["answer"],
             "l2_category": L2_CATEGORIES.get(l2_category, l2_category),
             "category": row.get("category", ""),
             "split": row.get("split") or split,
+            "none": named_none,
         }
 
     def _picture(self, row: Row, encoded: Mapping[int, str], pictures: dict[str, bytes]) -> bytes:
         """The row's image file; a short cell is the index of the row that has it (VLMEvalKit's tables)."""
-        cell = row["image"]
-        if len(cell) <= 64 and cell.isdigit() and int(cell) in encoded:
-            cell = encoded[int(cell)]
+        cell = _cell(row, encoded)
         digest = hashlib.sha1(cell.encode()).hexdigest()
         if digest not in pictures:
             try:
@@ -259,12 +318,67 @@ class _MMBench(Benchmark):
                 raise ValueError(f"The image of question {row['index']} is not base64 ({error}).") from None
         return pictures[digest]
 
+    # ------------------------------------------------------------------------------------------- preparation
+
+    @property
+    def file_name(self) -> str:
+        """OpenMMLab's table, which LLaVA and the paper use; VLMEvalKit's name for it comes after it in `tables`."""
+        return self.tables["dev"][0]
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [ExpectedFile(self.file_name, (self.rows_of_table,), self.tables["dev"][1:2])]
+
+    def from_official(self, job: Job) -> None:
+        path = job.official(OFFICIAL_URL + self.file_name)
+        read_tsv(path, ("index", "question", "A", "B", "answer", "image"))  # refuse an error page under its name
+        with open(path, "rb") as source, atomic_file(job.root / self.file_name) as target:
+            shutil.copyfileobj(source, target)
+
+    def from_hf(self, job: Job) -> None:
+        letters = LETTERS[:4]
+        columns = ("index", "question", "hint", *letters, "answer", "category", "image", "source", "comment")
+        # The English set has "l2-category", the Chinese one "L2-category"; "split" is the same for all.
+        wanted = ("dev", self.config)
+        rotations = Counter(int(row["index"]) % ROTATION for row in job.rows(*wanted, columns=("index",)))
+        recovered = 0
+        with atomic_file(job.root / self.file_name) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            writer = csv.DictWriter(text, (*_COLUMNS, "split"), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            for row in job.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
+                index = int(row["index"])
+                job.check_image(f"{self.file_name}, index {index}", row["image"])
+                line = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
+                for position, letter in enumerate(letters):
+                    if not line[letter] and position < rotations[index % ROTATION]:
+                        line[letter] = "None"
+                        recovered += 1
+                line |= {
+                    "index": index,
+                    "image": base64.b64encode((row["image"] or {}).get("bytes") or b"").decode(),
+                    "l2-category": _present(row.get("l2-category") or row.get("L2-category")),
+                    "split": "dev",
+                }
+                writer.writerow(line)
+            text.detach()
+        if recovered:
+            logger.warning(
+                "%s: the hub's copy lost the text of %d options that read like missing values; they are written as "
+                "'None'. The official file (--source official) has them as they were.",
+                self.title,
+                recovered,
+            )
+
 
 @register_benchmark("mmbench")
 class MMBench(_MMBench):
     """MMBench in English; the paper's row is the dev set of the legacy tables."""
 
     name, title, folder = "mmbench", "MMBench", "mmbench"
+    column = "MMB"
+    repos = ("lmms-lab-encoder/MMBench_EN", "lmms-lab/MMBench_EN")
+    rows_of_table = 4_377
+    by_hand = f"{OFFICIAL_URL}mmbench_dev_20230712.tsv"
     tables = {  # noqa: RUF012
         "dev": (
             "mmbench_dev_20230712.tsv",
@@ -288,6 +402,11 @@ class MMBenchCN(_MMBench):
     """MMBench in Chinese; the paper's row is the dev set of the legacy tables."""
 
     name, title, folder = "mmbench_cn", "MMBench-CN", "mmbench_cn"
+    column = "MMB-CN"
+    repos = ("lmms-lab-encoder/MMBench", "lmms-lab/MMBench")
+    config = "cn"
+    rows_of_table = 4_329
+    by_hand = f"{OFFICIAL_URL}mmbench_dev_cn_20231003.tsv"
     suffix = LETTER_SUFFIX_CN
     tables = {  # noqa: RUF012
         "dev": (
@@ -308,6 +427,38 @@ class MMBenchCN(_MMBench):
 def options_of(row: Mapping[str, str], missing: frozenset[str]) -> dict[str, str]:
     """The choices of a row by letter, without the missing ones."""
     return {letter: row[letter] for letter in LETTERS if letter in row and row[letter] not in missing}
+
+
+def before_none(options: Mapping[str, str]) -> dict[str, str]:
+    """The choices that LLaVA shows: those before the first that pandas takes for a missing cell."""
+    shown = {}
+    for letter, option in options.items():
+        if option in _PANDAS_MISSING:
+            break
+        shown[letter] = option
+    return shown
+
+
+def _asked_without(answer: Answer | None, options: Mapping[str, str]) -> bool:
+    """Whether the answer's row says that a choice was not shown."""
+    return answer is not None and answer.letters is not None and not set(options) <= set(answer.letters)
+
+
+def _cell(row: Row, encoded: Mapping[int, str]) -> str:
+    """A row's picture in base64."""
+    cell = row["image"]
+    return encoded[int(cell)] if len(cell) <= 64 and cell.isdigit() and int(cell) in encoded else cell
+
+
+def _clusters(table: Sequence[Row]) -> dict[int, str]:
+    """A name for each row's picture, equal for equal pictures."""
+    encoded = {row["index"]: row["image"] for row in table}
+    return {row["index"]: hashlib.sha1(_cell(row, encoded).encode()).hexdigest()[:16] for row in table}
+
+
+def _present(text: str | None) -> str:
+    """The hub's copies went through pandas, which turned empty cells and the words None, NA, null into "nan"."""
+    return "" if text is None or text == "nan" else text
 
 
 def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base import Answer, QuestionFileBenchmark, Score, join, register_benchmark, strip_suffix
-from .files import read_text
+from tinyllava_switchkd.io import read_text, write_jsonl, write_text
+
+from .base import (
+    SINGLE_WORD_SUFFIX,
+    Answer,
+    ExpectedFile,
+    QuestionFileBenchmark,
+    Score,
+    join,
+    question_images,
+    question_line,
+    register_benchmark,
+    said,
+    strip_suffix,
+)
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
 
 PERCEPTION = (
     "existence",
@@ -24,7 +40,11 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
+RELEASE = "MME_Benchmark_release_version"
+IN_FOLDERS = frozenset({"artwork", "celebrity", "landmark", "posters", "scene"})
+"""Subtasks whose release keeps `images/` and `questions_answers_YN/` apart; the hub's ids are flat for all."""
 _ASK = "Please answer yes or no."
+_YES_NO = {"yes": "yes", "no": "no"}
 
 
 @register_benchmark("mme")
@@ -38,19 +58,28 @@ class MME(QuestionFileBenchmark):
     name, title, folder = "mme", "MME", "MME"
     metric = "perception_over_20"
     question_files = {"test": ("llava_mme.jsonl",)}  # noqa: RUF012
-    image_folders = {"test": ("MME_Benchmark_release_version",)}  # noqa: RUF012
+    image_folders = {"test": (RELEASE,)}  # noqa: RUF012
+    repos = ("lmms-lab-encoder/MME", "lmms-lab/MME")
+    sources = ("hf", "official")
+    prepared_splits = ("test",)
+    by_hand = f"ask the authors (BradyFU/Awesome-Multimodal-Large-Language-Models) and unpack {RELEASE}/ here"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         folder = Path(data_dir) / self.image_folders["test"][0]
         truth = read_truth(folder)
         joined = join(answers, truth, folder, lambda answer: self._key(answer, truth))
+        truth = self.asked_of(truth, lambda answer: self._key(answer, truth))
         rows = []
         for key, expected in truth.items():
             subtask, picture, question = key
             answer = joined.get(key)
-            row = {"subtask": subtask, "picture": picture, "question": question, "truth": expected}
-            row["text"] = None if answer is None else answer.text
-            row["parsed"] = None if answer is None else read_yes_no(answer.text)
+            row = {"question_id": f"{subtask}/{picture}" if answer is None else answer.question_id}
+            row |= {"cluster": f"{subtask}/{picture}", "subtask": subtask, "picture": picture, "question": question}
+            row |= {"truth": expected, **said(answer), "parsed": None}
+            if answer is not None:
+                row["parsed"] = read_yes_no(answer.text)
+                if row["parsed"] == "other":
+                    row["parsed"] = self.read_by_judge(answer, _YES_NO) or "other"
             rows.append(row | {"correct": row["parsed"] == expected})
         subtasks = {}
         for subtask in PERCEPTION + COGNITION:
@@ -70,7 +99,7 @@ class MME(QuestionFileBenchmark):
             "absent_subtasks": [subtask for subtask in PERCEPTION + COGNITION if subtask not in subtasks],
         }
         return self.result(
-            score=perception / 20,
+            score=self._of_100(perception, sum(subtask in subtasks for subtask in PERCEPTION)),
             split="test",
             total=len(truth),
             answered=len(joined),
@@ -78,6 +107,64 @@ class MME(QuestionFileBenchmark):
             details=details,
             rows=rows,
         )
+
+    def _of_100(self, perception: Any, subtasks: int) -> Any:
+        """Perception / 20, of which 2,000 are to be had; of a part that was asked, relative to its own subtasks."""
+        if self.asked is None:
+            return perception / 20
+        return perception / (2 * subtasks) if subtasks else None
+
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        pictures: dict[tuple[str, str], list[bool]] = defaultdict(list)
+        for row in rows:
+            pictures[row["subtask"], row["picture"]].append(row["correct"])
+        for (subtask, picture), correct in pictures.items():
+            parts = {"right": sum(correct), "questions": len(correct), "all": all(correct), "pictures": 1}
+            yield (subtask, picture), (subtask, picture), {f"{subtask}:{key}": float(v) for key, v in parts.items()}
+
+    def headline(self, sums: Mapping[str, Any]) -> Any:
+        found = [subtask for subtask in PERCEPTION if f"{subtask}:pictures" in sums]
+        total = 0.0
+        for subtask in found:
+            right, questions, whole, pictures = (
+                sums[f"{subtask}:{key}"] for key in ("right", "questions", "all", "pictures")
+            )
+            total = total + 100.0 * (right / (questions + (questions == 0)) + whole / (pictures + (pictures == 0)))
+        return self._of_100(total, len(found))
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [ExpectedFile("llava_mme.jsonl", (2_374,))]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        """Images, and beside each the text file with its two questions and answers."""
+        for image in question_images(root, "llava_mme.jsonl", RELEASE):
+            yield image
+            yield answer_file(image)
+
+    def from_hf(self, job: Job) -> None:
+        pairs: dict[str, list[str]] = {}
+        questions = []
+        for row in job.rows("test", columns=("question_id", "image", "question", "answer", "category")):
+            category, file = row["category"], row["question_id"].rsplit("/", 1)[-1]
+            image = f"{category}/images/{file}" if category in IN_FOLDERS else f"{category}/{file}"
+            job.write_image(f"{RELEASE}/{image}", row["image"])
+            pairs.setdefault(image, []).append(f"{row['question']}\t{row['answer']}")
+            questions.append(_question(image, row["question"]))
+        _check_pairs(pairs)
+        for image, lines in pairs.items():
+            write_text(job.inside(answer_file(f"{RELEASE}/{image}")), "\n".join(lines) + "\n")
+        write_jsonl(job.root / "llava_mme.jsonl", questions)
+
+    def from_official(self, job: Job) -> None:
+        release = job.root / RELEASE
+        if not release.is_dir():
+            raise job.unavailable(f"MME's release is not unpacked at {release}; {self.by_hand}")
+        pairs = {image: _answer_lines(release / answer_file(image)) for image in _release_images(release)}
+        _check_pairs(pairs)
+        questions = (_question(image, line.split("\t")[0]) for image, lines in pairs.items() for line in lines)
+        write_jsonl(job.root / "llava_mme.jsonl", questions)
 
     @staticmethod
     def _key(answer: Answer, truth: Mapping[tuple[str, str, str], str]) -> tuple[str, str, str]:
@@ -156,3 +243,36 @@ def score_subtask(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         **{cell: confusion[cell] for cell in ("TP", "FN", "TN", "FP")},
         "other": sum(row["parsed"] == "other" for row in rows),
     }
+
+
+def answer_file(image: str) -> str:
+    """Where the release keeps an image's questions: ``a/1.jpg`` -> ``a/1.txt``, with folders of their own if any."""
+    stem = image.rsplit(".", 1)[0]
+    return f"{stem.replace('/images/', '/questions_answers_YN/')}.txt"
+
+
+def _question(image: str, text: str) -> dict[str, Any]:
+    text = text.strip().removesuffix(_ASK).strip()
+    return question_line(image, image, f"{text}\n{SINGLE_WORD_SUFFIX}", image.split("/", 1)[0])
+
+
+def _check_pairs(pairs: Mapping[str, list[str]]) -> None:
+    odd = [image for image, lines in pairs.items() if len(lines) != 2]
+    if odd:
+        raise ValueError(f"MME asks two questions an image, but {len(pairs[odd[0]])} on {odd[0]} ({len(odd)} images).")
+
+
+def _release_images(release: Path) -> Iterator[str]:
+    for path in sorted(release.rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.relative_to(release).parts[0] != "eval_tool":
+            yield path.relative_to(release).as_posix()
+
+
+def _answer_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"MME's release lacks {path}, the questions on an image; unpack it again.")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if line.count("\t") != 1:
+            raise ValueError(f"{path}, line {number} is not 'question<TAB>answer': {line!r}.")
+    return lines

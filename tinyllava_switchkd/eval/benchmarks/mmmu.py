@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import read_json, write_json
 
 from .base import (
+    LETTER_SUFFIX,
+    SINGLE_WORD_SUFFIX,
     Answer,
     Benchmark,
+    ExpectedFile,
+    Option,
     Question,
     Score,
     image_folder,
@@ -20,8 +28,17 @@ from .base import (
     prepare_hint,
     refuse_missing,
     register_benchmark,
+    said,
 )
-from .files import ID, find_file, need_file, read_json, require, write_json
+from .files import ID, find_file, need_file, require, write_upload
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+QUESTION_FILE = "anns_for_eval.json"
+ANSWER_FILE = "eval/answer_dict_val.json"
+MOST_IMAGES = 7
+"""The data set's columns are image_1 to image_7."""
 
 DISCIPLINES = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -54,14 +71,25 @@ MULTIPLE_CHOICE = "multiple-choice"
 class MMMU(Benchmark):
     """MMMU's validation set in TinyLLaVA's layout: `anns_for_eval.json`, `eval/answer_dict_val.json`, `all_images/`.
 
-    A question about several pictures is asked with the first one, as the authors do for LLaVA. Where the official
-    parser reads no choice it draws one at random; here the draw depends on the question's id alone and is counted.
+    A question about several pictures is asked with the first one, as the authors do for LLaVA; `multi_image` chooses
+    otherwise. Where the official parser reads no choice it draws one at random; here the draw depends on the
+    question's id alone and is counted.
     """
 
     name, title, folder = "mmmu", "MMMU", "MMMU"
     metric = "accuracy"
     paper_split = "val"
     max_new_tokens = 1024
+    options = (
+        Option(
+            "multi_image",
+            "MMMU: what a question about several pictures is asked with: the first one (LLaVA), all of them, or not at "
+            "all (TinyLLaVA: the choice is drawn)",
+            ("first", "all", "skip"),
+        ),
+    )
+    repos = ("lmms-lab-encoder/MMMU", "lmms-lab/MMMU", "MMMU/MMMU")
+    by_hand = "https://huggingface.co/datasets/MMMU/MMMU"
 
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         if split not in (None, "val"):
@@ -71,34 +99,39 @@ class MMMU(Benchmark):
         for identifier, sample in samples.items():
             where = f"{path}, question {identifier}"
             require(sample, {"prompt": str}, where)
-            if sample.get("image") is not None:
-                require(sample, {"image": str}, where)
-                image = folder / sample["image"]
-            else:  # several pictures: TinyLLaVA gives only their paths, of which the first counts if it is there
-                first = sample.get("img_path")
-                first = first[0] if isinstance(first, list) and first else first
-                image = folder / first if isinstance(first, str) and (folder / first).is_file() else None
-            yield Question(identifier, sample["prompt"], image)
+            pictures = pictures_of(sample, where)
+            if self._skips(sample):
+                continue
+            paths = tuple(folder / name for name in pictures)
+            if len(paths) > 1 and self.settings["multi_image"] == "all":
+                yield Question(identifier, sample["prompt"], paths)
+            else:
+                # TinyLLaVA's file gives only the paths of several pictures, and the first counts if it is there.
+                there = paths and (sample.get("image") is not None or paths[0].is_file())
+                yield Question(identifier, sample["prompt"], paths[0] if there else None)
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         samples, path = self._samples(data_dir)
         truths = self._truths(data_dir, samples, path)
         joined = join(answers, samples, path)
+        samples = self._scored(samples)
         rows: list[dict[str, Any]] = []
         for identifier, sample in samples.items():
             answer, truth = joined.get(identifier), truths[identifier]
             row = {"question_id": identifier, "type": sample["question_type"], "truth": truth, "drawn": False}
-            row["subject"] = subject_of(identifier)
-            row["text"] = None if answer is None else answer.text
-            if answer is None:
+            row |= {"subject": subject_of(identifier), **said(answer), "skipped": self._skips(sample)}
+            choices = sample.get("index2ans") or {}
+            if answer is None and not row["skipped"]:
                 row |= {"parsed": None, "correct": False}
             elif sample["question_type"] == MULTIPLE_CHOICE:
-                parsed = read_choice(answer.text, sample["all_choices"], sample["index2ans"])
+                parsed = None if answer is None else read_choice(answer.text, sample["all_choices"], choices)
                 row["drawn"] = parsed is None
+                if parsed is None and answer is not None:
+                    parsed = self.read_by_judge(answer, choices)
                 row["parsed"] = draw(identifier, sample["all_choices"]) if parsed is None else parsed
                 row["correct"] = row["parsed"] in (truth if isinstance(truth, list) else [truth])
             else:
-                row["parsed"] = read_open(answer.text)
+                row["parsed"] = [] if answer is None else read_open(answer.text)
                 row["correct"] = matches_open(truth, row["parsed"])
             rows.append(row)
         details = {
@@ -110,10 +143,13 @@ class MMMU(Benchmark):
             "open": percentage([row["correct"] for row in rows if row["type"] != MULTIPLE_CHOICE]),
             "correct": sum(row["correct"] for row in rows),
         }
+        skipped = sum(row["skipped"] for row in rows)
+        if skipped:
+            details["skipped"] = skipped
         return self.result(
             score=percentage([row["correct"] for row in rows]),
             split="val",
-            total=len(rows),
+            total=len(rows) - skipped,
             answered=len(joined),
             fallback=sum(row["drawn"] for row in rows),
             details=details,
@@ -126,20 +162,41 @@ class MMMU(Benchmark):
         """Write the official scorer's JSON object: the letter, or the whole text of an open question, by id."""
         samples, source = self._samples(data_dir)
         joined = join(answers, samples, source)
-        refuse_missing([key for key in samples if key not in joined], len(samples), allow_missing)
+        missing = [key for key, sample in samples.items() if key not in joined and not self._skips(sample)]
+        refuse_missing(missing, len(samples), allow_missing)
         predictions = {}
-        for identifier, answer in joined.items():
-            sample = samples[identifier]
-            text = answer.text
+        for identifier, sample in samples.items():
+            if identifier not in joined and not self._skips(sample):
+                continue
+            text = joined[identifier].text if identifier in joined else ""
             if sample["question_type"] == MULTIPLE_CHOICE:
                 text = read_choice(text, sample["all_choices"], sample["index2ans"])
                 text = draw(identifier, sample["all_choices"]) if text is None else text
             predictions[identifier] = text
-        write_json(path, predictions)
+        write_upload(path, predictions)
+
+    def _skips(self, sample: Mapping[str, Any]) -> bool:
+        """Whether a question is not asked, because it is about several pictures (then TinyLLaVA names no `image`)."""
+        several = isinstance(sample.get("img_path"), list) or sample.get("image") is None
+        return self.settings["multi_image"] == "skip" and several
+
+    def _scored(self, samples: Mapping[str, dict]) -> dict[str, dict]:
+        """What enters the score: the questions asked, and those that were skipped, whose answers are drawn.
+
+        With ``--limit`` only those are drawn that stand before the last question asked.
+        """
+        asked = self.asked_of(samples)
+        if self.settings["multi_image"] != "skip" or self.asked is None:
+            return asked
+        order = list(samples)
+        last = max((order.index(identifier) for identifier in asked), default=-1)
+        whole = len(asked) == sum(not self._skips(sample) for sample in samples.values())
+        kept = order if whole else order[: last + 1]
+        return {key: samples[key] for key in kept if key in asked or self._skips(samples[key])}
 
     def _samples(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The questions by id, and their file."""
-        path = need_file(data_dir, ("anns_for_eval.json",), "MMMU question file", prepare_hint(self.name))
+        path = need_file(data_dir, (QUESTION_FILE,), "MMMU question file", prepare_hint(self.name))
         samples = {}
         for number, sample in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"
@@ -154,19 +211,88 @@ class MMMU(Benchmark):
 
     def _truths(self, data_dir: str | Path, samples: Mapping[str, dict], path: Path) -> dict[str, str | list[str]]:
         """The right answers: from the official answer dictionary, else from the question file itself."""
-        official = find_file(data_dir, ("eval/answer_dict_val.json", "answer_dict_val.json"))
+        official = find_file(data_dir, (ANSWER_FILE, "answer_dict_val.json"))
         if official is None:
             for identifier, sample in samples.items():
-                where = f"{path}, question {identifier} (there is no eval/answer_dict_val.json)"
+                where = f"{path}, question {identifier} (there is no {ANSWER_FILE})"
                 require(sample, {"answer": (str, list)}, where)
             return {identifier: sample["answer"] for identifier, sample in samples.items()}
-        entries = read_json(official, dict)
+        entries = read_json(official)
         absent = [identifier for identifier in samples if identifier not in entries]
         if absent:
             raise ValueError(f"{official}: no ground truth for {absent[0]!r} ({len(absent)} in all).")
         for identifier in samples:
             require(entries[identifier], {"ground_truth": (str, list)}, f"{official}, question {identifier}")
         return {identifier: entries[identifier]["ground_truth"] for identifier in samples}
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [ExpectedFile(QUESTION_FILE, (900,)), ExpectedFile(ANSWER_FILE, (900,))]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        for row in read_json(root / QUESTION_FILE, list):
+            yield from (f"all_images/{name}" for name in pictures_of(row, QUESTION_FILE))
+
+    def from_hf(self, job: Job) -> None:
+        samples, answers = [], {}
+        columns = ("id", "question", "options", "answer", "question_type", "image_1")
+        more = tuple(f"image_{number}" for number in range(2, MOST_IMAGES + 1))
+        for row in job.rows("validation", "*", columns, optional=more):
+            names = []
+            for number, column in enumerate(("image_1", *more), start=1):
+                if number == 1 or row.get(column):
+                    names.append(f"{row['id']}_{number}.png")
+                    job.write_image(f"all_images/{names[-1]}", row[column])
+            pictures = {"image": names[0], "img_path": names if len(names) > 1 else names[0]}
+            samples.append(question_of(row) | pictures)
+            kind = MULTIPLE_CHOICE if row["question_type"] == MULTIPLE_CHOICE else "short-answer"
+            answers[row["id"]] = {"question_type": kind, "ground_truth": _listed(row["answer"])}
+        write_json(job.root / ANSWER_FILE, answers, indent=1)
+        write_json(job.root / QUESTION_FILE, samples, indent=1)
+
+
+def question_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The text part of one entry of ``anns_for_eval.json``; prompts as MMMU's ``llava1.5.yaml`` builds them.
+
+    Raises:
+        ValueError: the options are not a list.
+    """
+    sample = {"id": row["id"], "question_type": row["question_type"], "all_choices": [], "index2ans": {}}
+    if row["question_type"] == MULTIPLE_CHOICE:
+        options = _listed(row["options"])
+        if not isinstance(options, list):
+            raise ValueError(f"MMMU question {row['id']}: the options are not a list: {row['options']!r}.")
+        sample["index2ans"] = dict(zip(string.ascii_uppercase, map(str, options), strict=False))
+        sample["all_choices"] = list(sample["index2ans"])
+        lines = "".join(f"({letter}) {text}\n" for letter, text in sample["index2ans"].items())
+        sample["prompt"] = f"{row['question']}\n{lines}\n{LETTER_SUFFIX}"
+    else:
+        sample["prompt"] = f"{row['question']}\n{SINGLE_WORD_SUFFIX}"
+    sample["answer"] = row["answer"]
+    return sample
+
+
+def _listed(text: str) -> Any:
+    """Lists are stored as text (``"['24/7', '3.429']"``); anything else is itself."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return value if isinstance(value, list) else text
+
+
+def pictures_of(sample: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """File names of a question's pictures: `img_path` has them all, `image` the one of a question with one."""
+    listed = sample.get("img_path")
+    if isinstance(listed, list) and listed:
+        return tuple(map(str, listed))
+    if sample.get("image") is not None:
+        require(sample, {"image": str}, where)
+        return (sample["image"],)
+    return (listed,) if isinstance(listed, str) else ()
 
 
 def subject_of(identifier: str) -> str:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import write_jsonl
 
 from .base import (
+    SINGLE_WORD_SUFFIX,
     Answer,
+    ExpectedFile,
     QuestionFileBenchmark,
     Score,
     join,
     prepare_hint,
+    question_images,
+    question_line,
     register_benchmark,
+    said,
     strip_suffix,
 )
 from .files import missing_file, read_jsonl, require
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
 CATEGORIES = ("random", "popular", "adversarial")
+YES_NO = {"yes": "yes", "no": "no"}
+
+# The commit that LLaVA pins: its "random" file has 2,910 rows, the newest (and the hub's) 3,000.
+POPE_URL = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco/"
 
 
 @register_benchmark("pope")
@@ -33,6 +47,10 @@ class POPE(QuestionFileBenchmark):
     metric = "mean_f1"
     question_files = {"test": ("llava_pope_test.jsonl",)}  # noqa: RUF012
     image_folders = {"test": ("val2014",)}  # noqa: RUF012
+    repos = ("lmms-lab-encoder/POPE", "lmms-lab/POPE")
+    sources = ("official", "hf")  # labels of LLaVA's commit with the hub's images, or everything of the hub
+    prepared_splits = ("test",)
+    by_hand = f"coco_pope_*.json from {POPE_URL} to coco/, COCO's val2014.zip to val2014/"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         labels = self._labels(Path(data_dir))
@@ -49,6 +67,7 @@ class POPE(QuestionFileBenchmark):
                 raise ValueError(f"{where}: the question id {row['question_id']!r} is there already.")
             questions[str(row["question_id"])] = key
         joined = join(answers, questions, self.question_file(data_dir)[1])
+        questions = self.asked_of(questions)
         rows = []
         for identifier, key in questions.items():
             answer = joined.get(identifier)
@@ -57,9 +76,13 @@ class POPE(QuestionFileBenchmark):
                     f"{answer.where}: the prompt is {answer.prompt!r}, but question {identifier} asks {key[2]!r}; "
                     f"the answers are of another version of the question file."
                 )
-            row = {"question_id": identifier, "category": key[0], "question": key[2], "truth": labels[key]}
-            row["text"] = None if answer is None else answer.text
-            row["parsed"] = None if answer is None else read_yes_no(answer.text)
+            row = {"question_id": identifier, "cluster": key[1], "category": key[0], "question": key[2]}
+            row |= {"truth": labels[key], **said(answer), "parsed": None, "unread": False}
+            if answer is not None:
+                row["unread"] = is_fallback(answer.text)
+                judged = self.read_by_judge(answer, YES_NO) if row["unread"] else None
+                row["parsed"] = judged or read_yes_no(answer.text)
+            row["correct"] = row["parsed"] == row["truth"]
             rows.append(row)
         blocks = {
             category: score_category([row for row in rows if row["category"] == category])
@@ -74,10 +97,18 @@ class POPE(QuestionFileBenchmark):
             split="test",
             total=len(questions),
             answered=len(joined),
-            fallback=sum(row["text"] is not None and is_fallback(row["text"]) for row in rows),
+            fallback=sum(row["unread"] for row in rows),
             details=details,
             rows=rows,
         )
+
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        for row in rows:
+            yield row["cluster"], row["question_id"], {f"{row['category']}:{_cell(row)}": 1.0}
+
+    def headline(self, sums: Mapping[str, Any]) -> Any:
+        categories = {key.partition(":")[0] for key in sums}
+        return sum(_f1(sums, category) for category in categories) / len(categories)
 
     def _labels(self, data_dir: Path) -> dict[tuple[str, str, str], str]:
         """The label, "yes" or "no", of each (category, image, question).
@@ -101,6 +132,61 @@ class POPE(QuestionFileBenchmark):
             raise missing_file(data_dir, names, "POPE labels", prepare_hint(self.name))
         return labels
 
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        rows = {"random": (2_910, 3_000)}
+        labels = [ExpectedFile(f"coco/coco_pope_{name}.json", rows.get(name, (3_000,))) for name in CATEGORIES]
+        return [ExpectedFile("llava_pope_test.jsonl", (8_910, 9_000)), *labels]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return question_images(root, "llava_pope_test.jsonl", "val2014")
+
+    def from_official(self, job: Job) -> None:
+        labels = {}
+        for name in sorted(CATEGORIES):
+            labels[name] = [row for _, row in read_jsonl(job.official(f"{POPE_URL}coco_pope_{name}.json"))]
+        wanted = {row["image"] for rows in labels.values() for row in rows}
+        if not all((job.root / "val2014" / image).is_file() for image in wanted):
+            for row in job.rows("test", columns=("image_source", "image")):
+                if (image := _coco_file(row["image_source"])) in wanted:
+                    job.write_image(f"val2014/{image}", row["image"])
+        self._write(job, labels)
+
+    def from_hf(self, job: Job) -> None:
+        labels: dict[str, list[dict]] = {name: [] for name in sorted(CATEGORIES)}
+        columns = ("question_id", "question", "answer", "image_source", "image", "category")
+        for row in job.rows("test", columns=columns):
+            if row["category"] not in labels:
+                raise ValueError(f"POPE has no category {row['category']!r}; it has {', '.join(labels)}.")
+            image = _coco_file(row["image_source"])
+            job.write_image(f"val2014/{image}", row["image"])
+            labels[row["category"]].append(
+                {
+                    "question_id": int(row["question_id"]),
+                    "image": image,
+                    "text": row["question"],
+                    "label": row["answer"].strip().lower(),
+                }
+            )
+        self._write(job, labels)
+
+    def _write(self, job: Job, labels: dict[str, list[dict]]) -> None:
+        for name, rows in labels.items():
+            write_jsonl(job.root / "coco" / f"coco_pope_{name}.json", rows)
+        everything = [(row, name) for name, rows in labels.items() for row in rows]
+        lines = (
+            # Ids restart in every category file; LLaVA numbers the questions through.
+            question_line(number, row["image"], f"{row['text']}\n{SINGLE_WORD_SUFFIX}", name)
+            for number, (row, name) in enumerate(everything, start=1)
+        )
+        write_jsonl(job.root / "llava_pope_test.jsonl", lines)
+
+
+def _coco_file(name: str) -> str:
+    """The hub leaves the ending out."""
+    return f"{name.removesuffix('.jpg')}.jpg"
+
 
 def _words(text: str) -> list[str]:
     """Words of the first sentence, split at single spaces as the official scorer splits."""
@@ -121,13 +207,22 @@ def is_fallback(text: str) -> bool:
     return read_yes_no(text) == "yes" and "yes" not in words
 
 
+def _cell(row: Mapping[str, Any]) -> str:
+    """TP, FP, TN or FN."""
+    correct = row["parsed"] == row["truth"]
+    positive = (row["truth"] == "yes") == correct
+    return ("T" if correct else "F") + ("P" if positive else "N")
+
+
+def _f1(sums: Mapping[str, Any], category: str) -> Any:
+    tp, fp, fn = (sums.get(f"{category}:{cell}", 0.0) for cell in ("TP", "FP", "FN"))
+    whole = 2 * tp + fp + fn
+    return 200.0 * tp / (whole + (whole == 0))
+
+
 def score_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
     """Figures of a category, "yes" being positive; a question without an answer is wrong, whatever its label."""
-    confusion: Counter[str] = Counter()
-    for row in rows:
-        correct = row["parsed"] == row["truth"]
-        positive = (row["truth"] == "yes") == correct
-        confusion[("T" if correct else "F") + ("P" if positive else "N")] += 1
+    confusion = Counter(map(_cell, rows))
     tp, fp, tn, fn = (confusion[cell] for cell in ("TP", "FP", "TN", "FN"))
     given = [row["parsed"] for row in rows if row["parsed"] is not None]
     return {

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import string
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import read_json, write_json
 
 from .base import (
     LETTER_SUFFIX,
     Answer,
     Benchmark,
+    ExpectedFile,
+    Option,
     Question,
     Score,
     image_folder,
@@ -18,8 +23,20 @@ from .base import (
     percentage,
     prepare_hint,
     register_benchmark,
+    said,
 )
-from .files import ID, need_file, read_json, require
+from .files import ID, need_file, require
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+SCIENCEQA_URL = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/"
+SCIENCEQA_IMAGES_URL = "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip"
+QUESTION_FILE = "llava_test_CQM-A.json"
+_KEPT = (
+    *("question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category", "skill", "lecture"),
+    "solution",
+)
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
@@ -38,13 +55,19 @@ class ScienceQA(Benchmark):
     """
 
     name, title, folder = "scienceqa", "ScienceQA-IMG", "scienceqa"
+    column, script = "SciQA", "sqa"
     metric = "image_accuracy"
     max_new_tokens = 1024
+    options = (Option("image_only", "ScienceQA: ask only the questions that have a picture, which make the headline"),)
+    repos = ("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA")
+    sources = ("official", "hf")  # the authors' files carry the question ids; the hub's copy has none
+    prepared_splits = ("test",)
+    by_hand = f"{SCIENCEQA_URL}problems.json, {SCIENCEQA_URL}pid_splits.json, {SCIENCEQA_IMAGES_URL} (to images/test/)"
 
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         if split not in (None, "test"):
             raise ValueError(f"{self.title} is evaluated on its test split, not on {split!r}.")
-        path = need_file(data_dir, ("llava_test_CQM-A.json",), "ScienceQA question file", prepare_hint(self.name))
+        path = need_file(data_dir, (QUESTION_FILE,), "ScienceQA question file", prepare_hint(self.name))
         folder = image_folder(data_dir, ("images/test", "images", "test"))
         for number, item in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"
@@ -57,28 +80,25 @@ class ScienceQA(Benchmark):
             if item.get("image") is not None:
                 require(item, {"image": str}, where)
                 yield Question(item["id"], prompt, folder / item["image"], logged_prompt=f"{_IMAGE_TOKEN}\n{prompt}")
-            else:
+            elif not self.settings["image_only"]:
                 yield Question(item["id"], prompt, None)
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         problems, path = self._problems(data_dir)
         joined = join(answers, problems, path)
+        problems = self.asked_of(problems)
         rows: list[dict[str, Any]] = []
         for key, problem in problems.items():
             answer = joined.get(key)
             truth = LETTERS[problem["answer"]]
             parsed = None if answer is None else read_letter(answer.text)
-            rows.append(
-                {
-                    "question_id": key,
-                    "text": None if answer is None else answer.text,
-                    "parsed": parsed,
-                    "truth": truth,
-                    # A letter beyond the choices is none of them; the truth is always one of them.
-                    "correct": parsed == truth,
-                    "image": problem.get("image") is not None,
-                }
-            )
+            unread = parsed == FAILED
+            if unread:
+                parsed = self.read_by_judge(answer, dict(zip(LETTERS, problem["choices"], strict=False))) or FAILED
+            # A letter beyond the choices is none of them; the truth is always one of them.
+            row = {"question_id": key, "question": problem.get("question"), **said(answer), "parsed": parsed}
+            row |= {"truth": truth, "correct": parsed == truth, "unread": unread}
+            rows.append(row | {"image": problem.get("image") is not None})
         with_image = [row for row in rows if row["image"]]
         details = {
             "image_accuracy": percentage([row["correct"] for row in with_image]),
@@ -94,17 +114,20 @@ class ScienceQA(Benchmark):
             split="test",
             total=len(rows),
             answered=len(joined),
-            fallback=sum(row["parsed"] == FAILED for row in rows),
+            fallback=sum(row["unread"] for row in rows),
             details=details,
             rows=rows,
         )
+
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        return super().units(row for row in rows if row["image"])
 
     def _problems(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The test split's problems by id, and the file that lists them."""
         hint = prepare_hint(self.name)
         problems_path = need_file(data_dir, ("problems.json",), "ScienceQA problems", hint)
         splits_path = need_file(data_dir, ("pid_splits.json",), "ScienceQA splits", hint)
-        problems, splits = read_json(problems_path, dict), read_json(splits_path, dict)
+        problems, splits = read_json(problems_path), read_json(splits_path)
         require(splits, {"test": list}, str(splits_path))
         test = {}
         for identifier in map(str, splits["test"]):
@@ -118,6 +141,59 @@ class ScienceQA(Benchmark):
                 )
             test[identifier] = problem
         return test, splits_path
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [
+            ExpectedFile(QUESTION_FILE, (4_241,)),
+            ExpectedFile("problems.json", (21_208, 4_241)),
+            ExpectedFile("pid_splits.json", (4_241,)),
+        ]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return (f"images/test/{row['image']}" for row in read_json(root / QUESTION_FILE, list) if "image" in row)
+
+    def from_official(self, job: Job) -> None:
+        problems = read_json(job.official(f"{SCIENCEQA_URL}problems.json"))
+        splits = read_json(job.official(f"{SCIENCEQA_URL}pid_splits.json"))
+        names = {f"{pid}/{problems[pid]['image']}" for pid in splits["test"] if problems[pid]["image"]}
+        job.extract(SCIENCEQA_IMAGES_URL, {name: job.root / "images" / "test" / name for name in names})
+        self._write(job, problems, splits)
+
+    def from_hf(self, job: Job) -> None:
+        problems = {}
+        rows = job.rows("test", "ScienceQA-FULL", columns=_KEPT[:4], optional=("image", *_KEPT[4:]))
+        for number, row in enumerate(rows, start=1):
+            pid = str(number)
+            if row.get("image"):
+                job.write_image(f"images/test/{pid}/image.png", row["image"])
+            problems[pid] = {key: row[key] for key in _KEPT if key in row}
+            problems[pid] |= {"image": "image.png" if row.get("image") else None, "split": "test"}
+        self._write(job, problems, {"test": list(problems)})
+
+    def _write(self, job: Job, problems: dict[str, dict[str, Any]], splits: dict[str, list[str]]) -> None:
+        write_json(job.root / "problems.json", problems, indent=None)
+        write_json(job.root / "pid_splits.json", splits, indent=None)
+        write_json(job.root / QUESTION_FILE, [sample(pid, problems[pid]) for pid in splits["test"]], indent=1)
+
+
+def sample(pid: str, problem: dict[str, Any]) -> dict[str, Any]:
+    """One entry of ``llava_test_CQM-A.json`` as LLaVA-1.5 was evaluated.
+
+    LLaVA's own converter, asked for "CQM-A", writes an older text ("Context: N/A ... Options: (A) ...") that costs
+    many points (LLaVA #1294); the file in its eval.zip has this one.
+    """
+    context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
+    letters = string.ascii_uppercase
+    choices = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, problem["choices"], strict=False))
+    value = f"{context}{problem['question']}{choices}"
+    entry: dict[str, Any] = {"id": pid}
+    if problem.get("image"):
+        entry["image"] = f"{pid}/{problem['image']}"
+        value += f"\n{_IMAGE_TOKEN}"
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": letters[problem["answer"]]}]
+    return entry | {"conversations": turns}
 
 
 def read_letter(text: str) -> str:

@@ -1,16 +1,42 @@
-"""TextVQA (val): questions about text in pictures, asked with the reference OCR tokens."""
+"""TextVQA (val): questions about text in pictures, asked with the reference OCR tokens, or without them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .base import SINGLE_WORD_SUFFIX, Answer, QuestionFileBenchmark, Score, prepare_hint, register_benchmark
-from .files import ID, need_file, read_json, require
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+
+from .base import (
+    SINGLE_WORD_SUFFIX,
+    Answer,
+    ExpectedFile,
+    Question,
+    QuestionFileBenchmark,
+    Score,
+    prepare_hint,
+    question_images,
+    question_line,
+    register_benchmark,
+)
+from .files import ID, need_file, require
 from .vqa import annotator_answers, m4c_accuracy, score_row, summarise
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
 OCR_MARK = "Reference OCR token:"
+TEXTVQA_URL = "https://dl.fbaipublicfiles.com/textvqa/"
+QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"
+TRUTH_FILE = "TextVQA_0.5.1_val.json"
+OCR_FILE = "TextVQA_Rosetta_OCR_v0.2_val.json"
+_KEPT = (
+    *("question", "image_id", "image_classes", "flickr_original_url", "flickr_300k_url", "image_width"),
+    *("image_height", "answers", "question_tokens", "question_id", "set_name"),
+)
 
 
 @register_benchmark("textvqa")
@@ -25,13 +51,15 @@ class TextVQA(QuestionFileBenchmark):
     name, title, folder = "textvqa", "TextVQA", "textvqa"
     metric = "accuracy"
     paper_split = "val"
-    question_files = {"val": ("llava_textvqa_val_v051_ocr.jsonl",)}  # noqa: RUF012
+    question_files = {"val": (QUESTION_FILE,)}  # noqa: RUF012
     image_folders = {"val": ("train_images",)}  # noqa: RUF012
-    annotation_file = "TextVQA_0.5.1_val.json"
+    repos = ("lmms-lab-encoder/textvqa", "lmms-lab/textvqa")
+    sources = ("hf", "official")
+    by_hand = f"{TEXTVQA_URL}data/{TRUTH_FILE}, {TEXTVQA_URL}data/{OCR_FILE}, {TEXTVQA_URL}images/train_val_images.zip"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
-        path = need_file(data_dir, (self.annotation_file,), "TextVQA annotations", prepare_hint(self.name))
-        data = read_json(path, dict)
+        path = need_file(data_dir, (TRUTH_FILE,), "TextVQA annotations", prepare_hint(self.name))
+        data = read_json(path)
         require(data, {"data": list}, str(path))
         annotations, asked, by_annotation_id = {}, Counter(), {}
         for number, annotation in enumerate(data["data"]):
@@ -40,12 +68,19 @@ class TextVQA(QuestionFileBenchmark):
             annotations[key] = annotation  # of equal questions the last one counts, as in LLaVA
             asked[key] += 1
             by_annotation_id[str(annotation.get("question_id"))] = key
-        rows, seen = [], Counter()
-        for answer in answers:
+
+        def key_of(answer: Answer) -> tuple[str, str]:
             key = answer.question_id, _fold(question_of(answer.prompt))
             if key not in annotations:  # an instruction of the user's own, or the annotation's question_id
                 first_line = answer.question_id, _fold(answer.prompt.partition("\n")[0])
                 key = first_line if first_line in annotations else by_annotation_id.get(answer.question_id, key)
+            return key
+
+        if self.asked is not None:
+            asked = Counter(key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked)
+        rows, seen = [], Counter()
+        for answer in answers:
+            key = key_of(answer)
             if key not in annotations and not answer.prompt:
                 raise ValueError(
                     f"{answer.where}: no 'prompt' (or no text in it), but the id {answer.question_id!r} is an image's, "
@@ -78,7 +113,60 @@ class TextVQA(QuestionFileBenchmark):
     def _row(self, key: tuple[str, str], annotation: dict, answer: Answer | None, path: Path) -> dict:
         annotators = annotator_answers(annotation, f"{path}, question {key[1]!r} about the image {key[0]}")
         row = score_row(key[0], answer, annotators, {"accuracy": m4c_accuracy})
-        return row | {"question": annotation["question"]}
+        return row | {"cluster": key[0], "question": annotation["question"]}
+
+    def units(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple]:
+        for row in rows:  # the ids are the images'
+            yield row["cluster"], (row["cluster"], row["question"]), {"value": row["value"], "count": 1.0}
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        return [ExpectedFile(QUESTION_FILE, (5_000,)), ExpectedFile(TRUTH_FILE, (5_000,))]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return question_images(root, QUESTION_FILE, "train_images")
+
+    def from_hf(self, job: Job) -> None:
+        truth, tokens = [], []
+        needed = ("question", "image_id", "question_id", "answers", "ocr_tokens", "image")
+        for row in job.rows("validation", columns=needed, optional=_KEPT):
+            job.write_image(f"train_images/{row['image_id']}.jpg", row["image"])
+            tokens.append(row["ocr_tokens"] or [])
+            truth.append({key: row[key] for key in _KEPT if key in row})
+        head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+        self._write(job, {**head, "data": truth}, tokens)
+
+    def from_official(self, job: Job) -> None:
+        document = read_json(job.official(f"{TEXTVQA_URL}data/{TRUTH_FILE}"))
+        ocr = read_json(job.official(f"{TEXTVQA_URL}data/{OCR_FILE}"))["data"]
+        names = {f"{row['image_id']}.jpg" for row in document["data"]}
+        images = {name: job.root / "train_images" / name for name in names}
+        job.extract(f"{TEXTVQA_URL}images/train_val_images.zip", images)
+        tokens = {row["image_id"]: row["ocr_tokens"] for row in ocr}
+        self._write(job, document, [tokens.get(row["image_id"], []) for row in document["data"]])
+
+    def _write(self, job: Job, document: dict[str, Any], tokens: Sequence[Sequence[str]]) -> None:
+        write_json(job.root / TRUTH_FILE, document, indent=None)
+        lines = (
+            # LLaVA's id is the image's, so it repeats; its scorer joins by image and question.
+            question_line(row["image_id"], f"{row['image_id']}.jpg", prompt_of(row["question"], ocr))
+            for row, ocr in zip(document["data"], tokens, strict=True)
+        )
+        write_jsonl(job.root / QUESTION_FILE, lines)
+
+
+@register_benchmark("textvqa_noocr")
+class TextVQANoOCR(TextVQA):
+    """The same questions, file and score without the OCR tokens, as lmms-eval and VLMEvalKit ask them."""
+
+    name, title = "textvqa_noocr", "TextVQA without OCR"
+    column = "TextVQA (no OCR)"
+    repos = ()  # prepared as textvqa
+
+    def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
+        for question in super().questions(data_dir, split):
+            yield dataclasses.replace(question, prompt=f"{question_of(question.prompt)}\n{SINGLE_WORD_SUFFIX}")
 
 
 def question_of(prompt: str) -> str:
@@ -89,6 +177,16 @@ def question_of(prompt: str) -> str:
     if body.startswith(OCR_MARK):
         return body.partition("\n")[2]
     return body.partition(f"\n{OCR_MARK}")[0]
+
+
+def prompt_of(text: str, ocr_tokens: Iterable[str]) -> str:
+    """LLaVA's three lines: the question with a capital letter, the OCR tokens, the request for one word.
+
+    A line break inside the question or a token would break the format (scorers find the question by its line), so
+    white space is normalised.
+    """
+    ocr = ", ".join(" ".join(token.split()) for token in ocr_tokens)
+    return f"{' '.join(text.split()).capitalize()}\n{OCR_MARK} {ocr}\n{SINGLE_WORD_SUFFIX}"
 
 
 def _fold(question: str) -> str:

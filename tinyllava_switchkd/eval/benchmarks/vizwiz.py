@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
 
 from .base import (
+    SINGLE_WORD_SUFFIX,
     Answer,
+    ExpectedFile,
     NoGroundTruth,
     QuestionFileBenchmark,
     Score,
     join,
     prepare_hint,
+    question_images,
+    question_line,
     refuse_missing,
     register_benchmark,
 )
-from .files import find_file, missing_file, read_json, require, write_json
+from .files import find_file, missing_file, require, write_upload
 from .vqa import (
     annotator_answers,
     m4c_accuracy,
@@ -26,6 +33,12 @@ from .vqa import (
     vizwiz_accuracy,
     vizwiz_accuracy_ascii,
 )
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+VIZWIZ_URL = "https://vizwiz.cs.colorado.edu/VizWiz_final/"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 SCORERS = {
     "official_on_submission": vizwiz_accuracy,
@@ -38,7 +51,7 @@ SCORERS = {
 
 @register_benchmark("vizwiz")
 class VizWiz(QuestionFileBenchmark):
-    """VizWiz-VQA in LLaVA's layout, question_id being the image's file name.
+    """VizWiz-VQA in LLaVA's layout: one question an image, which the question file names.
 
     The paper's number is the test server's; val is another set and no substitute. How often a model says
     "unanswerable" decides much of the score, hence `unanswerable_rate` beside it.
@@ -46,24 +59,36 @@ class VizWiz(QuestionFileBenchmark):
 
     name, title, folder = "vizwiz", "VizWiz", "vizwiz"
     metric = "official_on_submission"
+    upload = "json"
     paper_split = "test"
     question_files = {"val": ("llava_val.jsonl",), "test": ("llava_test.jsonl",)}  # noqa: RUF012
     image_folders = {"val": ("val",), "test": ("test",)}  # noqa: RUF012
     annotation_files = ("val.json", "Annotations/val.json", "annotations/val.json")
+    repos = ("lmms-lab-encoder/VizWiz-VQA", "lmms-lab/VizWiz-VQA")
+    sources = ("hf", "official")
+    prepared_splits = ("val", "test")
+    by_hand = f"{VIZWIZ_URL}vqa_data/Annotations.zip, {VIZWIZ_URL}images/val.zip, {VIZWIZ_URL}images/test.zip"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         path = find_file(data_dir, self.annotation_files)
         annotations = {} if path is None else self._annotations(path)
-        if self.answered_split == "test" or not any(answer.question_id in annotations for answer in answers):
+        images = self._images(data_dir, "val")
+
+        def image_of(answer: Answer) -> str:
+            named = images.get(answer.question_id, answer.question_id)
+            return named if named in annotations else f"{named}.jpg" if f"{named}.jpg" in annotations else named
+
+        if self.answered_split == "test" or not any(image_of(answer) in annotations for answer in answers):
             if self._asks(data_dir, "test", answers):
                 raise NoGroundTruth(
                     f"No ground truth for the test answers of {self.title}: write the server's file with --submission.",
                     split="test",
-                    total=sum(1 for _ in self.read_questions(data_dir, "test")),
+                    total=len(self._images(data_dir, "test")),
                 )
             if path is None:
                 raise missing_file(data_dir, self.annotation_files, "VizWiz annotations", prepare_hint(self.name))
-        joined = join(answers, annotations, path)
+        joined = join(answers, annotations, path, image_of)
+        annotations = self.asked_of(annotations, image_of)
         rows = []
         for image, annotation in annotations.items():
             where = f"{path}, image {image}"
@@ -85,21 +110,24 @@ class VizWiz(QuestionFileBenchmark):
     ) -> None:
         """Write the server's JSON list of {"image", "answer"}, in the question file's order."""
         split = "test" if self._asks(data_dir, "test", answers) else "val"
-        questions = {str(row["question_id"]): row["image"] for _, row in self.read_questions(data_dir, split)}
+        questions = self._images(data_dir, split)
         joined = join(answers, questions, self.question_file(data_dir, split)[1])
         refuse_missing([key for key in questions if key not in joined], len(questions), allow_missing)
         rows = [
             {"image": image, "answer": submission_form(joined[key].text) if key in joined else ""}
             for key, image in questions.items()
         ]
-        write_json(path, rows)
+        write_upload(path, rows)
+
+    def _images(self, data_dir: str | Path, split: str) -> dict[str, str]:
+        """Image of each question id of a split, by its question file; empty without one."""
+        if find_file(data_dir, self.question_files[split]) is None:
+            return {}
+        return {str(row["question_id"]): row["image"] for _, row in self.read_questions(data_dir, split)}
 
     def _asks(self, data_dir: str | Path, split: str, answers: Sequence[Answer]) -> bool:
         """Whether one of the answers is to a question of the split."""
-        if find_file(data_dir, self.question_files[split]) is None:
-            return False
-        asked = {answer.question_id for answer in answers}
-        return any(str(row["question_id"]) in asked for _, row in self.read_questions(data_dir, split))
+        return not self._images(data_dir, split).keys().isdisjoint(answer.question_id for answer in answers)
 
     def _annotations(self, path: Path) -> dict[str, dict]:
         annotations = read_json(path, list)
@@ -107,8 +135,46 @@ class VizWiz(QuestionFileBenchmark):
             require(annotation, {"image": str}, f"{path}, annotation {number}")
         return {annotation["image"]: annotation for annotation in annotations}
 
+    # ------------------------------------------------------------------------------------------- preparation
 
-def unanswerability(annotations: dict[str, dict], joined: dict[str, Answer]) -> dict[str, float | None]:
+    def files(self, split: str) -> list[ExpectedFile]:
+        rows = (4_319,) if split == "val" else (8_000,)
+        return [ExpectedFile(f"llava_{split}.jsonl", rows), ExpectedFile(f"{split}.json", rows)]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return question_images(root, f"llava_{split}.jsonl", split)
+
+    def from_hf(self, job: Job) -> None:
+        truth = []
+        for row in job.rows(job.split, columns=("question_id", "image", "question", "answers", "category")):
+            image = f"{row['question_id'].removesuffix('.jpg')}.jpg"
+            job.write_image(f"{job.split}/{image}", row["image"])
+            truth.append({"image": image, "question": row["question"]})
+            if job.split == "val":
+                truth[-1] |= {
+                    # The hub's copy leaves out how sure the annotators were; no scorer asks for it.
+                    "answers": [{"answer": answer} for answer in row["answers"]],
+                    "answer_type": row["category"],
+                    "answerable": int(row["category"] != "unanswerable"),
+                }
+        self._write(job, truth)
+
+    def from_official(self, job: Job) -> None:
+        path = job.downloads / "vizwiz" / f"{job.split}.json"
+        job.extract(f"{VIZWIZ_URL}vqa_data/Annotations.zip", {path.name: path})
+        truth = read_json(path, list)
+        images = {row["image"]: job.root / job.split / row["image"] for row in truth}
+        job.extract(f"{VIZWIZ_URL}images/{job.split}.zip", images)
+        self._write(job, truth)
+
+    def _write(self, job: Job, truth: list[dict[str, Any]]) -> None:
+        write_json(job.root / f"{job.split}.json", truth, indent=None)
+        suffix = f"{UNANSWERABLE}\n{SINGLE_WORD_SUFFIX}"
+        lines = (question_line(row["image"], row["image"], f"{row['question']}\n{suffix}") for row in truth)
+        write_jsonl(job.root / f"llava_{job.split}.jsonl", lines)
+
+
+def unanswerability(annotations: Mapping[str, dict], joined: Mapping[str, Answer]) -> dict[str, float | None]:
     """How often the model declines, and how well that agrees with the annotators (VizWiz API, second task).
 
     Average precision and F1 take "unanswerable" as the positive class and the model's word as a 0/1 score, and need

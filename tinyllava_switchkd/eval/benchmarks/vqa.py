@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from .base import Answer, percentage, percentage_by
+from .base import Answer, percentage, percentage_by, said
 from .files import require
 
 ANNOTATORS = 10
@@ -161,10 +161,10 @@ def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str]
         question_id: for the reader.
         answer: the model's answer, or None.
         annotators: ten strings.
-        scorers: functions of prediction and annotators, by name. A name that ends in "on_submission" (or has it
-            before a further suffix) is given the submission form instead of the raw text.
+        scorers: functions of prediction and annotators, by name, the headline's first. A name that ends in
+            "on_submission" (or has it before a further suffix) is given the submission form instead of the raw text.
     """
-    row: dict[str, Any] = {"question_id": question_id, "text": None if answer is None else answer.text}
+    row: dict[str, Any] = {"question_id": question_id, **said(answer)}
     row["truth"] = max(annotators, key=annotators.count)
     for name, scorer in scorers.items():
         if answer is None:
@@ -172,6 +172,7 @@ def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str]
         else:
             text = submission_form(answer.text) if "on_submission" in name else answer.text
             row[name] = scorer(text, annotators)
+    row["value"] = row[next(iter(scorers))]
     return row
 
 

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.io import read_json, write_json, write_jsonl
 
 from .base import (
+    SINGLE_WORD_SUFFIX,
     Answer,
+    ExpectedFile,
     NoGroundTruth,
     QuestionFileBenchmark,
     Score,
     join,
     prepare_hint,
+    question_images,
+    question_line,
     refuse_missing,
     register_benchmark,
 )
-from .files import ID, find_file, read_json, read_jsonl, require, write_json
+from .files import ID, find_file, read_jsonl, require, write_upload
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.eval.prepare import Job
+
+VQA_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
+COCO_URL = "http://images.cocodataset.org/zips/"
+QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
+ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 SCORERS = {"official_on_submission": vqav2_accuracy, "official_raw": vqav2_accuracy, "m4c": m4c_accuracy}
 
@@ -30,6 +45,7 @@ class VQAv2(QuestionFileBenchmark):
 
     name, title, folder = "vqav2", "VQAv2", "vqav2"
     metric = "official_on_submission"
+    upload = "json"
     paper_split = "test-dev"
     question_files = {  # noqa: RUF012
         "val": ("llava_vqav2_mscoco_val2014.jsonl",),
@@ -37,11 +53,14 @@ class VQAv2(QuestionFileBenchmark):
         "test": ("llava_vqav2_mscoco_test2015.jsonl",),
     }
     image_folders = {"val": ("val2014",), "test-dev": ("test2015",), "test": ("test2015",)}  # noqa: RUF012
-    annotation_files = tuple(
-        folder + "v2_mscoco_val2014_annotations.json" for folder in ("", "annotations/", "Annotations/")
-    )
+    annotation_files = tuple(folder + ANNOTATIONS for folder in ("", "annotations/", "Annotations/"))
+    repos = ("lmms-lab-encoder/VQAv2", "lmms-lab/VQAv2")
+    sources = ("hf", "official")
+    prepared_splits = ("val", "test")
+    by_hand = "questions and annotations from https://visualqa.org/download.html, COCO's val2014.zip and test2015.zip"
 
     def __init__(self) -> None:
+        super().__init__()
         self._read: tuple[Path, dict[str, dict]] | None = None
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
@@ -56,10 +75,12 @@ class VQAv2(QuestionFileBenchmark):
             )
         annotations = self._annotations(path)
         joined = join(answers, annotations, path)
+        annotations = self.asked_of(annotations)
         rows = []
         for key, annotation in annotations.items():
             where = f"{path}, question {key}"
             row = score_row(key, joined.get(key), annotator_answers(annotation, where), SCORERS)
+            row["cluster"] = annotation.get("image_id")
             rows.append(row | {column: annotation.get(column, "") for column in ("answer_type", "question_type")})
         details = summarise(rows, SCORERS, {"answer_type": "answer_type", "question_type": "question_type"})
         return self.result(
@@ -95,24 +116,36 @@ class VQAv2(QuestionFileBenchmark):
             )
         answered = {key: submission_form(answer.text) for key, answer in joined.items()}
         rows = [{"question_id": identifier, "answer": answered.get(key, "")} for key, identifier in everything.items()]
-        write_json(path, rows)
+        write_upload(path, rows)
 
     def _split_of(self, data_dir: str | Path, answers: Sequence[Answer]) -> str:
-        """The split that all answers belong to (splits share no question)."""
+        """The split that has all answered questions: val, test-dev, or test, of which test-dev is a part.
+
+        Raises:
+            FileNotFoundError: no split is there.
+            ValueError: none has them all.
+        """
         if self.answered_split is not None and self._source(data_dir, self.answered_split) is not None:
             return self.answered_split
         asked = {answer.question_id for answer in answers}
-        sources = {}
+        known: dict[str, int] = {}
         for split in self.question_files:
-            source = self._source(data_dir, split)
-            if source is not None:
-                sources[split] = source
-                if asked & set(self._ids(data_dir, split)):
+            if self._source(data_dir, split) is not None:
+                unknown = asked - self._ids(data_dir, split).keys()
+                if not unknown:
                     return split
-        if not sources:
+                known[split] = len(asked) - len(unknown)
+        if not known:
             self.question_file(data_dir)  # raises, and names what is expected
-        join(answers, (), " or ".join(str(source) for source in sources.values()))
-        raise ValueError(f"There are no answers for {self.title}.")
+        nearest = max(known, key=known.__getitem__)
+        if not known[nearest]:
+            join(answers, (), " or ".join(str(self._source(data_dir, split)) for split in known))
+        first = next(answer for answer in answers if answer.question_id not in self._ids(data_dir, nearest))
+        raise ValueError(
+            f"{first.where}: no split of {self.title} in {data_dir} has all the answered questions: {nearest} has "
+            f"{known[nearest]:,} of {len(asked):,}, and not {first.question_id!r}. Say with --split what was asked, "
+            f"and give the answers to one split alone."
+        )
 
     def _source(self, data_dir: str | Path, split: str) -> Path | None:
         """The file that lists a split's questions: for val rather the annotations, which are what is scored."""
@@ -136,10 +169,79 @@ class VQAv2(QuestionFileBenchmark):
         """Annotations by question id; kept, for val's file takes long to read."""
         if self._read is not None and self._read[0] == path:
             return self._read[1]
-        data = read_json(path, dict)
+        data = read_json(path)
         require(data, {"annotations": list}, str(path))
         for number, annotation in enumerate(data["annotations"]):
             require(annotation, {"question_id": ID}, f"{path}, annotation {number}")
         annotations = {str(annotation["question_id"]): annotation for annotation in data["annotations"]}
         self._read = path, annotations
         return annotations
+
+    # ------------------------------------------------------------------------------------------- preparation
+
+    def source_order(self, split: str) -> tuple[str, ...]:
+        # The hub has test's 447,793 questions only together with some 70 GB of images; the authors' zip is small.
+        return self.sources if split == "val" else tuple(reversed(self.sources))
+
+    def files(self, split: str) -> list[ExpectedFile]:
+        if split == "val":
+            names, rows = (self.question_files["val"][0], QUESTIONS.format("val2014"), ANNOTATIONS), (214_354,)
+            return [ExpectedFile(name, rows) for name in names]
+        return [
+            ExpectedFile(self.question_files["test-dev"][0], (107_394,)),
+            ExpectedFile(self.question_files["test"][0], (447_793,)),
+        ]
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        split = "val" if split == "val" else "test-dev"
+        return question_images(root, self.question_files[split][0], self.image_folders[split][0])
+
+    def from_hf(self, job: Job) -> None:
+        if job.split == "test":
+            for part, name in (("testdev", "test-dev2015"), ("test", "test2015")):
+                with_image = ("image",) if part == "testdev" else ()  # test's other images are never looked at
+                rows = []
+                for row in job.rows(part, columns=("question_id", "image_id", "question", *with_image)):
+                    if with_image:
+                        job.write_image(f"test2015/{coco_image('test2015', row['image_id'])}", row["image"])
+                    rows.append(row)
+                self._write_questions(job, name, "test2015", rows)
+            return
+        questions, annotations = [], []
+        keys = ("question_type", "multiple_choice_answer", "answers", "image_id", "answer_type", "question_id")
+        for row in job.rows("validation", columns=(*keys, "question", "image")):
+            job.write_image(f"val2014/{coco_image('val2014', row['image_id'])}", row["image"])
+            annotations.append({key: row[key] for key in keys})
+            questions.append({key: row[key] for key in ("image_id", "question", "question_id")})
+        head = {"data_type": "mscoco", "data_subtype": "val2014"}
+        write_json(job.root / ANNOTATIONS, {**head, "annotations": annotations}, indent=None)
+        write_json(job.root / QUESTIONS.format("val2014"), {**head, "questions": questions}, indent=None)
+        self._write_questions(job, "val2014", "val2014", questions)
+
+    def from_official(self, job: Job) -> None:
+        kind = "Val" if job.split == "val" else "Test"
+        parts = ("val2014",) if job.split == "val" else ("test-dev2015", "test2015")
+        members = {name: job.root / name for name in map(QUESTIONS.format, parts)}
+        job.extract(f"{VQA_URL}v2_Questions_{kind}_mscoco.zip", members)
+        if job.split == "val":
+            job.extract(f"{VQA_URL}v2_Annotations_Val_mscoco.zip", {ANNOTATIONS: job.root / ANNOTATIONS})
+        folder = parts[-1]
+        questions = {name: read_json(job.root / QUESTIONS.format(name))["questions"] for name in parts}
+        images = {coco_image(folder, row["image_id"]) for row in questions[parts[0]]}
+        job.extract(f"{COCO_URL}{folder}.zip", {image: job.root / folder / image for image in images})
+        for name in parts:
+            self._write_questions(job, name, folder, questions[name])
+
+    def _write_questions(self, job: Job, name: str, folder: str, rows: list[dict[str, Any]]) -> None:
+        lines = (
+            question_line(
+                row["question_id"], coco_image(folder, row["image_id"]), f"{row['question']}\n{SINGLE_WORD_SUFFIX}"
+            )
+            for row in rows
+        )
+        write_jsonl(job.root / f"llava_vqav2_mscoco_{name}.jsonl", lines)
+
+
+def coco_image(folder: str, image_id: int) -> str:
+    """COCO's file name of an image: ``("val2014", 42)`` -> ``COCO_val2014_000000000042.jpg``."""
+    return f"COCO_{folder}_{image_id:012d}.jpg"

@@ -1,0 +1,82 @@
+"""Answers that another run has generated already: one file that output folders share, read before anything is asked.
+
+An answer depends on the checkpoint, the way it is asked, the prompt and the pictures, and is found by a digest of
+them: two folders with copies of a picture, or two benchmarks with the same question, share it. SQLite keeps the file
+whole when a process dies and lets several processes of one machine write to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllava_switchkd.io import digest
+
+from .batches import Task
+
+FILE = "responses.sqlite"
+SETTINGS = ("checkpoint_digest", "conversation_template", "image_aspect_ratio", "decoding")
+"""What of the `run` object an answer depends on, beside prompt and pictures."""
+
+
+class ResponseCache:
+    """Answers by checkpoint, prompt and pictures.
+
+    Args:
+        folder: made if it does not exist; several output folders name the same one.
+        run: the `run` object.
+
+    Raises:
+        ValueError: the file there is none of these.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._settings = [run[name] for name in SETTINGS]
+        self._pictures: dict[Path, str] = {}
+        self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        try:
+            self._file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is no response cache ({error}); delete it or name another folder.") from None
+
+    def get(self, tasks: Iterable[Task]) -> dict[int, str]:
+        """Texts of the tasks that have been answered, by their place in `tasks`."""
+        found = {}
+        for place, task in enumerate(tasks):
+            key = self._key(task)
+            row = key and self._file.execute("SELECT text FROM responses WHERE key = ?", (key,)).fetchone()
+            if row:
+                found[place] = row[0]
+        return found
+
+    def put(self, answered: Iterable[tuple[Task, str]]) -> None:
+        """Keep the answers of a batch."""
+        rows = [(key, text) for task, text in answered if (key := self._key(task))]
+        self._file.execute("BEGIN")
+        self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
+        self._file.execute("COMMIT")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def _key(self, task: Task) -> str | None:
+        """None where a picture cannot be read: such a question has no answer."""
+        try:
+            pictures = [self._picture(image) for image in task.images]
+        except OSError:
+            return None
+        return hashlib.sha256(json.dumps([*self._settings, task.prompt, pictures]).encode()).hexdigest()
+
+    def _picture(self, image: Path | bytes) -> str:
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        if image not in self._pictures:
+            self._pictures[image] = digest(image)
+        return self._pictures[image]

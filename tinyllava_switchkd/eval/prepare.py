@@ -1,0 +1,357 @@
+"""Build LLaVA's evaluation folders from primary sources, or tell what a folder lacks.
+
+``python -m tinyllava_switchkd.eval.prepare BENCH [BENCH ...|all]``. What a benchmark's folder holds and how each of
+its sources is turned into it stands in the benchmark's own file; what all of them share is here: access to hub data
+sets and archives, images, and the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.fetch import (
+    HubDataset,
+    SourceError,
+    download,
+    extract,
+    image_problem,
+    open_hub_dataset,
+    parquet_rows,
+)
+from tinyllava_switchkd.io import read_json, write_bytes, write_json
+
+from .benchmarks import Benchmark, BenchmarkFactory, ExpectedFile, names
+from .benchmarks.files import read_jsonl, read_tsv, sentence_of
+
+logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
+
+PROVENANCE_FILE = "prepared.json"
+
+
+@dataclass
+class Job:
+    """One benchmark, one split, one source: what a benchmark works with while it builds its folder.
+
+    Attributes:
+        root: the benchmark's folder.
+        split: which of its `prepared_splits`.
+        source: "hf" or "official".
+        repos: names of the data set on the hub.
+        downloads: where archives and files of official sites are kept.
+        undecodable: images that could not be decoded -> why.
+        provenance: where the data came from, for `PROVENANCE_FILE`.
+    """
+
+    root: Path
+    split: str
+    source: str
+    repos: tuple[str, ...]
+    downloads: Path
+    revision: str | None = None
+    undecodable: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    _dataset: HubDataset | None = None
+
+    def rows(
+        self, split: str, config: str | None = None, columns: Collection[str] = (), optional: Collection[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of one split of the hub's data set, with `columns` and what there is of `optional`.
+
+        Raises:
+            SourceError: the data set cannot be had.
+            ValueError: it has no column of one of these names.
+        """
+        if self._dataset is None:
+            self._dataset = open_hub_dataset(self.repos, self.revision)
+            self.provenance |= {"repo_id": self._dataset.repo_id, "revision": self._dataset.revision}
+        dataset = self._dataset
+        logger.info("Reading %s (%s).", dataset.repo_id, f"{config}, {split}" if config else split)
+        paths = (dataset.fetch(name) for name in dataset.parquet(split, config))
+        for number, row in enumerate(parquet_rows(paths, {*columns, *optional})):
+            lacking = [column for column in columns if column not in row]
+            if lacking:
+                raise ValueError(
+                    f"{dataset.repo_id}, split {split!r}, row {number} has no column {', '.join(lacking)}; it has "
+                    f"{', '.join(row)}. Pass another data set with --repo_id."
+                )
+            yield row
+
+    def official(self, url: str) -> Path:
+        """A file of an official site, downloaded once.
+
+        Raises:
+            SourceError: the site refuses it or cannot be reached.
+        """
+        self.provenance.setdefault("urls", []).append(url)
+        return download(url, self.downloads / url.rsplit("/", 1)[-1])
+
+    def extract(self, url: str, members: Mapping[str, Path]) -> None:
+        """Write members of an official archive to their places; it is not downloaded where all are there already.
+
+        Raises:
+            SourceError: the site refuses the archive or cannot be reached.
+            ValueError: it is damaged, or lacks one of them.
+        """
+        if all(self.inside(path, self.downloads).is_file() for path in members.values()):
+            return
+        archive = self.official(url)
+        lacking = extract(archive, members)
+        if lacking:
+            raise ValueError(f"{archive} lacks {lacking[0]} ({len(lacking)} files in all); delete it and run again.")
+
+    def inside(self, path: str | Path, *other: Path) -> Path:
+        """A path below the benchmark's folder (or one of the others): the data name files, and must not choose where.
+
+        Raises:
+            ValueError: it leads out of them.
+        """
+        target = Path(os.path.normpath(self.root / path))  # links of the user's own are followed
+        if not any(target.is_relative_to(os.path.normpath(folder)) for folder in (self.root, *other)):
+            raise ValueError(f"The data name the file {str(path)!r}, outside {self.root}; it is not written.")
+        return target
+
+    def write_image(self, path: str, cell: Mapping[str, Any] | None) -> None:
+        """Write a hub image (``{"bytes", "path"}``) under the benchmark's folder, byte for byte, unless it is there.
+
+        An image that does not decode is noted and left out.
+        """
+        target = self.inside(path)
+        if path not in self.undecodable and not target.is_file() and self.check_image(path, cell):
+            write_bytes(target, cell["bytes"])
+
+    def check_image(self, name: str, cell: Mapping[str, Any] | None) -> bool:
+        """Whether a hub image decodes; one that does not is noted under `name`."""
+        data = (cell or {}).get("bytes")
+        problem = "no image data" if not data else image_problem(data)
+        if problem:
+            self.undecodable[name] = problem
+        return not problem
+
+    @staticmethod
+    def unavailable(message: str) -> SourceError:
+        """The error by which a benchmark says that this source has nothing for it."""
+        return SourceError(message)
+
+
+def build(benchmark: Benchmark, job: Job) -> None:
+    """Build a benchmark's folder from the job's source and record where it came from.
+
+    Raises:
+        SourceError: the source cannot be had.
+        ValueError: the source is not what it should be.
+    """
+    (benchmark.from_hf if job.source == "hf" else benchmark.from_official)(job)
+    path = job.root / PROVENANCE_FILE
+    known = read_json(path) if path.is_file() else {}
+    write_json(path, known | {job.split: {"source": job.source, **job.provenance}}, indent=1)
+
+
+# ------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the list: a file or an image folder, its state and what was counted."""
+
+    path: str
+    state: str
+    """ok, missing, incomplete, unreadable or count (complete, but not with an official number of rows)."""
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        return self.state == "ok"
+
+
+def check(benchmark: Benchmark, root: Path, split: str) -> list[Finding]:
+    """Compare a benchmark's folder with what it should hold."""
+    findings = [_check_file(root, expected) for expected in benchmark.files(split)]
+    if any(finding.state in ("missing", "unreadable") for finding in findings):
+        return findings
+    images = sorted(set(benchmark.images(root, split)))
+    absent = [name for name in images if not (root / name).is_file()]
+    if images:
+        where = sorted({name.rsplit("/", 1)[0] for name in images})
+        folder = where[0] if len(where) == 1 else where[0].split("/", 1)[0]
+        state = "ok" if not absent else "missing" if len(absent) == len(images) else "incomplete"
+        detail = f"{len(images) - len(absent):,} of {len(images):,} files"
+        if absent:
+            detail += f" (lacks {', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
+        findings.append(Finding(f"{folder}/", state, detail))
+    return findings
+
+
+def _check_file(root: Path, expected: ExpectedFile) -> Finding:
+    path = next((root / name for name in expected.aliases if (root / name).is_file()), root / expected.path)
+    official = " or ".join(f"{rows:,}" for rows in expected.rows)
+    if not path.is_file():
+        return Finding(expected.path, "missing", f"expected {official} rows" if official else "")
+    try:
+        rows = count_rows(path)
+    except ValueError as error:
+        return Finding(expected.path, "unreadable", str(error))
+    if expected.rows and rows not in expected.rows:
+        return Finding(path.relative_to(root).as_posix(), "count", f"{rows:,} rows, officially {official}")
+    return Finding(path.relative_to(root).as_posix(), "ok", f"{rows:,} rows")
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a benchmark file: JSON lines, a JSON list or dictionary (also VQA's and TextVQA's), or a TSV.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if path.suffix == ".tsv":
+        return len(read_tsv(path, ("index",)))
+    if path.suffix == ".jsonl" or path.name.startswith("coco_pope_"):
+        return sum(1 for _ in read_jsonl(path))
+    value = read_json(path, object)
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("data", "questions", "annotations", "test") if key in value), value)
+    return len(value)
+
+
+# -------------------------------------------------------------------------------------------------------- command
+
+
+def preparable() -> list[str]:
+    """Names of the benchmarks whose folders can be built, in the paper's order."""
+    return [name for name in names() if BenchmarkFactory(name).repos]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = CommandParser(
+        prog="python -m tinyllava_switchkd.eval.prepare",
+        description="Build LLaVA's evaluation folders from primary sources, or tell what a folder lacks.",
+    )
+    parser.add_argument("benchmarks", nargs="+", metavar="BENCH", help="all, or some of: " + " ".join(preparable()))
+    parser.add_argument(
+        "--eval_dir", type=Path, default=Path("playground/data/eval"), help="the folder of all benchmarks (%(default)s)"
+    )
+    parser.add_argument("--check", action="store_true", help="build nothing, list what is there and what is missing")
+    parser.add_argument("--split", help="val (default) or test for vqav2 and vizwiz; the others have one split")
+    parser.add_argument(
+        "--source",
+        choices=("auto", "hf", "official"),
+        default="auto",
+        help="the Hugging Face hub, the authors' own files, or whichever answers first (%(default)s)",
+    )
+    parser.add_argument("--repo_id", help="another data set of the hub, or a folder with its parquet files")
+    parser.add_argument("--revision", help="commit, tag or branch of the hub's data set")
+    parser.add_argument(
+        "--download_dir", type=Path, help="where the authors' archives are kept (EVAL_DIR/.downloads); delete it after"
+    )
+    parser.add_argument("--any_count", action="store_true", help="accept row counts that are not the official ones")
+    parser.add_argument("--force", action="store_true", help="build again although the folder is complete")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 if every benchmark asked for is complete."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
+    try:
+        benchmarks = _chosen(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    complete = True
+    for benchmark in benchmarks:
+        try:
+            complete &= (_check if arguments.check else _prepare)(benchmark, arguments)
+        except KeyboardInterrupt:
+            print(f"{benchmark.title}: interrupted; run the command again to continue.", file=sys.stderr)
+            return 130
+        except (ValueError, OSError) as error:  # the others go on
+            print(f"{benchmark.title}: {sentence_of(error)}", file=sys.stderr)
+            complete = False
+        except ModuleNotFoundError as error:
+            print(f"error: {error}; pip install 'tinyllava_switchkd[eval]'", file=sys.stderr)
+            return 2
+    return 0 if complete else 1
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Benchmark]:
+    wanted = preparable() if "all" in arguments.benchmarks else arguments.benchmarks
+    benchmarks = [BenchmarkFactory(name) for name in dict.fromkeys(wanted)]
+    for benchmark in benchmarks:
+        if not benchmark.repos:
+            raise ValueError(f"{benchmark.title} is not prepared by itself; known are {', '.join(preparable())}.")
+    if arguments.repo_id and len(benchmarks) > 1:
+        raise ValueError("--repo_id names the data set of one benchmark; prepare the benchmarks one by one.")
+    if arguments.split and len(benchmarks) == 1 and arguments.split not in benchmarks[0].prepared_splits:
+        known = " and ".join(benchmarks[0].prepared_splits)
+        raise ValueError(f"{benchmarks[0].title} has the split {known}, not {arguments.split!r}.")
+    return benchmarks
+
+
+def _split(benchmark: Benchmark, arguments: argparse.Namespace) -> str:
+    known = benchmark.prepared_splits
+    return arguments.split if arguments.split in known else known[0]
+
+
+def _prepare(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
+    split = _split(benchmark, arguments)
+    root = arguments.eval_dir / benchmark.folder
+    if not arguments.force and _complete(check(benchmark, root, split), arguments.any_count):
+        return _check(benchmark, arguments)
+    order = benchmark.source_order(split) if arguments.source == "auto" else (arguments.source,)
+    if arguments.repo_id and arguments.source == "auto":
+        order = ("hf",)
+    for source in order:
+        job = Job(
+            root=root,
+            split=split,
+            source=source,
+            repos=(arguments.repo_id,) if arguments.repo_id else benchmark.repos,
+            downloads=arguments.download_dir or arguments.eval_dir / ".downloads",
+            revision=arguments.revision,
+        )
+        logger.info("%s (%s): building from %s.", benchmark.title, split, source)
+        try:
+            build(benchmark, job)
+            break
+        except SourceError as error:
+            logger.warning("%s: %s can't be used: %s", benchmark.title, source, error)
+    else:
+        print(f"{benchmark.title}: no source could be used. By hand: {benchmark.by_hand}", file=sys.stderr)
+        return False
+    for image, problem in job.undecodable.items():
+        print(f"{benchmark.title}: {image} doesn't decode and is left out: {problem}", file=sys.stderr)
+    return _check(benchmark, arguments) and not job.undecodable
+
+
+def _check(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
+    """Print what is there and what is missing; returns whether it is complete."""
+    split = _split(benchmark, arguments)
+    root = arguments.eval_dir / benchmark.folder
+    findings = check(benchmark, root, split)
+    complete = _complete(findings, arguments.any_count)
+    print(f"{benchmark.title} ({split}): {'complete' if complete else 'NOT COMPLETE'}, {root}")
+    width = max(len(finding.path) for finding in findings)
+    for finding in findings:
+        print(f"  {finding.state:<10}  {finding.path:<{width}}  {finding.detail}".rstrip())
+    if not complete:
+        option = "" if split == benchmark.prepared_splits[0] else f" --split {split}"
+        print(f"  get it:     python -m tinyllava_switchkd.eval.prepare {benchmark.name}{option}")
+        print(f"  hub:        {' or '.join(benchmark.repos)}")
+        print(f"  by hand:    {benchmark.by_hand}")
+    return complete
+
+
+def _complete(findings: list[Finding], any_count: bool) -> bool:
+    return all(finding.ok or (any_count and finding.state == "count") for finding in findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
