@@ -80,12 +80,15 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Built(parser)
 
+    from tinyllava_switchkd.cli import CommandParser
+
     name = f"tinyllava_switchkd.{command}"
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", catch),
+        mock.patch.object(CommandParser, "parse_args", catch),
         mock.patch.dict(os.environ),
     ):
         os.environ.pop("QUICKSTART_OUT", None)  # some defaults are the environment's
