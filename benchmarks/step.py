@@ -34,7 +34,8 @@ from transformers import CONFIG_MAPPING
 from benchmarks._memory import peak_resident, resident
 from benchmarks._table import machine, write_section
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.distill import SupervisedTask, SwitchDistiller, build_distiller, register_loss
+from tinyllava_switchkd.distill import Distiller, build_distiller, register_loss
+from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.compiling import compile_layers
 from tinyllava_switchkd.train.estimate import estimate
@@ -101,7 +102,7 @@ class TrivialLoss(nn.Module):
 class BarePasses(nn.Module):
     """The three passes of a distiller up to the hidden states, with their sum for a loss."""
 
-    def __init__(self, distiller: SwitchDistiller) -> None:
+    def __init__(self, distiller: Distiller) -> None:
         super().__init__()
         self.distiller = distiller
 
@@ -113,7 +114,7 @@ class BarePasses(nn.Module):
 class Dense(nn.Module):
     """The objective the way a first version writes it: whole models, all logits."""
 
-    def __init__(self, distiller: SwitchDistiller) -> None:
+    def __init__(self, distiller: Distiller) -> None:
         super().__init__()
         self.distiller = distiller
 

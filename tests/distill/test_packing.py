@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_llava
-from tinyllava_switchkd.distill import SupervisedTask, build_distiller
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.train.task import SupervisedTask
 
 from .conftest import make_batch
 from .test_switch import assert_same_gradients, gradients

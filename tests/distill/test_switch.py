@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.distill import LossFactory, SupervisedTask, build_distiller, chunked, register_loss
+from tinyllava_switchkd.distill import LossFactory, build_distiller, objective, register_loss
 from tinyllava_switchkd.distill.losses import LogitLoss
+from tinyllava_switchkd.train.task import SupervisedTask
 
 from .conftest import make_batch, set_recompute
 
@@ -33,7 +34,7 @@ def test_chunks_of_another_ranks_tokens_change_nothing(student, teacher, batch, 
     head.requires_grad_(trains)
     distiller = build_distiller(student, teacher, chunk_size=4)
     expected, losses = gradients(distiller, batch), distiller(batch)
-    monkeypatch.setattr(chunked, "_most_of_all_ranks", lambda count, device: count + 2)
+    monkeypatch.setattr(objective, "_most_of_all_ranks", lambda count, device: count + 2)
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
     head.weight.ds_id = 0  # DeepSpeed's mark

@@ -4,7 +4,7 @@ import torch
 from tests.distill.conftest import make_batch
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
-from tinyllava_switchkd.distill.switch import _splice
+from tinyllava_switchkd.distill.trace import splice_batch
 from tinyllava_switchkd.model.quantized import weight_bytes
 from tinyllava_switchkd.train.estimate import estimate
 from tinyllava_switchkd.train.train import main
@@ -43,7 +43,7 @@ def test_activations_are_those_of_a_real_pass():
     features = student.vision_features(batch["images"])
 
     def decode(model, features):
-        inputs = _splice(model, batch, model.connector(features)).inputs_embeds
+        inputs = splice_batch(model, batch, model.connector(features)).inputs_embeds
         return model.language_model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     def passes():

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from tests.tiny import IMAGE_SIZE, tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import DataCollatorForSupervisedDataset
-from tinyllava_switchkd.distill import SupervisedTask, build_distiller
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.train.arguments import TrainingArguments
 from tinyllava_switchkd.train.trainer import LLaVATrainer
 
@@ -62,7 +63,7 @@ def toy_arguments(output_dir: str | Path, **kwargs: Any) -> TrainingArguments:
 
 
 def toy_task(distil: bool = False, seed: int = 0) -> SupervisedTask:
-    """A task around a tiny student; with `distil` a SwitchDistiller around it and a teacher of another seed."""
+    """A task around a tiny student; with `distil` a Distiller around it and a teacher of another seed."""
     student = tiny_llava(seed=seed)
     student.freeze_unused_parameters()
     if not distil:

@@ -1,17 +1,28 @@
-"""Switch-KD: the knee, the distillation losses, the three pathways, and the builder that joins teacher and student."""
+"""Distillation: losses between logits, methods, and the builder that joins teacher and student."""
 
 from .builder import build_distiller, check_compatible
+from .distiller import Distiller, PathwayLogits
 from .losses import LogitLoss, LossFactory, knee, register_loss
-from .switch import PathwayLogits, SupervisedTask, SwitchDistiller
+from .methods import Method, MethodFactory, register_method
+from .objective import LogitTerm
+from .task import Measure, Task
+from .trace import Sight, View
 
 __all__ = [
+    "Distiller",
     "LogitLoss",
+    "LogitTerm",
     "LossFactory",
+    "Measure",
+    "Method",
+    "MethodFactory",
     "PathwayLogits",
-    "SupervisedTask",
-    "SwitchDistiller",
+    "Sight",
+    "Task",
+    "View",
     "build_distiller",
     "check_compatible",
     "knee",
     "register_loss",
+    "register_method",
 ]

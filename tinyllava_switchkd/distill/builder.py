@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .losses import LossFactory
-from .switch import SwitchDistiller
+from .distiller import Distiller
+from .methods import Method, MethodFactory
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,8 @@ logger = logging.getLogger(__name__)
 def build_distiller(
     student: nn.Module,
     teacher: nn.Module,
-    loss: str = "dbild",
-    temperature: float = 3.0,
-    align_weight: float = 1.0,
-    switch_weight: float = 1.0,
+    method: str | Method = "switch_kd",
     *,
-    top_k: int | None = None,
     chunk_size: int | None = None,
     packing: bool = False,
     student_tokenizer: Any = None,
@@ -33,61 +29,50 @@ def build_distiller(
     student_image_processor: Any = None,
     teacher_image_processor: Any = None,
     gradient_checkpointing: bool = False,
-) -> SwitchDistiller:
-    """A `SwitchDistiller` of two TinyLLaVA models that fit each other.
+    **settings: Any,
+) -> Distiller:
+    """A `Distiller` of two TinyLLaVA models that fit each other.
 
     Args:
         student: trained by the distiller's losses; what of it trains is the caller's choice (`requires_grad`).
         teacher: frozen here.
-        loss: a registered distillation loss.
-        temperature: tau of the distillation loss.
-        align_weight: lambda_1, weight of loss(teacher, student).
-        switch_weight: lambda_2, weight of loss(teacher, visual switch).
-        top_k: for losses with a fixed number of logits (bild_*); None keeps the loss's own.
-        chunk_size: supervised tokens whose logits exist at one time; None chooses by the vocabulary.
-        packing: lay the samples of a batch end to end, without padding (see `SupervisedTask`).
+        method: a registered distillation method, or one made already.
+        chunk_size: tokens whose logits exist at one time; None chooses by the vocabulary.
+        packing: lay the samples of a batch end to end, without padding (see `Task`).
         student_tokenizer: compared id by id with `teacher_tokenizer`; a loaded model's own if not given. Where one is
             unknown, nothing is compared and unequal heads are cut to the shorter.
         teacher_tokenizer: see `student_tokenizer`.
-        student_image_processor: compared with `teacher_image_processor` in what they do to pixels; a loaded model's
-            own if not given.
+        student_image_processor: compared with `teacher_image_processor` in what they do to pixels (see
+            `pixel_difference`); a loaded model's own if not given.
         teacher_image_processor: see `student_image_processor`.
         gradient_checkpointing: checkpoint activations in the student and in the teacher's switch pass.
+        settings: of the method, and of its loss (`loss`, `temperature`, `align_weight`, `switch_weight`, `top_k`, ...).
 
     Raises:
-        ValueError: an unknown loss, a negative weight, or models that can't be distilled into one another; one
-            sentence that names both sides' values.
+        ValueError: an unknown method, loss or setting, a wrong value, or models that can't be distilled into one
+            another; one sentence that names both sides' values.
     """
-    for name, weight in (("align_weight", align_weight), ("switch_weight", switch_weight)):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} must be a number of at least 0, not {weight}.")
-    extra = {} if top_k is None else {"top_k": top_k}
-    try:
-        loss_module = LossFactory(loss)(temperature=temperature, **extra)
-    except TypeError as error:
-        raise ValueError(f"The distillation loss {loss!r} does not take these settings: {error}.") from error
+    if isinstance(method, str):
+        method = MethodFactory(method).create(**settings)
+    elif settings:
+        raise ValueError(f"The method is made already, so {', '.join(sorted(settings))} cannot be set here.")
+    method.terms  # noqa: B018 (wrong settings of a loss are told first)
     check_compatible(
-        student,
-        teacher,
-        student_tokenizer=student_tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        student_image_processor=student_image_processor,
-        teacher_image_processor=teacher_image_processor,
-        switch=switch_weight > 0,
+        student, teacher, method, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer
     )
-    distiller = SwitchDistiller(
+    distiller = Distiller(
         student,
         teacher,
-        loss_module,
+        method,
         vocab_size=min(_head_rows(student), _head_rows(teacher)),
-        align_weight=align_weight,
-        switch_weight=switch_weight,
+        adapters=method.adapters(student, teacher),
         chunk_size=chunk_size,
         packing=packing,
+        pixel_difference=pixel_difference(student, teacher, student_image_processor, teacher_image_processor),
     )
     if gradient_checkpointing:
         distiller.gradient_checkpointing_enable()
-    if switch_weight and not any(p.requires_grad for p in student.vision_tower.parameters()):
+    if method.switch and not any(p.requires_grad for p in student.vision_tower.parameters()):
         logger.warning(
             "The student's vision tower is frozen, so the visual-switch loss is only reported and trains nothing; "
             "train the vision tower, or set switch_weight to 0 to save its pass through the teacher."
@@ -98,14 +83,14 @@ def build_distiller(
 def check_compatible(
     student: nn.Module,
     teacher: nn.Module,
+    method: Method,
     *,
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
-    student_image_processor: Any = None,
-    teacher_image_processor: Any = None,
-    switch: bool = True,
 ) -> None:
     """Refuse a pair that can't be distilled (Switch-KD Section 5; `build_distiller` says what the arguments are).
+
+    Models may lie on the meta device.
 
     Raises:
         ValueError: with the first difference found and both sides' values.
@@ -117,28 +102,8 @@ def check_compatible(
         teacher_tokenizer or getattr(teacher, "tokenizer", None),
     )
     _check_templates(student.config, teacher.config)
-    ours, theirs = student.num_image_tokens, teacher.num_image_tokens
-    if ours != theirs:
-        raise ValueError(
-            f"The student makes {ours} visual tokens of an image and the teacher {theirs}; their token sequences can "
-            f"only be compared when vision tower, feature selection and connector give the same number."
-        )
-    if student.image_size != teacher.image_size:
-        raise ValueError(
-            f"The student reads images of {student.image_size} pixels and the teacher of {teacher.image_size}; both "
-            f"must read the same ones."
-        )
-    _check_pixels(
-        student_image_processor or getattr(student, "image_processor", None),
-        teacher_image_processor or getattr(teacher, "image_processor", None),
-    )
-    aspects = [getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher)]
-    if None not in aspects and aspects[0] != aspects[1]:
-        raise ValueError(
-            f"The student prepares images with image_aspect_ratio {aspects[0]!r} and the teacher with {aspects[1]!r}; "
-            f"train the student with --image_aspect_ratio {aspects[1]}."
-        )
-    if switch:
+    method.check(student, teacher)
+    if method.switch:
         _check_switch(student, teacher)
 
 
@@ -200,23 +165,41 @@ def _check_templates(student: Any, teacher: Any) -> None:
         )
 
 
-def _check_pixels(student: Any, teacher: Any) -> None:
-    if student is None or teacher is None:
-        return
+def _head_rows(model: nn.Module) -> int:
+    return model.language_model.get_output_embeddings().weight.shape[0]
+
+
+def pixel_difference(
+    student: nn.Module, teacher: nn.Module, student_image_processor: Any = None, teacher_image_processor: Any = None
+) -> str | None:
+    """How two models prepare the same picture differently, in words; None if they prepare it alike.
+
+    A pair that differs needs every image prepared twice: the batch's `images` and `teacher_images`.
+
+    Args:
+        student: a TinyLLaVA, on any device.
+        teacher: another.
+        student_image_processor: a loaded model's own if not given; an unknown one is compared with nothing.
+        teacher_image_processor: likewise.
+    """
+    ours, theirs = student.image_size, teacher.image_size
+    if ours != theirs:
+        return f"images of {ours} pixels for the student and of {theirs} for the teacher"
+    ours, theirs = (getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher))
+    if None not in (ours, theirs) and ours != theirs:
+        return f"image_aspect_ratio {ours!r} for the student and {theirs!r} for the teacher"
+    student_image_processor = student_image_processor or getattr(student, "image_processor", None)
+    teacher_image_processor = teacher_image_processor or getattr(teacher, "image_processor", None)
+    if student_image_processor is None or teacher_image_processor is None:
+        return None
     for name in ("image_mean", "image_std", "size", "crop_size", "do_center_crop", "resample"):
-        ours, theirs = (_plain(getattr(processor, name, None)) for processor in (student, teacher))
+        ours, theirs = (_plain(getattr(one, name, None)) for one in (student_image_processor, teacher_image_processor))
         if ours is not None and theirs is not None and ours != theirs:
-            raise ValueError(
-                f"Student and teacher prepare pixels differently: {name} is {ours} for the student and {theirs} for "
-                f"the teacher; the switch needs both to see the same picture, so use the same vision tower."
-            )
+            return f"{name} {ours} for the student and {theirs} for the teacher"
+    return None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [round(float(x), 6) for x in value]
     return dict(value) if hasattr(value, "keys") else value
-
-
-def _head_rows(model: nn.Module) -> int:
-    return model.language_model.get_output_embeddings().weight.shape[0]

@@ -1,8 +1,8 @@
-"""One pass over the supervised tokens in chunks: heads, cross-entropy and both distillation terms.
+"""One pass over tokens in chunks: heads, cross-entropy and any list of losses between logits.
 
 Logits of a real vocabulary are the largest tensors of a step (8 x 1,024 tokens x 151,936 in float32: 5 GB a copy), so
-they never exist for more than one chunk of supervised tokens. Inside a chunk the teacher's logits, their order and
-their knee are computed once and serve the align and the visual-switch term.
+they never exist for more than one chunk of tokens. Inside a chunk the teacher's logits, their order and their knee are
+computed once and serve all terms.
 
 The gradient of a chunk is taken as soon as its loss is known and kept as the (small) gradient of the hidden states and
 of the student's head; nothing is recomputed in the backward pass. Where a head's parameters exist only while its own
@@ -12,8 +12,9 @@ every run of a head is a collective operation, too, so all ranks make as many ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,69 +27,104 @@ from .losses import LogitLoss
 CHUNK_ELEMENTS = 2**26
 """Logits of one side in one chunk: 441 tokens of Qwen2.5's vocabulary, 256 MiB in float32."""
 
-PARTS = ("ce", "align", "visual_switch", "knee_teacher", "knee_student", "topk_overlap")
-"""Sums over tokens that a chunk reports, in order."""
+CE = "ce"
+"""Name of the cross-entropy, the one term that every task has."""
+
+RANKING = ("knee_teacher", "knee_student", "topk_overlap")
+"""What a term whose loss ranks logits can report beside its value, see `LogitTerm.ranking`."""
 
 
-@dataclass
-class SupervisedTokens:
-    """What reaches the heads: hidden states of the positions that predict a supervised token.
+class LogitTerm(NamedTuple):
+    """A weighted loss between the logits of a pathway and the teacher's at the same tokens.
 
-    Tokens of samples with images come first; `switch` covers exactly these.
+    Attributes:
+        name: under which it is reported, unweighted.
+        loss: called with (pathway's logits, teacher's logits), both [tokens, shared vocabulary]; gives [tokens].
+        weight: factor of its mean in the training loss.
+        pathway: "student" or "switch", whose logits learn.
+        tokens: "supervised" (positions that predict a supervised token) or "visual" (positions of visual tokens).
+        title: for curves and documentation; the name if empty.
+        ranking: also report the knees of both leaders and their overlap, if the loss ranks logits.
+    """
+
+    name: str
+    loss: nn.Module
+    weight: float = 1.0
+    pathway: str = "student"
+    tokens: str = "supervised"
+    title: str = ""
+    ranking: bool = False
+
+    @property
+    def per(self) -> str:
+        """What the term is a mean over."""
+        return self.tokens
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Names of what the term reports: its own, and those of `RANKING` if asked for and possible."""
+        return (self.name, *RANKING) if self.ranking and ranks(self.loss) else (self.name,)
+
+
+def ranks(loss: nn.Module) -> bool:
+    """Whether a loss ranks logits, so that both sides have a leader and a knee."""
+    return isinstance(loss, LogitLoss) and type(loss).order is not LogitLoss.order
+
+
+class Tokens(NamedTuple):
+    """What reaches the heads: last hidden states of the same tokens along each pathway.
 
     Attributes:
         student: [tokens, student width].
-        labels: [tokens].
+        labels: [tokens] the tokens to predict; None where there is no cross-entropy.
         teacher: [tokens, teacher width], or None without a teacher.
-        switch: [tokens of samples with images, teacher width], or None without a switch pass.
+        switch: [first tokens, teacher width]: those of samples with images, which come first; None without a switch.
     """
 
     student: Tensor
-    labels: Tensor
+    labels: Tensor | None
     teacher: Tensor | None = None
     switch: Tensor | None = None
 
 
 @dataclass
-class TokenLoss:
-    """The objective of one chunk of tokens, summed: CE + align_weight * align + switch_weight * visual_switch.
+class TokenObjective:
+    """Cross-entropy and weighted logit terms of tokens, summed.
 
     Attributes:
         student_head: student hidden states -> logits over the student's vocabulary.
         teacher_head: teacher hidden states -> logits over the teacher's; None for plain supervised training.
-        loss: the distillation loss between logits.
-        vocab_size: tokens that both vocabularies share; padded heads differ in length and are cut to it.
+        terms: losses between logits.
+        vocab_size: token ids that both vocabularies share; padded heads differ in length and are cut to it.
         chunk_size: tokens a chunk; None takes `CHUNK_ELEMENTS` / vocabulary.
         recompute: recompute chunks in the backward pass; None decides by the head's parameters.
     """
 
     student_head: nn.Module
     teacher_head: nn.Module | None = None
-    loss: LogitLoss | None = None
+    terms: Sequence[LogitTerm] = ()
     vocab_size: int | None = None
-    align_weight: float = 1.0
-    switch_weight: float = 1.0
     chunk_size: int | None = None
     recompute: bool | None = None
-    _orders: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._orders = isinstance(self.loss, LogitLoss)
+    def names(self, tokens: Tokens) -> tuple[str, ...]:
+        """What `__call__` sums, in order."""
+        return (*([CE] if tokens.labels is not None else []), *(name for term in self.terms for name in term.reports))
 
-    def __call__(self, tokens: SupervisedTokens) -> tuple[Tensor, Tensor]:
-        """Weighted loss (with gradient) and the `PARTS` (without), summed over all tokens."""
+    def __call__(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Weighted loss (with gradient), and each of `names` unweighted (without), summed over all tokens."""
         parameters = [p for p in self.student_head.parameters() if p.requires_grad]
         size = self.chunk_size or max(64, CHUNK_ELEMENTS // self._head_rows())
-        count = -(-len(tokens.labels) // size)
+        count = -(-len(tokens.student) // size)
         sharded = any(hasattr(p, "ds_id") for p in self.student_head.parameters())
         if sharded:
-            count = max(1, _most_of_all_ranks(count, tokens.labels.device))  # those beyond a rank's tokens are empty
+            count = max(1, _most_of_all_ranks(count, tokens.student.device))  # those beyond a rank's tokens are empty
         chunks = [slice(index * size, (index + 1) * size) for index in range(count)]
         if not chunks:
-            # Nothing supervised: a zero that depends on whatever the other ranks' losses depend on.
+            # No tokens: a zero that depends on whatever the other ranks' losses depend on.
             inputs = [x for x in (tokens.student, tokens.switch, *parameters) if x is not None and x.requires_grad]
             zero = tokens.student.new_zeros((), dtype=torch.float32)
-            return sum((x.sum() * 0.0 for x in inputs), zero), tokens.student.new_zeros(len(PARTS)).float()
+            return sum((x.sum() * 0.0 for x in inputs), zero), zero.new_zeros(len(self.names(tokens)))
         recompute = sharded and bool(parameters) if self.recompute is None else self.recompute
         if not torch.is_grad_enabled():
             results = [
@@ -111,37 +147,59 @@ class TokenLoss:
         return max(rows, self.vocab_size or 1)
 
     def _chunk(
-        self, tokens: SupervisedTokens, chunk: slice, student: Tensor, switch: Tensor | None
+        self, tokens: Tokens, chunk: slice, student: Tensor, switch: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted loss and parts of one chunk; `student` and `switch` are its hidden states."""
+        """Weighted loss and sums of one chunk; `student` and `switch` are its hidden states."""
         logits = self.student_head(student)  # [chunk, student vocab]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        parts = dict.fromkeys(PARTS, logits.new_zeros(()))
-        total = parts["ce"] = F.cross_entropy(logits, tokens.labels[chunk], reduction="sum")
-        if self.teacher_head is not None:
+        sums = dict.fromkeys(self.names(tokens), logits.new_zeros(()))
+        total = logits.new_zeros(())
+        if tokens.labels is not None:
+            total = sums[CE] = F.cross_entropy(logits, tokens.labels[chunk], reduction="sum")
+        if self.terms:
             with torch.no_grad():
                 teacher = self.teacher_head(tokens.teacher[chunk])[:, : self.vocab_size].to(logits.dtype)
-            order = self.loss.order(teacher) if self._orders else None
-            align, led = self._compare(logits[:, : self.vocab_size], teacher, order)
-            total = total + self.align_weight * align
-            parts["align"] = align
-            if order is not None:
-                parts["knee_teacher"], parts["knee_student"] = order.k.sum(), led.k.sum()
-                parts["topk_overlap"] = _overlap(order, logits, led)
-            if switch is not None and len(switch):
-                images = len(switch)
-                switched = self.teacher_head(switch)[:, : self.vocab_size].to(logits.dtype)
-                first = None if order is None else type(order)(*(part[:images] for part in order))
-                parts["visual_switch"], _ = self._compare(switched, teacher[:images], first)
-                total = total + self.switch_weight * parts["visual_switch"]
-        return total, torch.stack([parts[name].detach().float() for name in PARTS])
+            comparison = _Comparison(teacher)
+            sides = {"student": logits[:, : self.vocab_size]}
+            for term in self.terms:
+                if term.pathway == "switch" and "switch" not in sides:
+                    if switch is None or not len(switch):  # nobody in this chunk has an image
+                        continue
+                    sides["switch"] = self.teacher_head(switch)[:, : self.vocab_size].to(logits.dtype)
+                side = sides[term.pathway]
+                sums[term.name], order = comparison.of(term.loss, side)
+                total = total + term.weight * sums[term.name]
+                if len(term.reports) > 1:
+                    sums |= zip(RANKING, comparison.ranking(term.loss, side, order), strict=True)
+        return total, torch.stack([value.detach().float() for value in sums.values()])
 
-    def _compare(self, student, teacher, teacher_order):
-        if not self._orders:
-            return self.loss(student, teacher).sum(), None
-        student_order = self.loss.order(student)
-        values = self.loss(student, teacher, student_order=student_order, teacher_order=teacher_order)
-        return values.sum(), student_order
+
+class _Comparison:
+    """Losses of several terms against the same teacher logits [tokens, vocab], each ranking done once."""
+
+    def __init__(self, teacher: Tensor) -> None:
+        self._teacher = teacher
+        self._orders: dict[nn.Module, Any] = {}
+
+    def of(self, loss: nn.Module, side: Tensor) -> tuple[Tensor, Any]:
+        """A loss's sum over a side's tokens (the teacher's first), and the side's order if the loss has one."""
+        teacher = self._teacher[: len(side)]
+        if not isinstance(loss, LogitLoss):
+            return loss(side, teacher).sum(), None
+        theirs, ours = self._order(loss), loss.order(side)
+        if theirs is not None and len(side) < len(self._teacher):
+            theirs = type(theirs)(*(part[: len(side)] for part in theirs))
+        return loss(side, teacher, student_order=ours, teacher_order=theirs).sum(), ours
+
+    def ranking(self, loss: nn.Module, side: Tensor, order: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of `RANKING` over the tokens."""
+        theirs = self._order(loss)
+        return theirs.k.sum(), order.k.sum(), _overlap(theirs, side, order)
+
+    def _order(self, loss: LogitLoss) -> Any:
+        if loss not in self._orders:
+            self._orders[loss] = loss.order(self._teacher)
+        return self._orders[loss]
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -151,7 +209,7 @@ class _GradientInForward(torch.autograd.Function):
     def forward(
         ctx,
         run_chunk: Callable[..., tuple[Tensor, Tensor]],
-        tokens: SupervisedTokens,
+        tokens: Tokens,
         chunks: list[slice],
         student: Tensor,
         switch: Tensor | None,
@@ -171,13 +229,13 @@ class _GradientInForward(torch.autograd.Function):
                 ]
                 loss, chunk_parts = run_chunk(tokens, chunk, *leaves)
                 wanted = [x for x in (*leaves, *parameters) if x is not None and x.requires_grad]
-                grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ())
+                grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ())
             for leaf, out in zip(leaves, hidden_grads, strict=True):
-                grad = next(grads) if out is not None else None
+                grad = next(grads, None) if out is not None else None
                 if grad is not None:
                     out[chunk][: len(leaf)] = grad
             for i, dtype in enumerate(accumulate):
-                grad = next(grads)
+                grad = next(grads, None)
                 if grad is not None:
                     have = parameter_grads[i]
                     parameter_grads[i] = grad.to(dtype) if have is None else have.add_(grad)
@@ -210,7 +268,7 @@ def _rows(hidden: Tensor | None, chunk: slice) -> Tensor | None:
     return None if hidden is None else hidden[chunk]
 
 
-def _overlap(teacher_order, student_logits: Tensor, student_order) -> Tensor:
+def _overlap(teacher_order: Any, student_logits: Tensor, student_order: Any) -> Tensor:
     """Share of the teacher's leading tokens that are among the student's leading tokens too, summed over tokens."""
     theirs = student_logits.detach().gather(1, teacher_order.indices)
     both = (theirs >= student_order.threshold[:, None].to(theirs.dtype)) & teacher_order.mask

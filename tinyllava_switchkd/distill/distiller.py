@@ -1,0 +1,312 @@
+"""A student and its frozen teacher under a distillation method: from a batch to losses.
+
+    teacher         L^T(P^T(V^T(image)), text)        no gradient
+    student         L^S(P^S(V^S(image)), text)        all of the student
+    visual switch   L^T(P^T(V^S(image)), text)        through the frozen L^T and P^T into V^S only
+
+V: vision tower, P: connector, L: language model (Switch-KD Section 3.2, Figure 2). Each pathway that a method needs
+runs once; what its terms want to see of it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_switchkd.model.splice import Spliced
+
+from .methods.base import DenseTerm, Method, Views
+from .objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
+from .task import Measure, Task
+from .teacher import FrozenTeacher, Held
+from .trace import (
+    TEXT_KEYS,
+    Positions,
+    Sight,
+    View,
+    batch_images,
+    decode,
+    look,
+    placeholders,
+    splice_batch,
+    supervised_positions,
+)
+
+RANKING_MEASURES = dict(
+    zip(
+        RANKING,
+        (
+            Measure("knee, teacher leads", of_batch=True),
+            Measure("knee, student leads", of_batch=True),
+            Measure("overlap of the leading logits", of_batch=True),
+        ),
+        strict=True,
+    )
+)
+
+
+class PathwayLogits(NamedTuple):
+    """Logits of the supervised tokens, row by row of the batch, over the shared vocabulary: [tokens, vocab] each."""
+
+    teacher: Tensor
+    student: Tensor
+    visual_switch: Tensor
+
+
+class Distiller(Task):
+    """A student learns from a frozen teacher by a method.
+
+    `student`, and the method's `adapters` if it has any, are the only registered sub-modules. The teacher follows
+    `.to()` but is in neither `parameters()` nor `state_dict()`: no optimiser, checkpoint or ZeRO stage ever sees it. A
+    quantised teacher does not follow: it stays on the device and in the precision that it was loaded with. The
+    method's settings can be read as attributes. Build one with `build_distiller`.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from; frozen here.
+        method: what is learned from it.
+        vocab_size: number of leading token ids that both vocabularies share.
+        adapters: modules that train beside the student and are no part of it.
+        chunk_size: see `Task`.
+        packing: see `Task`; all pathways are packed alike.
+        pixel_difference: how the models prepare the same picture differently, in words; a batch must then hold
+            `teacher_images` beside `images`. None if one preparation serves both.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        method: Method,
+        *,
+        vocab_size: int,
+        adapters: Mapping[str, nn.Module] | None = None,
+        chunk_size: int | None = None,
+        packing: bool = False,
+        pixel_difference: str | None = None,
+    ) -> None:
+        super().__init__(student, chunk_size, packing)
+        self.method = method
+        self.pixel_difference = pixel_difference
+        self.terms = tuple(method.terms)
+        self.vocab_size = vocab_size
+        trained = dict(adapters or {})
+        self._held: list[Held] = [FrozenTeacher(teacher)]
+        for loss in {term.loss: term.name for term in self.terms if isinstance(term, LogitTerm)}:
+            if any(True for _ in loss.parameters()):
+                trained.setdefault("loss", loss)
+            else:
+                # Not registered: ZeRO-3 expects every rank to call every module as often, but a rank without images
+                # calls a loss less often, and would wait for the others forever.
+                self._held.append(Held(loss))
+        if trained:
+            self.adapters = nn.ModuleDict(trained)
+        self._one_encoder = _is_frozen(student.vision_tower) and self.guide.sees_as(student)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            method = self.__dict__.get("method")
+            if name.startswith("_") or not hasattr(method, name):
+                raise
+            return getattr(method, name)
+
+    @property
+    def guide(self) -> FrozenTeacher:
+        """The holder of the teacher."""
+        return self._held[0]
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self.guide.module
+
+    @property
+    def loss(self) -> nn.Module | None:
+        """The loss of the first logit term."""
+        return next((term.loss for term in self.terms if isinstance(term, LogitTerm)), None)
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        return (self.student, self.teacher)
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        found = super().measures
+        for term in self.terms:
+            found[term.name] = Measure(term.title or term.name, term=True)
+            found |= {name: RANKING_MEASURES[name] for name in term.reports[1:]}
+        return found
+
+    def _apply(self, fn, *args, **kwargs):
+        for held in self._held:
+            held.follow(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Activation checkpointing in the student, and in the teacher's language model for the switch pass."""
+        super().gradient_checkpointing_enable(**kwargs)
+        self.guide.checkpoint_activations(True, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        super().gradient_checkpointing_disable()
+        self.guide.checkpoint_activations(False)
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+        step_counts: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            batch: `input_ids` [samples, tokens] with -200 where an image goes, `labels` alike with -100 where nothing
+                is supervised, `attention_mask` alike (optional), `images` [images, 3, height, width], and
+                `teacher_images` alike where the teacher wants them prepared in another way.
+            num_items_in_batch: supervised tokens of the whole optimiser step (all micro-batches, all ranks), by which
+                sums over this batch's supervised tokens are divided; None divides by this batch's own.
+            step_counts: `counts` of the whole optimiser step, for terms that are means over something else; None
+                divides by this batch's own.
+
+        Returns:
+            "loss" = ce + the weighted terms, with gradient; without: "ce", each term unweighted,
+            "supervised_tokens", and for a term whose loss ranks logits means over the batch's tokens of "knee_teacher",
+            "knee_student" (the k of each leader) and "topk_overlap" (share of the teacher's k tokens that are among
+            the student's).
+        """
+        student, teacher, switch, positions = self._views(batch)
+        tokens = len(positions.labels)
+        counts = self._divisors(batch, tokens, num_items_in_batch, step_counts)
+        result = {"loss": 0.0}
+        self._add_logit_terms(result, "supervised", Tokens(student.hidden, positions.labels, teacher.hidden, switch), counts)
+        if any(isinstance(term, LogitTerm) and term.tokens == "visual" for term in self.terms):
+            self._add_logit_terms(result, "visual", Tokens(student.visual, None, teacher.visual), counts)
+        views = Views(student, teacher, self._modules.get("adapters", _NO_ADAPTERS))
+        for term in self.terms:
+            if isinstance(term, DenseTerm):
+                value = term.compute(views) / counts[term.per]
+                result["loss"] = result["loss"] + term.weight * value
+                result[term.name] = value.detach().float()
+        result["supervised_tokens"] = torch.tensor(tokens, device=result["loss"].device)
+        return result
+
+    @torch.no_grad()
+    def pathway_logits(self, batch: Mapping[str, Any]) -> PathwayLogits:
+        """Dense logits of the three pathways, for inspection and tests; the teacher's where a sample has no image."""
+        student, teacher, switch, positions = self._views(batch, always_switch=True)
+        z_student = self.student.language_model.get_output_embeddings()(student.hidden)
+        z_teacher = self.guide.head(teacher.hidden)
+        z_switch = z_teacher
+        if switch is not None:
+            z_switch = torch.cat([self.guide.head(switch), z_teacher[positions.images :]])
+        in_batch_order = positions.order.argsort()
+        return PathwayLogits(*(z[in_batch_order, : self.vocab_size] for z in (z_teacher, z_student, z_switch)))
+
+    # From a batch to views
+
+    def _views(self, batch: Mapping[str, Any], always_switch: bool = False) -> tuple[View, View, Tensor | None, Positions]:
+        """What student and teacher show, the switch's hidden states of samples with images, the student's positions."""
+        sight = self.method.student_sight
+        features, visual, spliced, positions = self.student_inputs(batch)
+        student = look(self.student, spliced, positions, sight, packing=self.packing)
+        shown = int(placeholders(batch).sum()) if sight.features or sight.projected else 0
+        if sight.features:
+            student.features = features[:shown]
+        if sight.projected:
+            student.projected = visual[:shown]
+        teacher = self._teacher_view(batch, features, spliced, positions)
+        switch = None
+        if positions.images and (self.method.switch or always_switch):
+            switch = self._switch_states(batch, features, positions)
+        return student, teacher, switch, positions
+
+    @torch.no_grad()
+    def _teacher_view(
+        self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions
+    ) -> View:
+        teacher, sight, visual = self.teacher, self.method.teacher_sight, None
+        if not len(positions.labels) and sight == Sight():
+            return View(next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size))
+        images = placeholders(batch).any()
+        if images:
+            if not (self._one_encoder and _is_frozen(self.student.vision_tower)):
+                features = teacher.vision_features(self._teacher_images(batch))
+            visual = self.guide.connect(features)
+        spliced = splice_batch(teacher, batch, visual)
+        if spliced.labels.shape != student.labels.shape or teacher.num_image_tokens != self.student.num_image_tokens:
+            positions = supervised_positions(batch["input_ids"], spliced)  # another number of visual tokens
+        view = look(teacher, spliced, positions, sight, packing=self.packing)
+        if sight.features:
+            view.features = features if images else features[:0]
+        if sight.projected:
+            width = teacher.config.hidden_size
+            view.projected = visual if images else features.new_zeros(0, teacher.num_image_tokens, width)
+        return view
+
+    def _teacher_images(self, batch: Mapping[str, Any]) -> Tensor:
+        """The batch's images as the teacher takes them."""
+        if batch.get("teacher_images") is not None:
+            return batch_images(batch, self.teacher, "teacher_images")
+        if self.pixel_difference is not None:
+            raise ValueError(
+                f"Student and teacher prepare pictures differently ({self.pixel_difference}), and the batch holds no "
+                f"'teacher_images'; give the pictures as the teacher prepares them, too."
+            )
+        return batch_images(batch, self.teacher)
+
+    def _switch_states(self, batch: Mapping[str, Any], features: Tensor, positions: Positions) -> Tensor:
+        """Hidden states of the teacher that sees through the student's vision tower; text-only samples are left out."""
+        with_image = placeholders(batch).any(1)
+        part = {key: batch[key][with_image] for key in TEXT_KEYS if batch.get(key) is not None}
+        spliced = splice_batch(self.teacher, part, self.guide.connect(self._bridged(features)))
+        if self.teacher.num_image_tokens == self.student.num_image_tokens:
+            row_of = with_image.cumsum(0) - 1  # row in the batch -> row among the samples with images
+            rows, columns = row_of[positions.rows[: positions.images]], positions.columns[: positions.images]
+        else:
+            rows, columns, *_ = supervised_positions(part["input_ids"], spliced)
+        with self.guide.checkpointing():
+            return decode(self.teacher, spliced, self.packing).at(rows, columns)
+
+    def _bridged(self, features: Tensor) -> Tensor:
+        """The student's features as the teacher's connector takes them."""
+        return features
+
+    # From views to losses
+
+    def _divisors(
+        self,
+        batch: Mapping[str, Any],
+        tokens: int,
+        num_items_in_batch: Tensor | int | None,
+        step_counts: Mapping[str, Tensor] | None,
+    ) -> dict[str, Any]:
+        counts: dict[str, Any] = {"supervised": max(tokens, 1), "tokens": max(tokens, 1)}
+        if any(term.per != "supervised" for term in self.terms):
+            counts |= {name: n.clamp(min=1) for name, n in (step_counts or self.counts(batch)).items()}
+        counts["supervised"] = max(tokens, 1) if num_items_in_batch is None else num_items_in_batch
+        return counts
+
+    def _add_logit_terms(self, result: dict[str, Any], kind: str, tokens: Tokens, counts: Mapping[str, Any]) -> None:
+        objective = TokenObjective(
+            self.student.language_model.get_output_embeddings(),
+            self.guide.head,
+            [term for term in self.terms if isinstance(term, LogitTerm) and term.tokens == kind],
+            vocab_size=self.vocab_size,
+            chunk_size=self.chunk_size,
+            recompute=self.recompute,
+        )
+        total, sums = objective(tokens)
+        result["loss"] = result["loss"] + total / counts[kind]
+        for name, value in zip(objective.names(tokens), sums, strict=True):
+            result[name] = value / counts["tokens" if name in RANKING else kind]
+
+
+_NO_ADAPTERS = nn.ModuleDict()
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,166 @@
+"""What a distillation method is: settings, what it looks at, and its terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from tinyllava_switchkd.registry import Registry
+
+from ..losses import LossFactory
+from ..objective import LogitTerm
+from ..trace import Sight, View
+
+MethodFactory = Registry("distillation method")
+"""``MethodFactory("switch_kd")`` is the class of a method."""
+
+
+def register_method(*names: str, override: bool = False) -> Callable[[type], type]:
+    """``@register_method("name")`` on a dataclass derived from `Method`; the first name becomes its `name`."""
+
+    def decorator(cls: type) -> type:
+        cls.name = names[0]
+        return MethodFactory.register(*names, override=override)(cls)
+
+    return decorator
+
+
+def setting(default: Any, help: str, flag: str | None = None) -> Any:
+    """A field of a method.
+
+    Args:
+        default: its value unless asked otherwise.
+        help: one sentence for the command line and the documentation.
+        flag: its name on the command line, where that differs from the field's.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+class Views(NamedTuple):
+    """What the pathways showed of a batch, and the method's own trained modules."""
+
+    student: View
+    teacher: View
+    adapters: nn.ModuleDict
+
+
+class DenseTerm(NamedTuple):
+    """A weighted term that is no loss between logits.
+
+    Attributes:
+        name: under which it is reported, unweighted.
+        compute: from what was seen to the sum over the batch's units (a zero that is in the graph if it has none).
+        weight: factor of its mean in the training loss.
+        per: unit of the mean: "samples" (samples with images), "images", "visual" (visual tokens) or "supervised"
+            (tokens). The sum is divided by the unit's number in the whole optimiser step.
+        title: for curves and documentation; the name if empty.
+    """
+
+    name: str
+    compute: Callable[[Views], Tensor]
+    weight: float = 1.0
+    per: str = "samples"
+    title: str = ""
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Names of what the term reports."""
+        return (self.name,)
+
+
+Term = LogitTerm | DenseTerm
+
+
+@dataclass
+class Method:
+    """Base of the distillation methods. A subclass is a dataclass whose fields are its settings.
+
+    The objective is cross-entropy plus the weighted `terms`. Fields whose names end in ``_weight`` must be finite and
+    at least 0; a term of weight 0 that nothing else needs is left out by its method.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name.endswith("_weight") and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"{one.name} must be a number of at least 0, not {value}.")
+
+    @property
+    def switch(self) -> bool:
+        """Whether the student's vision features also go through the teacher's connector and language model."""
+        return any(term.pathway == "switch" for term in self.terms if isinstance(term, LogitTerm))
+
+    @property
+    def student_sight(self) -> Sight:
+        """What is to be seen of the student's pathway."""
+        return Sight()
+
+    @property
+    def teacher_sight(self) -> Sight:
+        """What is to be seen of the teacher's pathway."""
+        return self.student_sight
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The weighted terms beside cross-entropy."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms.")
+
+    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Refuse a pair of models that the method cannot compare; models may lie on the meta device.
+
+        Raises:
+            ValueError: one sentence with both sides' values.
+        """
+
+    def adapters(self, student: nn.Module, teacher: nn.Module) -> Mapping[str, nn.Module]:
+        """Modules of the method's own that train with the student and are no part of it; none by default."""
+        return {}
+
+    @classmethod
+    def settings(cls) -> dict[str, dataclasses.Field]:
+        """Flag's name -> the field behind it."""
+        return {one.metadata.get("flag") or one.name: one for one in fields(cls) if one.init and one.name != "loss_settings"}
+
+    @classmethod
+    def create(cls, **settings: Any) -> Method:
+        """A method from settings by field name; those of its loss are passed on to the loss.
+
+        Raises:
+            ValueError: a setting that neither the method nor its loss has, or a wrong value.
+        """
+        own = {one.name for one in fields(cls)}
+        of_loss = {name: value for name, value in settings.items() if name not in own and value is not None}
+        if of_loss and "loss_settings" not in own:
+            raise ValueError(
+                f"The distillation method {cls.name!r} does not take {', '.join(sorted(of_loss))}; it has "
+                f"{', '.join(one.name for one in fields(cls)) or 'no settings'}."
+            )
+        settings = {name: value for name, value in settings.items() if name in own}
+        return cls(**settings, **({"loss_settings": of_loss} if of_loss else {}))
+
+
+def make_loss(name: str, temperature: float, settings: Mapping[str, Any]) -> nn.Module:
+    """A registered loss with its settings.
+
+    Raises:
+        ValueError: there is no such loss, or it does not take one of the settings.
+    """
+    try:
+        return LossFactory(name)(temperature=temperature, **settings)
+    except TypeError as error:
+        known = [one for one in inspect.signature(LossFactory(name).__init__).parameters if one != "self"]
+        raise ValueError(
+            f"The distillation loss {name!r} does not take these settings: {error}; it has {', '.join(known)}."
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

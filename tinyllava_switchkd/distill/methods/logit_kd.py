@@ -1,0 +1,32 @@
+"""Plain logit distillation: one loss between the student's and the teacher's logits of answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..objective import LogitTerm
+from .base import Method, make_loss, register_method, setting
+
+
+@register_method("logit_kd")
+@dataclass
+class LogitKD(Method):
+    """Logit distillation: any registered loss on the student's own logits (Switch-KD's Table 4, "align only")."""
+
+    loss: str = setting("dbild", "Loss between the logits of teacher and student.", flag="distill_loss")
+    temperature: float = setting(3.0, "Temperature of the loss between logits.")
+    align_weight: float = setting(1.0, "Weight of the loss on the student's own logits.")
+    loss_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def loss_module(self) -> nn.Module:
+        return make_loss(self.loss, self.temperature, self.loss_settings)
+
+    @property
+    def terms(self) -> list[LogitTerm]:
+        return [LogitTerm("align", self.loss_module, self.align_weight, title="align", ranking=True)]

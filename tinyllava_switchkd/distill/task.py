@@ -1,0 +1,103 @@
+"""What a trainer trains: a module that is called with a batch and gives named losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_switchkd.constants import IGNORE_INDEX
+
+from .objective import CE
+from .trace import Positions, batch_images, placeholders, splice_batch, supervised_positions
+
+
+class Measure(NamedTuple):
+    """What a task says of one number that it reports.
+
+    Attributes:
+        title: for curves and documentation.
+        of_batch: whether the number is a mean over the supervised tokens of its own batch, so that a window's mean
+            weighs it by them. Otherwise it is divided by the step's count already, and micro-batches and ranks add up.
+        term: whether it is a term of the loss.
+    """
+
+    title: str
+    of_batch: bool = False
+    term: bool = False
+
+
+class Task(nn.Module):
+    """Base of what the trainer trains.
+
+    Called with a batch it returns named losses, of which "loss" is to be minimised and the rest to be logged.
+
+    Args:
+        student: the model to train.
+        chunk_size: tokens whose logits exist at one time; None chooses by the vocabulary.
+        packing: lay the samples of a batch end to end for the language models, so that no padding is computed. It pays
+            with flash attention; other attention computes (and masks) what one sample would see of another.
+
+    Raises:
+        ValueError: the chunk size is below 1.
+    """
+
+    def __init__(self, student: nn.Module, chunk_size: int | None = None, packing: bool = False) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}.")
+        self.student = student
+        self.chunk_size = chunk_size
+        self.packing = packing
+        self.recompute: bool | None = None  # of `TokenObjective`
+
+    @property
+    def config(self) -> Any:
+        """The student's configuration (DeepSpeed's "auto" values read its hidden size)."""
+        return self.student.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """Every model that runs in a step, the student first."""
+        return (self.student,)
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What the task reports beside "loss" and "supervised_tokens"."""
+        return {CE: Measure("cross-entropy", term=True)}
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.student.gradient_checkpointing_disable()
+
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a batch holds, by which sums are divided; a trainer adds these up over micro-batches and ranks.
+
+        Returns:
+            "supervised": tokens that are predicted and learned from. "visual": visual tokens. "samples": samples with
+            images. "images": images.
+        """
+        found = placeholders(batch)
+        images = found.sum()
+        return {
+            # the first position of a sequence is never predicted, with an image there or without
+            "supervised": (batch["labels"][:, 1:] != IGNORE_INDEX).sum(),
+            "visual": images * self.student.num_image_tokens,
+            "samples": found.any(1).sum(),
+            "images": images,
+        }
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any, Positions]:
+        """Vision features, visual tokens, the spliced batch and its supervised positions, of the student."""
+        features = self.student.vision_features(batch_images(batch, self.student))  # [images, patches, vision width]
+        visual = self.student.connector(features)  # [images, visual tokens, width]
+        spliced = splice_batch(self.student, batch, visual)
+        return features, visual, spliced, supervised_positions(batch["input_ids"], spliced)

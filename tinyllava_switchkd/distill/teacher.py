@@ -1,0 +1,105 @@
+"""The frozen teacher: prepared once, held out of sight of optimisers, checkpoints and ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_switchkd.model.quantized import is_quantized, keep_differentiable
+
+
+class Held:
+    """Keeps a module out of its owner's `parameters()`, `state_dict()` and `modules()`.
+
+    No optimiser, checkpoint or ZeRO stage ever sees it; `follow` moves it when its owner moves.
+
+    Args:
+        module: what to hold.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def follow(self, fn: Any, *args: Any, **kwargs: Any) -> None:
+        """Move or cast as `nn.Module._apply` does; a quantised module stays as it was loaded."""
+        if not is_quantized(self.module):
+            self.module._apply(fn, *args, **kwargs)
+
+
+class FrozenTeacher(Held):
+    """A TinyLLaVA that gives logits and, through its connector and language model, passes gradients to their input.
+
+    Its parameters are frozen, its dropout is removed, and it is in training mode only while activations are
+    checkpointed, which transformers does in no other.
+
+    Args:
+        model: the teacher; changed in place.
+
+    Raises:
+        ValueError: it is quantised in a way that no gradient passes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        model.requires_grad_(False).eval()
+        _remove_dropout(model)
+        keep_differentiable(model)
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states -> logits."""
+        return self.module.language_model.get_output_embeddings()
+
+    def connect(self, features: Tensor) -> Tensor:
+        """Vision features [images, patches, width] -> visual tokens, whatever the dtype of the features."""
+        connector = self.module.connector
+        weight = next((p for p in connector.parameters() if p.is_floating_point()), features)
+        return connector(features.to(weight.dtype))
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Inside, activations are checkpointed if `checkpoint_activations` asked for it."""
+        language_model = self.module.language_model
+        language_model.train(any(getattr(part, "gradient_checkpointing", False) for part in language_model.modules()))
+        try:
+            yield
+        finally:
+            language_model.eval()
+
+    def checkpoint_activations(self, enable: bool, **kwargs: Any) -> None:
+        """Turn activation checkpointing of the language model on or off (`kwargs` as transformers takes them)."""
+        if not enable:
+            self.module.language_model.gradient_checkpointing_disable()
+            return
+        if getattr(self.module, "is_loaded_in_8bit", False):
+            # bitsandbytes' 8-bit layers keep their inputs past the hooks by which the non-reentrant kind frees them.
+            chosen = {**(kwargs.get("gradient_checkpointing_kwargs") or {}), "use_reentrant": True}
+            kwargs = {**kwargs, "gradient_checkpointing_kwargs": chosen}
+        self.module.language_model.gradient_checkpointing_enable(**kwargs)
+
+    def sees_as(self, student: nn.Module) -> bool:
+        """Whether both vision towers give the same features of an image, so that one pass serves both models."""
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if getattr(student.config, name) != getattr(self.module.config, name):
+                return False
+        ours, theirs = student.vision_tower.state_dict(), self.module.vision_tower.state_dict()
+        return ours.keys() == theirs.keys() and all(
+            weight.numel()  # ZeRO-3 leaves empty ones
+            and weight.shape == theirs[name].shape
+            and torch.equal(weight.to(theirs[name]), theirs[name])
+            for name, weight in ours.items()
+        )
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """A teacher in training mode must still give the same logits."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,48 @@
+"""Plain supervised training: cross-entropy through the same door as distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllava_switchkd.distill.objective import CE, TokenObjective, Tokens
+from tinyllava_switchkd.distill.task import Task
+from tinyllava_switchkd.distill.trace import look
+
+
+class SupervisedTask(Task):
+    """Plain supervised training (pre-training, supervised fine-tuning) of a TinyLLaVA. Arguments as `Task`'s."""
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+        step_counts: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            batch: `input_ids` [samples, tokens] with -200 where an image goes, `labels` alike with -100 where nothing
+                is supervised, `attention_mask` alike (optional), `images` [images, 3, height, width].
+            num_items_in_batch: supervised tokens of the whole optimiser step (all micro-batches, all ranks), by which
+                the sum over this batch's tokens is divided; None divides by this batch's own.
+            step_counts: not needed here.
+
+        Returns:
+            "loss" with gradient; "ce" and "supervised_tokens" without.
+        """
+        _, _, spliced, positions = self.student_inputs(batch)
+        view = look(self.student, spliced, positions, packing=self.packing)
+        head = self.student.language_model.get_output_embeddings()
+        objective = TokenObjective(head, chunk_size=self.chunk_size, recompute=self.recompute)
+        total, (ce,) = objective(Tokens(view.hidden, positions.labels))
+        tokens = len(positions.labels)
+        divisor = max(tokens, 1) if num_items_in_batch is None else num_items_in_batch
+        return {
+            "loss": total / divisor,
+            CE: ce / divisor,
+            "supervised_tokens": torch.tensor(tokens, device=total.device),
+        }
