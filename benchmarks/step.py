@@ -35,10 +35,10 @@ from benchmarks._memory import peak_resident, resident
 from benchmarks._table import machine, write_section
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import Distiller, build_distiller, register_loss
-from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.compiling import compile_layers
 from tinyllava_switchkd.train.estimate import estimate
+from tinyllava_switchkd.train.task import SupervisedTask
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class BarePasses(nn.Module):
         self.distiller = distiller
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens, _ = self.distiller._tokens(batch)
-        return {"loss": tokens.student.float().sum() + tokens.switch.float().sum()}
+        student, _, switch, _ = self.distiller._views(batch)
+        return {"loss": student.hidden.float().sum() + switch.float().sum()}
 
 
 class Dense(nn.Module):

@@ -146,14 +146,21 @@ def fields_of(cls: type) -> Iterator[tuple[str, str, str]]:
 def page() -> str:
     """The whole page."""
     from tinyllava_switchkd.train import argv
-    from tinyllava_switchkd.train.arguments import DataArguments, DistillArguments, ModelArguments, TrainingArguments
+    from tinyllava_switchkd.train.arguments import (
+        DataArguments,
+        ModelArguments,
+        TeacherArguments,
+        TrainingArguments,
+        distill_arguments,
+    )
 
     head = ("flag", "default", "meaning")
     parts = [INTRODUCTION]
     for title, cls in (
         ("The model", ModelArguments),
         ("The data", DataArguments),
-        ("The distillation", DistillArguments),
+        ("The distillation", TeacherArguments),
+        ("The methods and their losses", distill_arguments()),
         ("The training", TrainingArguments),
     ):
         parts += [f"### {title}\n", table(head, fields_of(cls))]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tinyllava_switchkd.train.arguments import DataArguments, DistillArguments, ModelArguments, TrainingArguments
+from tinyllava_switchkd.train.arguments import DataArguments, ModelArguments, TrainingArguments, distill_arguments
 from tinyllava_switchkd.train.argv import IGNORED, parse_arguments, translate_argv
 
 REQUIRED = ["--data_path", "d.json", "--vision_tower", "v", "--output_dir", "out", "--use_cpu", "True"]
@@ -41,12 +41,9 @@ def test_names_and_defaults_are_v1s():
     assert (training.tune_vision_tower_from_layer, training.optim, training.bits) == (10, "adamw_torch", 16)
     assert (training.lora_r, training.lora_alpha, training.lora_dropout, training.lora_bias) == (64, 16, 0.05, "none")
     assert TrainingArguments.__dataclass_fields__["report_to"].default == "tensorboard"
-    assert (distill.distill_loss, distill.temperature, distill.align_weight, distill.switch_weight) == (
-        "dbild",
-        3,
-        1,
-        1,
-    )
+    method = distill.method()
+    assert (method.name, method.loss, method.temperature) == ("switch_kd", "dbild", 3)
+    assert (method.align_weight, method.switch_weight) == (1, 1)
 
 
 def test_the_argument_line_of_a_v1_script_is_accepted(caplog, monkeypatch):
@@ -100,11 +97,14 @@ def test_every_ignored_flag_is_dropped():
         (["--image_aspect_ratio", "anyres"], ["anyres", "square, pad"]),
         (["--mm_vision_select_feature", "cls"], ["'cls'", "patch, cls_patch"]),
         (["--temperature", "2"], ["--temperature 2.0", "--teacher_path"]),
-        (["--teacher_path", "t", "--temperature", "0"], ["--temperature is 0.0", "greater than 0"]),
-        (["--teacher_path", "t", "--align_weight", "0", "--switch_weight", "0"], ["both 0", "'t'"]),
+        (["--teacher_path", "t", "--temperature", "0"], ["temperature", "positive", "0.0"]),
+        (
+            ["--teacher_path", "t", "--align_weight", "0", "--switch_weight", "0"],
+            ["--align_weight, --switch_weight are all 0", "'t'"],
+        ),
         (["--teacher_bits", "4"], ["--teacher_bits 4", "--teacher_path"]),
         (["--teacher_path", "t", "--teacher_bits", "2"], ["--teacher_bits is 2", "16, 8, 4"]),
-        (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "'dbild'"]),
+        (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "loss bild_fkl, bild_rkl", "--distill_loss dbild"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
         (["--eval_strategy", "steps"], ["--eval_strategy", "scripts/eval"]),
     ],
@@ -131,4 +131,4 @@ def test_groups_check_themselves_when_constructed():
     with pytest.raises(ValueError, match="image_backend"):
         DataArguments(image_backend="cv2")
     with pytest.raises(ValueError, match="chunk_size is 0"):
-        DistillArguments(teacher_path="t", chunk_size=0)
+        distill_arguments()(teacher_path="t", chunk_size=0)

@@ -9,9 +9,9 @@ from tests.distill.test_switch import assert_same_gradients, gradients, saved_by
 from tests.tiny import tiny_llava
 from tests.train.toy import largest_difference, toy_arguments, toy_trainer, weights
 from tinyllava_switchkd.distill import build_distiller
-from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.train.compiling import check_compile, compile_layers
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
+from tinyllava_switchkd.train.task import SupervisedTask
 
 ONE_LAYER = {"text": {"layers": 1}, "vision": {"layers": 2}}  # of the tower's two the last is not used
 

@@ -1,14 +1,15 @@
 """Distillation: losses between logits, methods, and the builder that joins teacher and student."""
 
 from .builder import build_distiller, check_compatible
-from .distiller import Distiller, PathwayLogits
+from .distiller import KNEES, Distiller, PathwayLogits
 from .losses import LogitLoss, LossFactory, knee, register_loss
-from .methods import Method, MethodFactory, register_method
+from .methods import Method, MethodFactory, register_method, terms_of_all_methods
 from .objective import LogitTerm
 from .task import Measure, Task
 from .trace import Sight, View
 
 __all__ = [
+    "KNEES",
     "Distiller",
     "LogitLoss",
     "LogitTerm",
@@ -25,4 +26,5 @@ __all__ = [
     "knee",
     "register_loss",
     "register_method",
+    "terms_of_all_methods",
 ]

@@ -57,9 +57,7 @@ def build_distiller(
     elif settings:
         raise ValueError(f"The method is made already, so {', '.join(sorted(settings))} cannot be set here.")
     method.terms  # noqa: B018 (wrong settings of a loss are told first)
-    check_compatible(
-        student, teacher, method, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer
-    )
+    check_compatible(student, teacher, method, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer)
     distiller = Distiller(
         student,
         teacher,

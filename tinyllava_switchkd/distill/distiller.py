@@ -11,6 +11,7 @@ runs once; what its terms want to see of it is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from tinyllava_switchkd.model.splice import Spliced
 
 from .methods.base import DenseTerm, Method, Views
-from .objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
+from .objective import RANKING, LogitTerm, TokenObjective, Tokens
 from .task import Measure, Task
 from .teacher import FrozenTeacher, Held
 from .trace import (
+    BLIND,
     TEXT_KEYS,
     Positions,
-    Sight,
     View,
     batch_images,
     decode,
@@ -35,17 +36,14 @@ from .trace import (
     supervised_positions,
 )
 
-RANKING_MEASURES = dict(
-    zip(
-        RANKING,
-        (
-            Measure("knee, teacher leads", of_batch=True),
-            Measure("knee, student leads", of_batch=True),
-            Measure("overlap of the leading logits", of_batch=True),
-        ),
-        strict=True,
-    )
-)
+KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
+"""How many logits count when each side leads, of a loss that ranks them."""
+
+RANKING_MEASURES = {
+    **{name: Measure(f"knee, {title}", of_batch=True) for name, title in KNEES.items()},
+    "topk_overlap": Measure("overlap of the leading logits", of_batch=True),
+}
+"""What `RANKING` names."""
 
 
 class PathwayLogits(NamedTuple):
@@ -111,7 +109,7 @@ class Distiller(Task):
             return super().__getattr__(name)
         except AttributeError:
             method = self.__dict__.get("method")
-            if name.startswith("_") or not hasattr(method, name):
+            if method is None or name not in (one.name for one in fields(method)):
                 raise
             return getattr(method, name)
 
@@ -140,6 +138,10 @@ class Distiller(Task):
             found[term.name] = Measure(term.title or term.name, term=True)
             found |= {name: RANKING_MEASURES[name] for name in term.reports[1:]}
         return found
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("supervised", *(term.per for term in self.terms))))
 
     def _apply(self, fn, *args, **kwargs):
         for held in self._held:
@@ -182,7 +184,9 @@ class Distiller(Task):
         tokens = len(positions.labels)
         counts = self._divisors(batch, tokens, num_items_in_batch, step_counts)
         result = {"loss": 0.0}
-        self._add_logit_terms(result, "supervised", Tokens(student.hidden, positions.labels, teacher.hidden, switch), counts)
+        self._add_logit_terms(
+            result, "supervised", Tokens(student.hidden, positions.labels, teacher.hidden, switch), counts
+        )
         if any(isinstance(term, LogitTerm) and term.tokens == "visual" for term in self.terms):
             self._add_logit_terms(result, "visual", Tokens(student.visual, None, teacher.visual), counts)
         views = Views(student, teacher, self._modules.get("adapters", _NO_ADAPTERS))
@@ -208,7 +212,9 @@ class Distiller(Task):
 
     # From a batch to views
 
-    def _views(self, batch: Mapping[str, Any], always_switch: bool = False) -> tuple[View, View, Tensor | None, Positions]:
+    def _views(
+        self, batch: Mapping[str, Any], always_switch: bool = False
+    ) -> tuple[View, View, Tensor | None, Positions]:
         """What student and teacher show, the switch's hidden states of samples with images, the student's positions."""
         sight = self.method.student_sight
         features, visual, spliced, positions = self.student_inputs(batch)
@@ -225,11 +231,9 @@ class Distiller(Task):
         return student, teacher, switch, positions
 
     @torch.no_grad()
-    def _teacher_view(
-        self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions
-    ) -> View:
+    def _teacher_view(self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions) -> View:
         teacher, sight, visual = self.teacher, self.method.teacher_sight, None
-        if not len(positions.labels) and sight == Sight():
+        if not len(positions.labels) and sight == BLIND:
             return View(next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size))
         images = placeholders(batch).any()
         if images:
@@ -285,7 +289,7 @@ class Distiller(Task):
         step_counts: Mapping[str, Tensor] | None,
     ) -> dict[str, Any]:
         counts: dict[str, Any] = {"supervised": max(tokens, 1), "tokens": max(tokens, 1)}
-        if any(term.per != "supervised" for term in self.terms):
+        if len(self.units) > 1:
             counts |= {name: n.clamp(min=1) for name, n in (step_counts or self.counts(batch)).items()}
         counts["supervised"] = max(tokens, 1) if num_items_in_batch is None else num_items_in_batch
         return counts

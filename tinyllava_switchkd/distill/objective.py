@@ -146,9 +146,7 @@ class TokenObjective:
         rows = getattr(self.student_head, "out_features", None) or (weight.shape[0] if weight is not None else 0)
         return max(rows, self.vocab_size or 1)
 
-    def _chunk(
-        self, tokens: Tokens, chunk: slice, student: Tensor, switch: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _chunk(self, tokens: Tokens, chunk: slice, student: Tensor, switch: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weighted loss and sums of one chunk; `student` and `switch` are its hidden states."""
         logits = self.student_head(student)  # [chunk, student vocab]
         logits = logits if logits.dtype == torch.float64 else logits.float()

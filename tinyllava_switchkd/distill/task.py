@@ -72,6 +72,11 @@ class Task(nn.Module):
         """What the task reports beside "loss" and "supervised_tokens"."""
         return {CE: Measure("cross-entropy", term=True)}
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Which of `counts` the task divides by."""
+        return ("supervised",)
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.student.gradient_checkpointing_enable(**kwargs)
 

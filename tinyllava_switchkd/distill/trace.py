@@ -45,6 +45,10 @@ class Sight(NamedTuple):
         )
 
 
+BLIND = Sight()
+"""Nothing is to be seen beside the supervised positions."""
+
+
 @dataclass
 class View:
     """What one pathway showed of a batch.
@@ -173,7 +177,7 @@ def decode(model: nn.Module, spliced: Spliced, packing: bool = False) -> States:
 
 
 def look(
-    model: nn.Module, spliced: Spliced, positions: Positions, sight: Sight = Sight(), *, packing: bool = False
+    model: nn.Module, spliced: Spliced, positions: Positions, sight: Sight = BLIND, *, packing: bool = False
 ) -> View:
     """Run a decoder once and keep what is asked for (features and projected tokens are the caller's to add)."""
     with recording(model, sight.attention) as recorded:
@@ -183,9 +187,7 @@ def look(
         rows, columns = spliced.image_mask.nonzero(as_tuple=True)
         view.visual, view.sample_of_visual = states.at(rows, columns), rows
     if sight.attention:
-        view.attention = {
-            layer: _of_samples(*recorded[layer], spliced, packing) for layer in sight.attention
-        }
+        view.attention = {layer: _of_samples(*recorded[layer], spliced, packing) for layer in sight.attention}
     return view
 
 
@@ -199,7 +201,9 @@ def _of_samples(query: Tensor, key: Tensor, scaling: float, spliced: Spliced, pa
         is_visual = spliced.image_mask[row, :length]
         if not bool(is_visual.any()):
             continue
-        sample = (0, slice(None), slice(starts[row], starts[row] + length)) if packing else (row, slice(None), slice(length))
+        sample = (
+            (0, slice(None), slice(starts[row], starts[row] + length)) if packing else (row, slice(None), slice(length))
+        )
         found.append(text_to_vision_attention(query[sample], key[sample], is_visual, scaling))
     return found
 

@@ -7,12 +7,14 @@ Every group checks itself when it is constructed; what concerns several groups i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import NamedTuple, Optional
 
 import torch
 import transformers
 
+from tinyllava_switchkd.distill.flags import method_settings, settings
+from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.model.quantized import BITS
 
 TUNE_TYPES = {
@@ -97,31 +99,22 @@ class DataArguments:
 
 
 @dataclass
-class DistillArguments:
+class TeacherArguments:
     """What the student learns from besides the data. Without a teacher the run is ordinary training."""
 
     teacher_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint of the teacher; given, the run distils (Switch-KD)."}
+        default=None, metadata={"help": "Checkpoint of the teacher; given, the run distils."}
     )
-    distill_loss: str = field(default="dbild", metadata={"help": "Loss between the logits of teacher and student."})
-    temperature: float = field(default=3.0, metadata={"help": "Temperature of the distillation loss."})
-    align_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the student's own logits."})
-    switch_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the visual switch's logits."})
-    top_k: int | None = field(
-        default=None, metadata={"help": "Fixed number of leading logits of the bild losses (by default 8)."}
-    )
+    distill_method: str = field(default="switch_kd", metadata={"help": "How it distils: a registered method."})
     chunk_size: int | None = field(
-        default=None, metadata={"help": "Supervised tokens whose logits are in memory at once."}
+        default=None,
+        metadata={"help": "Tokens whose logits are in memory at once; by default chosen by the vocabulary."},
     )
     teacher_bits: int = field(
         default=16, metadata={"help": "8 or 4 hold the teacher's language model in so many bits (bitsandbytes)."}
     )
 
     def __post_init__(self) -> None:
-        _at_least("temperature", self.temperature, 0, strictly=True)
-        _at_least("align_weight", self.align_weight, 0)
-        _at_least("switch_weight", self.switch_weight, 0)
-        _at_least("top_k", self.top_k, 2)
         _at_least("chunk_size", self.chunk_size, 1)
         _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
         if self.teacher_path is None:
@@ -130,16 +123,35 @@ class DistillArguments:
             if changed:
                 given = ", ".join(f"--{name} {getattr(self, name)}" for name in changed)
                 raise ValueError(f"{given} does nothing without a teacher; give --teacher_path as well.")
-        elif self.align_weight == 0 and self.switch_weight == 0:
+        else:
+            self.method()  # its settings are checked
+
+    def method(self) -> Method:
+        """The distillation method with the settings given, the rest at their defaults.
+
+        Raises:
+            ValueError: there is no such method or loss, or a setting is wrong or not theirs.
+        """
+        own = {f.name for f in fields(TeacherArguments)}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        chosen = MethodFactory(self.distill_method)
+        method = chosen.create(**method_settings(chosen, {name: v for name, v in given.items() if v is not None}))
+        if all(term.weight == 0 for term in method.terms):
+            names = ", ".join(f"--{flag}" for flag in chosen.settings() if flag.endswith("_weight"))
             raise ValueError(
-                f"--align_weight and --switch_weight are both 0, so the teacher {self.teacher_path!r} teaches nothing; "
-                "leave --teacher_path out or give one of them a weight."
+                f"{names} {'are all' if ',' in names else 'is'} 0, so the teacher {self.teacher_path!r} teaches "
+                "nothing; leave --teacher_path out or give one of them a weight."
             )
-        if self.top_k is not None and not self.distill_loss.lower().startswith("bild"):
-            raise ValueError(
-                f"--top_k {self.top_k} belongs to the losses bild_fkl and bild_rkl; --distill_loss "
-                f"{self.distill_loss!r} finds its own number of logits."
-            )
+        return method
+
+
+def distill_arguments() -> type[TeacherArguments]:
+    """`TeacherArguments` with a flag for each setting of the registered methods and losses; None leaves it alone."""
+    generated = [
+        (one.flag, Optional[one.type], field(default=None, metadata={"help": one.summary}))  # noqa: UP045 (a runtime type)
+        for one in settings().values()
+    ]
+    return make_dataclass("DistillArguments", generated, bases=(TeacherArguments,))
 
 
 @dataclass
@@ -277,6 +289,6 @@ class Arguments(NamedTuple):
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
-    distill: DistillArguments
+    distill: TeacherArguments
     given: frozenset[str]
     """Names that the command line set (the rest are defaults)."""

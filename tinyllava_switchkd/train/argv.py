@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import HfArgumentParser
 
-from .arguments import Arguments, DataArguments, DistillArguments, ModelArguments, TrainingArguments
+from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, distill_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     argv = translate_argv(sys.argv[1:] if argv is None else argv)
     # the training arguments come last: constructing them already opens the process group
-    parser = _Parser((ModelArguments, DataArguments, DistillArguments, TrainingArguments), allow_abbrev=False)
+    parser = _Parser((ModelArguments, DataArguments, distill_arguments(), TrainingArguments), allow_abbrev=False)
     parser.refuse_unknown([token for token in argv if token != "-h"])
     model, data, distill, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     given = frozenset(name.replace("-", "_") for name, _ in _pairs(argv))

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from tinyllava_switchkd.data import TemplateFactory
-from tinyllava_switchkd.distill import LossFactory, check_compatible
+from tinyllava_switchkd.distill import check_compatible
 from tinyllava_switchkd.model import ConnectorFactory, VisionTowerFactory
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
 
@@ -33,7 +33,7 @@ def check_names(arguments: Arguments) -> None:
         VisionTowerFactory.name_of(model.vision_tower)
         ConnectorFactory.name_of(model.connector_type)
     if distill.teacher_path is not None:
-        LossFactory.name_of(distill.distill_loss)
+        distill.method()
 
 
 def check_paths(arguments: Arguments) -> None:
@@ -143,11 +143,9 @@ def check_teacher(arguments: Arguments, student: Skeleton, teacher: Skeleton) ->
     check_compatible(
         student.model,
         teacher.model,
+        arguments.distill.method(),
         student_tokenizer=student.tokenizer,
         teacher_tokenizer=teacher.tokenizer,
-        student_image_processor=student.image_processor,
-        teacher_image_processor=teacher.image_processor,
-        switch=arguments.distill.switch_weight > 0,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from tinyllava_switchkd.distill import SupervisedTask, SwitchDistiller
+from tinyllava_switchkd.distill import Task
 
 from .arguments import TrainingArguments
 
@@ -61,22 +61,21 @@ def check_compile(training: TrainingArguments) -> None:
         )
 
 
-def compile_layers(task: SupervisedTask, backend: str | Callable = "inductor", mode: str | None = None) -> int:
+def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str | None = None) -> int:
     """Have torch compile every layer of a task's models when it first runs.
 
     Sequence lengths and numbers of images are symbols in what is compiled, so that another batch needs no other
     compilation. Layers with bitsandbytes' quantised weights are left as they are.
 
     Args:
-        task: its student and teacher are changed in place.
+        task: its models are changed in place.
         backend: torch.compile's.
         mode: torch.compile's.
 
     Returns:
         the number of layers.
     """
-    models = [task.student, *([task.teacher] if isinstance(task, SwitchDistiller) else [])]
-    layers = [layer for model in models for part in _parts(model) for layer in _layers(part)]
+    layers = [layer for model in task.models for part in _parts(model) for layer in _layers(part)]
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for layer in layers:

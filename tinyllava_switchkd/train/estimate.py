@@ -3,7 +3,7 @@
 Weights, gradients and optimiser state are counted from the configurations; activations are counted by running the three
 passes once on torch's meta device, where tensors have shapes but no storage, and adding up what autograd would keep.
 Nothing is downloaded but configurations, nothing allocated. What DeepSpeed's communication buckets, the allocator's
-fragments and the CUDA context take comes on top (`OVERHEAD`).
+fragments and the CUDA context take comes on top.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tinyllava_switchkd.distill.chunked import CHUNK_ELEMENTS
+from tinyllava_switchkd.distill.objective import CHUNK_ELEMENTS
 from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 
-from .arguments import Arguments, DistillArguments, TrainingArguments
+from .arguments import Arguments, TeacherArguments, TrainingArguments
 from .recipes import TrainingRecipeFactory
 from .skeleton import checkpoint_skeleton, student_skeleton
-
-OVERHEAD = 0.0
-"""Share added for fragments and buckets; measured figures replace it in docs/benchmarks.md."""
 
 LOGIT_COPIES = (3, 5, 6)
 """Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
@@ -46,7 +43,7 @@ class Estimate:
     def peak(self) -> int:
         """The fullest moment: at the start of the backward pass, or in the optimiser's step."""
         resident = self.weights + self.teacher + self.optimizer
-        return int((resident + max(self.activations + self.logits, self.gradients)) * (1 + OVERHEAD))
+        return resident + max(self.activations + self.logits, self.gradients)
 
     def table(self) -> list[tuple[str, float]]:
         """Rows (what, GiB), the peak last."""
@@ -68,6 +65,7 @@ def estimate(
     master_weights: bool = True,
     checkpointing: bool = False,
     switch: bool = True,
+    logit_terms: int | None = None,
     chunk_size: int | None = None,
     half_teacher: bool | None = None,
     teacher_bits: int = 16,
@@ -87,6 +85,7 @@ def estimate(
         master_weights: in mixed precision, optimiser state and a copy of the weights in float32, as DeepSpeed keeps.
         checkpointing: activation checkpointing in the student and in the teacher's switch pass.
         switch: whether the switch pass runs.
+        logit_terms: losses between logits; None takes one, and one more with the switch.
         chunk_size: as in `build_distiller`.
         half_teacher: whether the teacher is in bfloat16 or float16; None as the student. Under torch's autocast the
             student's weights are in float32 and the teacher's are not; the student's activations, of which autocast
@@ -118,8 +117,8 @@ def estimate(
     head = student.get_output_embeddings().weight
     supervised *= batch_size
     chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
-    terms = 0 if teacher is None else 2 if switch else 1
-    logits = LOGIT_COPIES[terms] * chunk * head.shape[0] * 4
+    terms = 0 if teacher is None else 1 + switch if logit_terms is None else logit_terms
+    logits = LOGIT_COPIES[min(terms, len(LOGIT_COPIES) - 1)] * chunk * head.shape[0] * 4
     if head.requires_grad:  # its gradient waits for the backward pass, in float32 while chunks are added up
         logits += head.numel() * (4 if chunk < supervised else size)
     return Estimate(
@@ -156,7 +155,7 @@ def estimate_run(arguments: Arguments) -> str:
         mixed_precision=recipe.weights_dtype() != torch.float32,
         master_weights=deepspeed is not None,
         checkpointing=training.gradient_checkpointing,
-        switch=distill.switch_weight > 0,
+        switch=teacher is not None and distill.method().switch,
         chunk_size=distill.chunk_size,
         half_teacher=recipe.compute_dtype() != torch.float32,
         teacher_bits=distill.teacher_bits,
@@ -170,7 +169,7 @@ def estimate_run(arguments: Arguments) -> str:
     return "\n".join(lines)
 
 
-def _remedy(result: Estimate, training: TrainingArguments, distill: DistillArguments) -> str:
+def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArguments) -> str:
     """The flag that takes most off the largest part."""
     parts = {
         "activations": "--gradient_checkpointing True"

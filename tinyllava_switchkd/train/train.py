@@ -19,8 +19,9 @@ from torch import nn
 from transformers import set_seed
 
 from tinyllava_switchkd.data import make_supervised_data_module
-from tinyllava_switchkd.distill import SupervisedTask, build_distiller
+from tinyllava_switchkd.distill import Task, build_distiller
 from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.runtime import is_main_process
 
 from . import checks, resume
 from .arguments import Arguments
@@ -35,7 +36,8 @@ from .skeleton import (
     model_settings,
     student_skeleton,
 )
-from .trainer import LLaVATrainer, is_main_process
+from .task import SupervisedTask
+from .trainer import LLaVATrainer
 
 logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
 
@@ -176,7 +178,7 @@ def check(arguments: Arguments) -> Plan | None:
     return Plan(recipe, skeleton, data_module, checkpoint)
 
 
-def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> SupervisedTask:
+def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> Task:
     """What the trainer trains: the model alone, or the model with a teacher."""
     distill = arguments.distill
     if distill.teacher_path is None:
@@ -193,11 +195,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
     return build_distiller(
         model,
         teacher,
-        loss=distill.distill_loss,
-        temperature=distill.temperature,
-        align_weight=distill.align_weight,
-        switch_weight=distill.switch_weight,
-        top_k=distill.top_k,
+        distill.method(),
         chunk_size=distill.chunk_size,
         packing=arguments.training.packing,
         student_tokenizer=model.tokenizer,

@@ -1,4 +1,4 @@
-"""LLaVATrainer: transformers' Trainer around a task (SupervisedTask or SwitchDistiller).
+"""LLaVATrainer: transformers' Trainer around a task (plain supervised training, or distillation by any method).
 
 What differs from the Trainer:
 
@@ -8,13 +8,13 @@ What differs from the Trainer:
 * connector and vision tower may have learning rates of their own;
 * `--torch_compile` compiles the layers of the models, not the task;
 * samples are grouped by modality or length with an order that depends on seed and epoch alone;
-* checkpoints hold the student alone, complete enough to be loaded by themselves.
+* checkpoints hold the student alone, complete enough to be loaded by themselves; what a method trains beside it lies
+  in a folder of its own in there.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,22 +29,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import LengthGroupedSampler
-from tinyllava_switchkd.distill import SupervisedTask
+from tinyllava_switchkd.distill import Measure, Task
 
+from .adapters import read_adapters, write_adapters
 from .arguments import TrainingArguments
 from .compiling import compile_layers
 from .recipes import BaseTrainingRecipe
 from .resume import REMEDY, ResumeError
+from .task import SupervisedTask
 
 logger = logging.getLogger(__name__)
-
-TOKEN_MEANS = ("knee_teacher", "knee_student", "topk_overlap")
-"""Measures that a task averages over its own batch: weighted by its tokens in the window's mean.
-
-The other parts a task has divided by the step's tokens: summed over micro-batches and ranks they are the step's mean.
-"""
 
 
 class LLaVATrainer(Trainer):
@@ -64,12 +60,13 @@ class LLaVATrainer(Trainer):
         recipe: BaseTrainingRecipe | None = None,
         **kwargs: Any,
     ) -> None:
-        task = model if isinstance(model, SupervisedTask) else SupervisedTask(model, packing=args.packing)
+        task = model if isinstance(model, Task) else SupervisedTask(model, packing=args.packing)
         reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
         self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
         self._epoch_sampler: Sampler | None = None
-        self._window = _Window()
+        self._window = _Window(task.measures)
+        self._step_counts: dict[str, Tensor] | None = None
         super().__init__(model=task, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
         if args.torch_compile:
@@ -90,12 +87,13 @@ class LLaVATrainer(Trainer):
         start = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window.waited += time.perf_counter() - start
-        # the first position of a sequence is never predicted, with an image there or without
-        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]
-        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        names = self.model.units
+        counts = [self.model.counts(batch) for batch in batches]
+        totals = torch.stack([sum((each[name] for each in counts), torch.tensor(0)) for name in names]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return batches, total.clamp(min=1)
+            totals = self.accelerator.gather(totals[None]).sum(0)
+        self._step_counts = dict(zip(names, totals.clamp(min=1), strict=True))
+        return batches, self._step_counts["supervised"]
 
     def compute_loss(
         self,
@@ -107,7 +105,8 @@ class LLaVATrainer(Trainer):
         """The task's loss; the rest of what it reports goes into the logging window."""
         if self._gradient_of_images:
             inputs["images"].requires_grad_()
-        losses = model(inputs, num_items_in_batch=num_items_in_batch)
+        counts = self._step_counts if num_items_in_batch is not None else None
+        losses = model(inputs, num_items_in_batch=num_items_in_batch, step_counts=counts)
         loss = losses["loss"]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, not summed
@@ -182,6 +181,7 @@ class LLaVATrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
+        write_adapters(self.model, output_dir, state_dict)
         if state_dict is not None:
             prefix = "student."
             state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -195,6 +195,7 @@ class LLaVATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.recipe.read_student(self.student, resume_from_checkpoint)
+        read_adapters(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in transformers, which neither refuses another optimiser's state nor tells of other learning rates."""
@@ -234,7 +235,8 @@ class _Begin(TrainerCallback):
 class _Window:
     """What happened since the last line of the log, on this rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, measures: Mapping[str, Measure]) -> None:
+        self._of_batch = {name for name, measure in measures.items() if measure.of_batch}
         self.open(0)
 
     def open(self, step: int) -> None:
@@ -245,7 +247,7 @@ class _Window:
     def add(self, losses: Mapping[str, Tensor], tokens: Tensor, computed: Tensor) -> None:
         supervised = losses["supervised_tokens"]
         for name, value in losses.items():
-            if name in TOKEN_MEANS:
+            if name in self._of_batch:
                 self._add(name, value.detach() * supervised)
             elif name not in ("loss", "supervised_tokens"):
                 self._add(name, value.detach())
@@ -269,7 +271,7 @@ class _Window:
         sums = dict(zip(names, sums, strict=True))
         self.open(step)
         supervised, tokens, computed = (sums.pop(name) for name in ("supervised_tokens", "tokens", "computed"))
-        logs = {name: value / (max(supervised, 1) if name in TOKEN_MEANS else steps) for name, value in sums.items()}
+        logs = {name: value / (max(supervised, 1) if name in self._of_batch else steps) for name, value in sums.items()}
         logs["supervised_tokens_per_second"] = supervised / seconds
         logs["tokens_per_second"] = tokens / seconds
         logs["padding_share"] = 1 - tokens / max(computed, 1)
@@ -304,8 +306,3 @@ def _needs_gradient_of_images(student: nn.Module) -> bool:
     before_llm = [*tower, *(p.requires_grad for p in student.connector.parameters())]
     embeddings = student.get_input_embeddings().weight.requires_grad
     return (any(tower) and not tower[0]) or not (any(before_llm) or embeddings)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks, also before there is a process group."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) <= 0

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 History = Sequence[Mapping[str, Any]]
 """``log_history`` of a trainer_state.json: one mapping a logging step, with "step" and what was measured."""
 
-PARTS = {"ce": "cross-entropy", "align": "align (DBiLD)", "visual_switch": "visual switch (DBiLD)"}
-"""Parts of the loss, as `SwitchDistiller` names them, and their titles; unweighted."""
-
-KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
@@ -47,6 +43,13 @@ STYLE = {
     "legend.frameon": False,
 }
 """matplotlib settings of the project's line and bar charts."""
+
+
+def titles() -> tuple[dict[str, str], dict[str, str]]:
+    """Names and titles of what the registered methods log: terms of the loss, and the knees of the two leaders."""
+    from tinyllava_switchkd.distill import KNEES, terms_of_all_methods
+
+    return terms_of_all_methods(), KNEES
 
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:
@@ -108,8 +111,9 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
 
     _check_number(runs)
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    terms, _ = titles()
     for label, history in runs.items():
-        for part in PARTS:
+        for part in terms:
             steps, values = series(history, part)
             if part == "ce" and not len(steps):
                 steps, values = series(history, "loss")
@@ -124,7 +128,7 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
             for order, label in enumerate(runs):
                 if label in lines:
                     _line(panel, *lines[label], COLOURS[order], label)
-            panel.set(title=PARTS[part], xlabel="step", ylim=(0, _headroom([values for _, values in lines.values()])))
+            panel.set(title=terms[part], xlabel="step", ylim=(0, _headroom([values for _, values in lines.values()])))
             panel.grid(axis="y")
         panels[0].set_ylabel("loss per answer token")
         panels[0].legend(loc="upper right")
@@ -146,16 +150,17 @@ def draw_knees(history: History, path: str | Path, vocabulary: int | None = None
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    lines = {name: series(history, name) for name in KNEES}
+    _, knees = titles()
+    lines = {name: series(history, name) for name in knees}
     if not any(len(steps) for steps, _ in lines.values()):
-        raise ValueError("The run has logged no knee; only distillation with a DBiLD loss does.")
+        raise ValueError("The run has logged no knee; only distillation with a loss that ranks logits does.")
     overlap = series(history, "topk_overlap")
     with rc_context(STYLE):
         figure = Figure(figsize=(7.6 if len(overlap[0]) else 4.0, 3.1), layout="constrained")
         panels = figure.subplots(1, 2 if len(overlap[0]) else 1, squeeze=False)[0]
         for order, (name, (steps, values)) in enumerate(lines.items()):
             if len(steps):
-                _line(panels[0], steps, values, COLOURS[order], KNEES[name])
+                _line(panels[0], steps, values, COLOURS[order], knees[name])
         size = f" of {vocabulary:,}" if vocabulary else ""
         panels[0].set(title=f"logits up to the knee (mean k{size})", xlabel="step", ylabel="k")
         panels[0].set_ylim(bottom=0)
@@ -205,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = {Path(run).resolve().name: read_history(run) for run in args.runs}
         files = [draw_losses(runs, Path(args.output, "losses.png"))]
         for label, history in runs.items():
-            if len(series(history, "knee_teacher")[0]):
+            if any(len(series(history, name)[0]) for name in titles()[1]):
                 files.append(draw_knees(history, Path(args.output, f"knees_{label}.png"), title=label))
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Distillation methods, one file each. Importing this package registers them."""
 
-from .base import DenseTerm, Method, MethodFactory, Views, make_loss, register_method, setting
+from .base import DenseTerm, Method, MethodFactory, Views, make_loss, register_method, setting, terms_of_all_methods
 from .logit_kd import LogitKD
 from .switch_kd import SwitchKD
 
@@ -14,4 +14,5 @@ __all__ = [
     "make_loss",
     "register_method",
     "setting",
+    "terms_of_all_methods",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyllava_switchkd.registry import Registry
 
 from ..losses import LossFactory
-from ..objective import LogitTerm
+from ..objective import CE, LogitTerm
 from ..trace import Sight, View
 
 MethodFactory = Registry("distillation method")
@@ -127,7 +127,9 @@ class Method:
     @classmethod
     def settings(cls) -> dict[str, dataclasses.Field]:
         """Flag's name -> the field behind it."""
-        return {one.metadata.get("flag") or one.name: one for one in fields(cls) if one.init and one.name != "loss_settings"}
+        return {
+            one.metadata.get("flag") or one.name: one for one in fields(cls) if one.init and one.name != "loss_settings"
+        }
 
     @classmethod
     def create(cls, **settings: Any) -> Method:
@@ -145,6 +147,14 @@ class Method:
             )
         settings = {name: value for name, value in settings.items() if name in own}
         return cls(**settings, **({"loss_settings": of_loss} if of_loss else {}))
+
+
+def terms_of_all_methods() -> dict[str, str]:
+    """Name and title of every term that a registered method has, cross-entropy first."""
+    found = {CE: "cross-entropy"}
+    for name in MethodFactory.list():
+        found |= {term.name: term.title or term.name for term in MethodFactory(name)().terms}
+    return found
 
 
 def make_loss(name: str, temperature: float, settings: Mapping[str, Any]) -> nn.Module:
