@@ -15,7 +15,8 @@ from tests.docs.pages import ROOT, files_of, import_from
 from tests.tiny import tiny_llava, tiny_tokenizer, write_tiny_llm, write_tiny_tower
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import TemplateFactory, TextPreprocess
-from tinyllava_switchkd.distill import LossFactory, build_distiller
+from tinyllava_switchkd.distill import LossFactory, MethodFactory, build_distiller
+from tinyllava_switchkd.distill.flags import settings
 from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 from tinyllava_switchkd.model import (
@@ -26,6 +27,7 @@ from tinyllava_switchkd.model import (
     load_pretrained_model,
     save_pretrained_model,
 )
+from tinyllava_switchkd.train.arguments import distill_arguments
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
 PLUGINS = files_of("extend.md")
@@ -35,7 +37,8 @@ REGISTRIES = {
     "pixelshuffle.py": (ConnectorFactory, "pixelshuffle3x"),
     "zephyr.py": (TemplateFactory, "zephyr"),
     "norms.py": (TrainingRecipeFactory, "norms"),
-    "jensen_shannon.py": (LossFactory, "jsd"),
+    "hellinger.py": (LossFactory, "hellinger"),
+    "visual_attention.py": (MethodFactory, "visual_attention"),
     "colours.py": (BenchmarkFactory, "colours"),
 }
 
@@ -169,26 +172,58 @@ def test_recipe(plugin, tmp_path):
     assert any("layers.0.input_layernorm" in name for name in trained)
 
 
-def test_loss(plugin):
-    plugin("jensen_shannon.py")
-    loss = LossFactory("jsd")(temperature=2.0)
-    student, teacher = torch.randn(2, 5, 11, dtype=torch.float64).unbind()
-    student.requires_grad_()
-    p, q = ((x / 2.0).softmax(-1) for x in (student, teacher))
-    mean = (p + q) / 2
-    by_definition = 0.5 * ((p * (p / mean).log()).sum(-1) + (q * (q / mean).log()).sum(-1))
-    torch.testing.assert_close(loss(student, teacher), by_definition)
-    torch.testing.assert_close(loss(teacher, teacher), torch.zeros(5, dtype=torch.float64))
-
-    distiller = build_distiller(tiny_llava(), tiny_llava(seed=1), loss="jsd")
-    batch = {
-        "input_ids": torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6, 7]]),
-        "labels": torch.tensor([[-100, -100, -100, 6, 7]]),
+def a_batch():
+    return {
+        "input_ids": torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6, 7], [1, 2, 3, 4, 5]]),
+        "labels": torch.tensor([[-100, -100, -100, 6, 7], [-100, -100, -100, 4, 5]]),
         "images": torch.randn(1, 3, 28, 28),
     }
-    losses = distiller(batch)
+
+
+def test_loss(plugin):
+    plugin("hellinger.py")
+    loss = LossFactory("hellinger")(temperature=2.0, power=0.5)
+    student, teacher = torch.randn(2, 5, 11, dtype=torch.float64).unbind()
+    p, q = ((x / 2.0).softmax(-1) for x in (student, teacher))
+    by_definition = ((p.sqrt() - q.sqrt()).square().sum(-1) / 2).sqrt()
+    torch.testing.assert_close(loss(student, teacher), by_definition)
+
+    distiller = build_distiller(tiny_llava(), tiny_llava(seed=1), loss="hellinger", power=0.5)
+    losses = distiller(a_batch())
     assert losses["align"] > 0 and losses["visual_switch"] > 0
     losses["loss"].backward()
+    flags = settings()
+    assert flags["power"].help == "of the distance; 1 is the distance squared."
+    with pytest.raises(ValueError, match="it belongs to loss hellinger"):
+        distill_arguments()(teacher_path="t", power=2.0)
+
+
+def test_method(plugin):
+    plugin("visual_attention.py")
+    arguments = distill_arguments()(teacher_path="t", distill_method="visual_attention", student_layer=1)
+    method = arguments.method()
+    assert (method.attention_weight, method.student_layer, method.teacher_layer) == (1.0, 1, 0)
+    student, teacher = tiny_llava().train(), tiny_llava(seed=1)
+    distiller = build_distiller(student, teacher, method)
+    batch = a_batch()
+    losses = distiller(batch)
+    # the slow way: whole models with eager attention
+    maps = []
+    for model, layer in ((student, 1), (teacher, 0)):
+        model.language_model.set_attn_implementation("eager")
+        out = model(**batch, output_attentions=True)
+        visual = out.image_mask[0]
+        length = int(visual.sum()) + 4
+        rows = out.attentions[layer][0, :, :length, :length]
+        maps.append(rows[:, ~visual[:length]][..., visual[:length]].mean(0).flatten())
+        model.language_model.set_attn_implementation("sdpa")
+    expected = 1 - torch.nn.functional.cosine_similarity(*maps, dim=0)
+    torch.testing.assert_close(losses["attention"], expected.detach(), rtol=1e-4, atol=1e-6)
+    (losses["loss"] - losses["ce"]).backward()
+    assert student.language_model.model.layers[1].self_attn.q_proj.weight.grad.abs().max() > 0
+    refused = tiny_llava(vision={"patch_size": 14})
+    with pytest.raises(ValueError, match="one by one"):
+        build_distiller(tiny_llava(), refused, method)
 
 
 def test_benchmark(plugin, bases, tmp_path, capsys):
