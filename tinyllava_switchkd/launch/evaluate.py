@@ -12,12 +12,8 @@ from .values import folder_name
 
 MODULE = "tinyllava_switchkd.eval.run"
 
-UPLOADS = {"vqav2": "json", "vizwiz": "json", "mmbench": "xlsx", "mmbench_cn": "xlsx"}
-"""Benchmark -> ending of the file that its server takes."""
-
-FIRST = ("pope", "mme", "mmbench", "mmbench_cn", "gqa", "scienceqa", "textvqa", "mmmu")
-LAST = ("vizwiz", "vqav2")
-"""The order of an evaluation of all: small ones first, so that there is something to see; the largest last."""
+ORDER = ("pope", "mme", "mmbench", "mmbench_cn", "gqa", "scienceqa", "textvqa", "mmmu", "vizwiz", "vqav2")
+"""The paper's ten in the order of an evaluation of all, the largest last; others come after them."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +77,9 @@ def check_model(model_path: str, model_name: str = "") -> str:
 
 def every_benchmark() -> list[str]:
     """All registered benchmarks, in the order in which they are run."""
-    from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
+    from tinyllava_switchkd.eval.benchmarks import names
 
-    registered = {BenchmarkFactory(name).name for name in BenchmarkFactory.list()}  # without their other names
-    return [*FIRST, *sorted(registered - set(BENCHMARKS)), *LAST]
+    return [*ORDER, *(name for name in names() if name not in ORDER)]
 
 
 def has_data(name: str, request: Request) -> bool:
@@ -118,13 +113,13 @@ def evaluation(name: str, request: Request) -> list[str]:
     if split:
         answers, score = answers / split, f"{name}-{split}"
         words += ["--split", split]
-    elif name in UPLOADS:  # LLaVA's own eval.zip has the server's split alone
+    elif benchmark.upload is not None:  # LLaVA's own eval.zip has the server's split alone
         try:
             split = benchmark.split_of(data)
         except (FileNotFoundError, ValueError):
             split = ""
-    if name in UPLOADS and split.startswith("test"):
-        upload = data / "answers_upload" / split / f"{request.model_name}.{UPLOADS[name]}"
+    if benchmark.upload is not None and split.startswith("test"):
+        upload = data / "answers_upload" / split / f"{request.model_name}.{benchmark.upload}"
         words += ["--submission", str(upload)]
     words += ["--output-dir", str(answers), "--score", str(request.results / f"{score}.json")]
     for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--conv-mode")):
