@@ -11,8 +11,7 @@ from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 from tinyllava_switchkd.eval.score import score_file
 from tinyllava_switchkd.quickstart import scenes
 from tinyllava_switchkd.quickstart.benchmarks import BENCHMARKS, write_benchmarks
-from tinyllava_switchkd.quickstart.evaluate import QuestionSet
-from tinyllava_switchkd.quickstart.plan import EVAL_SCRIPTS
+from tinyllava_switchkd.quickstart.scenes import QuestionSet
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,3 @@ def test_prompts_are_those_of_the_quickstart(written, name):
         if not isinstance(question.image, bytes):
             with Image.open(question.image) as image:
                 assert image.size == (32, 32)
-
-
-def test_scripts_are_there():
-    assert all((EVAL_SCRIPTS / script).is_file() for script in BENCHMARKS.values())

@@ -1,103 +1,88 @@
-"""The quickstart from end to end, in miniature: its scripts run, what they launch runs in this process."""
+"""The quickstart from end to end, in miniature, and its command."""
 
 from __future__ import annotations
 
 import json
-import os
-import stat
-import subprocess
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tinyllava_switchkd.eval import run as eval_run
-from tinyllava_switchkd.quickstart import run as quickstart
-from tinyllava_switchkd.quickstart.plan import Plan
-from tinyllava_switchkd.quickstart.run import Quickstart
-from tinyllava_switchkd.quickstart.runner import Runner, StageError
+from tinyllava_switchkd.quickstart import bases as bases_module
+from tinyllava_switchkd.quickstart import run as command
+from tinyllava_switchkd.quickstart.bases import LEARNED, BasePlan, make_bases
+from tinyllava_switchkd.quickstart.experiment import Experiment, Plan, StageError
 from tinyllava_switchkd.quickstart.scenes import QUESTION_TYPES
-from tinyllava_switchkd.train import train as train_entry
 from tinyllava_switchkd.visualize.paper import paper_tables
 
 MINIATURE = Plan(
-    font_scenes=24,
-    teacher_scenes=24,
+    teacher_scenes=16,
     student_scenes=16,
     val_scenes=4,
     test_scenes=6,
     probe_scenes=20,
-    tower_width=16,
-    teacher_width=24,
-    student_width=16,
-    layers=1,
-    tower_steps=2,
-    llm_steps=2,
-    teacher_pt_steps=2,
+    teacher_pt_steps=1,
     teacher_steps=2,
-    student_pt_steps=2,
-    student_steps=3,
+    student_pt_steps=1,
+    student_steps=2,
+)
+TINY_BASES = BasePlan(
+    scenes=16,
+    val_scenes=4,
+    layers=1,
+    tower_width=16,
+    companion_width=16,
+    widths=(("teacher", 24), ("student", 16)),
+    tower_steps=1,
+    llm_steps=1,
+    attempts=2,
+    learned={},
 )
 METHODS = ("teacher", "sft", "sft_equal_time", "switch_kd")
-MODULES = {"tinyllava_switchkd.train.train": train_entry.main, "tinyllava_switchkd.eval.run": eval_run.main}
-
-
-@pytest.fixture
-def launched(tmp_path, monkeypatch):
-    """Lets the bash scripts launch a stand-in for Python that notes its arguments; they then run in this process.
-
-    So that the test pays for the imports once and not two dozen times.
-    """
-    interpreter = tmp_path / "python"
-    interpreter.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$NOTED_ARGUMENTS"\n')
-    interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
-    modules = []
-
-    def script(self, title, command, environment, log, cost, steps=None):
-        noted = tmp_path / "arguments"
-        noted.unlink(missing_ok=True)
-        added = {**environment, "PYTHON": str(interpreter), "NOTED_ARGUMENTS": str(noted)}
-        result = subprocess.run(command, env={**os.environ, **added}, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        flag, module, *arguments = noted.read_text().rstrip("\0").split("\0")
-        assert flag == "-m"
-        modules.append(module)
-        if MODULES[module](arguments) != 0:
-            raise StageError(title)
-
-    monkeypatch.setattr(Runner, "script", script)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return modules
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_table_and_again(tmp_path, launched):
+def test_from_nothing_to_a_table_and_again(tmp_path, monkeypatch):
+    trained = []
+    train = Experiment.train
+
+    def counted(self, title, name, flags):
+        folder = self.root / "checkpoints" / name
+        before = folder.stat().st_mtime_ns if folder.exists() else None
+        result = train(self, title, name, flags)
+        if before is None or folder.stat().st_mtime_ns != before:
+            trained.append(title)
+        return result
+
+    monkeypatch.setattr(Experiment, "train", counted)
+    said = []
+    bases = make_bases(tmp_path, TINY_BASES, said.append)
+    assert len(trained) == 3 and sum("right answers" in line for line in said) == 3
+
     def go(seeds):
-        # One lane: what runs in this process runs one after another
-        return Quickstart(tmp_path / "out", seeds, MINIATURE, lanes=1, quiet=True)()
+        trained.clear()
+        return command.quickstart(tmp_path, seeds, MINIATURE, bases, said.append)
 
     results = go([1])
-    assert launched.count("tinyllava_switchkd.train.train") == 9
-    assert launched.count("tinyllava_switchkd.eval.run") == 3 * 4
-    check_results(results, tmp_path / "out", seeds=[1])
+    assert len(trained) == 2 + 4  # the teacher's PT and SFT, the student's PT and three ways
+    check_results(results, tmp_path, seeds=[1])
     assert "+-" not in results["text"]
 
-    first, launched[:] = results["switch_kd"]["each"][0], []
-    results = go([1, 2])  # the first seed is there, the second's four stages are not
-    assert launched.count("tinyllava_switchkd.train.train") == 4 and len(launched) == 4
-    check_results(results, tmp_path / "out", seeds=[1, 2])
+    first = results["switch_kd"]["each"][0]
+    results = go([1, 2])
+    assert len(trained) == 4
+    check_results(results, tmp_path, seeds=[1, 2])
     assert results["switch_kd"]["each"][0] == first
     assert "+-" in results["text"] and "Paired differences" in results["text"]
 
-    launched.clear()
     again = go([1, 2])
-    assert not launched and again == results
+    assert not trained and again == results
 
 
-def check_results(results: dict, out: Path, seeds: list[int]) -> None:
+def check_results(results: dict, out, seeds: list[int]) -> None:
     """What the table says, the file says, and the runs said."""
     stored = json.loads((out / "results.json").read_text())
     assert stored == {name: value for name, value in results.items() if name != "text"}
+    assert (out / "results.txt").read_text() == results["text"] + "\n"
     assert stored["seeds"] == seeds and stored["versions"]["torch"] and stored["regime"] in results["text"]
     for method in METHODS:
         row = stored[method]
@@ -110,46 +95,72 @@ def check_results(results: dict, out: Path, seeds: list[int]) -> None:
     for index, difference in enumerate(pairs):
         left, right = (stored[method]["each"][index]["score"] for method in ("switch_kd", "sft"))
         assert difference == pytest.approx(left - right)
-    for picture in ("losses.png", "knees.png", "scores.png", "predictions.png", "benchmarks/radar.png"):
-        if picture != "benchmarks/radar.png":  # four benchmarks make too few axes for one
-            with Image.open(out / picture) as image:
-                assert min(image.size) > 300
+    for picture in ("losses.png", "knees.png", "scores.png", "predictions.png"):
+        with Image.open(out / "pictures" / picture) as image:
+            assert min(image.size) > 300
     paper = next(row for row in paper_tables()["table1"] if row["method"] == "Switch-KD" and "0.5B" in row["llm"])
     assert f"{paper['Avg10']:.1f}" in results["text"]
     for name in ("vqav2", "pope", "mmbench", "scienceqa"):
         assert (out / "benchmarks" / "switch_kd" / f"{name}.json").is_file()
 
 
+def test_a_base_that_has_missed_a_question_begins_anew_a_few_times(tmp_path, monkeypatch):
+    """No training here: what is asked of a checkpoint, and what follows from the answers."""
+    answers = iter([{"digits": 99.0}, {"where": 99.0, "read": 10.0}, {"where": 20.0, "read": 90.0}])
+
+    def train(self, title, name, flags):
+        folder = self.root / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(name)
+        return folder
+
+    monkeypatch.setattr(Experiment, "train", train)
+    for name in ("_keep_tower", "_keep_llm"):
+        monkeypatch.setattr(bases_module, name, lambda checkpoint, folder: None)
+    monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.load", lambda checkpoint: checkpoint)
+    monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.probe", lambda *_: next(answers)["digits"])
+    monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.answer_questions", lambda *_: [])
+    monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.accuracy", lambda *_: (0.0, next(answers)))
+    plan = BasePlan(scenes=2, val_scenes=2, widths=(("teacher", 16), ("student", 16)), attempts=2, layers=1)
+    said = []
+    with pytest.raises(StageError, match=r"base-qwen2-teacher did not learn every kind .* from any of 2 starts"):
+        make_bases(tmp_path, plan, said.append)
+    assert any("not learned: read; starts from other weights that are left: 1" in line for line in said)
+    assert any("not learned: where; starts from other weights that are left: 0" in line for line in said)
+    assert (tmp_path / "models" / "base-siglip").is_dir() and not (tmp_path / "models" / "base-qwen2-teacher").exists()
+    assert set(LEARNED) == {"digits", *QUESTION_TYPES}
+
+
 def test_command_refuses_what_cannot_be(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "Quickstart", None)  # nothing may begin
+    monkeypatch.setattr(command, "quickstart", None)  # nothing may begin
     (tmp_path / "file").write_text("")
-    assert quickstart.main(["--output", str(tmp_path / "file" / "out")]) == 1
+    assert command.main(["--output", str(tmp_path / "file" / "out")]) == 1
     assert "set QUICKSTART_OUT" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        quickstart.main(["--seeds", "0"])
+        command.main(["--seeds", "0"])
     assert "--seeds is 0" in capsys.readouterr().err
 
 
 def test_output_comes_from_the_environment(tmp_path, monkeypatch):
     seen = []
 
-    def stand_in(root, seeds, lanes):
-        seen.append((root, list(seeds)))
-        return lambda: {"text": "done"}
+    def stand_in(root, seeds, bases):
+        seen.append((root, list(seeds), bases))
+        return {"text": "done"}
 
-    monkeypatch.setattr(quickstart, "Quickstart", stand_in)
+    monkeypatch.setattr(command, "quickstart", stand_in)
     monkeypatch.setenv("QUICKSTART_OUT", str(tmp_path / "elsewhere"))
-    assert quickstart.main(["--seeds", "3"]) == 0
-    assert seen == [((tmp_path / "elsewhere").resolve(), [1, 2, 3])]
+    assert command.main(["--seeds", "3"]) == 0
+    monkeypatch.setattr(bases_module, "make_bases", lambda root: root / "own")
+    assert command.main(["--from-scratch"]) == 0
+    out = (tmp_path / "elsewhere").resolve()
+    assert seen == [(out, [1, 2, 3], None), (out, [1], out / "own")]
 
 
 def test_a_failed_stage_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
-    def stand_in(*args, **kwargs):
-        def fail():
-            raise StageError("teacher SFT failed (exit code 1); its log is here")
+    def fail(*args, **kwargs):
+        raise StageError("Teacher: SFT failed; its log is here")
 
-        return fail
-
-    monkeypatch.setattr(quickstart, "Quickstart", stand_in)
-    assert quickstart.main(["--output", str(tmp_path / "out")]) == 1
-    assert "teacher SFT failed" in capsys.readouterr().err
+    monkeypatch.setattr(command, "quickstart", fail)
+    assert command.main(["--output", str(tmp_path / "out")]) == 1
+    assert "Teacher: SFT failed" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.quickstart import scenes
 from tinyllava_switchkd.quickstart.scenes import POSITIONS, QUESTION_TYPES, ask, describe, digit_pool, make_scenes
 
@@ -114,7 +115,7 @@ def test_training_json_is_llavas(tmp_path):
     made = make_scenes("handwriting", "train", 12, seed=0)
     names = scenes.save_images(made, tmp_path / "images", "x")
     samples = scenes.conversation_samples(made, names, seed=0, caption_share=0.5)
-    scenes.write_json(samples, tmp_path / "data.json")
+    write_json(tmp_path / "data.json", samples)
     assert json.loads((tmp_path / "data.json").read_text()) == samples
     assert not list(tmp_path.glob("*.partial"))
     lengths = set()

@@ -20,8 +20,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..data import TemplateFactory
+from tinyllava_switchkd.data import TemplateFactory
+
 from . import scenes
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""The three base models that come with the project, which `bases` made."""
 
 CONV_VERSION = "qwen2_base"
 """Conversation template of every stage but pre-training: that of Qwen's base models."""

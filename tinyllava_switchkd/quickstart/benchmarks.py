@@ -9,83 +9,74 @@ import base64
 import contextlib
 import csv
 import io
-import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..eval import report as eval_report
-from . import scenes
-from .evaluate import QuestionSet
-from .plan import EVAL_SCRIPTS, Workspace, fingerprint
-from .prepare import question_set
-from .runner import STARTUP_COST, Runner, is_made, read_stamp, write_stamp
+from tinyllava_switchkd.eval import report as eval_report
+from tinyllava_switchkd.eval import run as eval_run
+from tinyllava_switchkd.io import digest, write_json, write_jsonl
 
-BENCHMARKS = {"vqav2": "vqav2.sh", "pope": "pope.sh", "mmbench": "mmbench.sh", "scienceqa": "sqa.sh"}
-"""Benchmarks that the held-out questions are written as, and the scripts that run them."""
+from . import scenes
+from .experiment import MADE, Experiment, StageError, call, once
+from .scenes import QuestionSet
+
+BENCHMARKS = ("vqav2", "pope", "mmbench", "scienceqa")
+"""Benchmarks that the held-out questions are written as."""
 
 OPEN_TYPES = ("position", "colour", "where", "read")
 """Question types that become VQAv2's open-ended ones."""
 
-COST = len(BENCHMARKS) * STARTUP_COST
-"""Of one checkpoint, in steps of plain fine-tuning."""
+SCENES = 100
+"""Test scenes, the first ones, that become benchmarks: to see the commands work, not for another score."""
 
 _ROTATION = 1_000_000  # MMBench: a rotated copy of question i has the index i + ROTATION
 _ANNOTATORS = 10
 
 
-def make_benchmarks(space: Workspace) -> None:
-    """Write the benchmarks' data, once."""
-    test = question_set(space, "test")
-    mark = fingerprint(test.questions, Path(__file__).read_text(encoding="utf-8"))
-    if not is_made(space.eval_dir, mark):
-        shutil.rmtree(space.eval_dir, ignore_errors=True)
-        write_benchmarks(test, space.eval_dir)
-        write_stamp(space.eval_dir, mark)
+def run_benchmarks(experiment: Experiment, checkpoints: Mapping[str, Path]) -> str:
+    """The evaluation's commands on checkpoints, by label; what its report says of them.
 
-
-def run_benchmarks(space: Workspace, runner: Runner, label: str, checkpoint: Path) -> None:
-    """Run ``scripts/eval`` on a checkpoint, unless its scores are there.
+    The answers go to the folder ``eval``, scores and report to ``benchmarks``.
 
     Raises:
-        StageError: a script failed.
+        StageError: a command failed.
     """
-    results = space.results / label
-    mark = fingerprint([read_stamp(path)["fingerprint"] for path in (checkpoint, space.eval_dir)])
-    if is_made(results, mark):
-        runner.advance(COST)
-        return
-    for name in BENCHMARKS:
-        shutil.rmtree(space.eval_dir / name / "answers" / label, ignore_errors=True)
-    shutil.rmtree(results, ignore_errors=True)
-    environment = {
-        "EVAL_DIR": str(space.eval_dir),
-        "RESULTS_DIR": str(space.results),
-        "DEVICE": "cpu",
-        "BATCH_SIZE": "64",
-        "SPLIT": "",
-    }
-    for name, script in BENCHMARKS.items():
-        command = ["bash", str(EVAL_SCRIPTS / script), str(checkpoint), label]
-        runner.script(f"{name} of {label}", command, environment, space.logs / f"{label}-{name}.log", STARTUP_COST)
-    write_stamp(results, mark)
+    data, results = experiment.root / "eval", experiment.root / "benchmarks"
+    asked = experiment.questions("test")
+    number = sum(scene < SCENES for scene in asked.scene_of)
+    asked = QuestionSet(asked.scenes, asked.questions[:number], asked.scene_of[:number])
+    once(data, [asked.questions, digest(__file__)], lambda folder: write_benchmarks(asked, folder))
+    for label, checkpoint in checkpoints.items():
+        log = experiment.root / "logs" / f"{label}-benchmarks.log"
 
+        def make(folder: Path, label: str = label, checkpoint: Path = checkpoint, log: Path = log) -> None:
+            for name in BENCHMARKS:
+                answers = data / name / "answers" / label
+                shutil.rmtree(answers, ignore_errors=True)
+                flags = [
+                    "--model-path",
+                    checkpoint,
+                    "--model-name",
+                    label,
+                    "--data-dir",
+                    data / name,
+                    "--device",
+                    "cpu",
+                ]
+                flags += ["--output-dir", answers, "--score", folder / f"{name}.json", "--batch-size", 64]
+                call(f"{name} of {label}", eval_run.main, [name, *flags], log)
 
-def report_text(space: Workspace, labels: Sequence[str]) -> str:
-    """What ``python -m tinyllava_switchkd.eval.report`` says of the models; its files go beside their scores.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    arguments = [f"{label}={space.results / label}" for label in labels]
+        once(results / label, [digest(checkpoint / MADE), digest(data / MADE)], make)
+    arguments = [f"{label}={results / label}" for label in checkpoints]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = eval_report.main([*arguments, "--include-val", "--output-dir", str(space.results)])
+        code = eval_report.main([*arguments, "--include-val", "--output-dir", str(results)])
     if code != 0:
-        raise RuntimeError(f"The report over {space.results} failed.")
+        raise StageError(f"The report over {results} failed.")
     return output.getvalue().rstrip()
 
 
@@ -109,7 +100,7 @@ Rows = Sequence[tuple[dict[str, Any], int]]
 
 def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
     _save_images(rows, pictures, folder / "val2014")
-    _write_lines(
+    write_jsonl(
         folder / "llava_vqav2_mscoco_val2014.jsonl",
         (
             {"question_id": row["question_id"], "image": row["image"], "text": row["question"], "category": "default"}
@@ -131,20 +122,20 @@ def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> 
         }
         for row, scene in rows
     ]
-    scenes.write_json({"annotations": annotations}, folder / "v2_mscoco_val2014_annotations.json")
+    write_json(folder / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
 
 
 def _write_pope(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
     """Every object asked for is drawn at random, so there is one category of POPE's three."""
     _save_images(rows, pictures, folder / "val2014")
-    _write_lines(
+    write_jsonl(
         folder / "llava_pope_test.jsonl",
         (
             {"question_id": row["question_id"], "image": row["image"], "text": row["question"], "category": "random"}
             for row, _ in rows
         ),
     )
-    _write_lines(
+    write_jsonl(
         folder / "coco" / "coco_pope_random.json",
         (
             {
@@ -192,9 +183,9 @@ def _write_scienceqa(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path)
         text = row["question"].replace(scenes.LETTER_ANSWER, "")
         turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": row["answer"]}]
         conversations.append({"id": identifier, "image": row["image"], "conversations": turns})
-    scenes.write_json(problems, folder / "problems.json")
-    scenes.write_json({"test": list(problems)}, folder / "pid_splits.json")
-    scenes.write_json(conversations, folder / "llava_test_CQM-A.json")
+    write_json(folder / "problems.json", problems)
+    write_json(folder / "pid_splits.json", {"test": list(problems)})
+    write_json(folder / "llava_test_CQM-A.json", conversations)
 
 
 def _options(row: dict[str, Any]) -> tuple[str, list[str]]:
@@ -213,8 +204,3 @@ def _png(scene: scenes.Scene) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(scene.pixels).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

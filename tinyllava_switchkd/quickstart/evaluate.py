@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..eval.generate import Answerer
-from .scenes import Scene
+from tinyllava_switchkd.eval.generate import Answerer
+
+from .scenes import QuestionSet, Scene
 
 BATCH_SIZE = 128
 MAX_NEW_TOKENS = 8
@@ -20,21 +20,6 @@ MAX_NEW_TOKENS = 8
 
 PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 """Inverse regularisation strengths of the probe; the best on validation scenes is taken."""
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """Scenes and the questions about them.
-
-    Attributes:
-        scenes: the scenes.
-        questions: as `scenes.test_questions` makes them.
-        scene_of: index of each question's scene.
-    """
-
-    scenes: Sequence[Scene]
-    questions: Sequence[dict[str, Any]]
-    scene_of: Sequence[int]
 
 
 def answer_questions(

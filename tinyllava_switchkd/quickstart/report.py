@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from PIL import Image
 
-from ..visualize.bars import draw_bars
-from ..visualize.curves import draw_knees, draw_losses, read_history
-from ..visualize.paper import paper_tables
-from ..visualize.predictions import Prediction, draw_predictions
-from . import evaluate, scenes
-from .plan import Workspace, fingerprint
-from .prepare import probe_scenes, question_set
-from .runner import Runner, is_made, read_stamp, write_stamp
+from tinyllava_switchkd.visualize.bars import draw_bars
+from tinyllava_switchkd.visualize.curves import draw_knees, draw_losses, read_history
+from tinyllava_switchkd.visualize.paper import paper_tables
+from tinyllava_switchkd.visualize.predictions import Prediction, draw_predictions
 
-METHODS = {"teacher": "Teacher", "sft": "SFT", "sft_equal_time": "SFT, equal time", "switch_kd": "Switch-KD"}
+from . import scenes
+from .experiment import Experiment
+
+METHODS = {"teacher": "Teacher", "sft": "SFT", "sft_equal_time": "SFT, twice the steps", "switch_kd": "Switch-KD"}
 """Keys of ``results.json`` and what people read, in the table's order."""
+
+STUDENTS = tuple(METHODS)[1:]
 
 TYPE_TITLES = {
     "position": "by place",
@@ -35,193 +36,156 @@ TYPE_TITLES = {
 """Question types as the table heads them."""
 
 PAPER_LLM = "Qwen2.5-0.5B"
-EVALUATION_COST = 250
-"""Of asking one checkpoint, in steps of plain fine-tuning."""
 
 
-def regime(space: Workspace) -> str:
+def ways(experiment: Experiment) -> dict[str, tuple[str, dict[str, object]]]:
+    """How the students are trained: the end of the folder's name, and flags beyond those of SFT.
+
+    A step of Switch-KD takes about twice as long as one of SFT. So that a result does not depend on how busy a machine
+    was, the SFT that is given Switch-KD's time has twice the steps, on every machine.
+    """
+    return {
+        "sft": ("finetune", {}),
+        "sft_equal_time": ("equal-time-finetune", {"max_steps": 2 * experiment.plan.student_steps}),
+        "switch_kd": ("distill", experiment.switch_kd()),
+    }
+
+
+def regime(experiment: Experiment) -> str:
     """What was compared, in one sentence."""
-    plan = space.plan
+    plan = experiment.plan
     return (
         f"Toy scale, real handwriting: base models that can read rendered digits, a teacher adapted on "
         f"{plan.teacher_scenes:,} handwritten scenes, and a student that gets {plan.student_scenes}, from one point "
-        f"by SFT, by SFT for as long as Switch-KD takes, and by Switch-KD; with so few scenes the teacher has much to "
-        f"add, so the gain says nothing about its size at full scale."
+        f"by SFT, by SFT of twice the steps, and by Switch-KD; with so few scenes the teacher has much to add, so the "
+        f"gain says nothing about its size at full scale."
     )
 
 
-class Report:
-    """Asks the checkpoints of a quickstart and lays the answers side by side.
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Method -> what `Experiment.scores` says, a seed after the other."""
+
+
+def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
+    """What ``results.json`` holds."""
+    results: dict[str, Any] = {method: summary(rows) for method, rows in runs.items()}
+    results["paired_differences"] = {
+        f"switch_kd - {other}": difference(runs["switch_kd"], runs[other]) for other in ("sft", "sft_equal_time")
+    }
+    questions = experiment.plan.test_scenes * len(scenes.QUESTION_TYPES)
+    facts = {"versions": versions(), "regime": regime(experiment), "questions": questions}
+    return {**results, "seeds": list(seeds), **facts}
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over runs of one method, standard deviations if there are several, and each run."""
+    kinds = list(rows[0]["by_type"])
+    result: dict[str, Any] = {
+        "score": mean(row["score"] for row in rows),
+        "by_type": {kind: mean(row["by_type"][kind] for row in rows) for kind in kinds},
+        "probe": mean(row["probe"] for row in rows),
+        "seconds": mean(row["seconds"] for row in rows),
+        "steps": mean(row["steps"] for row in rows),
+        "each": [{name: row[name] for name in ("score", "by_type", "probe", "seconds")} for row in rows],
+    }
+    if len(rows) > 1:
+        result["std"] = {
+            "score": stdev(row["score"] for row in rows),
+            "by_type": {kind: stdev(row["by_type"][kind] for row in rows) for kind in kinds},
+            "probe": stdev(row["probe"] for row in rows),
+        }
+    return result
+
+
+# Pictures
+
+
+def draw(
+    experiment: Experiment,
+    results: Mapping[str, Any],
+    runs: Runs,
+    checkpoints: Mapping[str, Sequence[Path]],
+    folder: Path,
+) -> None:
+    """Draw ``losses.png``, ``knees.png``, ``scores.png`` and ``predictions.png`` of the first seed's models."""
+    seed = results["seeds"][0]
+    draw_losses({METHODS[way]: read_history(checkpoints[way][0]) for way in STUDENTS}, folder / "losses.png")
+    draw_knees(read_history(checkpoints["switch_kd"][0]), folder / "knees.png", title=f"Switch-KD, seed {seed}")
+    draw_scores(results, folder / "scores.png")
+    answers = {way: runs[way][0]["answers"] for way in METHODS if way != "sft_equal_time"}
+    draw_answers(experiment.questions("test"), answers, folder / "predictions.png", seed)
+
+
+def draw_scores(results: Mapping[str, Any], path: Path) -> None:
+    """The table as bars."""
+    bars = {
+        label: {"score": results[method]["score"], **results[method]["by_type"], "probe": results[method]["probe"]}
+        for method, label in METHODS.items()
+    }
+    spread = {
+        label: {"score": std["score"], **std["by_type"], "probe": std["probe"]}
+        for method, label in METHODS.items()
+        if (std := results[method].get("std")) is not None
+    }
+    titles = {"score": "overall", **TYPE_TITLES, "probe": "probe of\nthe tower"}
+    note = f"{results['questions']:,} questions about test scenes, answered by generate()"
+    if spread:
+        note += f"; mean and standard deviation of {len(results['switch_kd']['each'])} students"
+    draw_bars(bars, path, spread, titles, note=note)
+
+
+def shown_rows(asked: scenes.QuestionSet, number: int = 12) -> list[int]:
+    """Questions to show: of type i about scene i, so not chosen by what was answered."""
+    kinds = len(scenes.QUESTION_TYPES)
+    return [index * kinds + index % kinds for index in range(min(number, len(asked.scenes)))]
+
+
+def draw_answers(
+    asked: scenes.QuestionSet, answers: Mapping[str, Sequence[str] | Mapping[int, str]], path: Path, seed: int
+) -> None:
+    """A sheet of test scenes with what every method's model answered.
 
     Args:
-        space: where everything lies.
-        seeds: the seeds that were trained.
+        asked: the scenes and questions.
+        answers: method -> answers, by the number of the question.
+        path: file to write.
+        seed: of the students, for the title.
     """
-
-    def __init__(self, space: Workspace, seeds: Sequence[int]) -> None:
-        self.space, self.seeds = space, seeds
-
-    @property
-    def cost(self) -> float:
-        """Of `make`, in steps of plain fine-tuning."""
-        return EVALUATION_COST * (1 + 3 * len(self.seeds))
-
-    def make(self, runner: Runner) -> dict[str, Any]:
-        """Ask, compare, draw, write.
-
-        Returns:
-            what ``results.json`` holds, and "text": the table and what belongs to it.
-        """
-        runs = self._runs(runner)
-        results = self._results(runs)
-        scenes.write_json(results, self.space.root / "results.json")
-        self._draw(results, runs)
-        text = "\n".join(self._text(results))
-        (self.space.root / "results.txt").write_text(text + "\n", encoding="utf-8")
-        return {**results, "text": text}
-
-    # Scores
-
-    def checkpoints(self) -> dict[str, list[Path]]:
-        """Output folders by method, one a seed (the teacher's alone)."""
-        space = self.space
-        switch = [space.student_switch(seed).output for seed in self.seeds]
-        return {
-            "teacher": [space.teacher],
-            "sft": [space.student_sft(seed).output for seed in self.seeds],
-            "sft_equal_time": [space.student_sft(seed, steps=1).output for seed in self.seeds],
-            "switch_kd": switch,
-        }
-
-    def _runs(self, runner: Runner) -> dict[str, list[dict[str, Any]]]:
-        """Scores of every checkpoint, asked now or read back."""
-        test, val, train = (
-            question_set(self.space, "test"),
-            question_set(self.space, "val"),
-            probe_scenes(self.space),
-        )
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for method, folders in self.checkpoints().items():
-            for folder in folders:
-                file = self.space.root / "scores" / f"{folder.name}.json"
-                mark = fingerprint(read_stamp(folder)["fingerprint"], test.questions, len(train), len(val.scenes))
-                if not is_made(file, mark):
-                    runner.advance(0.0, ("questions", f"asking {folder.name}"))
-                    answerer = evaluate.load(folder)
-                    answers = evaluate.answer_questions(answerer, test)
-                    score, by_type = evaluate.accuracy(test.questions, answers)
-                    digits = evaluate.probe(answerer, train, val.scenes, test.scenes)
-                    content = {"score": score, "by_type": by_type, "probe": digits, "answers": answers}
-                    scenes.write_json(content, file)
-                    write_stamp(file, mark)
-                run = json.loads(file.read_text(encoding="utf-8"))
-                run["seconds"], run["steps"] = self._time(method, folder, len(runs.get(method, [])))
-                runs.setdefault(method, []).append(run)
-                runner.advance(EVALUATION_COST)
-        return runs
-
-    def _time(self, method: str, folder: Path, index: int) -> tuple[float, int]:
-        """Seconds of training, pre-training included, and steps of the last stage."""
-        if method == "teacher":
-            before = self.space.teacher_stages()[0].output
-        else:
-            before = self.space.student_pt(self.seeds[index]).output
-        last = read_stamp(folder)
-        return read_stamp(before)["seconds"] + last["seconds"], last["steps"]
-
-    def _results(self, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        for method, rows in runs.items():
-            results[method] = {
-                "score": mean(row["score"] for row in rows),
-                "by_type": {kind: mean(row["by_type"][kind] for row in rows) for kind in scenes.QUESTION_TYPES},
-                "probe": mean(row["probe"] for row in rows),
-                "seconds": mean(row["seconds"] for row in rows),
-                "steps": mean(row["steps"] for row in rows),
-                "each": [{name: row[name] for name in ("score", "by_type", "probe", "seconds")} for row in rows],
-            }
-            if len(rows) > 1:
-                results[method]["std"] = {
-                    "score": stdev(row["score"] for row in rows),
-                    "by_type": {kind: stdev(row["by_type"][kind] for row in rows) for kind in scenes.QUESTION_TYPES},
-                    "probe": stdev(row["probe"] for row in rows),
-                }
-        results["paired_differences"] = {
-            f"switch_kd - {other}": difference(runs["switch_kd"], runs[other]) for other in ("sft", "sft_equal_time")
-        }
-        results["seeds"] = list(self.seeds)
-        results["versions"] = versions()
-        results["regime"] = regime(self.space)
-        results["questions"] = self.space.plan.test_scenes * len(scenes.QUESTION_TYPES)
-        return results
-
-    # Pictures
-
-    def _draw(self, results: Mapping[str, Any], runs: Mapping[str, list[dict[str, Any]]]) -> None:
-        root, seed = self.space.root, self.seeds[0]
-        folders = {method: paths[0] for method, paths in self.checkpoints().items()}
-        students = {METHODS[method]: read_history(folders[method]) for method in METHODS if method != "teacher"}
-        draw_losses(students, root / "losses.png")
-        draw_knees(read_history(folders["switch_kd"]), root / "knees.png", title=f"Switch-KD, seed {seed}")
-        bars = {
-            label: {"score": results[method]["score"], **results[method]["by_type"], "probe": results[method]["probe"]}
-            for method, label in METHODS.items()
-        }
-        spread = {
-            label: {"score": std["score"], **std["by_type"], "probe": std["probe"]}
-            for method, label in METHODS.items()
-            if (std := results[method].get("std")) is not None
-        }
-        titles = {"score": "overall", **TYPE_TITLES, "probe": "probe of\nthe tower"}
-        note = f"{results['questions']:,} questions about test scenes, answered by generate()"
-        if spread:
-            note += f"; mean and standard deviation of {len(self.seeds)} students"
-        draw_bars(bars, root / "scores.png", spread, titles, note=note)
-        draw_predictions(
-            self._samples(runs),
-            root / "predictions.png",
-            title=f"The first test scenes, one question type after the other (seed {seed})",
-        )
-
-    def _samples(self, runs: Mapping[str, list[dict[str, Any]]], number: int = 12) -> list[Prediction]:
-        """Question type i of scene i: not chosen by what was answered."""
-        test, kinds = question_set(self.space, "test"), len(scenes.QUESTION_TYPES)
-        samples = []
-        for index in range(min(number, len(test.scenes))):
-            row = index * kinds + index % kinds
-            question = test.questions[row]
-            answers = {
-                label: runs[method][0]["answers"][row]
-                for method, label in METHODS.items()
-                if method != "sft_equal_time"
-            }
-            samples.append(
-                Prediction(
-                    Image.fromarray(test.scenes[index].pixels),
-                    question["question"].replace(scenes.SHORT_ANSWER, "").replace(scenes.LETTER_ANSWER, ""),
-                    question["answer"],
-                    answers,
-                    {label: answer == question["answer"] for label, answer in answers.items()},
-                )
+    samples = []
+    for row in shown_rows(asked):
+        question = asked.questions[row]
+        said = {METHODS[method]: texts[row] for method, texts in answers.items()}
+        samples.append(
+            Prediction(
+                Image.fromarray(asked.scenes[asked.scene_of[row]].pixels),
+                question["question"].replace(scenes.SHORT_ANSWER, "").replace(scenes.LETTER_ANSWER, ""),
+                question["answer"],
+                said,
+                {label: answer == question["answer"] for label, answer in said.items()},
             )
-        return samples
+        )
+    draw_predictions(samples, path, title=f"The first test scenes, one question type after the other (seed {seed})")
 
-    # Text
 
-    def _text(self, results: Mapping[str, Any]) -> list[str]:
-        lines = score_table(results)
-        lines += [
-            "",
-            "probe: digits read off the vision tower's tokens by a linear classifier; seconds: PT and the rest.",
-        ]
-        if len(self.seeds) > 1:
-            lines += ["", "Paired differences of the students, seed by seed:"]
-            for name, row in results["paired_differences"].items():
-                left, right = (METHODS[method] for method in name.split(" - "))
-                each = ", ".join(f"{value:+.1f}" for value in row["each"])
-                lines.append(f"  {left} - {right}: {row['mean']:+.2f} +- {row['std']:.2f}  ({each})")
-            lines.append("One base and one teacher serve all seeds, so the spread is that of data and order alone.")
-        return [*lines, "", results["regime"], "", *paper_lines()]
+# Text
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """The table and what belongs to it, as it is printed."""
+    lines = score_table(results)
+    lines += [
+        "",
+        "probe: digits read off the vision tower's tokens by a linear classifier; steps, seconds: of the last stage's "
+        "training, seconds of one core.",
+    ]
+    if len(results["seeds"]) > 1:
+        lines += ["", "Paired differences of the students, seed by seed:"]
+        for name, row in results["paired_differences"].items():
+            left, right = (METHODS[method] for method in name.split(" - "))
+            each = ", ".join(f"{value:+.1f}" for value in row["each"])
+            lines.append(f"  {left} - {right}: {row['mean']:+.2f} +- {row['std']:.2f}  ({each})")
+        lines.append("One base and one teacher serve all seeds, so the spread is that of data and order alone.")
+    return "\n".join([*lines, "", results["regime"], "", *paper_lines()])
 
 
 def difference(left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -266,12 +230,16 @@ def paper_lines() -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("tinyllava_switchkd", "torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
     for package in (*packages, "matplotlib", "pillow"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            from .. import __version__
+            from tinyllava_switchkd import __version__
 
             found[package] = __version__  # run from the sources, not installed
     return found

@@ -1,124 +1,76 @@
 """The quickstart, from nothing to a table: ``bash scripts/quickstart.sh [--seeds N]``.
 
-It writes scenes and tiny base models, calls ``scripts/train/*.sh`` on them, asks the checkpoints that come out, and
-lays the answers side by side. What is there already, made from the same settings, is used again.
+A teacher and students are trained on small scenes of real handwriting, one after another, and all are asked the same
+questions. What is there already, made from the same settings, is used again.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers.utils import logging as transformers_logging
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.io import write_json, write_text
 
-from .benchmarks import COST, make_benchmarks, report_text, run_benchmarks
-from .plan import Plan, Stage, Workspace
-from .prepare import extract_llm, extract_tower, make_data, make_random_models
-from .report import Report
-from .runner import STARTUP_COST, Runner, StageError
+from .base_models import SHIPPED
+from .experiment import Experiment, Plan, StageError, once, prepare_environment
 
-Job = Callable[[Runner], object]
-WHO = ("teacher", "student")
 BENCHMARKED = ("teacher", "sft", "switch_kd")
 """What the benchmarks' commands are run on."""
 
 
-class Quickstart:
-    """All of it, for one output folder.
+def quickstart(
+    root: Path, seeds: Sequence[int] = (1,), plan: Plan | None = None, bases: Path | None = None, say: Any = print
+) -> dict[str, Any]:
+    """Run what is missing.
 
     Args:
-        root: the output folder.
-        seeds: seeds of the student's data and order.
+        root: folder that everything goes to.
+        seeds: of the students' data and order.
         plan: sizes and settings.
-        lanes: scripts that run at once.
-        quiet: no progress bar.
+        bases: folder of the base models, by default those shipped.
+        say: takes what there is to tell, a line at a time.
+
+    Returns:
+        the results, as ``results.json`` holds them, and "text": the table and what belongs to it.
+
+    Raises:
+        StageError: a stage failed.
     """
+    from . import report
+    from .benchmarks import run_benchmarks
 
-    def __init__(
-        self, root: Path, seeds: Sequence[int] = (1,), plan: Plan | None = None, lanes: int = 2, quiet: bool = False
-    ) -> None:
-        self.space = Workspace(root, plan or Plan())
-        self.seeds, self.lanes, self.quiet = tuple(seeds), lanes, quiet
-
-    def __call__(self) -> dict:
-        """Run what is missing.
-
-        Returns:
-            the results, as ``results.json`` holds them.
-
-        Raises:
-            StageError: a training script failed.
-        """
-        space, seeds = self.space, self.seeds
-        report = Report(space, seeds)
-        transformers_logging.disable_progress_bar()  # there is one already
-        with Runner(space.logs, lanes=self.lanes, quiet=self.quiet) as runner:
-            runner.expect(sum(stage.steps * stage.cost + STARTUP_COST for stage in self._expected()))
-            runner.expect(report.cost + len(BENCHMARKED) * COST)
-            runner.say("Scenes and random weights")
-            make_data(space, seeds)
-            make_random_models(space)
-            runner.say("Base models, on rendered digits (they stand for SigLIP and Qwen2.5)")
-            runner.stage(space.tower_stage())
-            extract_tower(space)
-            runner.run([self._jobs([space.llm_stage(who)]) for who in WHO])
-            for who in WHO:
-                extract_llm(space, who)
-            runner.say("Teacher (PT, SFT) and students (PT), on handwriting")
-            runner.run([self._jobs(space.teacher_stages()), self._jobs(space.student_pt(seed) for seed in seeds)])
-            runner.say("Students, from the same point: SFT, Switch-KD, SFT at Switch-KD's time")
-            runner.run([[self._student(seed)] for seed in seeds])
-            runner.say("Questions to all of them")
-            results = report.make(runner)
-            runner.say("The benchmarks' commands on the held-out questions")
-            return {**results, "text": results["text"] + "\n\n" + self._benchmarks(runner, report)}
-
-    def _student(self, seed: int) -> Job:
-        """The three ways of one seed, one after another, so that their times are taken under the same load."""
-        space = self.space
-
-        def job(runner: Runner) -> None:
-            sft = runner.stage(space.student_sft(seed))
-            switch = runner.stage(space.student_switch(seed))
-            runner.stage(space.equal_time(seed, sft, switch))
-
-        return job
-
-    def _benchmarks(self, runner: Runner, report: Report) -> str:
-        """scripts/eval on the teacher and the first seed's students; the report's text."""
-        make_benchmarks(self.space)
-        checkpoints = {method: folders[0] for method, folders in report.checkpoints().items() if method in BENCHMARKED}
-
-        def job_of(method: str) -> Job:
-            return lambda runner: run_benchmarks(self.space, runner, method, checkpoints[method])
-
-        runner.run([[job_of(method)] for method in checkpoints])
-        return report_text(self.space, list(checkpoints))
-
-    def _expected(self) -> list[Stage]:
-        space = self.space
-        stages = [space.tower_stage(), *map(space.llm_stage, WHO), *space.teacher_stages()]
-        for seed in self.seeds:
-            stages += [space.student_pt(seed), space.student_sft(seed), space.student_switch(seed)]
-            stages.append(space.equal_time(seed, 1.0, space.student_switch(seed).cost))  # a guess, for the time left
-        return stages
-
-    @staticmethod
-    def _jobs(stages: Iterable[Stage]) -> list[Job]:
-        def job_of(stage: Stage) -> Job:
-            return lambda runner: runner.stage(stage)
-
-        return [job_of(stage) for stage in stages]
+    experiment = Experiment(root, plan, bases or SHIPPED, say)
+    say("Teacher, on many handwritten scenes (base models -> PT -> SFT)")
+    checkpoints: dict[str, list[Path]] = {"teacher": [experiment.teacher()], **{way: [] for way in report.STUDENTS}}
+    for seed in seeds:
+        say("Students, on few (base models -> PT -> SFT or Switch-KD)")
+        for way, (stage, flags) in report.ways(experiment).items():
+            checkpoints[way].append(experiment.student(stage, seed, flags))
+    say("Questions about test scenes, to all of them")
+    runs = {way: [experiment.scores(folder) for folder in folders] for way, folders in checkpoints.items()}
+    results = report.results_of(experiment, runs, seeds)
+    write_json(root / "results.json", results)
+    pictures = [results, *(folders[0].name for folders in checkpoints.values())]
+    once(root / "pictures", pictures, lambda folder: report.draw(experiment, results, runs, checkpoints, folder))
+    text = report.text_of(results)
+    say("The benchmarks' commands on some of these questions")
+    text += "\n\n" + run_benchmarks(experiment, {way: checkpoints[way][0] for way in BENCHMARKED})
+    write_text(root / "results.txt", text + "\n")
+    return {**results, "text": text}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.split("\n\n")[0])
+    parser = CommandParser(prog="quickstart.sh", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=1, help="students to train each way (default: %(default)s)")
+    parser.add_argument(
+        "--from_scratch", action="store_true", help="train the base models, too, instead of using those shipped"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -136,9 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"quickstart.sh: cannot write to {root} ({error.strerror}); set QUICKSTART_OUT.", file=sys.stderr)
         return 1
+    prepare_environment()
     started = time.monotonic()
     try:
-        results = Quickstart(root, range(1, args.seeds + 1), lanes=min(2, os.cpu_count() or 1))()
+        bases = None
+        if args.from_scratch:
+            from .bases import make_bases
+
+            bases = make_bases(root)
+        results = quickstart(root, range(1, args.seeds + 1), bases=bases)
     except StageError as error:
         print(f"\nquickstart.sh: {error}", file=sys.stderr)
         return 1

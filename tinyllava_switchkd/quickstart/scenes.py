@@ -14,10 +14,11 @@ has the same versions of scikit-learn, matplotlib and Pillow.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -268,12 +269,26 @@ def save_images(scenes: list[Scene], folder: Path, prefix: str) -> list[str]:
     return names
 
 
-def write_json(content: list | dict, path: Path) -> None:
-    """Write JSON whole or not at all: a killed run leaves no half file that a second run would trust."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+@dataclass(frozen=True)
+class QuestionSet:
+    """Scenes and the questions about them.
+
+    Attributes:
+        scenes: the scenes.
+        questions: as `test_questions` makes them.
+        scene_of: index of each question's scene.
+    """
+
+    scenes: Sequence[Scene]
+    questions: Sequence[dict[str, Any]]
+    scene_of: Sequence[int]
+
+
+def question_set(domain: str, split: str, number: int, seed: int) -> QuestionSet:
+    """Scenes of a domain and split, and a question of every type about each."""
+    made = make_scenes(domain, split, number, seed)
+    questions = test_questions(made, [f"{split}_{index:05d}.png" for index in range(number)], seed)
+    return QuestionSet(made, questions, [index for index in range(number) for _ in QUESTION_TYPES])
 
 
 def _sample(name: str, pairs: list[tuple[str, str]]) -> dict:

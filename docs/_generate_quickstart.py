@@ -1,0 +1,204 @@
+"""Write the quickstart's figures into README.md and docs/quickstart.md, and draw its pictures, from stored results::
+
+python docs/_generate_quickstart.py                              # write the tables and draw the pictures
+python docs/_generate_quickstart.py --add playground/quickstart  # take over what a quickstart found, then write
+python docs/_generate_quickstart.py --check                      # exit status 1 if a text is not what would be written
+
+The results are in quickstart_runs.json: one run a combination of versions and threads, each of ``--seeds 3``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+RUNS = DOCS / "quickstart_runs.json"
+TEXTS = (ROOT / "README.md", DOCS / "quickstart.md")
+VERSIONS = ("torch", "transformers", "threads")
+"""What tells the runs apart."""
+
+
+def add(folder: Path) -> None:
+    """Take over the results of a quickstart; those of the same versions and threads are replaced."""
+    from tinyllava_switchkd.io import read_json, write_json
+    from tinyllava_switchkd.quickstart.experiment import run_name
+    from tinyllava_switchkd.quickstart.report import METHODS, shown_rows
+    from tinyllava_switchkd.quickstart.scenes import question_set
+
+    stored = read_json(RUNS) if RUNS.is_file() else {"runs": []}
+    results = read_json(folder / "results.json")
+    run = {name: results["versions"][name] for name in (*VERSIONS, "python")}
+    run["seeds"] = results["seeds"]
+    for method in METHODS:
+        run[method] = [{**row, "steps": round(results[method]["steps"])} for row in results[method]["each"]]
+    others = [old for old in stored["runs"] if any(old[name] != run[name] for name in VERSIONS)]
+    stored["runs"] = sorted([*others, run], key=lambda row: [_numbers(row[name]) for name in VERSIONS])
+    stored["questions"], stored["regime"] = results["questions"], results["regime"]
+    if run is stored["runs"][-1]:  # the newest versions' models are those that are shown
+        stages = {"teacher": ("teacher", "handwriting", "finetune")}
+        stages |= {"sft": ("student", "seed1", "finetune"), "switch_kd": ("student", "seed1", "distill")}
+        number = results["questions"] // len(results["teacher"]["by_type"])
+        rows = shown_rows(question_set("handwriting", "test", number, seed=0))
+        stored["answers"] = {}
+        for method, names in stages.items():
+            answers = read_json(folder / "scores" / f"{run_name(*names)}-test" / "scores.json")["answers"]
+            stored["answers"][method] = {str(row): answers[row] for row in rows}
+    write_json(RUNS, stored, indent=1)
+
+
+def pooled(runs: Sequence[Mapping[str, Any]], method: str) -> list[Mapping[str, Any]]:
+    """A method's rows of all runs."""
+    return [row for run in runs for row in run[method]]
+
+
+def figure(values: Sequence[float]) -> str:
+    """Mean and standard deviation, with one decimal."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{mean(values):.1f}"
+
+
+def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
+    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    from tinyllava_switchkd.quickstart.report import METHODS, TYPE_TITLES
+
+    runs = stored["runs"]
+    newest = runs[-1]
+    lines = ["| | score | probe of the vision tower | seconds |", "|---|---:|---:|---:|"]
+    for method, label in METHODS.items():
+        rows = pooled(runs, method)
+        cells = [figure([row["score"] for row in rows]), figure([row["probe"] for row in rows])]
+        seconds = mean(row["seconds"] for row in newest[method])
+        label = f"**{label}**" if method == "switch_kd" else label
+        lines.append(
+            f"| {label} | {' | '.join(cells)} | {seconds:.0f} |".replace("**Switch-KD** | ", "**Switch-KD** | ")
+        )
+    ahead = {
+        other: [a["score"] - b["score"] for a, b in zip(pooled(runs, "switch_kd"), pooled(runs, other), strict=True)]
+        for other in ("sft", "sft_equal_time")
+    }
+    students = len(ahead["sft"])
+    summary = (
+        f"Mean and standard deviation of {students} students and {len(runs)} teachers: "
+        f"{_listing(runs)}, {len(newest['seeds'])} seeds each. Switch-KD is ahead of SFT by {figure(ahead['sft'])} "
+        f"points (in {sum(value > 0 for value in ahead['sft'])} of {students} pairs), and of SFT of twice the steps by "
+        f"{figure(ahead['sft_equal_time'])} ({sum(value > 0 for value in ahead['sft_equal_time'])} of {students})."
+    )
+    kinds = list(newest["teacher"][0]["by_type"])
+    head = ["torch", "transformers", "threads", "model", "overall", *(TYPE_TITLES[kind] for kind in kinds), "probe"]
+    table = ["| " + " | ".join(head) + " |", "|---|---|---:|---|" + "---:|" * (len(kinds) + 2)]
+    for run in runs:
+        for method, label in METHODS.items():
+            rows = run[method]
+            values = [[row["score"] for row in rows]]
+            values += [[row["by_type"][kind] for row in rows] for kind in kinds]
+            values.append([row["probe"] for row in rows])
+            cells = [*(str(run[name]) for name in VERSIONS), label, *map(figure, values)]
+            table.append("| " + " | ".join(cells) + " |")
+    for method, label in METHODS.items():
+        rows = pooled(runs, method)
+        values = [[row["score"] for row in rows], *([row["by_type"][kind] for row in rows] for kind in kinds)]
+        values.append([row["probe"] for row in rows])
+        table.append("| " + " | ".join(["all", "", "", f"**{label}**", *map(figure, values)]) + " |")
+    return {
+        "quickstart-table": "\n".join(lines),
+        "quickstart-summary": summary,
+        "quickstart-runs": "\n".join(table),
+        "quickstart-spread": spread(stored),
+    }
+
+
+def spread(stored: Mapping[str, Any]) -> str:
+    """How far the means of single runs are from those of all, in standard deviations of a single model."""
+    far = deviations(stored)
+    within = sum(value <= 2 for value in far.values())
+    (where, largest) = max(far.items(), key=lambda item: item[1])
+    return (
+        f"{within} of {len(far)} figures of single runs (score and probe of a model, mean over seeds) lie within two "
+        f"standard deviations of the README's; the farthest, {where}, is {largest:.1f} away."
+    )
+
+
+def deviations(stored: Mapping[str, Any]) -> dict[str, float]:
+    """Run, model and figure -> distance of the run's mean from the mean of all, in standard deviations of all."""
+    from tinyllava_switchkd.quickstart.report import METHODS
+
+    found = {}
+    for method, label in METHODS.items():
+        for name in ("score", "probe"):
+            everything = [row[name] for row in pooled(stored["runs"], method)]
+            width = stdev(everything) if len(everything) > 1 else 0.0
+            for run in stored["runs"]:
+                distance = abs(mean(row[name] for row in run[method]) - mean(everything))
+                where = f"{label}'s {name} with torch {run['torch']}, transformers {run['transformers']}, "
+                where += f"{run['threads']} thread{'s' * (run['threads'] != '1')}"
+                found[where] = distance / width if width else 0.0
+    return found
+
+
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """A text with the parts between its marks."""
+    for name, content in parts.items():
+        block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def draw(stored: Mapping[str, Any]) -> None:
+    """Draw docs/images/quickstart.png and predictions.png."""
+    from tinyllava_switchkd.quickstart.report import METHODS, draw_answers, draw_scores, summary
+    from tinyllava_switchkd.quickstart.scenes import question_set
+
+    results: dict[str, Any] = {method: summary(pooled(stored["runs"], method)) for method in METHODS}
+    draw_scores({**results, "questions": stored["questions"]}, DOCS / "images" / "quickstart.png")
+    answers = {method: {int(row): text for row, text in rows.items()} for method, rows in stored["answers"].items()}
+    number = stored["questions"] // len(results["teacher"]["by_type"])
+    asked = question_set("handwriting", "test", number, seed=0)
+    draw_answers(asked, answers, DOCS / "images" / "predictions.png", seed=1)
+
+
+def _listing(runs: Sequence[Mapping[str, Any]]) -> str:
+    def values(name: str) -> str:
+        return " and ".join(sorted({str(run[name]) for run in runs}, key=_numbers))
+
+    return f"torch {values('torch')}, transformers {values('transformers')}, {values('threads')} threads"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", str(version))]
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    from tinyllava_switchkd.cli import CommandParser
+    from tinyllava_switchkd.io import read_json, write_text
+
+    parser = CommandParser(description="Write the quickstart's tables and draw its pictures.")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of quickstarts to take over")
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    arguments = parser.parse_args()
+    for folder in arguments.add:
+        add(folder)
+    stored = read_json(RUNS)
+    stale = False
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        if (wanted := filled(text, blocks(stored))) != text:
+            stale = True
+            if not arguments.check:
+                write_text(path, wanted)
+    if arguments.check:
+        if stale:
+            print("A text is out of date; run python docs/_generate_quickstart.py", file=sys.stderr)
+        return int(stale)
+    draw(stored)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

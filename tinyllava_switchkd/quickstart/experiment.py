@@ -1,0 +1,369 @@
+"""Runs of the quickstart: data, bases, teacher and students, each made once and used again.
+
+Everything trains through the entry point of full size (`tinyllava_switchkd.train.train.main`), in this process: what
+``scripts/train/*.sh`` pass to it is a dict of flags here. A comparison of one's own takes the same road::
+
+    experiment = Experiment(Path("playground/mine"))
+    for seed in (1, 2, 3):
+        flags = {"teacher_path": experiment.teacher(), "distill_loss": "fkl"}
+        print(experiment.scores(experiment.student("fkl", seed, flags))["score"])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava_switchkd.io import digest, read_json, write_json
+from tinyllava_switchkd.launch import stages
+
+from . import scenes
+from .base_models import CONV_VERSION, SHIPPED
+
+MADE = "made.json"
+"""In every finished folder: what it was made from. Without it the folder is half done, and is made anew."""
+
+CONNECTOR = "mlp2x_gelu"
+
+COMMON = {
+    "connector_type": CONNECTOR,
+    "training_recipe": "common",
+    "model_max_length": 256,  # tokens, those of the image counted; the longest conversation has about 120
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 0.05,
+    "lr_scheduler_type": "cosine",
+    "mm_vision_select_layer": -1,
+    # One visual token a cell: TinyLLaVA's "patch" would drop the first one, and with it a quarter of the scene.
+    "mm_vision_select_feature": "cls_patch",
+    "save_strategy": "no",  # a stage takes a minute, so there is nothing to resume
+    "report_to": "none",
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+}
+"""Flags of every stage."""
+
+PRETRAIN = {
+    "conv_version": "pretrain",
+    "learning_rate": 3e-3,
+    "tune_type_llm": "frozen",
+    "tune_type_vision_tower": "frozen",
+    "tune_type_connector": "full",
+}
+"""Flags of pre-training (PT), scripts/train/pretrain.sh."""
+
+FINETUNE = {
+    "conv_version": CONV_VERSION,
+    "learning_rate": 2e-3,
+    "vision_tower_lr": 1e-3,
+    "tune_type_llm": "full",
+    "tune_type_vision_tower": "full",
+    "tune_type_connector": "full",
+}
+"""Flags of fine-tuning (SFT), scripts/train/finetune.sh; with a teacher's path, of distillation."""
+
+
+class StageError(RuntimeError):
+    """Something could not be made; the message says what, and where its log is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and settings. They were chosen on validation scenes; the test scenes had no part in it."""
+
+    teacher_scenes: int = 10_000
+    """Handwriting scenes that the teacher is adapted on."""
+    student_scenes: int = 300
+    """Handwriting scenes that the student gets, in every seed others."""
+    val_scenes: int = 150
+    test_scenes: int = 400
+    probe_scenes: int = 400
+    """Scenes of training digits that the linear probe is fitted on."""
+
+    teacher_pt_steps: int = 200
+    teacher_steps: int = 1200
+    student_pt_steps: int = 100
+    student_steps: int = 600
+
+
+class Experiment:
+    """Makes what is asked for, and what that needs, unless it is there already, made from the same.
+
+    Args:
+        root: folder that everything goes to.
+        plan: sizes and settings.
+        bases: folder of the base models, by default those shipped with the project.
+        say: takes what there is to tell, a line at a time.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        plan: Plan | None = None,
+        bases: Path = SHIPPED,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.root, self.plan, self.bases, self.say = Path(root), plan or Plan(), Path(bases), say
+
+    # Data
+
+    def data(self, name: str, domain: str, number: int, seed: int, caption_share: float = 0.1) -> Path:
+        """A folder of scenes in LLaVA's format: ``images``, ``captions.json`` and ``questions.json``.
+
+        Args:
+            name: of the folder.
+            domain: one of `scenes.DOMAINS`.
+            number: of scenes, of the domain's training split.
+            seed: of the scenes and of the questions about them.
+            caption_share: of the scenes that ``questions.json`` describes instead of asking about them.
+        """
+
+        def make(folder: Path) -> None:
+            made = scenes.make_scenes(domain, "train", number, seed)
+            names = scenes.save_images(made, folder / "images", name)
+            write_json(folder / "captions.json", scenes.caption_samples(made, names))
+            samples = scenes.conversation_samples(made, names, seed, caption_share=caption_share)
+            write_json(folder / "questions.json", samples)
+
+        folder = self.root / "data" / name
+        once(folder, [domain, number, seed, caption_share, digest(scenes.__file__)], make)
+        return folder
+
+    def student_data(self, seed: int) -> Path:
+        return self.data(f"student{seed}", "handwriting", self.plan.student_scenes, seed)
+
+    # Training
+
+    def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
+        """One run of the training entry point; its folder in ``checkpoints``.
+
+        Args:
+            title: for people.
+            name: of the folder.
+            flags: the entry point's, without dashes, beyond `COMMON`; those whose value is None are left out.
+
+        Raises:
+            StageError: it failed.
+        """
+        flags = {key: value for key, value in {**COMMON, **flags}.items() if value is not None}
+        flags.setdefault("logging_steps", max(1, min(10, int(str(flags.get("max_steps", 1))) // 40)))
+        folder, log = self.root / "checkpoints" / name, self.root / "logs" / f"{name}.log"
+
+        def make(folder: Path) -> dict[str, float]:
+            from tinyllava_switchkd.train.train import main
+
+            started = time.process_time()
+            words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+            call(title, main, [*words, "--output_dir", folder], log)
+            seconds = time.process_time() - started
+            self.say(f"  {title:<38} {flags.get('max_steps', ''):>5} steps {seconds:6.1f} s")
+            return {"seconds": seconds}
+
+        once(folder, {key: _content(value) for key, value in flags.items()}, make)
+        return folder
+
+    def inputs(self, who: str, data: Path, samples: str) -> dict[str, Path]:
+        """Flags that name what a run reads: the base models of `who`, and a folder's captions or questions."""
+        return {
+            "model_name_or_path": self.bases / f"base-qwen2-{who}",
+            "vision_tower": self.bases / "base-siglip",
+            "data_path": data / f"{samples}.json",
+            "image_folder": data / "images",
+        }
+
+    def teacher(self) -> Path:
+        """The teacher: base models adapted on many handwriting scenes (PT, SFT)."""
+        plan = self.plan
+        data = self.data("teacher", "handwriting", plan.teacher_scenes, 0)
+        flags = {**PRETRAIN, **self.inputs("teacher", data, "captions"), "max_steps": plan.teacher_pt_steps, "seed": 0}
+        start = self.train("Teacher: PT", run_name("teacher", "handwriting", "pretrain"), flags)
+        flags = {**FINETUNE, **self.inputs("teacher", data, "questions"), "max_steps": plan.teacher_steps, "seed": 0}
+        flags["pretrained_model_path"] = start
+        return self.train("Teacher: SFT", run_name("teacher", "handwriting", "finetune"), flags)
+
+    def student_start(self, seed: int) -> Path:
+        """What all students of a seed start from: the base models after PT on the seed's few scenes."""
+        inputs = self.inputs("student", self.student_data(seed), "captions")
+        flags = {**PRETRAIN, **inputs, "max_steps": self.plan.student_pt_steps, "seed": seed}
+        return self.train(f"Student {seed}: PT", run_name("student", f"seed{seed}", "pretrain"), flags)
+
+    def student(self, way: str, seed: int, flags: Mapping[str, object] | None = None) -> Path:
+        """A student of a seed, trained from `student_start` in some way.
+
+        Every way has the same data, order, steps and learning rate, but for what the flags say.
+
+        Args:
+            way: its name, which ends the folder's.
+            seed: of data and order.
+            flags: over SFT's; ``teacher_path`` makes it a distillation.
+        """
+        inputs = self.inputs("student", self.student_data(seed), "questions")
+        start = {"pretrained_model_path": self.student_start(seed)}
+        settings = {"max_steps": self.plan.student_steps, "seed": seed, **(flags or {})}
+        name = run_name("student", f"seed{seed}", way)
+        return self.train(f"Student {seed}: {way}", name, {**FINETUNE, **inputs, **start, **settings})
+
+    def switch_kd(self) -> dict[str, object]:
+        """Flags of Switch-KD, as the paper sets it."""
+        weights = {"temperature": 3.0, "align_weight": 1.0, "switch_weight": 1.0}
+        return {"teacher_path": self.teacher(), "distill_loss": "dbild", **weights}
+
+    # Scores
+
+    def questions(self, split: str) -> scenes.QuestionSet:
+        """Handwriting scenes of the validation or test digits, and a question of every type about each."""
+        return scenes.question_set("handwriting", split, getattr(self.plan, f"{split}_scenes"), seed=0)
+
+    def scores(self, checkpoint: Path, split: str = "test") -> dict[str, Any]:
+        """What a checkpoint answers and how good that is.
+
+        Returns:
+            "score" and "by_type" (exact matches in per cent), "probe" (see `evaluate.probe`), "answers", "seconds"
+            that its last stage trained, and "steps".
+        """
+        from . import evaluate
+
+        def make(folder: Path) -> None:
+            asked, answerer = self.questions(split), evaluate.load(checkpoint)
+            answers = evaluate.answer_questions(answerer, asked)
+            score, by_type = evaluate.accuracy(asked.questions, answers)
+            fitted = scenes.make_scenes("handwriting", "train", self.plan.probe_scenes, 10_000)
+            probe = evaluate.probe(answerer, fitted, self.questions("val").scenes, asked.scenes)
+            found = {"score": score, "by_type": by_type, "probe": probe, "answers": answers}
+            write_json(folder / "scores.json", {**found, **training_time(checkpoint)})
+
+        folder = self.root / "scores" / f"{checkpoint.name}-{split}"
+        once(
+            folder, [_content(checkpoint), asdict(self.plan), digest(scenes.__file__), digest(evaluate.__file__)], make
+        )
+        return read_json(folder / "scores.json")
+
+
+def run_name(who: str, version: str, stage: str) -> str:
+    """TinyLLaVA's name of an output folder."""
+    return stages.run_name(f"base-qwen2-{who}", "base-siglip", version, stage)
+
+
+def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, object] | None]) -> None:
+    """Make a folder, unless it is there already, finished and made from the same.
+
+    Args:
+        folder: what `make` fills.
+        source: what it is made from, as JSON can hold it.
+        make: fills the empty folder; what it returns is noted in `MADE`.
+    """
+    mark = hashlib.sha256(json.dumps(source, sort_keys=True, default=str).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(folder / MADE)["mark"] == mark:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    facts = make(folder) or {}
+    write_json(folder / MADE, {"mark": mark, **facts, "source": json.loads(json.dumps(source, default=str))})
+
+
+def training_time(checkpoint: Path) -> dict[str, float]:
+    """Seconds of processor time that a run took (start-up of the process not counted), and its steps."""
+    return {
+        "seconds": float(read_json(checkpoint / MADE)["seconds"]),
+        "steps": int(read_json(checkpoint / "trainer_state.json")["global_step"]),
+    }
+
+
+def _content(value: object) -> object:
+    """What stands for a flag's value: of a file or a folder, what is in it and not where it lies."""
+    if not isinstance(value, Path):
+        return value
+    if value.is_dir():
+        if (value / MADE).is_file():
+            return read_json(value / MADE)["mark"]
+        files = sorted(file for file in value.rglob("*") if file.is_file())
+        return [[str(file.relative_to(value)), digest(file)] for file in files if file.suffix != ".png"]
+    return digest(value)
+
+
+@contextlib.contextmanager
+def logged(title: str, log: Path) -> Iterator[None]:
+    """What is printed in the block goes to a log, and on a terminal the last progress bar is shown.
+
+    Raises:
+        StageError: something was raised in the block; with the end of the log.
+    """
+    logger = logging.getLogger("tinyllava_switchkd")
+    handlers = logger.handlers
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        screen = _Screen(file, title)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(screen):
+                yield
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Exception):
+                file.write(traceback.format_exc())
+            file.flush()
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            end = "\n".join("    " + line for line in lines[-8:])
+            raise StageError(f"{title} failed; its log is {log}:\n{end}") from error
+        finally:
+            screen.clear()
+            logger.handlers = handlers  # those set in the block write to a log that is closed now
+
+
+def call(title: str, command: Callable[[list[str]], int], arguments: Sequence[object], log: Path) -> None:
+    """Run a command of this package in this process, as its module would be run; what it prints goes to a log.
+
+    Raises:
+        StageError: it failed; with the end of the log.
+    """
+    words = [str(argument) for argument in arguments]
+    with logged(title, log):
+        print(title, *words)
+        code = command(words)
+        if code != 0:
+            raise SystemExit(code)
+
+
+class _Screen(io.TextIOBase):
+    """Standard error of a command: a log; a progress bar, which begins with a carriage return, is shown instead."""
+
+    def __init__(self, log: io.TextIOBase, title: str) -> None:
+        self.log, self.title, self.terminal = log, title, sys.stderr
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r"):
+            return self.log.write(text)
+        if self.terminal.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            self.terminal.write("\r" + f"  {self.title}: {text[1:]}"[:width].ljust(width))
+            self.terminal.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+    def clear(self) -> None:
+        if self.terminal.isatty():
+            self.terminal.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+
+
+def prepare_environment() -> None:
+    """What tiny models want of their libraries, unless the user has said otherwise: one thread each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
