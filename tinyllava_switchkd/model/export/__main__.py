@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllava_switchkd.cli import CommandParser
+
 from .targets import ExportTargetFactory, load_targets
 
 logger = logging.getLogger(__name__)
@@ -17,12 +19,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: ``--to`` first, for a target has arguments of its own. ``args.target`` is the target."""
     load_targets()
     names = ExportTargetFactory.list()
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = CommandParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--to", choices=names)
     known, _ = chosen.parse_known_args(argv)
 
     targets = {name: ExportTargetFactory(name)() for name in names}
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.model.export",
         description="Write a checkpoint in another layout. With --to NAME, --help shows that target's arguments.",
         allow_abbrev=False,
@@ -32,11 +34,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint (for v1 also of a LLaVA)")
     parser.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
-    parser.add_argument("--conv-version", help="conversation template, if the checkpoint does not name the right one")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the export with the checkpoint")
+    parser.add_argument("--conv_version", help="conversation template, if the checkpoint does not name the right one")
+    parser.add_argument("--no_verify", action="store_true", help="do not compare the export with the checkpoint")
     parser.add_argument(
         "--allow_approximate",
-        "--allow-approximate",
         action="store_true",
         help="write a model that the target cannot hold exactly too, and print by how much the two disagree",
     )

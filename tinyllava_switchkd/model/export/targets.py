@@ -27,7 +27,7 @@ class ExportTarget:
     """What ``--dtype`` may be."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The target's own arguments; MODEL, OUT, ``--conv-version``, ``--no-verify`` and ``--allow_approximate`` are
+        """The target's own arguments; MODEL, OUT, ``--conv_version``, ``--no_verify`` and ``--allow_approximate`` are
         everybody's."""
         parser.add_argument("--dtype", choices=self.dtypes, help="of the weights (default: as is)")
 
@@ -45,7 +45,7 @@ ExportTargetFactory = Registry("export target")
 register_export_target = ExportTargetFactory.register
 """``@register_export_target("name")`` on an `ExportTarget` class."""
 
-OWN = ("hf_llava", "v1")
+OWN = ("hf_llava", "onnx", "v1")
 """The files of this folder that hold targets; a plugin registers its own by the entry point group of the registry."""
 
 

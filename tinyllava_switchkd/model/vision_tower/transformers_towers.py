@@ -159,14 +159,16 @@ class Siglip2VisionTower(SiglipVisionTower):
         embeddings = self._vision_tower.vision_model.embeddings
         if not self.is_naflex:
             return embeddings(pixels)
-        size = self.config.patch_size
-        images, channels, height, width = pixels.shape
-        rows, columns = height // size, width // size
-        grid = pixels.reshape(images, channels, rows, size, columns, size)  # [I, 3, r, p, c, p]
-        patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [I, r*c, p*p*3]
+        side = self.image_size // self.config.patch_size
         # On the CPU: the embeddings read the numbers of rows and columns one by one.
-        shapes = torch.tensor([[rows, columns]] * images, device="cpu")  # [I, 2]
-        return embeddings(patches, shapes)
+        shapes = torch.tensor([[side, side]] * len(pixels), device="cpu")  # [I, 2]
+        return embeddings(self.patches(pixels), shapes)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[I, 3, H, W] -> [I, patches, p * p * 3], row by row: what a NaFlex encoder reads."""
+        size = self.config.patch_size
+        grid = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [I, 3, r, p, c, p]
+        return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def build_image_processor(self) -> Any:
         # NaFlex's own processor emits patches of any aspect ratio, which the square path above does not read.

@@ -1,0 +1,246 @@
+"""The ONNX export: onnxruntime computes what torch does, alone and in batches, and what does not fit is refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from tests.model.test_export import picture, write
+from tests.tiny import VOCAB_SIZE
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.model.export.__main__ import main
+from tinyllava_switchkd.model.export.onnx import to_onnx
+from tinyllava_switchkd.model.export.onnx_graphs import attention_masks
+from tinyllava_switchkd.model.export.onnx_student import OnnxStudent
+
+QUESTIONS = ("What is this?", "Is there a dog in this picture, or anything else that lives?")
+NEW_TOKENS = 12
+
+
+def ours(folder, conv_version):
+    """(model, prompts with -200, images, pixels): two questions of unequal length about two images."""
+    model, tokenizer, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
+    text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(processor, model.config)
+    images = [picture(50, 30), picture(31, 64, seed=1)]
+    prompts = [
+        text([{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": None}], mode="eval")
+        for question in QUESTIONS
+    ]
+    return model, [prompt["input_ids"] for prompt in prompts], images, [preprocess(image) for image in images]
+
+
+def assert_same(source, folder, conv_version="qwen2_base"):
+    """Pixels, logits at every position, and greedy answers, one by one and as a batch padded on the left."""
+    model, prompts, images, pixels = ours(source, conv_version)
+    student = OnnxStudent(folder, threads=1)
+    rows = [student.prompt_ids(question) for question in QUESTIONS]
+    expected = []
+    for prompt, row, image, values in zip(prompts, rows, images, pixels, strict=True):
+        found = student.pixels([image])
+        assert np.array_equal(found[0], values.numpy())
+        with torch.no_grad():
+            logits = model(prompt[None], images=values[None]).logits[0].numpy()
+        mine = student.logits([row], found)[0]
+        assert mine.shape == logits.shape  # the vocabulary is the model's: no column for the image's token
+        assert np.abs(mine - logits).max() < 1e-4
+        answer = model.generate(prompt[None], images=values[None], max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+        expected.append([token for token in answer.tolist() if token not in student.stops])
+        assert student.generate([row], found, NEW_TOKENS) == expected[-1:]
+    assert student.generate(rows, student.pixels(images), NEW_TOKENS) == expected
+    return student
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny student and its export in every precision."""
+    folder = tmp_path_factory.mktemp("onnx")
+    write(folder / "ours", image_aspect_ratio="pad")
+    main(["--to", "onnx", str(folder / "ours"), str(folder / "onnx"), "--dtype", "fp32", "fp16", "int8", "q4"])
+    return folder / "ours", folder / "onnx"
+
+
+def test_the_same_logits_and_answers_alone_and_in_a_batch(exported):
+    assert_same(*exported)
+
+
+def test_smaller_precisions_are_measured_and_smaller(exported):
+    source, folder = exported
+    measured = json.loads((folder / "measured.json").read_text())
+    assert list(measured) == ["fp32", "fp16", "int8", "q4"]
+    assert measured["fp32"]["equal"] == measured["fp32"]["questions"] and measured["fp32"]["logits"] < 1e-4
+    sizes = [found["bytes"] for found in measured.values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 2
+    model, prompts, images, pixels = ours(source, "qwen2_base")
+    with torch.no_grad():
+        expected = model(prompts[0][None], images=pixels[0][None]).logits[0].numpy()
+    for dtype, allowed in (("fp16", 0.01), ("int8", 0.5), ("q4", 2.0)):
+        student = OnnxStudent(folder, dtype, threads=1)
+        logits = student.logits([student.prompt_ids(QUESTIONS[0])], student.pixels(images[:1]))[0]
+        assert 0 < np.abs(logits - expected).max() < allowed  # another precision, and the same model
+
+
+def test_transformers_js_finds_what_it_reads(exported):
+    """Names, free axes and files; tests/playground runs it itself."""
+    _, folder = exported
+    student = OnnxStudent(folder)
+    decoder = student.sessions["decoder_model_merged"]
+    inputs = {entry.name: entry.shape for entry in decoder.get_inputs()}
+    assert inputs["inputs_embeds"] == ["batch_size", "sequence_length", 32]
+    assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert inputs["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert decoder.get_outputs()[0].name == "logits" and decoder.get_outputs()[0].shape[-1] == VOCAB_SIZE
+    processor = json.loads((folder / "processor_config.json").read_text())
+    patches = (28 // processor["patch_size"]) ** 2
+    assert patches + processor["num_additional_image_tokens"] == student.config["image_seq_length"] == 15
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if b"site-packages" in file.read_bytes()]  # no trace of the machine
+
+
+@pytest.mark.slow
+def test_weights_beyond_a_files_size_lie_beside_it(exported, tmp_path):
+    source, _ = exported
+    to_onnx(source, tmp_path / "onnx", ("fp32", "q4"), inline_bytes=1000)
+    names = {file.name for file in (tmp_path / "onnx" / "onnx").iterdir()}
+    assert {"decoder_model_merged.onnx", "decoder_model_merged.onnx_data", "vision_encoder_q4.onnx_data"} <= names
+    settings = json.loads((tmp_path / "onnx" / "config.json").read_text())["transformers.js_config"]
+    assert settings["use_external_data_format"]["decoder_model_merged.onnx"] == 1
+    assert_same(source, tmp_path / "onnx")
+
+
+# every part
+
+
+QFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+CASES = {
+    "tower siglip2 (NaFlex), connector linear": {"tower": "siglip2", "connector": "linear"},
+    "tower clip, connector ldpv2, llm qwen3": {
+        "tower": "clip",
+        "connector": "ldpv2",
+        "llm": "qwen3",
+        "conv_version": "chatml",
+        "style": "qwen2_instruct",
+    },
+    "tower dinov2, connector resampler, llm llama": {
+        "tower": "dinov2",
+        "connector": "resampler",
+        "llm": "llama",
+        "conv_version": "llama",
+        "vision": {"image_size": 56},
+    },
+    "llm phi, connector qformer": {
+        "llm": "phi",
+        "connector": "qformer",
+        "conv_version": "phi",
+        "qformer_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+    },
+    "llm gemma, tower clip, connector mlp3x_gelu": {
+        "llm": "gemma",
+        "tower": "clip",
+        "connector": "mlp3x_gelu",
+        "conv_version": "gemma",
+    },
+    "llm phi3 with a window, connector identity": {
+        "llm": "phi3",
+        "connector": "identity",
+        "conv_version": "phi",
+        "text": {"sliding_window": 20, "pad_token_id": 0},
+    },
+    "llm qwen2 with a window in some layers": {
+        "text": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    },
+    "llm stablelm, connector mlp1x_gelu": {"llm": "stablelm", "connector": "mlp1x_gelu", "conv_version": "phi"},
+    "the real grid of 27 x 27": {"vision": {"image_size": 384, "patch_size": 14}},
+    "the real grid, every patch, connector ldpv2": {
+        "connector": "ldpv2",
+        "vision": {"image_size": 384, "patch_size": 14},
+        "vision_feature_select_strategy": "cls_patch",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_part(case, tmp_path):
+    arguments = CASES[case]
+    write(tmp_path / "ours", **arguments)
+    to_onnx(tmp_path / "ours", tmp_path / "onnx", verify=False)
+    student = assert_same(tmp_path / "ours", tmp_path / "onnx", arguments.get("conv_version", "qwen2_base"))
+    count = {"the real grid of 27 x 27": 728, "the real grid, every patch, connector ldpv2": 169}.get(case)
+    assert count is None or student.config["image_seq_length"] == count
+
+
+def test_masks_are_transformers_own():
+    """With padding, a window and a cache: what may be seen, held against transformers' masks."""
+    from transformers import Qwen2Config
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    config = Qwen2Config(use_sliding_window=True, sliding_window=3, max_window_layers=1, num_hidden_layers=2)
+    config._attn_implementation = "eager"
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = attention_masks(config, mask, 0, 6, torch.float32)
+    arguments = {
+        "config": config,
+        "inputs_embeds": torch.zeros(2, 6, 4),
+        "attention_mask": mask,
+        "past_key_values": None,
+        "position_ids": None,
+    }
+    for kind, make in (
+        ("full_attention", create_causal_mask),
+        ("sliding_attention", create_sliding_window_causal_mask),
+    ):
+        assert torch.equal(found[kind] == 0, make(**arguments) == 0)
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"conv_version": "pretrain"}, "'pretrain' does not write one question"),
+        (
+            {"text": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+            "positions .'dynamic'. turn by other angles .* --allow_approximate",
+        ),
+    ],
+    ids=["template", "positions"],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, reason, tmp_path, capsys):
+    write(tmp_path / "ours", **arguments)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--to", "onnx", str(tmp_path / "ours"), str(tmp_path / "onnx")])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 1 and re.search(reason, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.slow
+def test_a_wrong_graph_is_noticed_and_not_written(tmp_path, monkeypatch):
+    """An export that computes something else never takes its place."""
+    from tinyllava_switchkd.model.export import onnx
+
+    write(tmp_path / "ours")
+    trace = onnx.trace_embed_tokens
+
+    def broken(model):
+        model.get_input_embeddings().weight.data[5:] *= 1.5
+        return trace(model)
+
+    monkeypatch.setattr(onnx, "trace_embed_tokens", broken)
+    with pytest.raises(ValueError, match="compute something else"):
+        to_onnx(tmp_path / "ours", tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -1,0 +1,350 @@
+"""``--to onnx``: three graphs and their files in transformers.js's layout.
+
+``onnx/vision_encoder`` (pixels -> visual tokens, the connector included), ``onnx/embed_tokens`` and
+``onnx/decoder_model_merged`` (with a key-value cache), each with the suffix of its precision, run in onnxruntime and in
+a browser. Any tower, connector and language model of the registries goes through: a graph holds what they compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data import TextPreprocess
+from tinyllava_switchkd.io import read_json, write_json
+
+from ..chat import conversation_template
+from ..checkpoint import load_pretrained_model, save_image_processor
+from .chat_template import jinja_template
+from .files import empty_folder
+from .hf_llava import RECORD, _add_image_token, _generation_config, _record
+from .onnx_dtypes import DTYPES, quantise, suffix
+from .onnx_graphs import (
+    DECODER,
+    EMBED_TOKENS,
+    GRAPHS,
+    VISION_ENCODER,
+    cache_shape,
+    freeze_positions,
+    to_half,
+    trace_decoder,
+    trace_embed_tokens,
+    trace_vision_encoder,
+    write_graph,
+)
+from .onnx_student import OnnxStudent
+from .questions import Question, default_questions, read_questions
+from .targets import ExportTarget, register_export_target, whole_folder
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 1_800_000_000
+"""Weights of more bytes go into a file of their own: one of protobuf's holds 2 GiB."""
+MEASURED = "measured.json"
+"""File of an export that says how it compares with its checkpoint."""
+TOLERANCE = 1e-4
+"""Largest difference between two logits in float32, for logits of up to 10; relative to the largest beyond."""
+MAX_NEW_TOKENS = 32
+
+
+def to_onnx(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    dtypes: Sequence[str] = ("fp32",),
+    conv_version: str | None = None,
+    allow_approximate: bool = False,
+    verify: bool = True,
+    questions: Sequence[Question] | None = None,
+    inline_bytes: int = INLINE_BYTES,
+) -> dict[str, Any]:
+    """Write a TinyLLaVA checkpoint as ONNX graphs.
+
+    Args:
+        source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
+        output_dir: a folder that is empty or does not exist; it appears whole or not at all.
+        dtypes: of `DTYPES`.
+        conv_version: conversation template; the checkpoint's own if None.
+        allow_approximate: write also what no graph can hold exactly.
+        verify: compare the graphs with the checkpoint.
+        questions: what both are asked; drawings of our own if None.
+        inline_bytes: see `INLINE_BYTES`.
+
+    Returns:
+        what was measured, by dtype; empty without `verify`.
+
+    Raises:
+        ValueError: a part of the model does not fit into a graph, or what was written computes something else.
+        ImportError: the packages of the extra ``export`` are not installed.
+    """
+    check_packages()
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown or not dtypes:
+        raise ValueError(f"--dtype is one or more of {', '.join(DTYPES)}, not {', '.join(unknown) or 'none'}.")
+    empty_folder(output_dir)
+    model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=torch.float32)
+    conv_version = conv_version or conversation_template(model, tokenizer)
+    approximate = approximate_parts(model)
+    if approximate and not allow_approximate:
+        raise ValueError(
+            f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
+            f"nevertheless and see by how much the two disagree."
+        )
+    record = _record(model, tokenizer, conv_version) | ({"approximate": approximate} if approximate else {})
+    expected = _Original(model, tokenizer, image_processor, conv_version, questions) if verify else None
+    image_token = _add_image_token(tokenizer)
+    tokenizer.chat_template = jinja_template(conv_version, tokenizer)
+
+    if approximate:
+        _make_static(model)
+    freeze_positions(model)
+    with whole_folder(output_dir) as folder:
+        outside = _write_graphs(model, folder / "onnx", dtypes, inline_bytes)
+        config = _config(model, image_token, dtypes, outside) | {RECORD: record}
+        write_json(folder / "config.json", config, sort_keys=True)
+        rows = model.config.vocab_size  # the graphs' logits have no column for the image's token
+        _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
+        _write_tokenizer(tokenizer, folder)
+        save_image_processor(image_processor, folder)
+        write_json(folder / "processor_config.json", _processor_config(model), sort_keys=True)
+        measured = {}
+        if expected is not None:
+            for dtype in dtypes:
+                measured[dtype] = expected.compare(OnnxStudent(folder, dtype), dtype, exact=not approximate)
+                measured[dtype]["bytes"] = size_of(folder, dtype)
+            write_json(folder / MEASURED, measured)
+    return measured
+
+
+@register_export_target("onnx")
+class OnnxTarget(ExportTarget):
+    summary = "ONNX graphs in transformers.js's layout, for onnxruntime and browsers"
+    dtypes = DTYPES
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--dtype",
+            nargs="+",
+            choices=self.dtypes,
+            default=["fp32"],
+            help="one or more, a set of files each",
+        )
+        parser.add_argument(
+            "--questions", help="JSON lines of image and text (LLaVA's question files) to measure the agreement on"
+        )
+        parser.add_argument("--image_folder", help="where the images of --questions are")
+        parser.add_argument("--max_questions", type=int, help="so many of them, evenly spread")
+
+    def export(self, args: argparse.Namespace) -> None:
+        questions = None
+        if args.questions:
+            questions = read_questions(args.questions, args.image_folder, args.max_questions)
+        measured = to_onnx(
+            args.model,
+            args.out,
+            args.dtype,
+            args.conv_version,
+            args.allow_approximate,
+            not args.no_verify,
+            questions,
+        )
+        for dtype, found in measured.items():
+            logger.info("%s: %s", dtype, sentence(found))
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What `to_onnx` measured of one precision, for people."""
+    return (
+        f"{found['bytes'] / 1e6:.1f} MB, {found['equal']} of {found['questions']} answers equal, "
+        f"logits within {found['logits']:.2g}"
+    )
+
+
+def check_packages() -> None:
+    """Refuse early where a package of the extra ``export`` is missing.
+
+    Raises:
+        ImportError: naming what is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The ONNX export needs {', '.join(missing)}; install them with pip install 'tinyllava_switchkd[export]'."
+        )
+
+
+def approximate_parts(model: Any) -> list[str]:
+    """What a graph cannot compute exactly, a sentence a part."""
+    rope = getattr(model.config.text_config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type", "default")} | {
+        value.get("rope_type", "default") for value in rope.values() if isinstance(value, dict)
+    }
+    return [
+        f"The language model's positions ({kind!r}) turn by other angles in longer sequences, and a graph has one set."
+        for kind in sorted(kinds)
+        if kind == "longrope" or "dynamic" in kind
+    ]
+
+
+def _make_static(model: Any) -> None:
+    """Fix the angles of the positions, in place, at those of short sequences."""
+    for module in model.language_model.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"
+
+
+def size_of(folder: Path, dtype: str) -> int:
+    """Bytes of the three graphs of a precision, with their weights."""
+    return sum(
+        file.stat().st_size for name in GRAPHS for file in (folder / "onnx").glob(f"{name}{suffix(dtype)}.onnx*")
+    )
+
+
+def _write_graphs(model: Any, folder: Path, dtypes: Sequence[str], inline_bytes: int) -> dict[str, int]:
+    """Write every graph in every precision.
+
+    Returns:
+        ``{file: 1}`` for each whose weights are in a file of their own.
+    """
+    folder.mkdir()
+    traces = {VISION_ENCODER: trace_vision_encoder, EMBED_TOKENS: trace_embed_tokens, DECODER: trace_decoder}
+    outside = {}
+    if set(dtypes) - {"fp16"}:
+        for name, trace in traces.items():
+            source = folder / f"{name}.onnx"
+            outside[source.name] = write_graph(trace(model), source, inline_bytes)
+            for dtype in set(dtypes) - {"fp32", "fp16"}:
+                file = folder / f"{name}{suffix(dtype)}.onnx"
+                outside[file.name] = quantise(source, file, dtype, inline_bytes)
+            if "fp32" not in dtypes:  # it was only what the others are made from
+                source.unlink()
+                (folder / f"{source.name}_data").unlink(missing_ok=True)
+    if "fp16" in dtypes:
+        to_half(model)
+        for name, trace in traces.items():
+            file = folder / f"{name}{suffix('fp16')}.onnx"
+            outside[file.name] = write_graph(trace(model), file, inline_bytes)
+    return {name: 1 for name, is_outside in sorted(outside.items()) if is_outside and (folder / name).exists()}
+
+
+def _config(model: Any, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> dict[str, Any]:
+    """``config.json``: a LLaVA's to transformers.js, which runs whatever the graphs hold."""
+    config = model.config
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+    for part in (text, vision):
+        for name in ("model_name_or_path", "model_name_or_path2", "_name_or_path"):
+            part.pop(name, None)
+    text["num_key_value_heads"], text["head_dim"] = cache_shape(config.text_config)
+    settings: dict[str, Any] = {"dtype": dtypes[0]}
+    if outside:
+        settings["use_external_data_format"] = outside
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_token,
+        "image_seq_length": model.num_image_tokens,
+        "text_config": text,
+        "vision_config": vision,
+        "transformers.js_config": settings,
+    }
+
+
+def _processor_config(model: Any) -> dict[str, Any]:
+    """``processor_config.json``. LLaVA's processors count patches; the difference to our tokens is "additional"."""
+    patch = getattr(model.config.vision_config, "patch_size", None) or model.image_size
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": patch,
+        "num_additional_image_tokens": model.num_image_tokens - (model.image_size // patch) ** 2,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer, with its chat template in the one file that every version of transformers.js reads, too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    fields = read_json(file)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("backend", "is_local", "local_files_only", "processor_class"):
+        fields.pop(name, None)
+    write_json(file, fields | {"chat_template": tokenizer.chat_template}, sort_keys=True)
+
+
+class _Original:
+    """What the checkpoint answers, asked before its weights are changed for the graphs."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        conv_version: str,
+        questions: Sequence[Question] | None,
+    ) -> None:
+        from tinyllava_switchkd.data import ImagePreprocess
+
+        self.questions = list(questions or default_questions())
+        preprocess = ImagePreprocess(image_processor, model.config)
+        text = TextPreprocess(tokenizer, conv_version)
+        self.prompts, self.pixels, self.answers = [], [], []
+        eos = model.language_model.generation_config.eos_token_id
+        self.stops = {eos} if isinstance(eos, int) else set(eos or ())
+        with torch.no_grad():
+            for index, question in enumerate(self.questions):
+                messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
+                prompt = text(messages, mode="eval")["input_ids"][None]  # [1, T]
+                pixels = preprocess(question.open())[None]  # [1, 3, H, W]
+                if index == 0:
+                    self.logits = model(prompt, images=pixels).logits[0].numpy()  # [L, V]
+                answer = model.generate(
+                    prompt,
+                    images=pixels,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                )[0].tolist()
+                self.prompts.append(prompt[0].tolist())
+                self.pixels.append(pixels.numpy())
+                self.answers.append(answer)
+
+    def compare(self, student: OnnxStudent, dtype: str, exact: bool) -> dict[str, Any]:
+        """Ask an export the same.
+
+        Raises:
+            ValueError: it reads other tokens or pixels, or is meant to be exact and is not.
+        """
+        token, count = student.config["image_token_index"], student.config["image_seq_length"]
+        equal = 0
+        difference = 0.0
+        for index, (question, prompt, pixels, answer) in enumerate(
+            zip(self.questions, self.prompts, self.pixels, self.answers, strict=True)
+        ):
+            ids = student.prompt_ids(question.text)
+            ours = [i for piece in prompt for i in ([token] * count if piece == IMAGE_TOKEN_INDEX else [piece])]
+            if ids != ours:
+                raise ValueError(f"{student.folder} reads the prompt {question.text!r} as other tokens.")
+            if not np.array_equal(student.pixels([question.open()]), pixels):
+                raise ValueError(f"{student.folder} reads the image of {question.text!r} as other pixels.")
+            if index == 0:
+                logits = student.logits([ids], pixels)[0]
+                difference = float(np.abs(logits - self.logits).max())
+            found = student.generate([ids], pixels, MAX_NEW_TOKENS)[0]
+            equal += found == [i for i in answer if i not in self.stops | student.stops]
+        allowed = TOLERANCE * max(1.0, float(np.abs(self.logits).max()) / 10)
+        if dtype == "fp32" and exact and (not difference <= allowed or equal < len(self.questions)):
+            raise ValueError(
+                f"The graphs compute something else: logits differ by {difference:.2g}, "
+                f"{len(self.questions) - equal} of {len(self.questions)} answers differ."
+            )
+        return {"questions": len(self.questions), "equal": equal, "logits": difference}

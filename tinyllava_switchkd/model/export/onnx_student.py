@@ -1,0 +1,182 @@
+"""A student that was exported to ONNX, answering in onnxruntime; torch takes no part in its answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.io import read_json
+
+from .onnx_dtypes import suffix
+from .onnx_graphs import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER
+
+Array = np.ndarray
+
+
+class OnnxStudent:
+    """The three graphs of an export as one model.
+
+    Args:
+        folder: what ``--to onnx`` wrote.
+        dtype: which of its graphs: fp32, fp16, int8 or q4.
+        threads: of a graph's run; None leaves the number to onnxruntime.
+
+    Raises:
+        FileNotFoundError: the folder has no such graphs.
+        ImportError: onnxruntime is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike, dtype: str = "fp32", threads: int | None = None) -> None:
+        import onnxruntime
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from tinyllava_switchkd.data import ImagePreprocess
+
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json", what="configuration")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = options.inter_op_num_threads = threads
+        self.sessions = {}
+        for name in GRAPHS:
+            file = self.folder / "onnx" / f"{name}{suffix(dtype)}.onnx"
+            if not file.is_file():
+                raise FileNotFoundError(f"There is no {file}; export it with --to onnx --dtype {dtype}.")
+            self.sessions[name] = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        record = _Fields(self.config["tinyllava"])
+        self._preprocess = ImagePreprocess(AutoImageProcessor.from_pretrained(self.folder, backend="pil"), record)
+        self._cache = {
+            entry.name: np.zeros(
+                [axis if isinstance(axis, int) else 0 for axis in entry.shape],
+                np.float16 if entry.type == "tensor(float16)" else np.float32,
+            )
+            for entry in self.sessions[DECODER].get_inputs()
+            if entry.name.startswith("past_key_values.")
+        }
+        stops = read_json(self.folder / "generation_config.json").get("eos_token_id")
+        self.stops = {stops} if isinstance(stops, int) else set(stops or ())
+
+    def pixels(self, images: Sequence[Any]) -> Array:
+        """PIL images -> [I, 3, H, W]."""
+        return np.stack([self._preprocess(image).numpy() for image in images])
+
+    def prompt_ids(self, question: str, num_images: int = 1, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Ids of a prompt as the folder's chat template writes it, each image's token once for every visual token."""
+        count = self.config["image_seq_length"]
+        messages = []
+        for index, (asked, answer) in enumerate([*history, (question, None)]):
+            marks = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images if index == 0 else ""
+            messages.append({"role": "user", "content": marks + asked})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(
+            text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN * count), add_special_tokens=False
+        ).input_ids
+
+    def embed(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> tuple[Array, Array]:
+        """Embeddings [B, L, D] and attention mask [B, L] of prompts, padded on the left, images put in.
+
+        Args:
+            rows: ids of each prompt.
+            pixels: [I, 3, H, W] in reading order of the prompts' images.
+
+        Raises:
+            ValueError: as many visual tokens as places for them are not there.
+        """
+        longest = max(map(len, rows))
+        ids = np.zeros((len(rows), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, values in enumerate(rows):
+            ids[row, longest - len(values) :] = values
+            mask[row, longest - len(values) :] = 1
+        (embeds,) = self.sessions[EMBED_TOKENS].run(None, {"input_ids": ids})  # [B, L, D]
+        places = (ids == self.config["image_token_index"]) & (mask == 1)
+        features = np.zeros((0, embeds.shape[-1]), np.float32)
+        if pixels is not None:
+            (found,) = self.sessions[VISION_ENCODER].run(None, {"pixel_values": pixels})  # [I, K, D]
+            features = found.reshape(-1, found.shape[-1])
+        if places.sum() != len(features):
+            raise ValueError(f"The prompts have places for {places.sum()} visual tokens, the images {len(features)}.")
+        embeds[places] = features
+        return embeds, mask
+
+    def logits(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> Array:
+        """Logits [B, L, V] at every position of the prompts (padding on the left included)."""
+        embeds, mask = self.embed(rows, pixels)
+        return self._step(embeds, mask, _positions(mask), self._empty(len(rows)), 0)[0]
+
+    def steps(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> Iterator[Array]:
+        """Greedy decoding without end: the next token of each prompt [B], again and again."""
+        embeds, mask = self.embed(rows, pixels)
+        cache, positions = self._empty(len(rows)), _positions(mask)
+        while True:
+            logits, cache = self._step(embeds, mask, positions, cache, 1)
+            tokens = logits[:, -1].argmax(-1)  # [B]
+            yield tokens
+            (embeds,) = self.sessions[EMBED_TOKENS].run(None, {"input_ids": tokens[:, None]})
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            positions = positions[:, -1:] + 1
+
+    def generate(
+        self, rows: Sequence[Sequence[int]], pixels: Array | None = None, max_new_tokens: int = 512
+    ) -> list[list[int]]:
+        """Greedy answers, without their end tokens."""
+        answers: list[list[int]] = [[] for _ in rows]
+        open_rows = set(range(len(rows)))
+        for _, tokens in zip(range(max_new_tokens), self.steps(rows, pixels), strict=False):
+            for row in sorted(open_rows):
+                if int(tokens[row]) in self.stops:
+                    open_rows.remove(row)
+                else:
+                    answers[row].append(int(tokens[row]))
+            if not open_rows:
+                break
+        return answers
+
+    def chat(
+        self,
+        prompt: str,
+        image: Any = None,
+        history: Sequence[tuple[str, str]] = (),
+        max_new_tokens: int = 512,
+    ) -> str:
+        """Answer a question about an image (PIL), several, or none; as `TinyLlavaForConditionalGeneration.chat`."""
+        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        ids = self.prompt_ids(prompt, len(images), history)
+        pixels = self.pixels(images) if images else None
+        return self.tokenizer.decode(self.generate([ids], pixels, max_new_tokens)[0], skip_special_tokens=True).strip()
+
+    def _empty(self, batch: int) -> dict[str, Array]:
+        return {name: np.zeros((batch, *value.shape[1:]), value.dtype) for name, value in self._cache.items()}
+
+    def _step(
+        self, embeds: Array, mask: Array, positions: Array, cache: dict[str, Array], keep: int
+    ) -> tuple[Array, dict[str, Array]]:
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        logits, *present = self.sessions[DECODER].run(None, inputs | cache)
+        return logits, dict(zip(cache, present, strict=True))
+
+
+class _Fields:
+    """A dict's entries as attributes."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+
+
+def _positions(mask: Array) -> Array:
+    """[B, L] positions counted over tokens only."""
+    return (mask.cumsum(1) - 1).clip(min=0)
