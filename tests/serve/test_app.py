@@ -349,7 +349,8 @@ class TestCommandLine:
         monkeypatch.setattr(page.blocks, "launch", lambda **kwargs: seen.update(kwargs))
         app.launch(page, args.host, args.port, args.share, args.queue_size)
         assert seen["server_name"] == "127.0.0.1" and seen["share"] is False
-        assert seen["allowed_paths"] == [str(FOLDER)] and seen["max_file_size"] == 10 * 2**20
+        assert seen["allowed_paths"] == [str(FOLDER / name) for name, _ in EXAMPLES]
+        assert seen["max_file_size"] == 10 * 2**20
         assert page.blocks._queue.max_size == 16
 
     def test_uploads_go_with_the_server(self, monkeypatch, tmp_path):

@@ -12,6 +12,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 
+from .layouts import image_processor_of, tokenizer_of
+from .weights import resolve_folder
+
 logger = logging.getLogger(__name__)
 
 # Template of a checkpoint that does not name one, by language model (README of TinyLLaVA v1).
@@ -113,9 +116,6 @@ def chat(
 
 def _fetch_own(model: Any) -> None:
     """Give a model the tokenizer and the image processor of its checkpoint, which AutoModelForCausalLM leaves there."""
-    from .checkpoint import image_processor_of, tokenizer_of
-    from .weights import resolve_folder
-
     if model.config.name_or_path:
         folder = resolve_folder(model.config.name_or_path)
         model.tokenizer = tokenizer_of(folder, model.config)

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoImageProcessor
+from torch import Tensor
 
 from .compiled import compile_generation
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
-from .legacy import config_from_bench, is_bench_config
-from .llm import has_tokenizer, load_tokenizer
+from .layouts import image_processor_of, merge_adapter, tokenizer_of
+from .llm import load_tokenizer
 from .modeling import TinyLlavaForConditionalGeneration
 from .quantized import check_quantization, quantization_config
 from .vision_tower import resolve_vision_tower
-from .weights import is_adapter, read_checkpoint, read_connector, read_json, read_weights, resolve_folder
+from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
 
 logger = logging.getLogger(__name__)
 
@@ -100,82 +99,6 @@ def _quantization_config(load_8bit: bool, load_4bit: bool, device: str | torch.d
         if torch.device(device).type == "cuda":
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return quantization_config(8 if load_8bit else 4, dtype)
-
-
-def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
-    """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
-    source = str(folder) if has_tokenizer(folder) else config.tokenizer_name_or_path
-    return load_tokenizer(
-        source,
-        config.text_config,
-        llm=config.llm_model_name_or_path,
-        model_max_length=config.tokenizer_model_max_length,
-        padding_side=config.tokenizer_padding_side,
-        cache_dir=config.cache_dir,
-    )
-
-
-def image_processor_of(folder: Path, model: TinyLlavaForConditionalGeneration) -> Any:
-    """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
-    if (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(folder, backend="pil")
-    return model.vision_tower.image_processor
-
-
-def read_config(folder: Path) -> TinyLlavaConfig:
-    """The configuration of a checkpoint, TinyLLaVABench's included.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another kind of model.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is no TinyLLaVA checkpoint: it has no config.json.")
-    fields = read_json(file)
-    if is_bench_config(fields):
-        return config_from_bench(fields)
-    if fields.get("model_type") != TinyLlavaConfig.model_type:
-        raise ValueError(
-            f"{file} is the configuration of a {fields.get('model_type')!r} model, not of a TinyLLaVA "
-            f"(model_type {TinyLlavaConfig.model_type!r})."
-        )
-    return TinyLlavaConfig.from_dict(fields)
-
-
-def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
-    """Configuration and tensors (v1's names) of a checkpoint folder; a LoRA adapter beside them is left alone."""
-    config = config or read_config(folder)
-    tensors = read_checkpoint(folder)
-    tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
-    tower.complete_config(config.vision_config, folder, tensors)
-    ConnectorFactory(config.connector_type).complete_config(config, tensors)
-    return config, tensors
-
-
-def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Merge the LoRA adapter in `folder` into the model.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: some of the adapter's weights have no place in the model.
-    """
-    try:
-        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-        from peft.utils import load_peft_weights
-    except ImportError as error:
-        raise ImportError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft.") from error
-    peft_config = PeftConfig.from_pretrained(folder)
-    peft_config.inference_mode = True
-    # The plain PeftModel: the one for causal language models would wrap generate() by rules of its own.
-    peft_config.task_type = None
-    adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config)
-    stored = set(load_peft_weights(str(folder), device="cpu"))
-    placed = set(get_peft_model_state_dict(adapted))
-    if stored != placed:
-        odd = sorted(stored ^ placed)
-        raise ValueError(f"The adapter in {folder} does not fit the model: {len(odd)} weights differ ({odd[0]}, ...).")
-    return adapted.merge_and_unload()
 
 
 def save_pretrained_model(

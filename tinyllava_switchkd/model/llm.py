@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tinyllava_switchkd.registry import Registry, base_name
 
-from .weights import read_json
+from .trust import CodeRefused, one_sentence, read_json, refuse_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -46,15 +46,21 @@ def read_base_config(name_or_path: str, cache_dir: str | None = None) -> Pretrai
     Raises:
         FileNotFoundError: neither a folder with a ``config.json`` nor, as far as can be told, a hub repository.
     """
-    file = Path(name_or_path) / "config.json"
-    if file.is_file():
-        read_json(file)  # says what is wrong with it, if it is
+    folder = Path(name_or_path)
+    if (folder / "config.json").is_file():
+        refuse_code(folder)
+        read_json(folder / "config.json")  # says what is wrong with it, if it is
     try:
-        return AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+        return AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"The configuration of the base model {name_or_path!r} could not be read: there is no such folder with a "
             f"config.json here, nor did the hub give one."
+        ) from error
+    except Exception as error:  # transformers' and its validators' own
+        raise ValueError(
+            f"The configuration of the base model {name_or_path!r} is none that transformers can read without running "
+            f"code of its author ({one_sentence(error)})."
         ) from error
 
 
@@ -189,12 +195,21 @@ def load_tokenizer(
     kwargs = {} if model_max_length is None else {"model_max_length": model_max_length}
     kwargs |= {"padding_side": padding_side, "cache_dir": cache_dir}
     try:
-        if Path(name_or_path).is_dir() and not has_tokenizer(Path(name_or_path)):
-            raise FileNotFoundError(name_or_path)
-        tokenizer = tokenizer_class.from_pretrained(name_or_path, **kwargs)
+        if Path(name_or_path).is_dir():
+            refuse_code(Path(name_or_path))
+            if not has_tokenizer(Path(name_or_path)):
+                raise FileNotFoundError(name_or_path)
+        tokenizer = tokenizer_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+    except CodeRefused:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"There is no tokenizer in {name_or_path!r}: put its files (tokenizer.json, tokenizer_config.json) there, "
             f"or name another."
+        ) from error
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ValueError(
+            f"The tokenizer in {name_or_path!r} cannot be read ({one_sentence(error)}); put the base model's files "
+            f"(tokenizer.json, tokenizer_config.json) there."
         ) from error
     return post_load(tokenizer)

@@ -19,13 +19,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 
+from .chat import chat
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
+from .layouts import merge_adapter, open_checkpoint
 from .llm import resolve_llm
 from .splice import Spliced, splice
 from .vision_tower import resolve_vision_tower
 from .vision_tower.base import flatten_images
-from .weights import outside_zero_init, own_memory, refuse, without_load_report
+from .weights import is_adapter, outside_zero_init, own_memory, refuse, resolve_folder, without_load_report
 
 
 @dataclass
@@ -112,9 +114,6 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             FileNotFoundError: there is no such checkpoint.
             ValueError: its weights do not fit its configuration.
         """
-        from . import checkpoint
-        from .weights import is_adapter, resolve_folder
-
         folder = resolve_folder(
             pretrained_model_name_or_path,
             cache_dir=cache_dir,
@@ -123,13 +122,13 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             token=token,
             revision=revision,
         )
-        config, tensors = checkpoint.open_checkpoint(folder / subfolder, config)
+        config, tensors = open_checkpoint(folder / subfolder, config)
         if not is_adapter(folder / subfolder):
             return cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
         # An adapter can only be merged exactly into weights that are not quantised yet.
         plain = {name: value for name, value in kwargs.items() if name != "quantization_config"}
         model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **plain)
-        model = checkpoint.merge_adapter(model, folder / subfolder)
+        model = merge_adapter(model, folder / subfolder)
         if kwargs.get("quantization_config") is not None:
             tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
@@ -402,8 +401,6 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
 
     def chat(self, prompt: str, image: Any = None, tokenizer: Any = None, **kwargs: Any) -> str:
         """Answer a question about an image; see `tinyllava_switchkd.model.chat.chat` for every argument."""
-        from .chat import chat
-
         return chat(self, prompt, image, tokenizer, **kwargs)
 
     def _complete_generation_settings(self, kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .trust import read_json, refuse_code
 
 # The parts of v1's split layout: folder -> prefix of its keys in the full layout.
 SPLIT_PARTS = {
@@ -43,9 +44,11 @@ def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
 
     Raises:
         FileNotFoundError: it is neither.
+        ValueError: it brings code of its own, see `refuse_code`.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
+        refuse_code(folder)
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -61,6 +64,7 @@ def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"There is no folder {name!r}, and the hub did not give one: {reason}") from error
+    refuse_code(folder)
     return folder
 
 
@@ -72,21 +76,6 @@ def checkpoint_name(name_or_path: str | Path) -> str:
     if parts[-1].startswith("checkpoint-") and len(parts) > 1:
         return f"{parts[-2]}_{parts[-1]}"
     return parts[-1]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object on disk, such as a ``config.json``.
-
-    Raises:
-        ValueError: the file is not JSON in UTF-8, or not an object.
-    """
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{file} is not JSON ({error}); it may be cut off, fetch it again.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__} where an object of fields is expected.")
-    return fields
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:

@@ -1,6 +1,6 @@
 """The web demo.
 
-    python -m tinyllava_switchkd.serve.app --model-path STUDENT --compare TEACHER SFT_STUDENT
+    python -m tinyllava_switchkd.serve.app --model_path STUDENT --compare TEACHER SFT_STUDENT
 
 It listens on the loopback interface unless ``--host`` says otherwise and makes no share link unless ``--share`` does.
 """
@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,30 +19,60 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, DemoLimits
 from tinyllava_switchkd.serve.engine import display_names
 from tinyllava_switchkd.serve.images import ImageLimits
-from tinyllava_switchkd.serve.options import add_loading_options, add_sampling_options, loading_kwargs, sampling_of
+from tinyllava_switchkd.serve.options import (
+    add_loading_options,
+    add_sampling_options,
+    loading_kwargs,
+    number,
+    sampling_of,
+)
 from tinyllava_switchkd.serve.page import Page, launch
 from tinyllava_switchkd.serve.pool import ModelPool
 
 
 def build_parser() -> argparse.ArgumentParser:
-    defaults = DemoLimits()
-    parser = argparse.ArgumentParser(description="A web demo of one or several TinyLLaVA checkpoints.")
-    parser.add_argument("--model-path", required=True, help="checkpoint: a folder or a hub name")
+    defaults, image = DemoLimits(), DemoLimits().image
+    parser = CommandParser(description="A web demo of one or several TinyLLaVA checkpoints.")
+    parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub name")
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="MODEL", help="further checkpoints, to answer beside it"
     )
     parser.add_argument("--names", nargs="+", help="what to call the models; default: the folders' names")
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
-    group.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    group.add_argument("--port", type=number(1, 65535, int), help="default: the first free one from 7860 on")
     group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
-    group.add_argument("--queue-size", type=int, default=16, help="requests that may wait; more are turned away")
-    group.add_argument("--time-limit", type=float, default=defaults.seconds, help="seconds for a model's answer")
-    group.add_argument("--max-upload-mb", type=float, default=defaults.image.max_bytes / 2**20)
-    group.add_argument("--max-megapixels", type=float, default=defaults.image.max_pixels / 1e6)
+    group.add_argument(
+        "--allow_host", nargs="+", default=[], metavar="NAME", help="further names of the server, such as a proxy's"
+    )
+    group.add_argument(
+        "--queue_size",
+        type=number(1, 10_000, int),
+        default=16,
+        help="requests that may wait; more are turned away",
+    )
+    group.add_argument(
+        "--time_limit", type=number(1, 86_400), default=defaults.seconds, help="seconds for a model's answer"
+    )
+    group.add_argument(
+        "--max_upload_mb", type=number(0.01, 1000), default=image.max_bytes / 2**20, help="size of an upload"
+    )
+    group.add_argument(
+        "--max_megapixels",
+        type=number(0.01, 100),
+        default=image.max_pixels / 1e6,
+        help="pixels of an upload, in millions",
+    )
+    group.add_argument(
+        "--all_uploads_mb",
+        type=number(1, 1_000_000),
+        default=defaults.upload_bytes / 2**20,
+        help="disk space for the uploads of all visitors together",
+    )
     add_sampling_options(parser)
     add_loading_options(parser)
     return parser
@@ -58,17 +89,34 @@ def build_page(args: argparse.Namespace) -> Page:
         is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         if not Path(path).exists() and not is_hub_name:
             raise FileNotFoundError(f"There is no checkpoint {path!r}.")
+    _check_host(args.host)
     names = args.names or display_names(paths)
     if len(set(names)) != len(paths):
         raise ValueError(f"--names takes one distinct name for each of the {len(paths)} models, not {names}.")
     sampling = sampling_of(args)
+    image = ImageLimits(int(args.max_upload_mb * 2**20), int(args.max_megapixels * 1e6), DemoLimits().image.max_side)
+    if args.all_uploads_mb < args.max_upload_mb:
+        raise ValueError(
+            f"--all_uploads_mb {args.all_uploads_mb:g} leaves no room for one upload of --max_upload_mb "
+            f"{args.max_upload_mb:g}."
+        )
     limits = DemoLimits(
-        image=ImageLimits(int(args.max_upload_mb * 2**20), int(args.max_megapixels * 1e6), DemoLimits().image.max_side),
+        image=image,
         max_new_tokens=max(sampling.max_new_tokens, DemoLimits.max_new_tokens),
         seconds=args.time_limit,
+        upload_bytes=int(args.all_uploads_mb * 2**20),
     )
     pool = ModelPool.of_paths(paths, names, conv_version=args.conv_mode, **loading_kwargs(args))
     return Page(Demo(pool, limits), sampling)
+
+
+def _check_host(host: str) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except (OSError, UnicodeError):
+        raise ValueError(f"--host {host} is no address of this machine; 127.0.0.1 always is.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="tinyllava-demo-") as folder:
-        # Gradio names uploads by their content in a folder that all its servers share, and empties it as one ends.
-        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
-        return _serve(args)
+    # Gradio names uploads by their content in a folder that all its servers share, and empties it as one ends: this
+    # server has one of its own, inside the one that the environment names, if it names one.
+    above = os.environ.get("GRADIO_TEMP_DIR")
+    if above:
+        Path(above).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tinyllava-demo-", dir=above) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            return _serve(args)
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            os.environ.update({"GRADIO_TEMP_DIR": above} if above else {})
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -89,7 +145,14 @@ def _serve(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads do not stay on the disk
         page.demo.pool.start()
         _, local, shared = launch(
-            page, args.host, args.port, args.share, args.queue_size, quiet=True, prevent_thread_lock=True
+            page,
+            args.host,
+            args.port,
+            args.share,
+            args.queue_size,
+            args.allow_host,
+            quiet=True,
+            prevent_thread_lock=True,
         )
         print(f"The demo is at {' and '.join(filter(None, (local, shared)))} (Ctrl-C ends it).", flush=True)
         page.blocks.block_thread()

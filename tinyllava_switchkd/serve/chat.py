@@ -1,7 +1,7 @@
 """Talk to a checkpoint in the terminal.
 
-    python -m tinyllava_switchkd.serve.chat --model-path MODEL --image PHOTO.jpg
-    python -m tinyllava_switchkd.serve.chat --model-path MODEL --image PHOTO.jpg --question "What is this?"
+    python -m tinyllava_switchkd.serve.chat --model_path MODEL --image PHOTO.jpg
+    python -m tinyllava_switchkd.serve.chat --model_path MODEL --image PHOTO.jpg --question "What is this?"
 
 With ``--question`` the answer, and nothing else, goes to the standard output.
 """
@@ -22,10 +22,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
 from tinyllava_switchkd.serve.engine import ChatModel, Reply
 from tinyllava_switchkd.serve.images import read_image
-from tinyllava_switchkd.serve.options import add_loading_options, add_sampling_options, loading_kwargs, sampling_of
+from tinyllava_switchkd.serve.options import (
+    add_loading_options,
+    add_sampling_options,
+    loading_kwargs,
+    number,
+    sampling_of,
+)
 
 HELP = """\
 /image PATH ...   show one or more images with the next question
@@ -162,14 +169,16 @@ def printable(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Talk to a TinyLLaVA checkpoint in the terminal.")
-    parser.add_argument("--model-path", required=True, help="checkpoint: a folder or a hub name")
-    parser.add_argument("--image", "--image-file", nargs="+", default=[], metavar="FILE", help="images to begin with")
+    parser = CommandParser(description="Talk to a TinyLLaVA checkpoint in the terminal.")
+    parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub name")
+    parser.add_argument("--image", "--image_file", nargs="+", default=[], metavar="FILE", help="images to begin with")
     parser.add_argument(
         "--question", action="append", help="ask this and leave; given several times, one is asked after the other"
     )
     parser.add_argument("--stats", action="store_true", help="print time to first token and tokens a second")
-    parser.add_argument("--time-limit", type=float, help="seconds after which an answer is stopped; default: none")
+    parser.add_argument(
+        "--time_limit", type=number(0.01, 1e6), help="seconds after which an answer is stopped; default: none"
+    )
     add_sampling_options(parser)
     add_loading_options(parser)
     return parser

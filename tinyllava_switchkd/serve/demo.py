@@ -34,12 +34,14 @@ class DemoLimits:
         question_chars: length of a question.
         max_new_tokens: the most that the page offers, and that any request gets.
         seconds: time for each model's answer.
+        upload_bytes: of all uploads that are on the disk, of all visitors together.
     """
 
-    image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 50_000_000, 1600))
+    image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 20_000_000, 1600))
     question_chars: int = 4000
     max_new_tokens: int = 1024
     seconds: float = 120.0
+    upload_bytes: int = 2**30
 
 
 @dataclass

@@ -11,6 +11,9 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """The decoders that are tried; formats that need an outside program, such as EPS, are never opened."""
 
+MAX_SCANS = 100
+"""Passes of a progressive JPEG. Encoders write about ten; each goes over all pixels, whatever the file's size."""
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -65,16 +68,19 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
                 f"{name} has {opened.width} x {opened.height} = {_millions(pixels)} pixels; at most "
                 f"{_millions(limits.max_pixels)} are taken."
             )
+        if opened.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"{name} is a JPEG in more than {MAX_SCANS} passes, each of which costs time.")
         try:
             if limits.max_side is not None:
-                opened.draft(
-                    "RGB", (limits.max_side, limits.max_side)
-                )  # JPEG: decoded at a reduced size, never smaller
+                side = (limits.max_side, limits.max_side)
+                opened.draft("RGB", side)  # JPEG: decoded at a reduced size, never smaller
+                if opened.mode in ("RGB", "L", "RGBA"):  # reduced before anything is copied; others are no more bytes
+                    opened.thumbnail(side, Image.Resampling.LANCZOS, reducing_gap=2.0)
             image = ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # decoders raise whatever they like on damaged files
             raise ValueError(f"{name} is damaged and cannot be decoded ({type(error).__name__}).") from error
     if limits.max_side is not None and max(image.size) > limits.max_side:
-        image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+        image.thumbnail(side, Image.Resampling.LANCZOS)
     return image
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tinyllava_switchkd.data.template import TemplateFactory
+from tinyllava_switchkd.runtime import check_device
 from tinyllava_switchkd.serve.conversation import Sampling
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -15,27 +20,32 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """How checkpoints are loaded."""
     group = parser.add_argument_group("loading")
-    group.add_argument("--conv-mode", help="conversation template; default: the one the checkpoint names")
+    group.add_argument("--conv_mode", help="conversation template; default: the one the checkpoint names")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     group.add_argument(
         "--dtype",
         choices=_DTYPES,
         help="default: the checkpoint's own on a GPU, float32 on the CPU",
     )
-    group.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
+    group.add_argument("--attn_implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
     quantised = group.add_mutually_exclusive_group()
-    quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
-    quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
+    quantised.add_argument("--load_8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
+    quantised.add_argument("--load_4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
 
 
 def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `load_pretrained_model`.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, template or attention.
     """
     if args.device is not None:
         _check_device(args.device)
+    if args.conv_mode is not None:
+        TemplateFactory.name_of(args.conv_mode)
+    kernel, kernels = args.attn_implementation, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if kernel is not None and kernel not in kernels:
+        raise ValueError(f"--attn_implementation {kernel} is none that transformers knows: {', '.join(kernels)}.")
     on_cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
     dtype = _DTYPES[args.dtype] if args.dtype else (torch.float32 if on_cpu else None)
     return {
@@ -49,10 +59,28 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_device(name: str) -> None:
     try:
+        if check_device(name).type == "meta":
+            raise ValueError("it holds no numbers")
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without the device
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason.rstrip('.')}); 'cpu' always can.") from None
+    except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: torch was built without the device
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always can.") from None
+
+
+def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a finite number (or an int) from `low` to `high`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
+        return value
+
+    return convert
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +88,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     default = Sampling()
     group.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default)")
-    group.add_argument("--top-p", type=float, default=default.top_p)
-    group.add_argument("--top-k", type=int, default=default.top_k, help="0 for all tokens (default)")
-    group.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty)
-    group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
+    group.add_argument("--top_p", type=float, default=default.top_p)
+    group.add_argument("--top_k", type=int, default=default.top_k, help="0 for all tokens (default)")
+    group.add_argument("--repetition_penalty", type=float, default=default.repetition_penalty)
+    group.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

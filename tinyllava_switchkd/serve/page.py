@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from tinyllava_switchkd.serve import render
 from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, Session
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
-from tinyllava_switchkd.serve.limits import Gate
-from tinyllava_switchkd.serve.upload import UploadedImage
+from tinyllava_switchkd.serve.limits import Gate, Hosts, Room
+from tinyllava_switchkd.serve.upload import REFUSED, GuardedBlocks, UploadedImage
 
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
 _STYLE = Path(__file__).with_name("page.css")
@@ -37,7 +39,7 @@ class Page:
     def __init__(self, demo: Demo, sampling: Sampling | None = None) -> None:
         self.demo = demo
         sampling = sampling or Sampling()
-        with gr.Blocks(
+        with GuardedBlocks(
             title="TinyLLaVA Switch-KD",
             analytics_enabled=False,
             fill_width=True,
@@ -54,6 +56,9 @@ class Page:
                     self._build_conversation()
                     self._build_attention()
             self._connect()
+        self.room = Room(
+            Path(get_upload_folder()), lambda: set().union(*self.blocks.temp_file_sets), demo.limits.upload_bytes
+        )
 
     def _build_image(self) -> None:
         self.image = UploadedImage(
@@ -241,16 +246,17 @@ class Page:
     def check_image(self, session: Session | None, path: str | None) -> dict[Any, Any]:
         """Refuse a bad upload at once, and not only when a question comes with it."""
         try:
-            self.demo.read_upload(path)
+            self.demo.read_upload(self._own(path))
         except USER_ERRORS as error:
             return {self.image: None, self.notice: render.notice(str(error), "error")}
         return {self.notice: _about_second_image(session)}
 
     def pick(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
         """Put an example on the page."""
-        name, question = EXAMPLES[event.index % len(EXAMPLES)]
+        index = int(event.index) % len(EXAMPLES)
+        _, question = EXAMPLES[index]
         return {
-            self.image: str(FOLDER / name),
+            self.image: list(self.blocks.examples)[index],
             self.question: question,
             self.notice: _about_second_image(session),
         }
@@ -275,6 +281,19 @@ class Page:
             "Please try again, if need be with the image uploaded anew."
         )
         return {self.notice: render.notice(message, "error"), **self._idle()}
+
+    def _own(self, path: str | None) -> str | None:
+        """The file of an image on the page.
+
+        Raises:
+            gr.Error: it is none of this server's uploads and examples.
+        """
+        if path is None:
+            return None
+        file = self.blocks.own_file(path)
+        if file is None:
+            raise gr.Error(REFUSED, print_exception=False)
+        return file
 
     def _idle(self) -> dict[Any, Any]:
         """The buttons while nothing is being answered."""
@@ -315,7 +334,7 @@ class Page:
             self.attention_notice: "",
         }
         try:
-            for _ in self.demo.ask(session, image, question, sampling):
+            for _ in self.demo.ask(session, self._own(image), question, sampling):
                 yield {self.chat: render.transcript(session.exchanges), **busy}
                 busy = {}
             message = {}  # what was said meanwhile, of an upload, stays
@@ -431,6 +450,7 @@ def launch(
     port: int | None = None,
     share: bool = False,
     queue_size: int = 16,
+    allow_hosts: Sequence[str] = (),
     **kwargs: Any,
 ) -> Any:
     """Serve a page.
@@ -441,19 +461,22 @@ def launch(
         port: None for the first free one from 7860 on.
         share: make a public link through Gradio's servers.
         queue_size: requests that may wait; more are turned away.
+        allow_hosts: further names under which the demo is asked for, such as a reverse proxy's.
         kwargs: for `gr.Blocks.launch`.
     """
     file_bytes = page.demo.limits.image.max_bytes
+    hosts = Hosts(host, allow_hosts)
+    gate = Middleware(Gate, max_bytes=file_bytes + 2**20, hosts=hosts, room=page.room)
     page.blocks.queue(max_size=queue_size, default_concurrency_limit=4, api_open=False)
-    return page.blocks.launch(
+    started = page.blocks.launch(
         server_name=host,
         server_port=port,
         share=share,
         theme=_theme(),
         head=f"<style>{_STYLE.read_text(encoding='utf-8')}</style>",  # `css=` would lose the phone's and dark rules
-        allowed_paths=[str(FOLDER)],
+        allowed_paths=[str(FOLDER / name) for name, _ in EXAMPLES],
         max_file_size=file_bytes,
-        app_kwargs={"middleware": [Middleware(Gate, max_bytes=file_bytes + 2**20)]},
+        app_kwargs={"middleware": [gate]},
         state_session_capacity=_SESSIONS,
         enable_monitoring=False,
         run_history=False,
@@ -463,3 +486,6 @@ def launch(
         mcp_server=False,
         **kwargs,
     )
+    if page.blocks.share_url:
+        hosts.names.add(urlsplit(page.blocks.share_url).hostname)
+    return started

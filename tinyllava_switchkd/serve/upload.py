@@ -1,12 +1,71 @@
-"""The page's image: a file that a person uploaded, handed on unopened."""
+"""The page's image: a file that a person uploaded, handed on unopened; and a page that takes no other files."""
 
 from __future__ import annotations
 
 from abc import ABCMeta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+
+from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
+
+REFUSED = "Images are uploaded, not fetched from elsewhere: this one is no upload of this page. Please upload it."
+"""The one answer to whatever names a file that was not uploaded here, whether there is such a file or not."""
+
+
+class GuardedBlocks(gr.Blocks):
+    """A page whose requests may name no file but an upload of its own, and only as an image.
+
+    Gradio looks at files that say so of themselves (``meta``): it copies what lies in its folder and fetches addresses,
+    for a text box as well as for an image. What does not say so reaches the component as it is. So requests are looked
+    at before Gradio does, and `own_file` is asked again where an image is opened.
+    """
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        super().validate_inputs(block_fn, inputs)
+        for block, value in zip(block_fn.inputs, inputs, strict=False):
+            if block.stateful:
+                continue  # the server's own; what a client sends in its place is never read
+            if isinstance(block, UploadedImage):
+                if value is not None and self.own_file(_path_of(value)) is None:
+                    raise gr.Error(REFUSED, print_exception=False)
+            elif any(True for _ in _objects(value)):
+                raise gr.Error("A field of the page holds text or a number, no object.", print_exception=False)
+
+    def own_file(self, path: str | None) -> str | None:
+        """The file behind what a client calls an image: an upload of this server, or one of its examples; else None.
+
+        Nothing but these is looked for on the disk, so that no answer tells whether a file is there.
+        """
+        if path in self.examples:
+            return self.examples[path]
+        if path in self.upload_file_set and Path(path).is_file() and not Path(path).is_symlink():
+            return path
+        return None
+
+    @property
+    def examples(self) -> dict[str, str]:
+        """Gradio's copies of the examples (the page shows and sends these) -> the files themselves."""
+        gallery = next(block for block in self.blocks.values() if isinstance(block, gr.Gallery))
+        copies = [item["image"]["path"] for item in gallery.value or ()]
+        return {copy: str(FOLDER / name) for copy, (name, _) in zip(copies, EXAMPLES, strict=True)}
+
+
+def _path_of(value: Any) -> str | None:
+    """The path in what a client says of an image; None where it is not of that form."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return path if isinstance(path, str) else None
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All JSON objects in a value."""
+    if isinstance(value, dict):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
 
 
 class _WithoutStub(type(gr.Image)):
@@ -17,7 +76,7 @@ class _WithoutStub(type(gr.Image)):
 
 
 class UploadedImage(gr.Image, metaclass=_WithoutStub):
-    """Gives handlers the path of an uploaded file, and takes nothing else.
+    """Gives handlers the path that a client sent, and touches no file.
 
     Gradio's image would decode the file first, without our limits, and fetch an address that a client sends in place
     of a file. A class rather than two replaced methods: Gradio makes the component anew, by its class, whenever a
@@ -30,6 +89,4 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
         return None if payload is None else payload.path
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if str(url_or_file_path).startswith(("http://", "https://")):
-            raise gr.Error("Images are uploaded, not fetched from an address.")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return None if url_or_file_path is None else str(url_or_file_path)  # neither fetched nor copied

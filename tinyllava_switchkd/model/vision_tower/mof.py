@@ -76,7 +76,7 @@ class MoFVisionTower(VisionTower):
         beside = [] if folder is None else [folder / name, folder.parent / name]
         found = [path for path in (Path(name), *beside) if name and (path / "config.json").is_file()]
         if found:
-            config.dinov2_config = Dinov2Config.from_pretrained(found[0]).to_diff_dict()
+            config.dinov2_config = read_base_config(str(found[0])).to_diff_dict()
             return
         config.dinov2_config = dinov2_config_of(tensors, config.num_attention_heads)
         if config.dinov2_config is None:

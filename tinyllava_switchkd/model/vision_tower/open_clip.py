@@ -5,7 +5,6 @@ Examples: ``open_clip:ViT-L-14/datacomp_xl_s13b_b90k``, ``open_clip:hf-hub:org/n
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from ..trust import read_json
 from . import register_vision_tower
 from .timm import LibraryTower, forward_by, geometry, intermediate, keep_initialisation
 
@@ -158,7 +158,7 @@ def preprocess_cfg_of(model_name: str) -> dict[str, Any]:
     if not model_name.startswith("local-dir:"):
         return {}
     file = Path(model_name.removeprefix("local-dir:")) / "open_clip_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+    return read_json(file).get("preprocess_cfg") or {}
 
 
 def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> nn.Module:

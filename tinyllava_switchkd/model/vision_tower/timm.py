@@ -6,7 +6,6 @@ Examples: ``timm:vit_small_patch14_dinov2.lvd142m``, ``timm:hf-hub:org/name``, `
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from ..trust import read_json, refuse_code
 from . import register_vision_tower
 from .base import VisionTower
 from .transformers_towers import clip_image_processor, find_image_processor
@@ -189,7 +189,8 @@ def model_args_of(name: str) -> dict[str, Any]:
         file = Path(name.removeprefix("local-dir:")) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"timm's folder {str(file.parent)!r} has no config.json.")
-        return json.loads(file.read_text(encoding="utf-8")).get("model_args") or {}
+        refuse_code(file.parent)
+        return read_json(file).get("model_args") or {}
     if name.startswith(("hf-hub:", "hf_hub:")):
         from timm.models import load_model_config_from_hf
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
@@ -21,6 +20,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ..llm import read_base_config
+from ..processor import load_image_processor
 from ..weights import outside_zero_init, read_weights, resolve_folder
 from . import register_vision_tower
 from .base import VisionTower
@@ -294,5 +294,5 @@ def find_image_processor(config: PretrainedConfig) -> Any:
     """
     name = strip_prefix(getattr(config, "model_name_or_path", "") or "")
     if name and (Path(name) / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
+        return load_image_processor(name)
     return None

@@ -1,0 +1,112 @@
+"""A folder of somebody else's brings weights and settings, never code: what would ask for code is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING
+
+from tinyllava_switchkd import io
+
+OUR_TYPES = ("tinyllava", "tiny_llava")
+OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")
+"""What TinyLLaVA v1's published checkpoints name in ``auto_map``. The package has these classes itself, so the code
+beside such a checkpoint is not needed; it is left alone."""
+
+CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
+"""Fields that name Python files (transformers' custom models, generation loops and pipelines)."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object on disk, such as a ``config.json``.
+
+    Raises:
+        ValueError: the file is not JSON in UTF-8, or not an object.
+    """
+    try:
+        return io.read_json(file)
+    except ValueError as error:
+        reason = str(error).removeprefix(str(file)).lstrip(", ").rstrip(".")
+        if reason.startswith("holds a JSON "):
+            raise ValueError(f"{file} {reason.replace('JSON ', '', 1)}.") from None
+        raise ValueError(f"{file} is not JSON ({reason}); fetch it again.") from None
+
+
+class CodeRefused(ValueError):
+    """A folder asks for code of its own."""
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a folder whose settings ask for code of its own. Nothing is imported, asked or waited for.
+
+    Looked at are all files whose names end in ``config.json`` (of the model, the tokenizer, the processors of images
+    and videos, generation and adapters), to any depth, and those of v1's split layout.
+
+    Args:
+        folder: of a checkpoint, a base model, a vision tower or an adapter.
+
+    Raises:
+        ValueError: a file asks for code, or is not JSON.
+    """
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")]):
+        if file.is_file() and (file.parent == folder or file.parent.name in PARTS):
+            refuse_code_in(read_json(file), file)
+    if (folder / "custom_generate").is_dir():
+        raise CodeRefused(_sentence(folder / "custom_generate", "holds a generation loop"))
+
+
+PARTS = ("language_model", "vision_tower", "connector")
+
+
+def refuse_code_in(fields: dict[str, Any], source: Any) -> None:
+    """The same for one file's fields.
+
+    Raises:
+        ValueError: they ask for code.
+    """
+    for part in _objects(fields):
+        for key in CODE_KEYS:
+            if part.get(key) and not (key == "auto_map" and _is_native(part)):
+                raise CodeRefused(_sentence(source, f"has the field {key!r}, which names"))
+
+
+def one_sentence(error: BaseException) -> str:
+    """What an exception of another library says, in one line of bounded length."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
+def _sentence(source: Any, what: str) -> str:
+    return (
+        f"{source} {what} code of its own, and code that comes with a model is never run here; use a model whose "
+        f"classes this package or transformers has, or write a plugin (docs/extend.md)."
+    )
+
+
+def _is_native(part: dict[str, Any]) -> bool:
+    """Whether all classes that a model's ``auto_map`` names are ones that are installed, under the same model type."""
+    auto_map, model_type = part["auto_map"], part.get("model_type")
+    if not isinstance(auto_map, dict) or not isinstance(model_type, str):
+        return False
+    names = [str(value).rpartition(".")[2] for value in auto_map.values()]
+    if model_type in OUR_TYPES:
+        return all(name in OUR_CLASSES for name in names)
+    if model_type not in CONFIG_MAPPING:
+        return False
+    stem = CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
+    return all(name.startswith(stem) and hasattr(transformers, name) for name in names)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All JSON objects in a value."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            yield item
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
