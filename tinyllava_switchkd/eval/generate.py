@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from tinyllava_switchkd.model.checkpoint import load_pretrained_model, read_config
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
 

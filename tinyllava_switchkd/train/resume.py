@@ -45,7 +45,7 @@ def check_fits(checkpoint: str | Path, config: Any, training: Any) -> None:
     Raises:
         ResumeError: with the first difference, on both sides.
     """
-    from tinyllava_switchkd.model.checkpoint import read_config
+    from tinyllava_switchkd.model.layouts import read_config
 
     stored = read_config(Path(checkpoint))
     for name in _SHAPING:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from tinyllava_switchkd.model.checkpoint import image_processor_of, open_checkpoint, tokenizer_of
+from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
 from tinyllava_switchkd.model.llm import load_tokenizer
 from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
 from tinyllava_switchkd.model.weights import resolve_folder
