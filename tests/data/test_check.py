@@ -24,7 +24,7 @@ def talk(*texts):
 
 
 def test_good_data(folder):
-    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), num_image_tokens=15, decode=True)
+    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), num_image_tokens=15, decode="all")
     assert report.ok
     assert not report.warnings
     assert report.counts["samples"] == 3
@@ -47,7 +47,7 @@ def test_every_kind_of_problem_is_found(folder):
         {"id": "literal", "conversations": talk("<image> is a tag", "yes")},
         {"id": "eos", "conversations": talk("a", "b<|endoftext|>c")},
     ]
-    report = check_data(write(folder, records), str(folder), decode=True)
+    report = check_data(write(folder, records), str(folder), decode="all")
     problems = {kind: (cases.count, cases.examples[0]) for kind, cases in report.problems.items()}
     assert problems["image(s) that do not exist"] == (1, str(folder / "a" / "gone.png"))
     assert problems["image(s) that cannot be read"][0] == 1
@@ -81,10 +81,10 @@ def test_unreadable_file_is_a_problem_and_a_misfit_too(folder):
     assert "cut off" in str(report)
     assert not report.ok
     write(folder, RECORDS)
-    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), conv_version="llama")
+    report = check_data(folder / "data.json", str(folder), tokenizer=qwen2(), template="llama")
     assert list(report.problems) == ["template that does not fit"]
     with pytest.raises(ValueError, match="Unknown conversation template"):
-        check_data(folder / "data.json", conv_version="unknown")
+        check_data(folder / "data.json", template="unknown")
 
 
 def test_cut_answers_are_counted(folder):

@@ -2,7 +2,9 @@
 
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
+from tinyllava_switchkd.data.errors import SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.image_files import BadImageError, read_image, to_rgb
 from tinyllava_switchkd.data.inspection import check_data
 from tinyllava_switchkd.data.module import check_supervision, make_supervised_data_module
 from tinyllava_switchkd.data.records import Records
@@ -11,12 +13,14 @@ from tinyllava_switchkd.data.template import Template, TemplateFactory, check_te
 from tinyllava_switchkd.data.text import Message, TextPreprocess
 
 __all__ = [
+    "BadImageError",
     "DataCollatorForSupervisedDataset",
     "ImagePreprocess",
     "LazySupervisedDataset",
     "LengthGroupedSampler",
     "Message",
     "Records",
+    "SampleError",
     "Template",
     "TemplateFactory",
     "TextPreprocess",
@@ -24,5 +28,7 @@ __all__ = [
     "check_supervision",
     "check_template",
     "make_supervised_data_module",
+    "read_image",
     "register_template",
+    "to_rgb",
 ]

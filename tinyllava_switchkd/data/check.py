@@ -1,45 +1,147 @@
-"""The command that looks a data file over: ``python -m tinyllava_switchkd.data.check DATA.json --image-folder DIR``."""
+"""The command that looks a data file over: ``python -m tinyllava_switchkd.data.check DATA.json --image_folder DIR``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoTokenizer
 
-from tinyllava_switchkd.data.inspection import check_data
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.inspection import DECODE, check_data
+from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.checkpoint import image_processor_of, open_checkpoint, tokenizer_of
+from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+from tinyllava_switchkd.model.weights import resolve_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 1 if there is a problem."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.data.check", description="Look a LLaVA data file over before training."
     )
     parser.add_argument("data_path", help="LLaVA JSON or JSON lines")
-    parser.add_argument("--image-folder", help="folder that the images' names start from")
-    parser.add_argument("--conv-version", default="phi", help="conversation template (default: %(default)s)")
+    parser.add_argument("--image_folder", help="folder that the images' names start from")
+    parser.add_argument(
+        "--template",
+        "--conv_version",
+        "--conv_mode",
+        default="phi",
+        help="conversation template (default: %(default)s)",
+    )
     parser.add_argument("--tokenizer", help="tokenizer to check the template against and to measure lengths with")
-    parser.add_argument("--num-image-tokens", type=int, default=1, help="tokens an image takes (default: %(default)s)")
-    parser.add_argument("--model-max-length", type=int, help="where samples are cut (default: the tokenizer's)")
-    parser.add_argument("--decode", action="store_true", help="decode every image, too")
+    parser.add_argument("--model_path", help="checkpoint whose tokenizer, visual tokens and image processor are taken")
+    parser.add_argument("--vision_tower", help="vision tower whose image processor and visual tokens are taken")
+    parser.add_argument("--connector_type", default="mlp2x_gelu", help="connector (default: %(default)s)")
+    parser.add_argument("--mm_vision_select_feature", default="patch", help="patch or cls_patch (default: %(default)s)")
+    parser.add_argument("--num_queries", type=int, default=128, help="of resampler and qformer (default: %(default)s)")
+    parser.add_argument("--image_aspect_ratio", help="square or pad (default: the checkpoint's, else square)")
+    parser.add_argument(
+        "--num_image_tokens", type=int, help="tokens an image takes (default: those of the model named)"
+    )
+    parser.add_argument("--model_max_length", type=int, help="where samples are cut (default: the tokenizer's)")
+    parser.add_argument(
+        "--decode",
+        choices=DECODE,
+        nargs="?",
+        const="all",
+        default="sample",
+        help="images to decode: some spread over all, all, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow_outside_images",
+        action="store_true",
+        help="images may lie outside the folder: absolute names, .., links",
+    )
     args = parser.parse_args(argv)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-        report = check_data(
-            args.data_path,
-            args.image_folder,
-            conv_version=args.conv_version,
-            tokenizer=tokenizer,
-            num_image_tokens=args.num_image_tokens,
-            model_max_length=args.model_max_length,
-            decode=args.decode,
-        )
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(_look(args))
+    except _NotReadyError as error:
+        print(error)
         return 1
-    print(report)
-    return 0 if report.ok else 1
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _NotReadyError(Exception):
+    """The data has problems; the message is the report."""
+
+
+class _Model(NamedTuple):
+    """What of a model the check makes use of."""
+
+    num_image_tokens: int
+    image_processor: Any
+    image_aspect_ratio: str | None
+    tokenizer: Any = None
+
+
+def _look(args: argparse.Namespace) -> str:
+    for name in ("num_image_tokens", "model_max_length", "num_queries"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1.")
+    model = _model_of(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else getattr(model, "tokenizer", None)
+    aspect_ratio = args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None)
+    report = check_data(
+        args.data_path,
+        args.image_folder,
+        template=args.template,
+        tokenizer=tokenizer,
+        image_processor=getattr(model, "image_processor", None),
+        image_aspect_ratio=aspect_ratio,
+        num_image_tokens=args.num_image_tokens or getattr(model, "num_image_tokens", 1),
+        model_max_length=args.model_max_length,
+        decode=args.decode,
+        allow_outside_images=args.allow_outside_images,
+    )
+    lines = []
+    if model is not None:
+        lines.append(
+            f"{model.num_image_tokens:>12,}  visual tokens of an image ({args.model_path or args.vision_tower})"
+        )
+        settings = argparse.Namespace(image_aspect_ratio=aspect_ratio)
+        fate = ImagePreprocess(model.image_processor, settings).on_wide_picture()
+        lines.append(f"{'':>12}  a wide picture {fate}")
+    lines.append(str(report))
+    if not report.ok:
+        raise _NotReadyError("\n".join(lines))
+    return "\n".join(lines)
+
+
+def _model_of(args: argparse.Namespace) -> _Model | None:
+    """The model named on the command line, without its weights; None if there is none."""
+    if args.model_path:
+        folder = resolve_folder(args.model_path)
+        config, _ = open_checkpoint(Path(folder))
+        model = _on_meta(config)
+        processor, tokenizer = image_processor_of(folder, model), tokenizer_of(folder, config)
+        return _Model(model.num_image_tokens, processor, config.image_aspect_ratio, tokenizer)
+    if not args.vision_tower:
+        return None
+    config = TinyLlavaConfig(
+        vision_model_name_or_path=args.vision_tower,
+        connector_type=args.connector_type,
+        vision_feature_select_strategy=args.mm_vision_select_feature,
+        num_queries=args.num_queries,
+        text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it makes no visual tokens
+    )
+    resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
+    model = _on_meta(config)
+    return _Model(model.num_image_tokens, model.vision_tower.image_processor, None)
+
+
+def _on_meta(config: TinyLlavaConfig) -> TinyLlavaForConditionalGeneration:
+    with torch.device("meta"):
+        return TinyLlavaForConditionalGeneration(config)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data.errors import SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ class DataCollatorForSupervisedDataset:
             any. A model reads neither of the last two by itself.
 
         Raises:
-            ValueError: a sample has not as many images as places for them, or images differ in size.
+            SampleError: a sample has not as many images as places for them, or images differ in size.
         """
         for instance in instances:
             places, images = int((instance["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(instance.get("images", ()))
             if places != images:
-                raise ValueError(f"A sample has {images} image(s) and {places} place(s) for them.")
+                raise SampleError(f"A sample has {images} image(s) and {places} place(s) for them.")
         samples = [self.truncate(instance) for instance in instances]
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), longest)
@@ -80,7 +81,7 @@ class DataCollatorForSupervisedDataset:
             images = [sample[key] for sample in samples if key in sample]
             sizes = {tuple(image.shape[1:]) for image in images}
             if len(sizes) > 1:
-                raise ValueError(
+                raise SampleError(
                     f"The images of a batch differ in size: {sorted(sizes)}; the image processor must fix it."
                 )
             if images:

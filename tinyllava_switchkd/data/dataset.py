@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.data.errors import SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.image_files import ImageFolder, read_image
 from tinyllava_switchkd.data.records import Records, images_of
 from tinyllava_switchkd.data.text import TextPreprocess
 
@@ -35,8 +36,9 @@ class LazySupervisedDataset(Dataset):
             lines of the same.
         tokenizer: the language model's tokenizer.
         data_args: the data arguments; read are ``conv_version``, ``image_folder``, ``image_processor``,
-            ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`) and ``on_bad_image``:
-            what becomes of an image that cannot be read, "raise" (the default) or "skip", which keeps the sample and
+            ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
+            ``allow_outside_images`` (see `ImageFolder`; no if absent) and ``on_bad_image``: what becomes of an image
+            that cannot be read, "raise" (the default) or "skip", which keeps the sample and
             learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
             A ``teacher_image_processor`` (and ``teacher_image_aspect_ratio``, the student's if absent) that makes
             other pixels than the student's gives every image a second time, as a teacher of another tower reads it.
@@ -68,6 +70,7 @@ class LazySupervisedDataset(Dataset):
                 f"Unknown on_bad_image {self.on_bad_image!r}; choose one of {', '.join(BAD_IMAGE_POLICIES)}."
             )
         self.image_folder = getattr(data_args, "image_folder", None) or ""
+        self._folder = ImageFolder(self.image_folder, bool(getattr(data_args, "allow_outside_images", False)))
         image_processor = getattr(data_args, "image_processor", None)
         if image_processor is None and self.records.num_images.any():
             raise ValueError(
@@ -106,7 +109,7 @@ class LazySupervisedDataset(Dataset):
             with a teacher that reads other pixels, teacher_images [n, 3, H', W'] of the same images as well.
 
         Raises:
-            ValueError: the sample cannot be made; the message names it.
+            SampleError: the sample cannot be made; the message names it.
         """
         sample, names, where = self._encode(index)
         if names:
@@ -121,21 +124,24 @@ class LazySupervisedDataset(Dataset):
         """One sample without its images: input_ids [T], labels [T], id.
 
         Raises:
-            ValueError: as for a sample.
+            SampleError: as for a sample.
         """
         return self._encode(index)[0]
 
     def _encode(self, index: int) -> tuple[dict[str, Any], list[str], str]:
-        record = self.records[index]
+        try:
+            record = self.records[index]
+        except ValueError:
+            raise SampleError(f"Sample {index} of {self.records.path} changed on the disk after it was read.") from None
         where = f"Sample {index} (id {record.get('id')!r}) of {self.records.path}"
         names = images_of(record, where)
         try:
             sample = self.text_preprocess(record["conversations"], num_images=len(names))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise SampleError(f"{where}: {error}") from None
         places = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
         if places != len(names):  # a template of v1's interface does not count
-            raise ValueError(f"{where} has {len(names)} image(s) and {places} place(s) for them.")
+            raise SampleError(f"{where} has {len(names)} image(s) and {places} place(s) for them.")
         sample["id"] = self.records.id_of(index, record)
         return sample, names, where
 
@@ -160,17 +166,16 @@ class LazySupervisedDataset(Dataset):
         path = os.path.join(self.image_folder, name)
         self._counts[0] += 1
         try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
+            rgb = read_image(self._folder.path(name))
             return {key: preprocess(rgb) for key, preprocess in self._preprocesses.items()}
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             self._counts[1] += 1
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
             message = f"{where}: the image {path} {reason}"
         seen, bad = self._counts.tolist()
         if self.on_bad_image == "raise":
-            raise ValueError(f"{message}. Set on_bad_image to 'skip' to train without such samples.")
+            raise SampleError(f"{message}. Set on_bad_image to 'skip' to train without such samples.")
         if bad > _TOLERATED_BAD_IMAGES and bad > _TOLERATED_BAD_SHARE * seen:
-            raise ValueError(f"{message}, and neither could {bad - 1} others of {seen}: too many to skip them.")
+            raise SampleError(f"{message}, and neither could {bad - 1} others of {seen}: too many to skip them.")
         logger.warning("%s; nothing is learned from this sample.", message)
         return None

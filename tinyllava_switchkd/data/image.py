@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.utils.data import get_worker_info
+
+from .image_files import to_rgb
+
+logger = logging.getLogger(__name__)
 
 ASPECT_RATIOS = ("square", "pad")
 BACKENDS = ("pil", "torchvision")
+
+LEAST_SHARE = 0.75
+"""Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
+
+_MOST_PIXELS = 180_000_000  # of an image on its way to the tower; about what Pillow decodes at most
 
 
 class ImagePreprocess:
     """Turns an image into what the vision tower takes.
 
-    "square" leaves everything to the image processor (SigLIP's squeezes the image into a square, CLIP's crops the
-    middle); "pad" first fills the image up to a square with the processor's mean colour.
+    "square" leaves everything to the image processor: SigLIP's squeezes the image into a square; CLIP's and DINOv2's
+    cut out its middle, so that of a wide picture the ends are never seen, of which a warning tells once. "pad" first
+    fills the image up to a square with the processor's mean colour.
 
     Transparency is dropped and EXIF orientation is not applied, both as in v1: its checkpoints and benchmark scores
-    were made so. Photographs from a phone are better turned upright (`PIL.ImageOps.exif_transpose`) beforehand.
+    were made so. Photographs from a phone are better turned upright (`PIL.ImageOps.exif_transpose`) beforehand. Grey
+    values of more than 8 bits are scaled, see `to_rgb`.
 
     Args:
         image_processor: an image processor of transformers, or anything that takes an image and ``return_tensors``.
@@ -30,6 +43,8 @@ class ImagePreprocess:
     Raises:
         ValueError: unknown aspect ratio or backend.
     """
+
+    _warned_about_crop = False
 
     def __init__(self, image_processor: Any, data_args: Any = None) -> None:
         self.image_aspect_ratio = getattr(data_args, "image_aspect_ratio", None) or "square"
@@ -48,14 +63,71 @@ class ImagePreprocess:
 
         Returns:
             pixel values [3, H, W].
+
+        Raises:
+            ValueError: so narrow an image that bringing it to the tower's size would take gigabytes.
         """
-        image = image.convert("RGB")
+        image = to_rgb(image)
+        self._check_size(image.size)
+        self._warn_about_crop(image.size)
         if self.image_aspect_ratio == "pad":
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             image = self.expand2square(image, colour)
         if self._shortcut is not None:
             return self._shortcut(image)
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def kept_share(self, size: tuple[int, int]) -> float:
+        """Share of an image of that width and height that the tower sees: 1 unless the processor crops."""
+        processor = self.image_processor
+        if self.image_aspect_ratio == "pad" or not getattr(processor, "do_center_crop", False):
+            return 1.0
+        crop, scaled = _sides(processor.crop_size), _sides(processor.size)
+        width, height = size
+        if not getattr(processor, "do_resize", True):
+            pass
+        elif "shortest_edge" in scaled:
+            scale = scaled["shortest_edge"] / min(size)
+            width, height = width * scale, height * scale
+        elif "width" in scaled:
+            width, height = scaled["width"], scaled["height"]
+        kept = min(crop.get("width", width), width) * min(crop.get("height", height), height)
+        return kept / (width * height)
+
+    def on_wide_picture(self) -> str:
+        """What becomes of a picture that is wider than high, in a few words."""
+        if self.image_aspect_ratio == "pad":
+            return "is filled up to a square, all of it seen"
+        kept = self.kept_share((3000, 1000))
+        if kept < 1:
+            return f"loses its ends to a crop: {kept:.0%} of a 3:1 picture is seen; --image_aspect_ratio pad shows all"
+        return "is squeezed into a square, all of it seen"
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        scaled = _sides(getattr(self.image_processor, "size", None))
+        if self.image_aspect_ratio == "pad":
+            pixels = max(size) ** 2
+        else:
+            pixels = scaled.get("shortest_edge", 0) ** 2 * max(size) / max(min(size), 1)
+        if min(size) < 1 or pixels > _MOST_PIXELS:
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} pixels is too narrow: on its way to the vision tower it would have "
+                f"{pixels / 1e6:,.0f} million; cut it into pieces or leave it out"
+            )
+
+    def _warn_about_crop(self, size: tuple[int, int]) -> None:
+        # Once a process, and not in a loader's workers: `check_data` and a training's start count the images concerned.
+        if ImagePreprocess._warned_about_crop or get_worker_info() is not None:
+            return
+        kept = self.kept_share(size)
+        if kept < LEAST_SHARE:
+            ImagePreprocess._warned_about_crop = True
+            logger.warning(
+                "The image processor %s cuts out the middle of an image, and of one of %d x %d pixels the model sees "
+                "%.0f %%; train with image_aspect_ratio 'pad' to show all of it (a trained model needs the one it was "
+                "trained with).",
+                *(type(self.image_processor).__name__, *size, 100 * kept),
+            )
 
     @staticmethod
     def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
@@ -77,6 +149,14 @@ class ImagePreprocess:
     def blank(self) -> torch.Tensor:
         """The image that stands where there is none: zeros [3, H, W], of the size that the processor makes."""
         return torch.zeros_like(self(Image.new("RGB", (32, 32))))
+
+
+def _sides(size: Any) -> dict[str, int]:
+    """A processor's size as the sides that it names; nothing if it is not one of transformers' kind."""
+    try:
+        return {name: side for name, side in dict(size).items() if side}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _with_backend(image_processor: Any, backend: str) -> Any:

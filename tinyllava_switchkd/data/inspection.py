@@ -7,22 +7,31 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+from tinyllava_switchkd.data.image import LEAST_SHARE, ImagePreprocess
+from tinyllava_switchkd.data.image_files import ImageFolder, look_at, missing_and_outside
 from tinyllava_switchkd.data.records import Records, images_of
 from tinyllava_switchkd.data.template import TemplateFactory, check_template
 from tinyllava_switchkd.data.text import TextPreprocess
 
 MISSING_IMAGES = "image(s) that do not exist"
+OUTSIDE_IMAGES = "image(s) outside the image folder"
+BROKEN_IMAGES = "image(s) that cannot be read"
+DECODE = ("sample", "all", "none")
+"""Which images are decoded when data is looked over."""
+
 _SHOWN = 10  # cases of a kind that a report spells out
 _FEW_FILES = 64  # wanted of a folder: fewer are looked up one by one, more by listing the folder once
 _DECODED_AT_ONCE = 64
 _ENCODED = 2000  # samples that are tokenised
+_DECODED = 256  # images that are decoded of a sample of them
+_NEAR_IMAGE_KEYS = ("images", "image_path", "img", "picture", "video")
 
 
 @dataclass
@@ -34,8 +43,8 @@ class Cases:
 
     def add(self, case: str) -> None:
         self.count += 1
-        if len(self.examples) < _SHOWN:
-            self.examples.append(case)
+        if len(self.examples) < _SHOWN:  # names of files may hold what no terminal prints
+            self.examples.append(case.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n"))
 
 
 @dataclass
@@ -91,17 +100,20 @@ class DataChecker:
     """Collects the problems of records that are shown to it one by one (as the `visit` of `Records`).
 
     Args:
-        conv_version: the conversation template that is going to be used.
+        template: name of the conversation template that is going to be used.
     """
 
-    def __init__(self, conv_version: str) -> None:
-        self.template = TemplateFactory(conv_version)()
+    def __init__(self, template: str) -> None:
+        self.template = TemplateFactory(template)()
+        self._keeps_questions = TemplateFactory.name_of(template) != "pretrain"
         self.report = DataReport(counts=dict.fromkeys(("samples", "of them text-only", "turns", "images named"), 0))
         self.names: dict[str, set[str]] = {}  # image files by folder
+        self._ids: set[int] = set()
+        self._without_answer = 0
 
     def __call__(self, index: int, record: dict[str, Any]) -> None:
         """Look at one record."""
-        where = f"sample {index} (id {record.get('id')!r})"
+        where = f"sample {index} (id {str(record.get('id'))[:80]!a})"
         names, turns = images_of(record, where), record["conversations"]
         counts = self.report.counts
         counts["samples"] += 1
@@ -112,6 +124,9 @@ class DataChecker:
             self.template.check(turns, len(names))
         except ValueError as error:
             self.report.problem("sample(s) that cannot be encoded", f"{where}: {error}")
+        else:
+            self._look_at_turns(turns, where)
+        self._look_at_keys(record, names, where)
         text = "\n".join([turn["value"] for turn in turns])
         if not names and DEFAULT_IMAGE_TOKEN in text:
             self.report.warning(f"sample(s) without image that write {DEFAULT_IMAGE_TOKEN}; it is read as text", where)
@@ -122,72 +137,154 @@ class DataChecker:
             folder, file = os.path.split(name)
             self.names.setdefault(folder, set()).add(file)
 
-    def finish(self, image_folder: str | None, decode: bool = False) -> DataReport:
+    def _look_at_turns(self, turns: list[dict[str, Any]], where: str) -> None:
+        """What v1 reads without a word, and means nothing good."""
+        questions, answers = self.template.get_list_from_message(turns)
+        if len(turns) % 2:
+            self.report.warning(
+                "sample(s) whose first turn, not the human's, is left out (as in v1)",
+                f"{where}, from {turns[0]['from']!r}",
+            )
+        if not any(answer.strip() for answer in answers):
+            self._without_answer += 1
+            self.report.warning("sample(s) whose answers are all empty, from which nothing is learned", where)
+        if len(questions) > 1 and not self._keeps_questions:
+            self.report.warning(
+                "sample(s) of several rounds, whose questions are thrown away and whose answers are joined (template "
+                "pretrain)",
+                where,
+            )
+        if any(DEFAULT_IMAGE_TOKEN in answer for answer in answers):
+            self.report.warning(f"sample(s) with {DEFAULT_IMAGE_TOKEN} in an answer; it is read as text", where)
+
+    def _look_at_keys(self, record: dict[str, Any], names: list[str], where: str) -> None:
+        identity = record.get("id")
+        if identity is not None and not isinstance(identity, str | int):
+            self.report.warning("sample(s) whose id is neither a text nor a whole number", where)
+        elif identity is not None:
+            known = len(self._ids)
+            self._ids.add(hash(str(identity)))
+            if len(self._ids) == known:
+                self.report.warning("sample(s) whose id an earlier one has as well", where)
+        near = [key for key in _NEAR_IMAGE_KEYS if key in record]
+        if near and not names:
+            self.report.warning(f"sample(s) with {near[0]!r}, which is not read: the key of images is 'image'", where)
+
+    def finish(
+        self,
+        image_folder: str | None,
+        decode: str = "sample",
+        preprocess: ImagePreprocess | None = None,
+        allow_outside: bool = False,
+    ) -> DataReport:
         """Look at the images and sum up.
 
         Args:
             image_folder: where the names of images start from.
-            decode: open every image, which takes as long as reading them all.
+            decode: which images are decoded: "sample" (some, spread over all), "all" (which takes as long as reading
+                them all) or "none".
+            preprocess: what prepares the images; if given, those of which it cuts away more than a quarter are counted.
+            allow_outside: see `ImageFolder`.
+
+        Raises:
+            ValueError: `decode` is something else.
         """
-        root = image_folder or ""
-        self.report.counts["different images"] = sum(map(len, self.names.values()))
-        missing = missing_files(root, self.names)
-        for path in missing:
-            self.report.problem(MISSING_IMAGES, path)
-        if decode:
-            gone = set(missing)
-            paths = (os.path.join(root, folder, file) for folder, files in self.names.items() for file in files)
-            for path, reason in broken_images(path for path in paths if path not in gone):
-                self.report.problem("image(s) that cannot be read", f"{path} ({reason})")
-        return self.report
+        if decode not in DECODE:
+            raise ValueError(f"decode is one of {', '.join(DECODE)}, not {decode!r}.")
+        counts, report = self.report.counts, self.report
+        if counts["samples"] and self._without_answer == counts["samples"]:
+            report.problem("samples, which are all of them, without an answer to learn", "every answer is empty")
+        counts["different images"] = sum(map(len, self.names.values()))
+        folder = ImageFolder(image_folder, allow_outside)
+        unreadable = dict(sorted(missing_and_outside(folder, self.names, _FEW_FILES)))
+        for path, outside in unreadable.items():
+            if outside is None:
+                report.problem(MISSING_IMAGES, path)
+            else:
+                report.problem(OUTSIDE_IMAGES, f"{path}: {outside}")
+        if decode != "none":
+            paths = (
+                os.path.join(folder.root, parent, file) for parent in sorted(self.names) for file in self._of(parent)
+            )
+            paths = [path for path in paths if path not in unreadable]
+            if decode == "sample" and len(paths) > _DECODED:
+                paths = [paths[index * len(paths) // _DECODED] for index in range(_DECODED)]
+            counts["images decoded"] = len(paths)
+            for path, look in _look_at_all(paths):
+                if isinstance(look, str):
+                    report.problem(BROKEN_IMAGES, f"{path}: {look}")
+                    continue
+                size, odd = look
+                if odd is not None:
+                    report.warning(f"image(s) {odd}", path)
+                share = 1.0 if preprocess is None else preprocess.kept_share(size)
+                if share < LEAST_SHARE:
+                    report.warning(
+                        "image(s) of which the processor's crop drops more than a quarter; image_aspect_ratio 'pad' "
+                        "shows all",
+                        f"{path}, {size[0]} x {size[1]}: {share:.0%} is seen",
+                    )
+        return report
+
+    def _of(self, parent: str) -> list[str]:
+        return sorted(self.names[parent])
 
 
 def check_data(
     data_path: str,
     image_folder: str | None = None,
     *,
-    conv_version: str = "phi",
+    template: str = "phi",
     tokenizer: Any = None,
+    image_processor: Any = None,
+    image_aspect_ratio: str | None = None,
     num_image_tokens: int = 1,
     model_max_length: int | None = None,
-    decode: bool = False,
+    decode: str = "sample",
+    allow_outside_images: bool = False,
 ) -> DataReport:
-    """Look a data file over: its form, the order of its turns, the places of its images, and that the images exist.
+    """Look a data file over: its form, the order of its turns, the places of its images, and the images themselves.
 
     Args:
         data_path: a LLaVA JSON or JSON lines.
         image_folder: where the names of images start from.
-        conv_version: the conversation template that is going to be used.
+        template: name of the conversation template that is going to be used.
         tokenizer: if given, the template is checked against it and some samples are encoded, to see how long they are
             and what the cut leaves of them.
+        image_processor: if given, images of which it cuts away more than a quarter are counted.
+        image_aspect_ratio: "square" or "pad", see `ImagePreprocess`.
         num_image_tokens: tokens an image takes after the connector.
         model_max_length: where samples are cut, the tokenizer's if None.
-        decode: open every image.
+        decode: which images are decoded, see `DataChecker.finish`.
+        allow_outside_images: see `ImageFolder`.
 
     Returns:
         the report; what is wrong with the data is in it and not raised.
 
     Raises:
-        ValueError: unknown template.
+        ValueError: unknown template, aspect ratio or `decode`.
     """
-    checker = DataChecker(conv_version)
+    checker = DataChecker(template)
     report = checker.report
+    preprocess = None
+    if image_processor is not None:
+        preprocess = ImagePreprocess(image_processor, SimpleNamespace(image_aspect_ratio=image_aspect_ratio))
     try:
         records = Records(data_path, visit=checker)
     except (OSError, ValueError) as error:
         report.problem("data file that cannot be read", str(error))
         return report
-    checker.finish(image_folder, decode)
+    checker.finish(image_folder, decode, preprocess, allow_outside_images)
     if tokenizer is not None:
         try:
-            check_template(tokenizer, conv_version)
+            check_template(tokenizer, template)
         except ValueError as error:
             report.problem("template that does not fit", str(error))
         else:
             collator = DataCollatorForSupervisedDataset(
                 tokenizer, num_image_tokens=num_image_tokens, model_max_length=model_max_length
             )
-            _encode_some(report, records, TextPreprocess(tokenizer, conv_version), collator)
+            _encode_some(report, records, TextPreprocess(tokenizer, template), collator)
     return report
 
 
@@ -222,41 +319,16 @@ def _encode_some(
         }
 
 
-def missing_files(root: str, names: dict[str, set[str]]) -> list[str]:
-    """The files that are not there, sorted.
-
-    A folder of which many files are wanted is listed once, which asks a network file system one question where a
-    look-up of each would ask thousands.
-
-    Args:
-        root: folder that the others are in.
-        names: file names by folder.
-    """
-    missing = []
-    for folder, files in names.items():
-        path = os.path.join(root, folder)
-        if len(files) <= _FEW_FILES:
-            there = {file for file in files if os.path.isfile(os.path.join(path, file))}
-        else:
-            there = set(os.listdir(path)) if os.path.isdir(path) else set()
-        missing += [os.path.join(path, file) for file in files - there]
-    return sorted(missing)
-
-
-def broken_images(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Decode images, as many at a time as there are processors, and yield those that fail, with the reason."""
+def _look_at_all(paths: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, int], str | None] | str]]:
+    """Decode images, as many at a time as there are processors: what `look_at` says, or why it cannot."""
     rest = iter(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(islice(rest, _DECODED_AT_ONCE * (os.cpu_count() or 1))):
-            for path, reason in zip(batch, pool.map(_why_broken, batch), strict=True):
-                if reason is not None:
-                    yield path, reason
+            yield from zip(batch, pool.map(_look, batch), strict=True)
 
 
-def _why_broken(path: str) -> str | None:
+def _look(path: str) -> tuple[tuple[int, int], str | None] | str:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return look_at(path)
+    except (OSError, ValueError) as error:
         return str(error)
-    return None

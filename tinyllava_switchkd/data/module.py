@@ -9,7 +9,7 @@ from typing import Any
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
-from tinyllava_switchkd.data.inspection import MISSING_IMAGES, DataChecker, DataReport
+from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport
 from tinyllava_switchkd.data.template import check_template
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
     checker = DataChecker(data_args.conv_version) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
-        _judge(checker.finish(dataset.image_folder), dataset)
+        allow_outside = bool(getattr(data_args, "allow_outside_images", False))
+        report = checker.finish(dataset.image_folder, preprocess=dataset.image_preprocess, allow_outside=allow_outside)
+        _judge(report, dataset)
     sees = getattr(data_args, "is_multimodal", True)
     shapes = [
         preprocess.blank().shape if sees and preprocess is not None else None
@@ -58,11 +60,11 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
 
 
 def _judge(report: DataReport, dataset: LazySupervisedDataset) -> None:
-    """Log the warnings of a report and raise its problems, missing images only if they are not to be skipped."""
+    """Log the warnings of a report and raise its problems, bad images only if they are not to be skipped."""
     if dataset.on_bad_image == "skip":
-        missing = report.problems.pop(MISSING_IMAGES, None)
-        if missing is not None:
-            report.warnings[MISSING_IMAGES] = missing
+        for kind in (MISSING_IMAGES, BROKEN_IMAGES):
+            if kind in report.problems:
+                report.warnings[kind] = report.problems.pop(kind)
     for kind, cases in report.warnings.items():
         logger.warning("%s has %d %s, the first being %s.", dataset.records.path, cases.count, kind, cases.examples[0])
     report.raise_problems(dataset.records.path)

@@ -167,12 +167,16 @@ def scan(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
             try:
                 record, end = decode_json(text.window, text.position)
                 break
+            except RecursionError:
+                raise ValueError(f"{path}: record {count}, at byte {start}, is nested too deeply to be read.") from None
             except json.JSONDecodeError as error:
                 if not text.grow():
                     raise ValueError(
                         f"{path}: record {count}, at byte {start}, is not JSON: {error.msg} "
                         f"(at byte {text.byte(error.pos)})."
                     ) from None
+            except ValueError as error:  # a number of thousands of digits
+                raise ValueError(f"{path}: record {count}, at byte {start}, cannot be read: {error}.") from None
         text.position = end
         yield start, text.byte(), record
         count += 1

@@ -92,6 +92,11 @@ class DataArguments:
         default="raise", metadata={"help": "An image that cannot be read: raise stops, skip learns nothing from it."}
     )
 
+    allow_outside_images: bool = field(
+        default=False,
+        metadata={"help": "Read images that lie outside the image folder: absolute names, .. and links that lead out."},
+    )
+
     def __post_init__(self) -> None:
         _one_of("image_aspect_ratio", self.image_aspect_ratio, ("square", "pad"))
         _one_of("image_backend", self.image_backend, ("pil", "torchvision"))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from tinyllava_switchkd.data import make_supervised_data_module
+from tinyllava_switchkd.data import SampleError, make_supervised_data_module
 from tinyllava_switchkd.distill import Task, build_distiller
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.runtime import is_main_process
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run is not None:
         try:
             run()
-        except resume.ResumeError as error:
+        except (resume.ResumeError, SampleError) as error:
             if is_main_process():
                 print(f"error: {error}", file=sys.stderr)
             return 1

@@ -143,6 +143,11 @@ class Template:
             is_open = turn["value"] is None and index % 2 and index == len(turns) - 1
             if not isinstance(turn["value"], str) and not is_open:
                 raise ValueError(f"Turn {index + 1} ({turn['from']}) is {turn['value']!r} and not a text.")
+            if not is_open and not _is_unicode(turn["value"]):
+                raise ValueError(
+                    f"Turn {index + 1} ({turn['from']}) holds half a character (a lone surrogate, as in "
+                    f"\\ud83d), which no tokenizer reads: {turn['value'][:60]!a}."
+                )
         if not turns or len(turns) % 2:
             raise ValueError(f"The conversation has {len(turns)} turns; it takes a question and an answer in turn.")
         return [turn["value"] for turn in turns[::2]], [turn["value"] for turn in turns[1::2]]
@@ -240,6 +245,14 @@ class Template:
                 "make your own.",
                 cls.__name__,
             )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_special(tokenizer: Any, token: int) -> bool:

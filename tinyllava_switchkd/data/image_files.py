@@ -1,0 +1,217 @@
+"""Image files: found inside their folder, decoded, and brought to RGB, or refused with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import ExifTags, Image
+
+_WIDE_MODES = ("I", "F")  # and every mode that begins with "I;": more than 8 bits a pixel
+_LINKS = "; pass allow_outside_images to read it all the same"
+
+
+class BadImageError(ValueError):
+    """A file that is no image which can be read; the message is the reason alone, without the file's name."""
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to RGB; of several frames the first. EXIF orientation is not applied (v1's way).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BadImageError: it is empty, cut off, too large, or no image that Pillow reads.
+    """
+    with _opened(path) as image:
+        return to_rgb(image)
+
+
+def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
+    """Decode an image file; its width and height, and what of it is read otherwise than it is shown (a few words).
+
+    Raises:
+        FileNotFoundError, BadImageError: as `read_image`.
+    """
+    with _opened(path) as image:
+        to_rgb(image)
+        odd = None
+        if image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1):
+            odd = "turned by their EXIF orientation, which is not applied (as in v1); turn them upright beforehand"
+        elif Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            odd = f"of more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, which take seconds to decode"
+        elif "transparency" in image.info or ("A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255):
+            odd = "with transparency, which is dropped (as in v1), so that the colours behind it are seen"
+        return image.size, odd
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An open image; whatever its decoder raises becomes a `BadImageError` that says why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `look_at` tells of it
+            with Image.open(path) as image:
+                yield image
+    except (FileNotFoundError, BadImageError):
+        raise
+    except Exception as error:  # decoders fail in many ways: struct.error, zlib.error, KeyError, OverflowError, ...
+        raise BadImageError(_reason(os.fspath(path), error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, 8 bits a channel.
+
+    What has 8 bits is converted as Pillow does (transparency is dropped, as in v1). Pillow cuts wider grey values off
+    at 255, which makes an image of 16 bits white and one of floating point numbers from 0 to 1 black; here they are
+    scaled: 16 bits by their full range, others by the first of the ranges 0 to 1, 0 to 255 and 0 to 65535 that holds
+    them, or else by their own.
+
+    Raises:
+        BadImageError: no colours can be made of the mode (such as LAB).
+    """
+    if image.mode in _WIDE_MODES or image.mode.startswith("I;"):
+        image = Image.fromarray(_eight_bits(image))
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise BadImageError(f"its mode {image.mode!r} cannot be converted to RGB ({error})") from error
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Grey values [H, W] of 8 bits of an image that has more."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    low, high = 0.0, float(values.max(initial=0))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        high = 65535.0
+    elif values.min(initial=0) < 0 or high > 65535:
+        low = float(values.min())
+    elif image.mode == "F" and high <= 1:
+        high = 1.0
+    else:
+        high = 255.0 if high <= 255 else 65535.0
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _reason(path: str, error: Exception) -> str:
+    try:
+        if os.path.isdir(path):
+            return "it is a folder"
+        if os.path.getsize(path) == 0:
+            return "it is empty (0 bytes)"
+    except (OSError, ValueError):
+        pass
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"it is {_kind_of(path)} and no image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it is too large to be decoded safely: {error}"
+    known = isinstance(error, (OSError, ValueError, SyntaxError))
+    return " ".join(str(error).split()) if known else f"its decoder failed ({type(error).__name__}: {error})"
+
+
+def _kind_of(path: str) -> str:
+    """What a file that is no image looks like."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in text:
+        return "a vector graphic (SVG)"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, whose file was not downloaded,"
+    return "a text" if head and b"\0" not in head and not any(byte > 126 for byte in head) else "a file of unknown kind"
+
+
+class ImageFolder:
+    """The folder that a data file's images lie in, and nothing outside it.
+
+    A data file is often somebody else's, and so are the archives that fill the folder: neither chooses which files of
+    this machine are read.
+
+    Args:
+        root: the folder; names start from the current one if it is None or empty.
+        allow_outside: read what lies elsewhere, too: absolute names, ``..`` and symbolic links that lead out.
+    """
+
+    def __init__(self, root: str | None, allow_outside: bool = False) -> None:
+        self.root = root or ""
+        self.allow_outside = allow_outside
+        self._real_root = os.path.realpath(self.root or os.curdir)
+        self._real = functools.lru_cache(maxsize=65536)(os.path.realpath)
+
+    def path(self, name: str) -> str:
+        """Where the image of that name lies.
+
+        Raises:
+            BadImageError: outside the folder.
+        """
+        path = os.path.join(self.root, name)
+        if not self.allow_outside:
+            problem = self._outside(os.path.dirname(path)) or (self._outside(path) if os.path.islink(path) else None)
+            if problem is not None:
+                raise BadImageError(problem)
+        return path
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self.root, "allow_outside": self.allow_outside}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)
+
+    def _outside(self, path: str) -> str | None:
+        try:
+            real = self._real(path or os.curdir)
+        except (OSError, ValueError) as error:  # a name that no file can have, or links in a circle
+            return f"it is no name of a file ({error})"
+        if real == self._real_root or real.startswith(os.path.join(self._real_root, "")):
+            return None
+        return f"it lies outside the image folder {self.root or os.curdir}, at {real}" + _LINKS
+
+
+def missing_and_outside(folder: ImageFolder, names: dict[str, set[str]], few: int) -> Iterator[tuple[str, str | None]]:
+    """The files that are not there, or not in the folder.
+
+    A folder of which many files are wanted is listed once, which asks a network file system one question where a
+    look-up of each would ask thousands.
+
+    Args:
+        folder: what the names start from.
+        names: file names by folder.
+        few: wanted of a folder: fewer are looked up one by one.
+
+    Yields:
+        path, and why the file may not be read, None if it does not exist.
+    """
+    for parent, files in names.items():
+        path = os.path.join(folder.root, parent)
+        try:
+            folder.path(os.path.join(parent, "x"))
+        except BadImageError as error:
+            yield from ((os.path.join(path, file), str(error)) for file in files)
+            continue
+        if len(files) <= few:
+            entries = {file: os.path.islink(os.path.join(path, file)) for file in files if _is_file(path, file)}
+        elif os.path.isdir(path):
+            with os.scandir(path) as listing:
+                entries = {entry.name: entry.is_symlink() for entry in listing if entry.name in files}
+        else:
+            entries = {}
+        for file in files:
+            if file not in entries:
+                yield os.path.join(path, file), None
+            elif entries[file]:
+                try:
+                    folder.path(os.path.join(parent, file))
+                except BadImageError as error:
+                    yield os.path.join(path, file), str(error)
+
+
+def _is_file(path: str, file: str) -> bool:
+    try:
+        return os.path.isfile(os.path.join(path, file))
+    except ValueError:  # a name that no file can have
+        return False
