@@ -107,6 +107,56 @@ def test_command(folder, capsys):
     assert "nowhere.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "model, tokens, fate",
+    [
+        (["--vision_tower", "clip-tiny", "--num_queries", "7", "--connector_type", "resampler"], 7, "loses its ends"),
+        (["--vision_tower", "siglip-tiny"], 15, "is squeezed"),
+        (["--vision-tower", "siglip-tiny", "--mm-vision-select-feature", "cls_patch"], 16, "is squeezed"),
+        (["--vision_tower", "clip-tiny", "--image_aspect_ratio", "pad"], 16, "is filled up"),
+        (["--model_path", "ckpt_clip_patch"], 16, "is filled up"),
+        (["--model_path", "ckpt_siglip_patch"], 15, "is squeezed"),
+    ],
+)
+def test_visual_tokens_of_the_model_named(folder, capsys, model, tokens, fate):
+    model = [str(FIXTURES / "upstream" / word) if "tiny" in word or "ckpt" in word else word for word in model]
+    assert main([str(folder / "data.json"), "--image_folder", str(folder), *model]) == 0
+    out = capsys.readouterr().out
+    assert f" {tokens}  visual tokens of an image" in out and f"a wide picture {fate}" in out
+    assert ("samples encoded" in out) == ("--model_path" in model)
+
+
+def test_what_v1_accepts_and_means_nothing_good_is_counted(folder):
+    image = "a/red.png"
+    records = [
+        {"id": 1, "conversations": [{"from": "system", "value": "Be kind."}, *talk("a", "b")]},
+        {"id": 1, "image": image, "conversations": talk("<image>\na", "<image> b")},
+        {"id": 2, "image": image, "conversations": talk("<image>\na", " ", "b", "")},
+        {"id": {"of": 3}, "images": [image], "conversations": talk("a", "b")},
+    ]
+    path = write(folder, records)
+    report = check_data(path, str(folder))
+    assert report.ok
+    assert {kind: (cases.count, cases.examples) for kind, cases in report.warnings.items()} == {
+        "sample(s) whose first turn, not the human's, is left out (as in v1)": (
+            1,
+            ["sample 0 (id '1'), from 'system'"],
+        ),
+        "sample(s) with <image> in an answer; it is read as text": (1, ["sample 1 (id '1')"]),
+        "sample(s) whose id an earlier one has as well": (1, ["sample 1 (id '1')"]),
+        "sample(s) whose answers are all empty, which teach to say nothing": (1, ["sample 2 (id '2')"]),
+        "sample(s) whose id is neither a text nor a whole number": (1, [f"sample 3 (id {str({'of': 3})!a})"]),
+        "sample(s) with 'images', which is not read: the key of images is 'image'": (
+            1,
+            [f"sample 3 (id {str({'of': 3})!a})"],
+        ),
+    }
+    several = [kind for kind in check_data(path, str(folder), template="pretrain").warnings if "rounds" in kind]
+    assert len(several) == 1
+    report = check_data(write(folder, records[2:3]), str(folder))
+    assert "which are all of them" in str(report) and not report.ok
+
+
 def test_command_as_a_command(folder):
     (folder / "b.jpg").unlink()
     command = [sys.executable, "-m", "tinyllava_switchkd.data.check", str(folder / "data.json")]

@@ -132,6 +132,8 @@ def _model_of(args: argparse.Namespace) -> _Model | None:
         connector_type=args.connector_type,
         vision_feature_select_strategy=args.mm_vision_select_feature,
         num_queries=args.num_queries,
+        resampler_hidden_size=768,
+        num_resampler_layers=1,
         text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it makes no visual tokens
     )
     resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})

@@ -147,7 +147,7 @@ class DataChecker:
             )
         if not any(answer.strip() for answer in answers):
             self._without_answer += 1
-            self.report.warning("sample(s) whose answers are all empty, from which nothing is learned", where)
+            self.report.warning("sample(s) whose answers are all empty, which teach to say nothing", where)
         if len(questions) > 1 and not self._keeps_questions:
             self.report.warning(
                 "sample(s) of several rounds, whose questions are thrown away and whose answers are joined (template "
