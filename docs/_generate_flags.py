@@ -1,4 +1,4 @@
-"""Write docs/flags.md from the commands' own parsers and argument classes::
+"""Write docs/flags.md and tinyllava_switchkd/train/flags.json from the commands' own parsers and argument classes::
 
 python docs/_generate_flags.py            # write the page
 python docs/_generate_flags.py --check    # exit status 1 if the page is not what would be written
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 from unittest import mock
 
 PAGE = Path(__file__).with_name("flags.md")
+TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "flags.json"
+"""What ``--help`` and the first look at a training's command line read."""
 
 COMMANDS = (
     "quickstart.run",
@@ -143,26 +147,45 @@ def fields_of(cls: type) -> Iterator[tuple[str, str, str]]:
             yield f"`--{field.name}`", shown(field.default), plain(field.metadata["help"])
 
 
+def training_groups() -> dict[str, type]:
+    """The argument classes of training by the headline that they stand under."""
+    from tinyllava_switchkd.train import arguments
+
+    return {
+        "The model": arguments.ModelArguments,
+        "The data": arguments.DataArguments,
+        "The distillation": arguments.TeacherArguments,
+        "The methods and their losses": arguments.distill_arguments(),
+        "The training": arguments.TrainingArguments,
+    }
+
+
+def flags_table() -> str:
+    """Training's own flags as JSON: group -> [name, type, default, help]."""
+    groups = {}
+    for title, cls in training_groups().items():
+        own = [field for field in dataclasses.fields(cls) if field.name in cls.__annotations__]
+        rows = [[field.name, type_of(field.type), shown(field.default)[1:-1], field.metadata["help"]] for field in own]
+        lines = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in rows)
+        groups[title] = f"  {json.dumps(title)}: [\n{lines}\n  ]"
+    return "{\n" + ",\n".join(groups.values()) + "\n}\n"
+
+
+def type_of(annotation: Any) -> str:
+    """int, float, bool or str where a flag is that or nothing; else an empty text."""
+    names = set(re.findall(r"\w+", str(getattr(annotation, "__name__", annotation)))) - {"None", "typing", "Optional"}
+    if getattr(annotation, "__args__", None):
+        names = {getattr(one, "__name__", "other") for one in annotation.__args__} - {"NoneType"}
+    return names.pop() if len(names) == 1 and names <= {"int", "float", "bool", "str"} else ""
+
+
 def page() -> str:
     """The whole page."""
     from tinyllava_switchkd.train import argv
-    from tinyllava_switchkd.train.arguments import (
-        DataArguments,
-        ModelArguments,
-        TeacherArguments,
-        TrainingArguments,
-        distill_arguments,
-    )
 
     head = ("flag", "default", "meaning")
     parts = [INTRODUCTION]
-    for title, cls in (
-        ("The model", ModelArguments),
-        ("The data", DataArguments),
-        ("The distillation", TeacherArguments),
-        ("The methods and their losses", distill_arguments()),
-        ("The training", TrainingArguments),
-    ):
+    for title, cls in training_groups().items():
         parts += [f"### {title}\n", table(head, fields_of(cls))]
     old = {name: f"now `--{new}`" for name, new in argv.RENAMED.items()}
     old |= {name: note.removeprefix("it is ") for name, (_, note) in argv.TRANSLATED.items()}
@@ -183,14 +206,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/flags.md.")
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     arguments = parser.parse_args()
-    text = page()
-    if not arguments.check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print("docs/flags.md is out of date; run python docs/_generate_flags.py", file=sys.stderr)
-    return 1
+    for path, text in ((PAGE, page()), (TABLE, flags_table())):
+        if not arguments.check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            print(f"{path.name} is out of date; run python docs/_generate_flags.py", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

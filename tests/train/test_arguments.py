@@ -53,7 +53,7 @@ def test_the_argument_line_of_a_v1_script_is_accepted(caplog, monkeypatch):
     assert model.mm_vision_select_layer == -2
     assert training.warmup_steps == 0.03 and training.get_warmup_steps(1000) == 30
     assert training.eval_strategy == "no" and training.gradient_checkpointing
-    assert {"mm_vision_select_layer", "warmup_steps"} <= given and "lora_r" not in given
+    assert {"mm_vision_select_layer", "warmup_steps"} <= given.keys() and "lora_r" not in given
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
     for old in ("evaluation_strategy", "warmup_ratio", "lazy_preprocess", "tokenizer_use_fast", "logging_dir"):
         assert sum(f"--{old} " in record.getMessage() for record in caplog.records) == 1, old

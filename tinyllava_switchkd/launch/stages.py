@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyllava_switchkd.train.argv import check_command_line
+
 from .batch import Batch, batch_of
 from .devices import Devices
 from .launcher import find_launcher, launch_environment, launch_words
@@ -325,10 +327,23 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
         flags.setdefault("use_cpu", "True")
     flags.setdefault("dataloader_num_workers", "0" if devices.kind == "cpu" else "8")
     flags.setdefault("gradient_checkpointing", "False" if devices.kind == "cpu" else "True")
-    for name, value in flags.items():
-        words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    _check_values(flags)
+    argv = [
+        word for name, value in flags.items() for word in (f"--{name}", *([value] if isinstance(value, str) else value))
+    ]
+    check_command_line(argv)
+    words += argv
     environment = launch_environment(devices, launcher)
     return Training(title, words, environment, batch, usual, str(settings["output_dir"]))
+
+
+def _check_values(flags: Settings) -> None:
+    """What the environment's variables must look like, flags of the same meaning must, too."""
+    for variable in TRAINING.values():
+        value = flags.get(variable.setting, "")
+        wrong = variable.check(value) if isinstance(value, str) and value else None
+        if wrong is not None:
+            raise ValueError(f"--{variable.setting} is {value!r}; it must be {wrong}.")
 
 
 def _batch(settings: Settings, given: Settings, processes: int) -> tuple[Batch, int]:

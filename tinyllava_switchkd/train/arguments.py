@@ -7,6 +7,7 @@ Every group checks itself when it is constructed; what concerns several groups i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import NamedTuple, Optional
 
@@ -295,5 +296,5 @@ class Arguments(NamedTuple):
     data: DataArguments
     training: TrainingArguments
     distill: TeacherArguments
-    given: frozenset[str]
-    """Names that the command line set (the rest are defaults)."""
+    given: Mapping[str, Sequence[str]]
+    """What the command line set: names and the words behind them (the rest are defaults)."""

@@ -7,16 +7,18 @@ there is something to translate to, and otherwise accepted and ignored; each say
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from transformers import HfArgumentParser
+from tinyllava_switchkd.runtime import is_main_process
 
-from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, distill_arguments
+from .flags import REQUIRED, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
+
+if TYPE_CHECKING:
+    from .arguments import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +52,8 @@ IGNORED = {
     "save_safetensors": "checkpoints are always safetensors",
     "fp16_backend": "mixed precision is torch's",
     "half_precision_backend": "mixed precision is torch's",
-    "fp16_opt_level": "mixed precision is torch's",
     "include_tokens_per_second": "tokens per second are always logged",
-    "include_inputs_for_metrics": "there is no evaluation inside training",
-    "dispatch_batches": "set it in --accelerator_config",
-    "split_batches": "set it in --accelerator_config",
-    "jit_mode_eval": "there is no evaluation inside training",
-    "use_legacy_prediction_loop": "there is no evaluation inside training",
-    "past_index": "it was for models with a memory",
-    "use_ipex": "transformers no longer integrates it",
     "use_mps_device": "the device is found by itself",
-    "xpu_backend": "the backend is found by itself",
-    "mp_parameters": "transformers no longer integrates it",
-    "ray_scope": "there is no hyper-parameter search",
-    "sharded_ddp": "shard with --deepspeed",
-    "tpu_num_cores": "transformers no longer launches on TPU cores",
-    "tpu_metrics_debug": "transformers no longer launches on TPU cores",
-    "torchdynamo": "use --torch_compile",
 }
 """Old name -> why nothing has to be done for it."""
 
@@ -108,22 +95,8 @@ TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = 
 
 
 def _warn(message: str, *values: object) -> None:
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) <= 0:
+    if is_main_process():
         logger.warning(message, *values)
-
-
-def _pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Split ``["--a", "1", "2", "--b=3"]`` into ``[("a", ["1", "2"]), ("b", ["3"])]``."""
-    pairs: list[tuple[str, list[str]]] = []
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            pairs.append((name, [value] if equals else []))
-        elif pairs:
-            pairs[-1][1].append(token)
-        else:
-            raise ValueError(f"The command line begins with {token!r}; every value follows its --argument.")
-    return pairs
 
 
 def translate_argv(argv: Sequence[str]) -> list[str]:
@@ -134,12 +107,12 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a value that its successor cannot take.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    pairs = _pairs(argv)
-    rest = {name: " ".join(values) for name, values in pairs}
+    known = transformers_flags().keys() | own_flags().keys()
+    split = pairs(argv)
+    rest = {name: " ".join(values) for name, values in split}
     translated: list[str] = []
     warned: set[str] = set()
-    for name, values in pairs:
+    for name, values in split:
         value = " ".join(values) or "True"
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
             preferred = BOTH_NAMES.get(name, name)
@@ -159,19 +132,31 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     return translated
 
 
-class _Parser(HfArgumentParser):
-    """A parser whose errors are exceptions in one sentence rather than a usage of two hundred arguments."""
+def answer_at_once(argv: Sequence[str]) -> None:
+    """End the process where the command line is ``--help``, or certainly wrong, before anything heavy is imported."""
+    if {"-h", "--help"} & set(argv):
+        if is_main_process():
+            print(help_text())
+        sys.exit(0)
+    try:
+        check_command_line(argv)
+    except ValueError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
-    def error(self, message: str) -> None:
-        raise ValueError(f"The command line cannot be read: {message}.")
 
-    def refuse_unknown(self, argv: Sequence[str]) -> None:
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        for name, _ in _pairs(argv):
-            if f"--{name}" not in options:
-                close = difflib.get_close_matches(f"--{name}", options, n=1)
-                hint = f"did you mean {close[0]}?" if close else "see --help for all arguments."
-                raise ValueError(f"There is no argument --{name}; {hint}")
+def check_command_line(argv: Sequence[str]) -> None:
+    """Refuse a command line that is certainly wrong, without importing anything heavy.
+
+    Raises:
+        ValueError: what is wrong, in one sentence.
+    """
+    logging.disable()  # what it warns of is said when the arguments are read
+    try:
+        check_flags(translate_argv(argv))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -180,22 +165,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         ValueError: an unknown argument, a value of the wrong type, values that contradict each other.
     """
+    from transformers import HfArgumentParser
+
+    from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, distill_arguments
+
     argv = translate_argv(sys.argv[1:] if argv is None else argv)
     # the training arguments come last: constructing them already opens the process group
-    parser = _Parser((ModelArguments, DataArguments, distill_arguments(), TrainingArguments), allow_abbrev=False)
-    parser.refuse_unknown([token for token in argv if token != "-h"])
+    groups = (ModelArguments, DataArguments, distill_arguments(), TrainingArguments)
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+    parser.error = _error  # one sentence rather than a usage of two hundred arguments
+    options = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    given = {name.replace("-", "_"): values for name, values in pairs([token for token in argv if token != "-h"])}
+    for name, _ in pairs([token for token in argv if token != "-h"]):
+        if name not in options:
+            refuse_unknown(name, options)
     model, data, distill, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    given = frozenset(name.replace("-", "_") for name, _ in _pairs(argv))
     arguments = Arguments(model, data, training, distill, given)
     _check_together(arguments)
     return arguments
 
 
+def _error(message: str) -> NoReturn:
+    raise ValueError(f"The command line cannot be read: {message}.")
+
+
 def _check_together(arguments: Arguments) -> None:
     model, data, training, _, given = arguments
-    if not data.data_path:
-        raise ValueError("--data_path is missing: the training samples, a JSON file in LLaVA's format.")
-    if "output_dir" not in given:
-        raise ValueError("--output_dir is missing: the folder that the trained model goes to.")
+    for name, value in (("data_path", data.data_path), ("output_dir", "output_dir" in given)):
+        if not value:
+            raise ValueError(f"--{name} is missing: {REQUIRED[name]}.")
     if not model.vision_tower and training.pretrained_model_path is None:
         raise ValueError("--vision_tower is missing (or --pretrained_model_path, a checkpoint that has one).")

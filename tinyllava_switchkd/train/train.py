@@ -6,9 +6,15 @@ has the arguments of each. What can be checked is checked before weights are rea
 
 from __future__ import annotations
 
+import sys
+
+from tinyllava_switchkd.train.argv import answer_at_once, parse_arguments
+
+if __name__ == "__main__":
+    answer_at_once(sys.argv[1:])
+
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,10 +31,10 @@ from tinyllava_switchkd.runtime import is_main_process
 
 from . import checks, resume
 from .arguments import Arguments
-from .argv import parse_arguments
 from .attention import attention_of
 from .estimate import estimate_run
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
+from .record import write_recipe
 from .skeleton import (
     Skeleton,
     apply_run_settings,
@@ -175,6 +181,7 @@ def check(arguments: Arguments) -> Plan | None:
     data_module = _data_module(arguments, skeleton)
     if is_main_process():
         checks.prepare_output(training.output_dir)
+        write_recipe(arguments)
     return Plan(recipe, skeleton, data_module, checkpoint)
 
 

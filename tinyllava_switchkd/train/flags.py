@@ -1,0 +1,165 @@
+"""The flags of the training entry, known without importing torch or transformers, whose import takes seconds.
+
+Our own flags are read from ``flags.json``, which docs/_generate_flags.py writes from the argument classes. Those of
+transformers are read from the source of the installed version. What only the full parser can know, such as the settings
+of a plugin, is left to it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
+
+OWN = Path(__file__).with_name("flags.json")
+
+_BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        name: without the dashes.
+        type: int, float, bool, str, or "" where the full parser has to say.
+        group: the headline that it stands under in the help; "" for those of transformers.
+        default: as text.
+        help: one sentence.
+    """
+
+    name: str
+    type: str
+    group: str = ""
+    default: str = ""
+    help: str = ""
+
+
+@functools.cache
+def own_flags() -> dict[str, Flag]:
+    """This package's flags by name, in the order of the help."""
+    rows = read_json(OWN)
+    flags = {name: Flag(name, type_, group, *rest) for group, own in rows.items() for name, type_, *rest in own}
+    source = Path(__file__).with_name("arguments.py").read_text(encoding="utf-8")
+    for name, annotation in fields_of_source(source):  # one that has been added since the file was written
+        flags.setdefault(name, Flag(name, _plain_type(annotation), "Others"))
+    return flags
+
+
+@functools.cache
+def transformers_flags() -> dict[str, Flag]:
+    """The flags of transformers' training arguments by name, as the installed version declares them."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return {}
+    source = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    return {name: Flag(name, _plain_type(annotation)) for name, annotation in fields_of_source(source)}
+
+
+def fields_of_source(source: str) -> Iterator[tuple[str, str]]:
+    """Name and annotation of the fields of a module's dataclasses."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    annotation = ast.unparse(field.annotation)
+                    if "ClassVar" not in annotation:
+                        yield field.target.id, annotation
+
+
+def _plain_type(annotation: str) -> str:
+    """int, float, bool or str if the annotation is that or None; "" otherwise."""
+    names = set(re.findall(r"\w+", annotation)) - {"None", "Optional", "Union"}
+    return names.pop() if len(names) == 1 and names <= {"int", "float", "bool", "str"} else ""
+
+
+def pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Split ``["--a", "1", "2", "--b=3"]`` into ``[("a", ["1", "2"]), ("b", ["3"])]``.
+
+    Raises:
+        ValueError: it begins with a value.
+    """
+    split: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            split.append((name, [value] if equals else []))
+        elif split:
+            split[-1][1].append(token)
+        else:
+            raise ValueError(f"The command line begins with {token!r}; every value follows its --argument.")
+    return split
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Refuse what is certainly wrong: a flag that there is not, a number that is none, a flag that is missing.
+
+    Raises:
+        ValueError: the first thing found, in one sentence.
+    """
+    known = transformers_flags() | own_flags()
+    plugins = bool(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))  # whose settings are flags, too
+    given = pairs(argv)
+    for name, values in given:
+        flag = known.get(name.replace("-", "_"))
+        if flag is None and not plugins:
+            refuse_unknown(name, known)
+        if flag is not None and len(values) == 1:
+            _check_type(flag, values[0])
+    names = {name.replace("-", "_") for name, _ in given}
+    for name, what in REQUIRED.items():
+        if name not in names:
+            raise ValueError(f"--{name} is missing: {what}.")
+
+
+REQUIRED = {
+    "data_path": "the training samples, a JSON file in LLaVA's format",
+    "output_dir": "the folder that the trained model goes to",
+}
+"""Flags without which nothing can be trained."""
+
+
+def refuse_unknown(name: str, known: Sequence[str] | dict[str, Flag]) -> None:
+    """Say that there is no such flag, and which one may be meant.
+
+    Raises:
+        ValueError: always.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean --{close[0]}?" if close else "see --help for all arguments."
+    raise ValueError(f"There is no argument --{name}; {hint}")
+
+
+def _check_type(flag: Flag, value: str) -> None:
+    try:
+        {"int": int, "float": float}.get(flag.type, str)(value)
+        good = flag.type != "bool" or value.lower() in _BOOLEANS
+    except ValueError:
+        good = False
+    if not good:
+        kind = {"int": "a whole number", "float": "a number", "bool": "True or False"}[flag.type]
+        raise ValueError(f"The command line cannot be read: --{flag.name} is {value!r}; it must be {kind}.")
+
+
+def help_text() -> str:
+    """Every flag, by group."""
+    lines = ["usage: python -m tinyllava_switchkd.train.train --flag value ...", ""]
+    group = ""
+    for flag in own_flags().values():
+        if flag.group != group:
+            group = flag.group
+            lines += ["", f"{group}:"]
+        default = f" (default: {flag.default})" if flag.default else ""
+        lines.append(f"  --{flag.name}  {flag.help}{default}")
+    theirs = " ".join(f"--{name}" for name in transformers_flags() if name not in own_flags())
+    lines += ["", "transformers.TrainingArguments, see its documentation:", f"  {theirs}"]
+    return "\n".join(lines)
