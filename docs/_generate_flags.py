@@ -165,7 +165,10 @@ def flags_table() -> str:
     groups = {}
     for title, cls in training_groups().items():
         own = [field for field in dataclasses.fields(cls) if field.name in cls.__annotations__]
-        rows = [[field.name, type_of(field.type), shown(field.default)[1:-1], field.metadata["help"]] for field in own]
+        rows = [
+            [field.name, type_of(cls.__annotations__[field.name]), shown(field.default)[1:-1], field.metadata["help"]]
+            for field in own
+        ]
         lines = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in rows)
         groups[title] = f"  {json.dumps(title)}: [\n{lines}\n  ]"
     return "{\n" + ",\n".join(groups.values()) + "\n}\n"
