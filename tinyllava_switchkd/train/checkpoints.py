@@ -1,0 +1,318 @@
+"""Checkpoints that can be trusted: written aside, sealed by a manifest, then given their name.
+
+A checkpoint is written into `WRITING`; its files are brought to the disk; `MANIFEST` lists every one with its size and
+checksum, the step and the number of processes; the checksum of the manifest goes into `RECORD`, in the run's folder
+beside the checkpoints; and only then is the folder renamed to ``checkpoint-N``. Complete means that all of this
+agrees. Whoever can write into a checkpoint's folder, but not into the run's, can neither change what is resumed from
+nor have anything executed: nothing in a checkpoint is read by a reader that executes (see `weights_only`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tinyllava_switchkd.io import digest, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+"""In a checkpoint: step, processes, and size and SHA-256 of every other file."""
+
+RECORD = "checkpoints.json"
+"""In the run's folder: SHA-256 of the manifest of each checkpoint that the run has written."""
+
+WRITING = ".writing"
+"""Folder in the run's in which a checkpoint is while it is being written."""
+
+ASIDE = "aside-"
+"""In front of the name of a checkpoint that a run was told not to go on from."""
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_FULL = re.compile(
+    r"no space left|disk quota|file too large|os error (28|27|122)|inline_container|PytorchStreamWriter|"
+    r"write failed|failed to write",
+    re.IGNORECASE,
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written; one sentence with the folder and what is needed."""
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints' folders in a run's, whole or not, latest step first."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    return sorted((p for p in output_dir.iterdir() if _CHECKPOINT.match(p.name) and p.is_dir()), key=step_of)[::-1]
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_CHECKPOINT.match(folder.name)[1])
+
+
+# Writing
+
+
+def seal(folder: Path, step: int, world_size: int) -> str:
+    """Bring all files of a folder to the disk and write its manifest; returns the manifest's SHA-256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_to_disk, files))
+    listed = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": value}
+        for path, value in zip(files, digests, strict=True)
+    }
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync_folder(inner)
+    write_json(folder / MANIFEST, {"format": 1, "step": step, "world_size": world_size, "files": listed})
+    _sync_folder(folder)
+    return digest(folder / MANIFEST)
+
+
+def publish(folder: Path, final: Path, manifest_digest: str) -> None:
+    """Enter a sealed folder into the run's record and give it its name; one that had the name goes.
+
+    The record comes first, so that every checkpoint with a name is in it, whenever the process ends.
+    """
+    record = read_record(final.parent)
+    write_json(final.parent / RECORD, {**record, final.name: manifest_digest})
+    if final.exists():
+        old = final.with_name(f".old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    folder.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(final.with_name(f".old-{final.name}"), ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, newest: int, limit: int | None) -> None:
+    """Keep the latest `limit` checkpoints up to step `newest`, by their steps; the newest one always stays.
+
+    Damaged ones do not count and go. Those of later steps are left alone: none of this run has been there.
+    """
+    if not limit or limit < 1:
+        return
+    earlier = [folder for folder in checkpoints(output_dir) if step_of(folder) <= newest]
+    whole = [folder for folder in earlier if step_of(folder) == newest or _sizes_agree(folder)]
+    for folder in (folder for folder in earlier if folder not in whole[:limit]):
+        doomed = folder.with_name(f".old-{folder.name}")
+        with contextlib.suppress(OSError):
+            folder.rename(doomed)  # never seen half removed
+            shutil.rmtree(doomed, ignore_errors=True)
+    forget(output_dir)
+
+
+def forget(output_dir: str | Path) -> None:
+    """Take checkpoints that are gone out of the record."""
+    record = read_record(output_dir)
+    kept = {name: value for name, value in record.items() if (Path(output_dir) / name).is_dir()}
+    if kept != record:
+        write_json(Path(output_dir) / RECORD, kept)
+
+
+def clean(output_dir: str | Path) -> None:
+    """Remove what an interrupted save has left, and give a folder back the name that it had just lost."""
+    output_dir = Path(output_dir)
+    shutil.rmtree(output_dir / WRITING, ignore_errors=True)
+    for old in output_dir.glob(".old-checkpoint-*"):
+        final = output_dir / old.name.removeprefix(".old-")
+        if final.exists() or damage(old, name=final.name):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+
+
+def set_aside_later(output_dir: str | Path, step: int) -> None:
+    """Rename checkpoints beyond the one that the user has chosen to go on from: they are of another future."""
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"{ASIDE}{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s is beyond the checkpoint that was asked for; it is now %s.", folder, aside.name)
+
+
+def check_space(folder: str | Path, needed: int, step: int) -> None:
+    """Refuse to begin a checkpoint that will not fit.
+
+    Raises:
+        CheckpointError: with the folder, what is needed and what there is.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"The checkpoint at step {step} needs about {_size(needed)} in {folder} and {_size(free)} are free; make "
+            f"room and run the same command again, which goes on from {latest_name(folder)}."
+        )
+
+
+@contextlib.contextmanager
+def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
+    """Turn a full disk, in whichever library it is noticed, into one sentence.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if not _FULL.search(f"{error} {error.__cause__ or ''} {error.__context__ or ''}"):
+            raise
+        free = shutil.disk_usage(folder).free
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"The checkpoint at step {step} could not be written into {folder} ({reason[:200]}): it needs about "
+            f"{_size(needed)} and {_size(free)} are free; make room and run the same command again, which goes on "
+            f"from {latest_name(folder)}."
+        ) from error
+
+
+def latest_name(output_dir: str | Path) -> str:
+    """Name of the latest checkpoint whose sizes agree, or "the beginning"."""
+    return next((folder.name for folder in checkpoints(output_dir) if _sizes_agree(folder)), "the beginning")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# Reading
+
+
+def damage(folder: str | Path, name: str | None = None) -> str | None:
+    """What of a checkpoint does not agree with its manifest and the run's record, in words; None if all agrees.
+
+    Args:
+        folder: the checkpoint.
+        name: the one that it had when it was written, if it has another.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} is missing or cut off"
+    recorded = read_record(folder.parent).get(name or folder.name)
+    if recorded is None:
+        logger.warning("The run's record %s does not know %s.", folder.parent / RECORD, folder)
+    elif recorded != digest(folder / MANIFEST):
+        return f"{MANIFEST} is not the one that this run wrote"
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+    listed = manifest["files"]
+    for file in sorted(present - listed.keys()):
+        return f"{file} was not written by this run"
+    for file, entry in listed.items():
+        path = folder / file
+        if file not in present or path.is_symlink():
+            return f"{file} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{file} is cut off: {path.stat().st_size} bytes of {entry['size']}"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for file, value in zip(listed, pool.map(lambda file: digest(folder / file), listed), strict=True):
+            if value != listed[file]["sha256"]:
+                return f"{file} is damaged: its content is not what was written"
+    return None
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, if it is one."""
+    try:
+        manifest = read_json(Path(folder) / MANIFEST)
+        good = all(
+            isinstance(e["size"], int) and isinstance(e["sha256"], str) and ".." not in Path(name).parts
+            for name, e in manifest["files"].items()
+        )
+        return manifest if good and isinstance(manifest["world_size"], int) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_record(output_dir: str | Path) -> dict[str, str]:
+    """The run's record; empty if there is none."""
+    try:
+        return read_json(Path(output_dir) / RECORD)
+    except (OSError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Inside, `torch.load` reads tensors and plain values alone, also where a library asks for everything.
+
+    DeepSpeed's optimiser states hold three small classes of its own beside tensors; those may be made, nothing else.
+    """
+    import torch
+
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def _deepspeed_classes() -> list[type]:
+    import sys
+
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _sizes_agree(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    try:
+        return all((folder / file).stat().st_size == entry["size"] for file, entry in manifest["files"].items())
+    except OSError:
+        return False
+
+
+def _to_disk(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb+") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+        os.fsync(file.fileno())
+    return total.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+

@@ -1,0 +1,225 @@
+"""What must be finite stays finite: the first NaN or infinity of a loss, a term or a gradient norm is an event.
+
+A loss or term that is not finite is multiplied into the loss, so that it reaches every gradient and, by the reduction
+of the gradients, every rank: one number, the gradient's norm, then says on each rank alike whether the step is good.
+That number is read once an optimiser step. On a GPU it is read a step late, when it has long been computed, so that
+the host never waits for the step that is under way; before anything is logged or written all of it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+EVENTS = "non_finite.jsonl"
+"""File in the output folder: one JSON object an event, with the step, the terms and the samples of every rank."""
+
+NON_FINITE = 3
+"""Exit code of a run that was stopped because something was not finite."""
+
+SCALER_PATIENCE = 100
+"""Steps in a row that a float16 loss scaler may leave out while it looks for its scale."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a term, a gradient or a weight is not finite."""
+
+
+@dataclass
+class _Step:
+    """What a step leaves behind to be looked at: tensors on the device, and the names of its samples."""
+
+    number: int
+    names: list[list[str]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    ids: list[Sequence[str]] = field(default_factory=list)
+    norm: Tensor | float | None = None
+    asked: Tensor | float = 0.0
+    left_out: bool = False
+
+
+class Guard:
+    """Watches the steps of one run on this rank; every rank calls the same methods at the same steps.
+
+    Args:
+        output_dir: where `EVENTS` is written.
+        skip: leave a bad step out rather than stop.
+        most: bad steps in a row after which the run stops all the same.
+        scaler: whether a float16 loss scaler leaves out steps whose gradients overflow, which is no fault.
+    """
+
+    def __init__(self, output_dir: str | Path, *, skip: bool = False, most: int = 10, scaler: bool = False) -> None:
+        self.output_dir = Path(output_dir)
+        self.skip, self.most, self.scaler = skip, most, scaler
+        self.skipped = 0
+        self.asked_to_stop = False
+        self._in_a_row = 0
+        self._scaled_in_a_row = 0
+        self._open = _Step(0)
+        self._closed: list[_Step] = []
+
+    def begin(self, step: int, ids: Sequence[Sequence[str]], asked: Tensor | float) -> None:
+        """A step begins.
+
+        Args:
+            step: the number that it will have when it is done.
+            ids: names of the samples of each micro-batch.
+            asked: not 0 if some rank was asked to stop; the same on all ranks.
+        """
+        self._open = _Step(step, ids=list(ids), asked=asked)
+
+    def watch(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Remember the losses of a micro-batch, and spoil the loss by any of them that is not finite.
+
+        Returns:
+            the losses; with `skip` those that are not finite are 0 in it, so that means over steps stay finite.
+        """
+        names = [
+            name
+            for name, value in losses.items()
+            if torch.is_tensor(value) and value.is_floating_point() and value.numel() == 1
+        ]
+        values = torch.stack([losses[name].detach().reshape(()).float() for name in names])
+        self._open.names.append(names)
+        self._open.values.append(values)
+        good = values.isfinite().all()
+        loss = losses["loss"] * torch.where(good, 1.0, math.nan).to(losses["loss"].dtype)
+        if not self.skip:
+            return {**losses, "loss": loss}
+        finite = {name: torch.where(good, losses[name], torch.zeros_like(losses[name])) for name in names}
+        return {**losses, **finite, "loss": loss}
+
+    def end(self, norm: Tensor | float | None, left_out: bool = False) -> None:
+        """The gradients of the step are complete.
+
+        Args:
+            norm: their norm, the same on all ranks.
+            left_out: the optimiser has left the step out itself (DeepSpeed, on overflow).
+        """
+        self._open.norm, self._open.left_out = norm, left_out
+        self._closed.append(self._open)
+
+    def judge(self, all_but_last: bool = False) -> bool:
+        """Look at the steps that have ended since; whether all are good.
+
+        Args:
+            all_but_last: leave the last one for the next time, on a device that is still computing it.
+
+        Raises:
+            NonFiniteError: a step is bad and the run is to stop.
+        """
+        count = len(self._closed) - int(all_but_last)
+        steps, self._closed = self._closed[:count], self._closed[count:]
+        return all([self._judge(step) for step in steps])
+
+    def _judge(self, step: _Step) -> bool:
+        norm, asked = _read(step.norm, step.asked)
+        self.asked_to_stop |= asked > 0
+        if math.isfinite(norm) and norm >= 0 and not step.left_out:  # DeepSpeed has -1 for a norm that is none
+            self._in_a_row = self._scaled_in_a_row = 0
+            return True
+        found = _gather(self._samples(step))
+        terms = sorted({name for rank in found for name in rank["terms"]})
+        if self.scaler and not terms and self._scaled_in_a_row < SCALER_PATIENCE:
+            self._scaled_in_a_row += 1
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        stops = not self.skip or self._in_a_row >= self.most
+        what = ", ".join(terms) or "the gradient's norm"
+        self._write({"step": step.number, "action": "stop" if stops else "skip", "what": what, "samples": found})
+        if stops:
+            again = f" for the {self._in_a_row}th step in a row" if self.skip and self._in_a_row > 1 else ""
+            raise NonFiniteError(
+                f"Not finite at step {step.number}{again}: {what}. The run stops, and nothing was written after "
+                f"that step; its samples are named in {self.output_dir / EVENTS}."
+            )
+        if _is_main():
+            logger.warning(
+                "Not finite at step %d: %s. The step is left out (%d so far); its samples are named in %s.",
+                *(step.number, what, self.skipped, self.output_dir / EVENTS),
+            )
+        return False
+
+    def _samples(self, step: _Step) -> dict[str, Any]:
+        """This rank's micro-batches with something that is not finite; all of them if only the norm is not."""
+        bad = []
+        for index, (names, values) in enumerate(zip(step.names, step.values, strict=True)):
+            terms = {n: v for n, v in zip(names, values.tolist(), strict=True) if not math.isfinite(v)}
+            bad.append((index, terms))
+        chosen = [index for index, terms in bad if terms] or [index for index, _ in bad]
+        return {
+            "rank": dist.get_rank() if _distributed() else 0,
+            "ids": [name for index in chosen if index < len(step.ids) for name in step.ids[index]],
+            "terms": {name: str(value) for _, terms in bad for name, value in terms.items()},
+        }
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if not _is_main():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.output_dir / EVENTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def check_trained(model: torch.nn.Module) -> None:
+    """Whether the trained weights (under ZeRO-3 this rank's part of them) are finite, on all ranks.
+
+    Raises:
+        NonFiniteError: they are not, on some rank.
+    """
+    parts = {
+        name: getattr(parameter, "ds_tensor", parameter).detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    sums = [part.sum(dtype=torch.float32) for part in parts.values() if part.is_floating_point() and part.numel()]
+    if not sums:
+        return
+    bad = (~torch.stack([total.to(sums[0].device) for total in sums]).isfinite()).any().float()
+    if _distributed():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if bad:
+        # a sum may overflow where no weight is infinite
+        names = [name for name, part in parts.items() if not part.isfinite().all()]
+        everyone = sorted({name for rank in _gather(names) for name in rank})
+        if everyone:
+            raise NonFiniteError(f"The trained weights are not finite: {everyone[0]} ({len(everyone)} tensors in all).")
+
+
+def _read(norm: Tensor | float | None, asked: Tensor | float) -> tuple[float, float]:
+    """Both numbers, by one transfer from the device."""
+    if torch.is_tensor(norm) and torch.is_tensor(asked):
+        norm, asked = torch.stack([norm.detach().float().reshape(()), asked.to(norm.device).float()]).tolist()
+    return (0.0 if norm is None else float(norm)), float(asked)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_main() -> bool:
+    return not _distributed() or dist.get_rank() == 0
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not _distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

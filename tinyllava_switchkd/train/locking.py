@@ -1,0 +1,173 @@
+"""One writer an output folder: a lock that says who holds it and that nobody has to remove by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .signals import started_at
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+"""File in the output folder, while a run writes there: host, process, start."""
+
+STALE_SECONDS = 180.0
+"""A lock of another machine that was not renewed for so long is taken over."""
+
+_RENEW_SECONDS = 20.0
+
+
+class LockedError(RuntimeError):
+    """Another process writes to the folder."""
+
+
+class OutputLock:
+    """Held by the main process of a run from the checks to the end.
+
+    On one machine, and on network file systems that lock for all, the kernel's record lock decides: it ends with the
+    process that holds it, however that ends, and a child does not inherit it. Where there are no such locks, the
+    process number and its start time decide on this machine, and the age of the file for other machines.
+
+    Args:
+        folder: the output folder; it must exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / LOCK
+        self._file: int | None = None
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock; what a run left behind that no longer lives is taken over with a message.
+
+        Raises:
+            LockedError: another run holds it; with host, process and age.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            held = _held(descriptor)
+            if not held and not _is_file(descriptor, self.path):  # its owner has just removed it
+                os.close(descriptor)
+                return self.acquire()
+            owner, age = _owner(descriptor), _age(self.path)
+            if held or (owner and _may_live(owner, age, _locks_work(descriptor))):
+                raise LockedError(_refusal(self.path, owner, age))
+            if owner:
+                logger.warning(
+                    "The run that held %s (process %s on %s, %s ago) has ended without giving it back; it is taken over.",
+                    *(self.path.parent, owner.get("process"), owner.get("host"), _span(age)),
+                )
+            self._file = descriptor
+            self._write()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+        threading.Thread(target=self._renew, daemon=True, name="lock-renewal").start()
+
+    def release(self) -> None:
+        """Give it back; nothing if it isn't held."""
+        self._ended.set()
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        os.close(self._file)
+        self._file = None
+
+    def _write(self) -> None:
+        owner = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "started": started_at(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        data = json.dumps(owner).encode()
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, data, 0)
+        os.fsync(self._file)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_RENEW_SECONDS):
+            with contextlib.suppress(OSError, TypeError):
+                os.utime(self._file)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _held(descriptor: int) -> bool:
+    """Try to take the record lock; whether another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def _locks_work(descriptor: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _may_live(owner: dict[str, Any], age: float, locks_work: bool) -> bool:
+    """Whether the owner that a lock file names may still be there, although the kernel knows of no lock."""
+    if owner.get("host") != socket.gethostname():
+        return age < STALE_SECONDS
+    if locks_work or not str(owner.get("process", "")).isdigit():
+        return False
+    return started_at(int(owner["process"])) == owner.get("started")
+
+
+def _age(path: Path) -> float:
+    """Seconds since the lock was renewed, by the clock of its file system."""
+    probe = path.with_name(f".{LOCK}.{os.getpid()}")
+    try:
+        probe.touch()
+        return max(probe.stat().st_mtime - path.stat().st_mtime, 0.0)
+    except OSError:
+        return 0.0
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _refusal(path: Path, owner: dict[str, Any], age: float) -> str:
+    return (
+        f"--output_dir {path.parent} is being written to by process {owner.get('process', '?')} on "
+        f"{owner.get('host', '?')} (since {owner.get('since', '?')}, last sign of life {_span(age)} ago); wait for it "
+        f"to end, or choose another folder."
+    )
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

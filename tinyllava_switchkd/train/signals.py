@@ -1,0 +1,136 @@
+"""Signals that ask a run to end at the next step, and ranks that do not outlive what started them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 75
+"""Exit code of a run that a signal ended after a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on."""
+
+SIGNALS = ("SIGTERM", "SIGUSR1")
+"""What clusters send before they take a machine away."""
+
+LAUNCHER = "TINYLLAVA_LAUNCHER"
+"""Environment variable: ``host:pid`` of the outermost script, which a rank must not outlive."""
+
+_PR_SET_PDEATHSIG = 1
+_MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "torchrun", "accelerate")
+
+_received: list[int] = []
+
+
+class InterruptedRunError(RuntimeError):
+    """A signal has ended the run at a step boundary, after a checkpoint."""
+
+
+def install() -> None:
+    """From now on `SIGNALS` only leave a mark, which `received` shows; a process without a main thread is left alone."""
+    _received.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _note)
+
+
+def uninstall() -> None:
+    """Signals act as usual again."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in SIGNALS:
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is _note:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def received() -> str | None:
+    """The name of the first signal that has come, or None."""
+    return signal.Signals(_received[0]).name if _received else None
+
+
+def _note(number: int, frame: object) -> None:
+    _received.append(number)
+    if len(_received) == 1:
+        os.write(2, f"{signal.Signals(number).name} received: a checkpoint follows at the next step.\n".encode())
+
+
+def follow_launcher(interval: float = 1.0) -> None:
+    """End this process, at once and by itself, soon after one of the launchers above it has gone.
+
+    Watched are the parents that are launchers (deepspeed, torchrun, accelerate) and, where a script of scripts/train
+    started the run, that script. An interactive shell is not: a run that was sent to the background outlives it.
+    Processes are told apart by their start times, since numbers are used again.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    watched = launchers()
+    if not watched:
+        return
+    if watched[0][0] == os.getppid():
+        # the kernel's own notice, without a delay, for the closest one
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_watch, args=(watched, interval), daemon=True, name="launcher-watch").start()
+
+
+def launchers() -> list[tuple[int, str]]:
+    """The processes above this one that it must not outlive, nearest first: number and start time."""
+    outermost = _outermost()
+    found, above, process = [], [], os.getppid()
+    while process > 1:
+        started = started_at(process)
+        if started is None:
+            break
+        above.append((process, started))
+        if process == outermost:
+            found = list(above)
+            break
+        if _is_launcher(process):
+            found = list(above)
+        parent = _stat(process)
+        process = int(parent[1]) if parent else 0
+    return found
+
+
+def started_at(process: int) -> str | None:
+    """When a process of this machine began (in the kernel's ticks); None if there is none."""
+    fields = _stat(process)
+    return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def _stat(process: int) -> list[str] | None:
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()  # the name before it may hold blanks
+
+
+def _outermost() -> int:
+    host, _, process = os.environ.get(LAUNCHER, "").rpartition(":")
+    return int(process) if process.isdigit() and host == socket.gethostname() else 0
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(word.rpartition("/")[2].startswith(_MODULES) for word in words[:6])
+
+
+def _watch(watched: list[tuple[int, str]], interval: float) -> None:
+    while True:
+        time.sleep(interval)
+        for process, started in watched:
+            if started_at(process) != started:
+                os.write(2, f"The launcher (process {process}) has gone, and this rank ends with it.\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
