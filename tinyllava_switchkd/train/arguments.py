@@ -203,12 +203,23 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants this order)
         default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, none, ..."}
     )
+    on_nan: str = field(
+        default="stop",
+        metadata={"help": "A loss, term or gradient that is not finite: stop ends the run, skip leaves the step out."},
+    )
+    max_nan_steps: int = field(
+        default=10, metadata={"help": "With --on_nan skip: so many bad steps in a row end the run all the same."}
+    )
+    allow_changed: list[str] | None = field(
+        default=None, metadata={"help": "Arguments that may differ from those that the resumed run was begun with."}
+    )
 
     def __post_init__(self) -> None:
         self._check_parts()
         self._check_lora()
         self._check_unsupported()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        _one_of("on_nan", self.on_nan, ("stop", "skip"))
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_nan_steps"):
             _at_least(name, getattr(self, name), 1)
         _at_least("learning_rate", self.learning_rate, 0)
         _at_least("weight_decay", self.weight_decay, 0)

@@ -33,6 +33,12 @@ RECORD = "checkpoints.json"
 WRITING = ".writing"
 """Folder in the run's in which a checkpoint is while it is being written."""
 
+NO_ROOM = 4
+"""Exit code of a run that could not write a checkpoint."""
+
+ASKED = "resume_from_checkpoint"
+"""In `RECORD`: the checkpoint that the user chose to go on from, once the run has."""
+
 ASIDE = "aside-"
 """In front of the name of a checkpoint that a run was told not to go on from."""
 
@@ -66,6 +72,7 @@ def step_of(folder: Path) -> int:
 
 def seal(folder: Path, step: int, world_size: int) -> str:
     """Bring all files of a folder to the disk and write its manifest; returns the manifest's SHA-256."""
+    (folder / MANIFEST).unlink(missing_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_to_disk, files))
@@ -116,7 +123,7 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None) -> None:
 def forget(output_dir: str | Path) -> None:
     """Take checkpoints that are gone out of the record."""
     record = read_record(output_dir)
-    kept = {name: value for name, value in record.items() if (Path(output_dir) / name).is_dir()}
+    kept = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
     if kept != record:
         write_json(Path(output_dir) / RECORD, kept)
 
@@ -133,14 +140,25 @@ def clean(output_dir: str | Path) -> None:
             old.rename(final)
 
 
-def set_aside_later(output_dir: str | Path, step: int) -> None:
-    """Rename checkpoints beyond the one that the user has chosen to go on from: they are of another future."""
-    for folder in checkpoints(output_dir):
-        if step_of(folder) > step:
-            aside = folder.with_name(f"{ASIDE}{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            logger.warning("%s is beyond the checkpoint that was asked for; it is now %s.", folder, aside.name)
+def choose(output_dir: str | Path, asked: str | Path) -> bool:
+    """Note the checkpoint that the user has chosen; whether it is a new choice.
+
+    The same command again means the same run, which goes on from its latest checkpoint. With a new choice, those of
+    the run beyond it are of another future; they keep their content and lose their name.
+    """
+    output_dir, asked = Path(output_dir), Path(asked).resolve()
+    record = read_record(output_dir)
+    if record.get(ASKED) == str(asked):
+        return False
+    if asked.parent == output_dir.resolve() and _CHECKPOINT.match(asked.name):
+        for folder in checkpoints(output_dir):
+            if step_of(folder) > step_of(asked):
+                aside = folder.with_name(f"{ASIDE}{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                logger.warning("%s is beyond the checkpoint that was asked for; it is now %s.", folder, aside.name)
+    write_json(output_dir / RECORD, {**record, ASKED: str(asked)})
+    return True
 
 
 def check_space(folder: str | Path, needed: int, step: int) -> None:
@@ -314,5 +332,3 @@ def _size(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-

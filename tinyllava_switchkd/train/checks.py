@@ -79,7 +79,7 @@ def check_overwriting(arguments: Arguments) -> None:
     ):
         if path and folder.is_dir() and Path(path).is_dir() and folder.samefile(path):
             raise FileExistsError(f"--output_dir {folder} is the folder of --{name} as well; choose another.")
-    marks = ("training_args.bin", "trainer_state.json", "checkpoint-*")  # what a run of this program leaves
+    marks = ("training_args.*", "trainer_state.json", "checkpoint-*")  # what a run of this program leaves
     if training.overwrite_output_dir or any(any(folder.glob(mark)) for mark in marks):
         return
     for weights in ("*.safetensors", "*.bin"):

@@ -63,7 +63,7 @@ class OutputLock:
                 raise LockedError(_refusal(self.path, owner, age))
             if owner:
                 logger.warning(
-                    "The run that held %s (process %s on %s, %s ago) has ended without giving it back; it is taken over.",
+                    "The run that held %s (process %s on %s, %s ago) has ended without a word; it is taken over.",
                     *(self.path.parent, owner.get("process"), owner.get("host"), _span(age)),
                 )
             self._file = descriptor

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from . import checkpoints, fingerprint
+
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
 
 _SHAPING = (
     "connector_type",
@@ -68,16 +66,16 @@ def is_finished(output_dir: str | Path) -> bool:
 
 
 def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
-    """The latest complete checkpoint of a run, or None; incomplete ones are passed over with a warning.
+    """The latest complete checkpoint of a run, or None; others are passed over with a sentence that names the file.
 
     Args:
         output_dir: the run's folder.
-        world_size: processes of the run; each has written its own state of the random numbers.
+        world_size: processes of the run.
 
     Raises:
-        ValueError: the latest complete checkpoint was written by another number of processes.
+        ValueError: the latest complete checkpoint is sharded for another number of processes.
     """
-    for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
+    for folder in checkpoints.checkpoints(output_dir):
         missing = what_is_missing(folder, world_size)
         if missing is None:
             return str(folder)
@@ -88,20 +86,30 @@ def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
 def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
     """What keeps a checkpoint from being resumed from, in words; None if nothing does.
 
+    Complete means that all its files are those of its manifest, and the manifest the one of the run's record. Of
+    folders that older versions of this program wrote, which have no manifest, only the shape is looked at.
+
     Raises:
-        ValueError: it is complete, but another number of processes wrote it.
+        ValueError: it is complete, but sharded for another number of processes.
     """
     folder = Path(folder)
+    is_old = not (folder / checkpoints.MANIFEST).exists() and (folder / "training_args.bin").is_file()
+    if not is_old:
+        damage = checkpoints.damage(folder)
+        if damage is not None:
+            return damage
     if _read_state(folder) is None:
         return "trainer_state.json is missing or cut off"
     if not _weights_complete(folder):
         return "its weights are missing or cut off"
-    if (folder / "latest").is_file():  # DeepSpeed's optimiser and scheduler
+    sharded = (folder / "latest").is_file()  # DeepSpeed's optimiser and scheduler
+    if sharded:
         tag = folder / (folder / "latest").read_text().strip()
-        shards = list(tag.glob("*_optim_states.pt"))
-        if not shards:
+        if tag.parent != folder:
+            return "latest names a folder elsewhere"
+        pickles = list(tag.glob("*_optim_states.pt"))
+        if not pickles:
             return f"{tag.name} holds no optimiser state"
-        pickles = shards
     else:
         pickles = [folder / "optimizer.pt", folder / "scheduler.pt"]
         if not all(file.is_file() for file in pickles):
@@ -114,29 +122,24 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
         if not zipfile.is_zipfile(file):  # torch's pickles end in a zip's directory
             return f"{file.name} is cut off"
     if written != world_size:
-        raise ValueError(
-            f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it with "
-            f"{written}, or begin anew with --overwrite_output_dir True."
-        )
+        if sharded or is_old:
+            raise ValueError(
+                f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it "
+                f"with {written}, or begin anew with --overwrite_output_dir True."
+            )
+        logger.info("%s was written by %d processes; the run goes on with %d.", folder, written, world_size)
+    if is_old:
+        logger.warning("%s is of an older version, without checksums: only its shape could be looked at.", folder)
     return None
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:
     """Remove the checkpoints and the state of an earlier run, so that none of them is taken for the new one's."""
-    for folder in _checkpoints(output_dir):
+    checkpoints.clean(output_dir)
+    for folder in checkpoints.checkpoints(output_dir):
         shutil.rmtree(folder)
-    (Path(output_dir) / "trainer_state.json").unlink(missing_ok=True)
-
-
-def _checkpoints(output_dir: str | Path) -> list[Path]:
-    output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return []
-    return [path for path in output_dir.iterdir() if _CHECKPOINT.match(path.name) and path.is_dir()]
-
-
-def _step(folder: Path) -> int:
-    return int(_CHECKPOINT.match(folder.name)[1])
+    for name in ("trainer_state.json", checkpoints.RECORD, fingerprint.FILE):
+        (Path(output_dir) / name).unlink(missing_ok=True)
 
 
 def _read_state(folder: Path) -> dict | None:

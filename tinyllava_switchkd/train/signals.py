@@ -34,7 +34,7 @@ class InterruptedRunError(RuntimeError):
 
 
 def install() -> None:
-    """From now on `SIGNALS` only leave a mark, which `received` shows; a process without a main thread is left alone."""
+    """From now on `SIGNALS` only leave a mark, which `received` shows; nothing outside the main thread."""
     _received.clear()
     if threading.current_thread() is not threading.main_thread():
         return

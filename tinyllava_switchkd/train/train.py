@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +29,12 @@ from tinyllava_switchkd.distill import Task, build_distiller
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.runtime import is_main_process
 
-from . import checks, resume
+from . import checkpoints, checks, fingerprint, resume, signals
 from .arguments import Arguments
 from .attention import attention_of
 from .estimate import estimate_run
+from .guard import NON_FINITE, NonFiniteError
+from .locking import LockedError, OutputLock
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .record import write_recipe
 from .skeleton import (
@@ -47,7 +49,7 @@ from .trainer import LLaVATrainer
 
 logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
 
-USER_ERRORS = (ValueError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError, LockedError)
 """What a wrong argument, file or installation raises before training, with a sentence that says so."""
 
 
@@ -57,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
     """
     _set_up_logging()
+    signals.follow_launcher()
+    signals.install()
+    try:
+        return _main(argv)
+    finally:
+        signals.uninstall()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     run = None
     try:
         arguments = parse_arguments(argv)
@@ -74,14 +85,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    if run is not None:
-        try:
-            run()
-        except (resume.ResumeError, SampleError) as error:
-            if is_main_process():
-                print(f"error: {error}", file=sys.stderr)
-            return 1
+    if run is None:
+        return 0
+    try:
+        run()
+    except tuple(EXIT_CODES) as error:
+        # a bad sample and a full disk are met by one rank alone, everything else by all of them
+        if is_main_process() or isinstance(error, (SampleError, checkpoints.CheckpointError)):
+            print(f"error: {error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    finally:
+        run.lock.release()
     return 0
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    resume.ResumeError: 1,
+    SampleError: 1,
+    NonFiniteError: NON_FINITE,
+    checkpoints.CheckpointError: checkpoints.NO_ROOM,
+    signals.InterruptedRunError: signals.INTERRUPTED,
+}
+"""What ends a run that has begun to train, with a sentence, and the exit code that it ends with."""
 
 
 class OtherRankFailedError(RuntimeError):
@@ -97,11 +122,24 @@ class Run:
     trainer: LLaVATrainer
     checkpoint: str | None
     """Where to resume from."""
+    lock: OutputLock
+    """Of the output folder."""
 
     def __call__(self) -> None:
-        """Train, and write the student."""
-        self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        self.recipe.save(self.model, self.trainer)
+        """Train, and write the student.
+
+        Raises:
+            ResumeError, NonFiniteError, CheckpointError, InterruptedRunError: the run has ended early; with a sentence.
+        """
+        trainer, output = self.trainer, self.trainer.args.output_dir
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.interrupted:
+            raise signals.InterruptedRunError(
+                f"{signals.received() or 'A signal to another rank'} has ended the run at step "
+                f"{trainer.state.global_step} of {trainer.state.max_steps}; {checkpoints.latest_name(output)} in "
+                f"{output} holds it, and the same command goes on."
+            )
+        trainer.save_result()
         truncation = self.trainer.data_collator.report()
         if truncation is not None:
             logger.warning(truncation)
@@ -129,18 +167,78 @@ def prepare(arguments: Arguments) -> Run | None:
     if failed:
         raise OtherRankFailedError
     if plan is None:
+        on_main(
+            lambda: fingerprint.check(
+                training.output_dir, fingerprint.describe(arguments, training.world_size), training.allow_changed or ()
+            )
+        )
         return None
+    lock = OutputLock(training.output_dir)
+    try:
+        return _prepare(arguments, plan, lock)
+    except BaseException:
+        lock.release()
+        raise
 
+
+def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
+    training = arguments.training
+    checkpoint, chosen = on_main(lambda: _begin(arguments, plan, lock))
     recipe = plan.recipe
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
     model = recipe.load(plan.skeleton.model, recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
     trainer = LLaVATrainer(build_task(arguments, model, recipe), training, recipe=recipe, **plan.data_module)
+    trainer.fingerprint = chosen
     if training.overwrite_output_dir and trainer.is_world_process_zero():
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return Run(recipe, model, trainer, plan.checkpoint)
+    return Run(recipe, model, trainer, checkpoint, lock)
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What a function returns on the main process, on all of them.
+
+    Raises:
+        OtherRankFailedError: on the others, if it failed; there, what it raised.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return function()
+    error, box = None, [None, False]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box = [function(), True]
+        except USER_ERRORS as raised:
+            error = raised
+    torch.distributed.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if not box[1]:
+        raise OtherRankFailedError
+    return box[0]
+
+
+def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, dict[str, Any]]:
+    """Take the output folder; the checkpoint to go on from, and what the run is to be told by (main process).
+
+    Raises:
+        LockedError: another run writes there.
+        ValueError: the run cannot go on from the checkpoint.
+    """
+    training = arguments.training
+    checks.prepare_output(training.output_dir)
+    lock.acquire()
+    chosen = fingerprint.describe(arguments, training.world_size)
+    checkpoint = None
+    if not training.overwrite_output_dir:
+        checkpoints.clean(training.output_dir)
+        checkpoint = _where_to_resume(arguments)
+    if checkpoint is not None:
+        resume.check_fits(checkpoint, plan.skeleton.model.config, training)
+        fingerprint.check(checkpoint, chosen, training.allow_changed or ())
+    write_recipe(arguments)
+    return checkpoint, chosen
 
 
 @dataclass
@@ -150,7 +248,6 @@ class Plan:
     recipe: BaseTrainingRecipe
     skeleton: Skeleton
     data_module: dict[str, Any]
-    checkpoint: str | None
 
 
 def check(arguments: Arguments) -> Plan | None:
@@ -170,19 +267,12 @@ def check(arguments: Arguments) -> Plan | None:
             training.output_dir,
         )
         return None
-    checkpoint = _where_to_resume(arguments)
     recipe = TrainingRecipeFactory(training.training_recipe)(training)
     skeleton = student_skeleton(arguments)
-    if checkpoint is not None:
-        resume.check_fits(checkpoint, skeleton.model.config, training)
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
-    data_module = _data_module(arguments, skeleton)
-    if is_main_process():
-        checks.prepare_output(training.output_dir)
-        write_recipe(arguments)
-    return Plan(recipe, skeleton, data_module, checkpoint)
+    return Plan(recipe, skeleton, _data_module(arguments, skeleton))
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> Task:
@@ -215,18 +305,17 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
 def _where_to_resume(arguments: Arguments) -> str | None:
     """The checkpoint to go on from; None to begin at the beginning."""
     training = arguments.training
-    if training.overwrite_output_dir:
-        return None
     asked = training.resume_from_checkpoint
     if asked is not None and asked.lower() != "true":  # True asks for the latest, which is sought anyway
         missing = resume.what_is_missing(asked, training.world_size)
         if missing is not None:
             raise ValueError(f"--resume_from_checkpoint {asked} is incomplete: {missing}.")
-        return asked
+        if checkpoints.choose(training.output_dir, asked):
+            return asked
     checkpoint = resume.find_checkpoint(training.output_dir, training.world_size)
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
-    return checkpoint
+    return checkpoint or (asked if asked is not None and asked.lower() != "true" else None)
 
 
 def _data_module(arguments: Arguments, skeleton: Skeleton) -> dict[str, Any]:

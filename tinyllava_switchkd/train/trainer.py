@@ -9,7 +9,8 @@ What differs from the Trainer:
 * `--torch_compile` compiles the layers of the models, not the task;
 * samples are grouped by modality or length with an order that depends on seed and epoch alone;
 * checkpoints hold the student alone, complete enough to be loaded by themselves; what a method trains beside it lies
-  in a folder of its own in there.
+  in a folder of its own in there;
+* what keeps a run from being lost is in `ReliableTrainer`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,23 +27,23 @@ from accelerate.utils import DynamoBackend
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import LengthGroupedSampler
 from tinyllava_switchkd.distill import Measure, Task
 
-from .adapters import read_adapters, write_adapters
+from .adapters import write_adapters
 from .arguments import TrainingArguments
 from .compiling import compile_layers
 from .recipes import BaseTrainingRecipe
-from .resume import REMEDY, ResumeError
+from .reliable import ReliableTrainer
 from .task import SupervisedTask
 
 logger = logging.getLogger(__name__)
 
 
-class LLaVATrainer(Trainer):
+class LLaVATrainer(ReliableTrainer):
     """Trains a task.
 
     Args:
@@ -90,8 +90,7 @@ class LLaVATrainer(Trainer):
         names = self.model.units
         counts = [self.model.counts(batch) for batch in batches]
         totals = torch.stack([sum((each[name] for each in counts), torch.tensor(0)) for name in names]).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(0)
+        totals = self.begin_step(batches, totals)
         self._step_counts = dict(zip(names, totals.clamp(min=1), strict=True))
         return batches, self._step_counts["supervised"]
 
@@ -107,6 +106,8 @@ class LLaVATrainer(Trainer):
             inputs["images"].requires_grad_()
         counts = self._step_counts if num_items_in_batch is not None else None
         losses = model(inputs, num_items_in_batch=num_items_in_batch, step_counts=counts)
+        if self.model.training:
+            losses = self.guard.watch(losses)
         loss = losses["loss"]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, not summed
@@ -135,9 +136,10 @@ class LLaVATrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if not args.group_by_modality_length and args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
+            self._epoch_sampler = self.fill_up(super()._get_train_sampler(dataset))
+            return self._epoch_sampler
         by_modality = args.group_by_modality_length
-        self._epoch_sampler = LengthGroupedSampler(
+        grouped = LengthGroupedSampler(
             args.train_batch_size,
             args.world_size,
             lengths=dataset.modality_lengths if by_modality else dataset.lengths,
@@ -145,6 +147,7 @@ class LLaVATrainer(Trainer):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
+        self._epoch_sampler = self.fill_up(grouped)
         return self._epoch_sampler
 
     # The optimiser
@@ -186,33 +189,7 @@ class LLaVATrainer(Trainer):
             prefix = "student."
             state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         self.recipe.write_student(self.student, output_dir, state_dict)
-        torch.save(self.args, Path(output_dir, "training_args.bin"))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json is written next and marks the checkpoint as complete: every rank must be done by then
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.recipe.read_student(self.student, resume_from_checkpoint)
-        read_adapters(self.model, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in transformers, which neither refuses another optimiser's state nor tells of other learning rates."""
-        asked = getattr(self.lr_scheduler, "base_lrs", None)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:
-            raise ResumeError(f"The optimiser cannot go on from {checkpoint} ({error}); {REMEDY}.") from error
-        if checkpoint is None or self.is_deepspeed_enabled:
-            return
-        if any(set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups):
-            raise ResumeError(f"The checkpoint {checkpoint} was written with another --optim; {REMEDY}.")
-        if self.lr_scheduler.base_lrs != asked:
-            logger.warning(
-                "The run goes on with the learning rates of %s (%s), not with those asked for now (%s).",
-                *(checkpoint, self.lr_scheduler.base_lrs, asked),
-            )
+        self.write_arguments(output_dir)
 
 
 class _Begin(TrainerCallback):
@@ -228,7 +205,7 @@ class _Begin(TrainerCallback):
         self._trainer._window.open(state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._epoch_sampler is not None:
+        if hasattr(self._trainer._epoch_sampler, "set_epoch"):
             self._trainer._epoch_sampler.set_epoch(int(state.epoch + 1e-6))
 
 

@@ -1,0 +1,159 @@
+"""What a run learns from and how: recorded in every checkpoint, compared before a run goes on from one.
+
+Recorded are digests of the data and of the teacher (content, not paths, which may change) and every argument that
+changes the maths. How long a run is and how often it speaks or saves may change; so may the number of processes, as
+long as the batch of an optimiser step stays what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tinyllava_switchkd.io import digest, read_json
+from tinyllava_switchkd.model.weights import resolve_folder
+
+from .arguments import Arguments
+
+logger = logging.getLogger(__name__)
+
+FILE = "fingerprint.json"
+"""In a checkpoint."""
+
+DATA, TEACHER = "data_path", "teacher_path"
+"""Arguments whose content is recorded, not their value."""
+
+_OF_TRANSFORMERS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "average_tokens_across_devices",
+    "bf16",
+    "data_seed",
+    "dataloader_drop_last",
+    "fp16",
+    "gradient_accumulation_steps",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "per_device_train_batch_size",
+    "seed",
+    "train_sampling_strategy",
+    "warmup_steps",
+    "weight_decay",
+)
+"""Of transformers' training arguments those that change the maths; another learning rate is not taken over at all."""
+
+_WITHOUT_EFFECT = {
+    # where things are, how much is in memory at once, what is done once; chunks and attention change rounding alone
+    *("cache_dir", "attn_implementation", "image_folder", "model_name_or_path", "tokenizer_name_or_path"),
+    *("vision_tower", "vision_tower2", "chunk_size", "pretrained_model_path", "overwrite_output_dir", "estimate"),
+    *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", DATA, TEACHER),
+}
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_NEW_RUN = "begin anew with --overwrite_output_dir True"
+
+
+def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
+    """The arguments that change the maths, with their values, and the digests of data and teacher.
+
+    Args:
+        arguments: of the run.
+        world_size: its processes.
+    """
+    model, data, training, distill = arguments[:4]
+    inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    chosen: dict[str, Any] = {}
+    for group in (model, data, distill, training):
+        for field in dataclasses.fields(group):
+            if field.name in _WITHOUT_EFFECT or (group is training and field.name in inherited):
+                continue
+            chosen[field.name] = getattr(group, field.name)
+    chosen |= {name: getattr(training, name) for name in _OF_TRANSFORMERS if hasattr(training, name)}
+    chosen = {name: plain(value) for name, value in chosen.items()}
+    config = getattr(training, "hf_deepspeed_config", None)
+    chosen["deepspeed"] = "none" if config is None else f"ZeRO-{config.config['zero_optimization']['stage']}"
+    chosen["world_size"] = world_size
+    chosen[DATA] = digest(data.data_path)
+    chosen[TEACHER] = None if distill.teacher_path is None else teacher_digest(distill.teacher_path, model.cache_dir)
+    return chosen
+
+
+def teacher_digest(path: str, cache_dir: str | None = None) -> str:
+    """One digest of a checkpoint's weights and configuration, whatever its folder is called."""
+    folder = resolve_folder(path, cache_dir=cache_dir)
+    files = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in folder.rglob(pattern)]
+    inner = {file.relative_to(folder) for file in files if "training_args.bin" not in file.name}
+    kept = sorted(path for path in inner if not any(part.startswith("checkpoint-") for part in path.parts))
+    total = hashlib.sha256()
+    for file in kept:
+        total.update(f"{file.as_posix()} {digest(folder / file)}\n".encode())
+    return total.hexdigest()
+
+
+def read(checkpoint: str | Path) -> dict[str, Any] | None:
+    """What a checkpoint was written with; None if it does not say."""
+    file = Path(checkpoint) / FILE
+    return read_json(file) if file.is_file() else None
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Iterable[str] = ()) -> dict[str, str]:
+    """Name of each argument that differs, and how, in words; those that are `allowed` are left out.
+
+    Between different numbers of processes the batch of a step counts, not how it is divided. What only one side knows
+    (an argument of another version of this program) is not compared.
+    """
+    theirs, ours = dict(theirs), dict(ours)
+    if theirs["world_size"] != ours["world_size"]:
+        for side in (theirs, ours):
+            side["step_samples"] = side["world_size"] * side.pop(_BATCH[0]) * side.pop(_BATCH[1])
+    found = {}
+    for name in sorted(theirs.keys() & ours.keys() - {"world_size", *allowed}):
+        before, now = theirs[name], ours[name]
+        if before == now:
+            continue
+        if name in (DATA, TEACHER) and before is not None and now is not None:
+            found[name] = f"the content of --{name} is another"
+        elif name == TEACHER:
+            found[name] = "the teacher was left out" if now is None else "there was no teacher"
+        else:
+            found[name] = f"{name} {before!r}, now {now!r}"
+    return found
+
+
+def check(checkpoint: str | Path, ours: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
+    """Refuse to go on with what the checkpoint's run did not have.
+
+    Raises:
+        ValueError: naming each difference, and how to go on all the same.
+    """
+    theirs = read(checkpoint)
+    if theirs is None:
+        logger.warning("%s does not say what it was written with, so nothing is compared.", checkpoint)
+        return
+    found = differences(theirs, ours, allowed)
+    if found:
+        raise ValueError(
+            f"The run in {checkpoint} was begun with other arguments: {'; '.join(found.values())}. Use those, "
+            f"{_NEW_RUN}, or, if you mean it, pass --allow_changed {' '.join(found)}."
+        )
+    for words in differences(theirs, ours).values():
+        logger.warning("Allowed to differ from %s: %s.", checkpoint, words)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    value = getattr(value, "value", value)  # of an enumeration
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,314 @@
+"""The part of the trainer that keeps a run from being lost or silently ruined.
+
+* every step's losses, terms and gradient norm are watched (`guard`);
+* signals end the run at a step boundary, on all ranks at the same one, after a checkpoint (`signals`);
+* checkpoints are written aside, sealed and renamed, and rotated by their steps (`checkpoints`);
+* nothing that a checkpoint holds is executed, and the arguments are written as JSON without secrets;
+* samples that fill up the ranks' last batches count nothing, so that any number of ranks gives one process's gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from transformers import Trainer
+
+from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.io import write_json
+
+from . import checkpoints, fingerprint, signals
+from .adapters import read_adapters
+from .arguments import TrainingArguments
+from .guard import Guard, check_trained
+from .resume import REMEDY, ResumeError
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "training_args.json"
+"""The arguments of the run, beside the weights, without secrets."""
+
+
+class ReliableTrainer(Trainer):
+    """`transformers.Trainer` with the above; `LLaVATrainer` derives from it.
+
+    Attributes:
+        fingerprint: what is recorded in checkpoints for `fingerprint.check`; nothing if empty.
+        interrupted: whether a signal has ended training before its last step.
+    """
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        # transformers' filter hides NaN and infinity in what is logged, and waits for the device in every micro-batch
+        args.logging_nan_inf_filter = False
+        super().__init__(args=args, **kwargs)
+        self.guard = Guard(args.output_dir, skip=args.on_nan == "skip", most=args.max_nan_steps, scaler=args.fp16)
+        self.fingerprint: dict[str, Any] = {}
+        self.interrupted = False
+        self._run_folder: str | None = None
+        self._is_lagging = args.device.type == "cuda" and not self.is_deepspeed_enabled and not self.guard.skip
+
+    # What must be finite, and signals
+
+    def begin_step(self, batches: list[Any], totals: Tensor) -> Tensor:
+        """A step's micro-batches are there: their samples are noted, and the ranks' token counts and signals joined.
+
+        Args:
+            batches: micro-batches, perhaps with "ids".
+            totals: what this rank has of each unit that losses are divided by, [units] on its device.
+
+        Returns:
+            what all ranks have, [units]; this rank's own if `average_tokens_across_devices` is off.
+        """
+        asked: Tensor | float = float(signals.received() is not None)
+        if self.args.world_size > 1:
+            mine = torch.cat([totals, totals.new_tensor([int(asked)])])
+            everyone = self.accelerator.gather(mine[None])
+            asked = everyone[:, -1].max()
+            if self.args.average_tokens_across_devices:
+                totals = everyone[:, :-1].sum(0)
+        ids = [[str(name) for name in batch.get("ids") or ()] for batch in batches]
+        self.guard.begin(self.state.global_step + 1, ids, asked)
+        return totals
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # the mean over the steps between two logs goes on without the ones left out
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) if self.guard.skip else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        left_out = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped
+        self.guard.end(norm, bool(left_out))
+        if self.guard.judge(all_but_last=self._is_lagging):
+            return norm
+        if not self.is_deepspeed_enabled:
+            model.zero_grad(set_to_none=True)  # optimisers leave parameters without a gradient alone
+        elif not left_out:
+            check_trained(self.model)
+        return None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or not self._is_lagging:
+            self.guard.judge()
+        if self.guard.asked_to_stop and not self.interrupted and 0 < self.state.global_step < self.state.max_steps:
+            self.interrupted = True
+            self.guard.judge()
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        self.guard.judge()
+        check_trained(self.model)
+        if self.guard.skipped and self.is_world_process_zero():
+            logger.warning("%d steps were left out because something was not finite.", self.guard.skipped)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.guard.skipped and "loss" in logs:
+            logs = {**logs, "skipped_steps": self.guard.skipped}
+        super().log(logs, start_time)
+
+    # Writing
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return super()._get_output_dir(trial) if self._run_folder is None else self._run_folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write aside, seal, rename, rotate; all ranks leave together."""
+        self.guard.judge()
+        check_trained(self.model)
+        output, step = Path(self.args.output_dir), self.state.global_step
+        aside = output / checkpoints.WRITING
+        if self.is_world_process_zero():
+            checkpoints.clean(output)
+            checkpoints.check_space(output, self._bytes_needed(), step)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._run_folder = str(aside)
+        try:
+            with checkpoints.writing(output, step, self._bytes_needed()):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    folder = aside / f"checkpoint-{step}"
+                    if self.fingerprint:
+                        write_json(folder / fingerprint.FILE, self.fingerprint)
+                    manifest = checkpoints.seal(folder, step, self.args.world_size)
+                    checkpoints.publish(folder, output / folder.name, manifest)
+                    checkpoints.clean(output)
+        except checkpoints.CheckpointError:
+            checkpoints.clean(output)
+            raise
+        finally:
+            self._run_folder, self.args.save_total_limit = None, limit
+        if self.is_world_process_zero():
+            checkpoints.rotate(output, step, limit)
+        self.accelerator.wait_for_everyone()
+
+    def save_result(self) -> None:
+        """Write the trained model and, last, what marks the run as finished."""
+        output = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            checkpoints.check_space(output, self._bytes_needed() // 3, self.state.global_step)
+        with checkpoints.writing(output, self.state.global_step, self._bytes_needed() // 3):
+            if self.is_world_process_zero() and self.fingerprint:
+                write_json(output / fingerprint.FILE, self.fingerprint)
+            self.recipe.save(self.student, self)
+
+    def _bytes_needed(self) -> int:
+        """What a checkpoint takes: as the last one, else weights and two optimiser states of all that trains."""
+        last = next(iter(checkpoints.checkpoints(self.args.output_dir)), None)
+        if last is not None:
+            return int(1.02 * checkpoints.size_of(last))
+        total = 0
+        for name, parameter in self.model.named_parameters():
+            if name.startswith("student.") or parameter.requires_grad:
+                count = getattr(parameter, "ds_numel", parameter.numel())
+                total += count * (parameter.element_size() + (8 if parameter.requires_grad else 0))
+        return total
+
+    def write_arguments(self, folder: str | Path) -> None:
+        """The arguments as JSON; `to_dict` puts names in the place of tokens."""
+        plain = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
+        write_json(Path(folder, ARGUMENTS), fingerprint.plain(plain))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json is written next: every rank must be done by then
+        self.accelerator.wait_for_everyone()
+
+    # Reading
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with reading(kwargs.get("resume_from_checkpoint") or (args[2] if len(args) > 2 else None)):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(resume_from_checkpoint):
+            self.recipe.read_student(self.student, resume_from_checkpoint)
+            read_adapters(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers, which neither refuses another optimiser's state nor tells of other learning rates."""
+        asked = getattr(self.lr_scheduler, "base_lrs", None)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            raise ResumeError(f"The optimiser cannot go on from {checkpoint} ({error}); {REMEDY}.") from error
+        if checkpoint is None:
+            return
+        if not self.is_deepspeed_enabled and any(
+            set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups
+        ):
+            raise ResumeError(f"The checkpoint {checkpoint} was written with another --optim; {REMEDY}.")
+        if getattr(self.lr_scheduler, "base_lrs", None) != asked:
+            logger.warning(
+                "The run goes on with the learning rates of %s (%s), not with those asked for now (%s).",
+                *(checkpoint, self.lr_scheduler.base_lrs, asked),
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        manifest = None if checkpoint is None else checkpoints.read_manifest(checkpoint)
+        if manifest is None or manifest["world_size"] == self.args.world_size:
+            with reading(checkpoint):
+                super()._load_rng_state(checkpoint)
+            return
+        # another number of ranks: each draws numbers of its own from here on, the same in every resumption
+        seed = self.args.seed + 1_000_003 * (self.state.global_step + 1) + self.args.process_index
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    # The samples that fill up
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return super().get_train_dataloader()
+        dataset = self.train_dataset
+        self.train_dataset = WithFillers(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def fill_up(self, sampler: Sampler | None) -> Sampler | None:
+        """The sampler, with fillers at its end until all ranks have whole batches."""
+        if self.args.world_size == 1 or self.args.dataloader_drop_last or sampler is None:
+            return sampler
+        if type(sampler) is RandomSampler:  # what accelerate would make of it, had it been left bare
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeedableRandomSampler(sampler.data_source, generator=torch.Generator(), data_seed=seed)
+        return Filled(sampler, self.args.train_batch_size * self.args.world_size, len(self.train_dataset))
+
+
+class Filled(Sampler):
+    """A sampler whose length is a multiple of something; what is added at the end are indices beyond the data."""
+
+    def __init__(self, sampler: Sampler, multiple: int, size: int) -> None:
+        self.sampler, self.multiple, self.size = sampler, multiple, size
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        index = 0
+        for index in self.sampler:
+            yield index
+        yield from [self.size + index] * (len(self) - len(self.sampler))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+class WithFillers(Dataset):
+    """Data, and beyond its end the same samples with nothing to learn in them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = dict(self.dataset[index - len(self.dataset)])
+        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
+    """Read a checkpoint without executing anything that it holds.
+
+    Raises:
+        ResumeError: a file of it holds other things than tensors and plain values, or cannot be read.
+    """
+    if checkpoint is None:
+        yield
+        return
+    try:
+        with checkpoints.weights_only():
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        raise ResumeError(
+            f"A file of {checkpoint} holds something that is no tensor and no plain value, and was not opened "
+            f"({reason.strip()[:200]}); take another checkpoint, or begin anew with --overwrite_output_dir True."
+        ) from error
