@@ -100,7 +100,7 @@ def test_a_bad_step_is_left_out(tmp_path, term, value):
 
 def test_too_many_in_a_row_stop_the_run_all_the_same(tmp_path):
     trainer = spoilt_trainer(tmp_path, calls=(2, 3, 4, 5, 6), on_nan="skip", max_nan_steps=3)
-    with pytest.raises(NonFiniteError, match="step 4 for the 3th step in a row"):
+    with pytest.raises(NonFiniteError, match="step 4, the last of 3 in a row"):
         trainer.train()
     assert [event["action"] for event in events(tmp_path)] == ["skip", "skip", "stop"]
 

@@ -141,7 +141,7 @@ class Guard:
         what = ", ".join(terms) or "the gradient's norm"
         self._write({"step": step.number, "action": "stop" if stops else "skip", "what": what, "samples": found})
         if stops:
-            again = f" for the {self._in_a_row}th step in a row" if self.skip and self._in_a_row > 1 else ""
+            again = f", the last of {self._in_a_row} in a row" if self._in_a_row > 1 else ""
             raise NonFiniteError(
                 f"Not finite at step {step.number}{again}: {what}. The run stops, and nothing was written after "
                 f"that step; its samples are named in {self.output_dir / EVENTS}."

@@ -1,0 +1,111 @@
+"""Resuming by another command: each thing that changes the maths is named and refused, unless it is allowed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.world import command_line, write_world
+from tinyllava_switchkd.train import fingerprint
+from tinyllava_switchkd.train.argv import parse_arguments
+from tinyllava_switchkd.train.train import main
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A distilled run, stopped after its first checkpoint of two, and its world."""
+    folder = tmp_path_factory.mktemp("fingerprint")
+    world = write_world(folder / "world", samples=6)
+    for name in ("teacher", "other_teacher"):
+        seed = {"seed": 1 if name == "teacher" else 2, "model_name_or_path": world["teacher_llm"]}
+        assert main(command_line(world, folder / name, max_steps=1, save_strategy="no", **seed)) == 0
+        world[name] = str(folder / name)
+    shutil.copytree(world["teacher"], folder / "moved")
+    world["moved"] = str(folder / "moved")
+    records = json.loads(Path(world["finetune"]).read_text())
+    (folder / "other.json").write_text(json.dumps(records[::-1]))
+    (folder / "same.json").write_text(Path(world["finetune"]).read_text())
+    world |= {"other_data": str(folder / "other.json"), "same_data": str(folder / "same.json")}
+    assert main(line(world, folder / "run")) == 0
+    (folder / "run" / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "run" / "checkpoint-2")
+    return world, folder / "run"
+
+
+def line(world, output, **changes):
+    settings = {"teacher_path": world["teacher"], "save_steps": 1, "max_steps": 2}
+    changes = {name: world.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+    return command_line(world, output, **{**settings, **changes})
+
+
+CHANGED = [
+    ({"teacher_path": "other_teacher"}, ["teacher_path"]),
+    ({"teacher_path": None}, ["teacher_path"]),
+    ({"data_path": "other_data"}, ["data_path"]),
+    ({"seed": 7}, ["seed"]),
+    ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size"]),
+    ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps"]),
+    (
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        ["gradient_accumulation_steps", "per_device_train_batch_size"],
+    ),
+    ({"group_by_modality_length": True}, ["group_by_modality_length"]),
+    ({"distill_loss": "rkl"}, ["distill_loss"]),
+    ({"temperature": 2.0}, ["temperature"]),
+    ({"align_weight": 0.5, "switch_weight": 0.25}, ["align_weight", "switch_weight"]),
+    ({"weight_decay": 0.1}, ["weight_decay"]),
+    ({"adam_beta2": 0.95}, ["adam_beta2"]),
+    ({"lr_scheduler_type": "cosine"}, ["lr_scheduler_type"]),
+    ({"max_grad_norm": 0.5}, ["max_grad_norm"]),
+    ({"model_max_length": 300}, ["model_max_length"]),
+    ({"mm_projector_lr": 1e-3}, ["mm_projector_lr"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), CHANGED, ids=lambda value: "-".join(value))
+def test_each_difference_is_named_and_refused(begun, tmp_path, capsys, changes, named):
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    assert main(line(world, tmp_path / "run", **changes)) == 1
+    (sentence,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert sentence.endswith(f"--allow_changed {' '.join(named)}.") and "checkpoint-1" in sentence
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_whoever_means_it_says_so(begun, tmp_path, capsys):
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    changes = {"teacher_path": "other_teacher", "temperature": 2.0}
+    assert main(line(world, tmp_path / "run", **changes, allow_changed="temperature")) == 1
+    assert "--allow_changed teacher_path." in capsys.readouterr().err
+    allowed = [*line(world, tmp_path / "run", **changes), "--allow_changed", "temperature", "teacher_path"]
+    assert main(allowed) == 0
+    said = capsys.readouterr().err
+    assert "Allowed to differ" in said and "temperature 3.0, now 2.0" in said
+
+
+def test_what_changes_no_maths_is_not_asked_about(begun, tmp_path):
+    """Data and teacher elsewhere with the same content; where, how often and how long."""
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    changes = {"teacher_path": "moved", "data_path": "same_data", "logging_steps": 3, "save_steps": 5, "max_steps": 3}
+    assert main(line(world, tmp_path / "run", **changes, chunk_size=7, save_total_limit=2)) == 0
+
+
+def test_a_finished_run_is_not_taken_for_another(begun, tmp_path, capsys):
+    """Else a chain would go on from a stage that was made with other arguments."""
+    world, _ = begun
+    assert main(line(world, tmp_path / "run", max_steps=1)) == 0
+    assert main(line(world, tmp_path / "run", max_steps=1)) == 0
+    assert main(line(world, tmp_path / "run", max_steps=1, temperature=1.0)) == 1
+    assert "temperature 3.0, now 1.0" in capsys.readouterr().err
+
+
+def test_between_numbers_of_processes_the_batch_of_a_step_counts(begun, tmp_path):
+    world, _ = begun
+    described = fingerprint.describe(parse_arguments(line(world, tmp_path)), 1)
+    assert described["per_device_train_batch_size"] == 2
+    shared = {**described, "world_size": 2, "per_device_train_batch_size": 1}
+    assert fingerprint.differences(described, shared) == {}
+    assert list(fingerprint.differences(described, {**described, "world_size": 2})) == ["step_samples"]
