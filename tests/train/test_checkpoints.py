@@ -86,8 +86,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
     file = tmp_path / "run" / "checkpoint-2" / damaged
     content = bytearray(file.read_bytes())
     if how == "zeros":
-        middle = len(content) // 2
-        content[middle : middle + 64] = bytes(len(content[middle : middle + 64]))
+        first = next(index for index, byte in enumerate(content) if index >= len(content) // 2 and byte)
+        content[first] = 0
         file.write_bytes(content)
     elif how == "cut":
         file.write_bytes(content[:-1])

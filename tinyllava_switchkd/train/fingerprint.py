@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 
+from tinyllava_switchkd.distill import MethodFactory
 from tinyllava_switchkd.io import digest, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
@@ -77,6 +78,9 @@ def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
             if field.name in _WITHOUT_EFFECT or (group is training and field.name in inherited):
                 continue
             chosen[field.name] = getattr(group, field.name)
+    if distill.teacher_path is not None:  # a setting that was not given is the method's own
+        for name, setting in MethodFactory(distill.distill_method).settings().items():
+            chosen[name] = setting.default if chosen[name] is None else chosen[name]
     chosen |= {name: getattr(training, name) for name in _OF_TRANSFORMERS if hasattr(training, name)}
     chosen = {name: plain(value) for name, value in chosen.items()}
     config = getattr(training, "hf_deepspeed_config", None)
