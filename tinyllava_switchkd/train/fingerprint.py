@@ -120,9 +120,10 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Ite
         for side in (theirs, ours):
             side["step_samples"] = side["world_size"] * side.pop(_BATCH[0]) * side.pop(_BATCH[1])
     found = {}
+    joined = (theirs[TEACHER] is None) != (ours[TEACHER] is None)
     for name in sorted(theirs.keys() & ours.keys() - {"world_size", *allowed}):
         before, now = theirs[name], ours[name]
-        if before == now:
+        if before == now or (joined and name != TEACHER and None in (before, now)):  # settings of the teacher's method
             continue
         if name in (DATA, TEACHER) and before is not None and now is not None:
             found[name] = f"the content of --{name} is another"
