@@ -177,8 +177,6 @@ def test_histogram_and_full_sort_give_the_same_order(monkeypatch, vocab, dtype):
     assert_same_order(leading(z), expected)
     monkeypatch.setattr(knee_module, "BLOCK_ELEMENTS", (1, 2 * vocab))  # the last block of rows is a short one
     assert_same_order(leading(z), expected)
-    monkeypatch.setattr(knee_module, "numpy", None)
-    assert_same_order(leading(z), expected)
 
 
 def test_order_knows_the_finite_extremes(route):

@@ -7,8 +7,8 @@ more than the rest of the loss. It is not needed: x is the upper tail of the emp
 tells below which value no knee can lie, and only the logits above it are collected and sorted, once, for the knee and
 for the order alike. The result is that of the full sort, bit for bit.
 
-The file needs nothing but torch. On CUDA the kernels of `knee_triton.py` beside it make the histogram and collect the
-logits, if triton is there; on the CPU numpy, if it is there, sorts faster than torch.
+The file needs nothing but torch. Where the files of kernels lie beside it and can be compiled, those do the work:
+`knee_triton.py` makes the histogram and collects the logits on CUDA, `native.py` does all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    import numpy
-
-    torch.zeros(0).numpy()  # raises where torch was built for another numpy
-except (ImportError, RuntimeError):
-    numpy = None
-
 logger = logging.getLogger(__name__)
 
 FULL_SORT_BELOW = 4096
@@ -39,9 +32,11 @@ BINS = 1024
 BLOCK_ELEMENTS = (2**27, 2**20)
 """Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 8 MiB of buffers)."""
 
-BACKEND = os.environ.get("SWITCHKD_KERNELS", "triton")
-"""What does the work on CUDA: "triton" kernels, or "torch" operations as on the CPU. The answers are the same."""
+NATIVE_FROM = 2**18
+"""Logits from which the C kernels do the work on a CPU; for fewer it is not worth compiling them."""
 
+BACKEND = os.environ.get("SWITCHKD_KERNELS", "triton")
+"""What does the work: kernels ("triton" on CUDA, C on a CPU), or "torch" operations. The answers are the same."""
 
 _checked: set[tuple[str, torch.device, torch.dtype]] = set()
 """Which kernels have been compared with torch's operations."""
@@ -103,7 +98,14 @@ def knee(logits: Tensor, *, window: int = 0, temperature: float | None = None) -
 
 
 @torch.no_grad()
-def leading(logits: Tensor, k: int | None = None, *, window: int = 0, temperature: float | None = None) -> Order:
+def leading(
+    logits: Tensor,
+    k: int | None = None,
+    *,
+    window: int = 0,
+    temperature: float | None = None,
+    kernels: bool = True,
+) -> Order:
     """The logits up to the knee, or the `k` largest, in descending order.
 
     Args:
@@ -112,6 +114,7 @@ def leading(logits: Tensor, k: int | None = None, *, window: int = 0, temperatur
         k: a fixed number for every token (BiLD's 8), or None for each token's knee.
         window: where the knee is looked for; see `knee`.
         temperature: on what the knee is looked for; see `knee`.
+        kernels: whether kernels may do the work, where there are any.
 
     Raises:
         ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `k` or `window` is too small.
@@ -128,10 +131,22 @@ def leading(logits: Tensor, k: int | None = None, *, window: int = 0, temperatur
         none = logits.new_zeros(0)
         indices = torch.zeros(0, 2, dtype=torch.long, device=logits.device)
         return Order(indices, indices.bool(), indices[:, 0], none, none, none)
-    window = 0 if window >= vocab else window
-    by_kernels = k is None and not window and temperature is None and vocab >= FULL_SORT_BELOW
-    found = try_kernels("knee_triton", "above_knee", logits, logits) if by_kernels else None
-    return cut(*(found or candidates(logits, k, window, temperature)), logits, k, window, temperature)
+    settings = (k, 0 if window >= vocab else window, temperature)
+    if kernels and settings == (None, 0, None) and vocab >= FULL_SORT_BELOW:
+        found = try_kernels("native", "knees", logits, logits)
+        if found:
+            return found
+        found = try_kernels("knee_triton", "above_knee", logits, logits)
+        if found:
+            return cut(*found, logits)
+    return cut(*candidates(logits, *settings), logits, *settings)
+
+
+def as_order(columns: Tensor, k: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Order:
+    """An order of columns [tokens, at least the largest k] of which the first k of each row count."""
+    columns = columns[:, : int(k.max())]
+    mask = torch.arange(columns.shape[1], device=columns.device) < k[:, None]
+    return Order(torch.where(mask, columns, columns[:, :1]).long(), mask, k, threshold, low, high)
 
 
 def candidates(
@@ -183,9 +198,7 @@ def cut(
     else:
         width = min(k, vocab)
         ks, threshold = torch.full((tokens,), width, device=columns.device), values[:, width - 1]
-    mask = torch.arange(width, device=columns.device) < ks[:, None]
-    columns = torch.where(mask, columns[:, :width], columns[:, :1]).long()
-    return Order(columns, mask, ks, threshold.to(logits.dtype), low.squeeze(1), high.squeeze(1))
+    return as_order(columns[:, :width], ks, threshold.to(logits.dtype), low.squeeze(1), high.squeeze(1))
 
 
 def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +229,8 @@ def try_kernels(module: str, function: str, like: Tensor, *arguments: object) ->
         arguments: the function's.
     """
     global BACKEND
-    if BACKEND != "triton" or not _on_accelerator(like):
+    usable = _worth_compiling(like) if module == "native" else _on_accelerator(like)
+    if BACKEND != "triton" or not usable:
         return None
     try:
         kernels = importlib.import_module(f".{module}", __package__)
@@ -230,8 +244,13 @@ def try_kernels(module: str, function: str, like: Tensor, *arguments: object) ->
     except Exception as error:  # whatever the compiler or the driver objects to, training goes on
         BACKEND = "torch"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        logger.warning("The Triton kernels cannot run (%s); torch's operations do their work, slower.", reason)
+        name = "C" if module == "native" else "Triton"
+        logger.warning("The %s kernels cannot run (%s); torch's operations do their work, slower.", name, reason)
         return None
+
+
+def _worth_compiling(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() >= NATIVE_FROM
 
 
 def _on_accelerator(tensor: Tensor) -> bool:
@@ -306,15 +325,7 @@ def last_bin(counts: Tensor, vocab: int, varies: Tensor) -> Tensor:
 
 def _positions(values: Tensor, most: Tensor) -> Tensor:
     """Where in the flattened `values` [tokens, n] stands at most the row's `most` [tokens, 1], ascending."""
-    if numpy is None or values.is_cuda:
-        return (values <= most).view(-1).nonzero().view(-1)
-    found = numpy.less_equal(values.numpy(), most.numpy()).reshape(-1)
-    if found.size % 8:
-        return torch.from_numpy(numpy.flatnonzero(found))
-    words = found.view(numpy.uint64)  # few hold any: those are found first
-    hit = numpy.flatnonzero(words != 0)
-    within = numpy.flatnonzero(words[hit].view(numpy.bool_))
-    return torch.from_numpy((hit << 3)[within >> 3] + (within & 7))
+    return (values <= most).view(-1).nonzero().view(-1)
 
 
 def _padded(positions: Tensor, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
@@ -339,20 +350,8 @@ def _descending(values: Tensor, columns: Tensor, counted: Tensor) -> tuple[Tenso
     `columns` ascend among those counted.
     """
     values = values.masked_fill(~counted, -torch.inf)
-    if numpy is None or values.is_cuda or values.dtype != torch.float32:
-        values, order = values.sort(dim=-1, descending=True, stable=True)
-        return values, columns.gather(1, order)
-    # One integer holds value and column; numpy sorts these many times faster than torch sorts pairs.
-    bits = (values + 0.0).view(torch.int32)  # -0.0 equals 0.0
-    keys = (~_ascending(bits)).long().bitwise_left_shift_(32).bitwise_or_(columns)
-    keys.numpy().sort(axis=-1)
-    values = _ascending(~(keys >> 32).int()).view(torch.float32)
-    return values, keys.bitwise_and_(0xFFFFFFFF)
-
-
-def _ascending(bits: Tensor) -> Tensor:
-    """Bits of a float32 as an integer that ascends with it, and back again."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, columns.gather(1, order)
 
 
 def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int, temperature: float | None) -> tuple[Tensor, Tensor]:
@@ -365,10 +364,7 @@ def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int, temperature:
         y = 1 - ((values.double() - high) / temperature).expm1() / ((low - high) / temperature).expm1()
         y = y.nan_to_num_().masked_fill_(values.isneginf(), torch.inf)
     height = (1 - ranks.double() / vocab) - y
-    if numpy is None or height.is_cuda:
-        best = height.argmax(dim=-1, keepdim=True)
-    else:
-        best = torch.from_numpy(height.numpy().argmax(axis=-1))[:, None]
+    best = height.argmax(dim=-1, keepdim=True)
     varies = high > low
     k = torch.where(varies, best + 1, 2)
     threshold = torch.where(varies, values.gather(1, best), high.nan_to_num().to(values.dtype))

@@ -197,7 +197,8 @@ def logit_difference_kl(
     arguments = (student.detach(), teacher.detach(), orders, temperature, reverse, needs_gradient)
     found = None
     if len(student) and pairs == "triangle":
-        found = try_kernels("pairs_triton", "logit_difference_kl", student, *arguments, LINEAR_RANGE)
+        for module in ("native", "pairs_triton"):
+            found = found or try_kernels(module, "logit_difference_kl", student, *arguments, LINEAR_RANGE)
     loss, gradients = found or by_blocks(*arguments, pairs)
     loss = loss.to(student.dtype)
     if not needs_gradient:
