@@ -1,34 +1,41 @@
-"""What a model reads: conversation templates, images, data sets and batches."""
+"""What a model reads: conversation templates, images, data sets and batches.
 
-from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
-from tinyllava_switchkd.data.dataset import LazySupervisedDataset
-from tinyllava_switchkd.data.errors import SampleError
-from tinyllava_switchkd.data.image import ImagePreprocess
-from tinyllava_switchkd.data.image_files import BadImageError, read_image, to_rgb
-from tinyllava_switchkd.data.inspection import check_data
-from tinyllava_switchkd.data.module import check_supervision, make_supervised_data_module
-from tinyllava_switchkd.data.records import Records
-from tinyllava_switchkd.data.sampler import LengthGroupedSampler
-from tinyllava_switchkd.data.template import Template, TemplateFactory, check_template, register_template
-from tinyllava_switchkd.data.text import Message, TextPreprocess
+Names are imported when first used, so that looking a file over need not wait for torch.
+"""
 
-__all__ = [
-    "BadImageError",
-    "DataCollatorForSupervisedDataset",
-    "ImagePreprocess",
-    "LazySupervisedDataset",
-    "LengthGroupedSampler",
-    "Message",
-    "Records",
-    "SampleError",
-    "Template",
-    "TemplateFactory",
-    "TextPreprocess",
-    "check_data",
-    "check_supervision",
-    "check_template",
-    "make_supervised_data_module",
-    "read_image",
-    "register_template",
-    "to_rgb",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "BadImageError": "image_files",
+    "DataCollatorForSupervisedDataset": "collator",
+    "ImagePreprocess": "image",
+    "LazySupervisedDataset": "dataset",
+    "LengthGroupedSampler": "sampler",
+    "Message": "text",
+    "Records": "records",
+    "SampleError": "errors",
+    "Template": "template",
+    "TemplateFactory": "template",
+    "TextPreprocess": "text",
+    "check_data": "inspection",
+    "check_supervision": "module",
+    "check_template": "template",
+    "make_supervised_data_module": "module",
+    "read_image": "image_files",
+    "register_template": "template",
+    "to_rgb": "image_files",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -8,16 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoTokenizer
-
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.data.image import ImagePreprocess
-from tinyllava_switchkd.data.inspection import DECODE, check_data
-from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from tinyllava_switchkd.model.checkpoint import image_processor_of, open_checkpoint, tokenizer_of
-from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
-from tinyllava_switchkd.model.weights import resolve_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_max_length", type=int, help="where samples are cut (default: the tokenizer's)")
     parser.add_argument(
         "--decode",
-        choices=DECODE,
+        choices=("sample", "all", "none"),
         nargs="?",
         const="all",
         default="sample",
@@ -88,8 +79,14 @@ def _look(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
-    model = _model_of(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else getattr(model, "tokenizer", None)
+    from tinyllava_switchkd.data.inspection import check_data
+
+    model = _model_of(args) if args.model_path or args.vision_tower else None
+    tokenizer = getattr(model, "tokenizer", None)
+    if args.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     aspect_ratio = args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None)
     report = check_data(
         args.data_path,
@@ -108,6 +105,8 @@ def _look(args: argparse.Namespace) -> str:
         lines.append(
             f"{model.num_image_tokens:>12,}  visual tokens of an image ({args.model_path or args.vision_tower})"
         )
+        from tinyllava_switchkd.data.image import ImagePreprocess
+
         settings = argparse.Namespace(image_aspect_ratio=aspect_ratio)
         fate = ImagePreprocess(model.image_processor, settings).on_wide_picture()
         lines.append(f"{'':>12}  a wide picture {fate}")
@@ -117,16 +116,19 @@ def _look(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _model_of(args: argparse.Namespace) -> _Model | None:
-    """The model named on the command line, without its weights; None if there is none."""
+def _model_of(args: argparse.Namespace) -> _Model:
+    """The model named on the command line, without its weights."""
+    from tinyllava_switchkd.model import TinyLlavaConfig
+    from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
+    from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+    from tinyllava_switchkd.model.weights import resolve_folder
+
     if args.model_path:
         folder = resolve_folder(args.model_path)
         config, _ = open_checkpoint(Path(folder))
         model = _on_meta(config)
         processor, tokenizer = image_processor_of(folder, model), tokenizer_of(folder, config)
         return _Model(model.num_image_tokens, processor, config.image_aspect_ratio, tokenizer)
-    if not args.vision_tower:
-        return None
     config = TinyLlavaConfig(
         vision_model_name_or_path=args.vision_tower,
         connector_type=args.connector_type,
@@ -141,7 +143,11 @@ def _model_of(args: argparse.Namespace) -> _Model | None:
     return _Model(model.num_image_tokens, model.vision_tower.image_processor, None)
 
 
-def _on_meta(config: TinyLlavaConfig) -> TinyLlavaForConditionalGeneration:
+def _on_meta(config: Any) -> Any:
+    import torch
+
+    from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
+
     with torch.device("meta"):
         return TinyLlavaForConditionalGeneration(config)
 

@@ -11,15 +11,12 @@ import transformers
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from .image_files import to_rgb
+from .image_files import LEAST_SHARE, to_rgb
 
 logger = logging.getLogger(__name__)
 
 ASPECT_RATIOS = ("square", "pad")
 BACKENDS = ("pil", "torchvision")
-
-LEAST_SHARE = 0.75
-"""Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
 
 _MOST_PIXELS = 180_000_000  # of an image on its way to the tower; about what Pillow decodes at most
 

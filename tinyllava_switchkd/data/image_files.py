@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image
 
+LEAST_SHARE = 0.75
+"""Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
+
 _WIDE_MODES = ("I", "F")  # and every mode that begins with "I;": more than 8 bits a pixel
 _LINKS = "; pass allow_outside_images to read it all the same"
 

@@ -8,17 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
-from tinyllava_switchkd.data.image import LEAST_SHARE, ImagePreprocess
-from tinyllava_switchkd.data.image_files import ImageFolder, look_at, missing_and_outside
+from tinyllava_switchkd.data.image_files import LEAST_SHARE, ImageFolder, look_at, missing_and_outside
 from tinyllava_switchkd.data.records import Records, images_of
 from tinyllava_switchkd.data.template import TemplateFactory, check_template
 from tinyllava_switchkd.data.text import TextPreprocess
+
+if TYPE_CHECKING:  # a look at a file that needs neither tokenizer nor processor need not wait for torch
+    from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+    from tinyllava_switchkd.data.image import ImagePreprocess
 
 MISSING_IMAGES = "image(s) that do not exist"
 OUTSIDE_IMAGES = "image(s) outside the image folder"
@@ -268,6 +270,8 @@ def check_data(
     report = checker.report
     preprocess = None
     if image_processor is not None:
+        from tinyllava_switchkd.data.image import ImagePreprocess
+
         preprocess = ImagePreprocess(image_processor, SimpleNamespace(image_aspect_ratio=image_aspect_ratio))
     try:
         records = Records(data_path, visit=checker)
@@ -281,6 +285,8 @@ def check_data(
         except ValueError as error:
             report.problem("template that does not fit", str(error))
         else:
+            from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+
             collator = DataCollatorForSupervisedDataset(
                 tokenizer, num_image_tokens=num_image_tokens, model_max_length=model_max_length
             )

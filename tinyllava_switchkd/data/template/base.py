@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template.formatter import Formatter
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class Template:
         self._warn_about_masks()
         spans = self._answer_spans(prompt, questions, answers)
         input_ids, labels = _tokenize(prompt, tokenizer, spans)
+        import torch  # here, so that a look at a data file need not wait for it
+
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
 
     def check(self, messages: Sequence[dict[str, Any]], num_images: int) -> None:
@@ -179,6 +182,8 @@ class Template:
         expected, labels = _tokenize(prompt, tokenizer, self._spans_of_text(prompt))
         if input_ids.tolist() != expected:
             raise ValueError("The token ids are not those of the prompt, so its answers cannot be found in them.")
+        import torch
+
         return torch.tensor(labels)
 
     @classmethod
@@ -193,7 +198,11 @@ class Template:
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is None or 'pt', not {return_tensors!r}.")
         input_ids, _ = _tokenize(prompt, tokenizer, None, image_token_index)
-        return input_ids if return_tensors is None else torch.tensor(input_ids, dtype=torch.long)
+        if return_tensors is None:
+            return input_ids
+        import torch
+
+        return torch.tensor(input_ids, dtype=torch.long)
 
     def _mark_images(self, questions: list[str], num_images: int | None) -> list[str]:
         """Leave a ``<image>`` in the questions for every image, and disguise those that are mere text."""
