@@ -15,6 +15,7 @@ Turns = Sequence[tuple[str, str | None]]
 # A noncharacter: no template's own text contains it, so what stands around it is the template's.
 _MARK = "\ufdd5"
 
+# Written for every reader: transformers.js has no `string * number`.
 # As `Template.prompt`: the images of a question stand in front of it, and only a question with images is stripped.
 _JINJA = """\
 {{- BOS -}}
@@ -45,7 +46,9 @@ _JINJA = """\
     {%- set pieces = turn.text.split(IMAGE) -%}
     {%- set turn.images = turn.images + (pieces | length) - 1 -%}
     {%- if turn.images -%}
-      {%- set turn.text = (IMAGE_LINE * turn.images ~ (pieces | join('') | trim)) | trim -%}
+      {%- set turn.text = pieces | join('') | trim -%}
+      {%- for _ in range(turn.images) -%}{%- set turn.text = IMAGE_LINE ~ turn.text -%}{%- endfor -%}
+      {%- set turn.text = turn.text | trim -%}
     {%- endif -%}
     {{- USER_BEGIN ~ turn.text ~ USER_END -}}
   {%- elif message['role'] == 'assistant' -%}

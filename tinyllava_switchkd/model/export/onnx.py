@@ -98,7 +98,11 @@ def to_onnx(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
             f"nevertheless and see by how much the two disagree."
         )
-    record = _record(model, tokenizer, conv_version) | ({"approximate": approximate} if approximate else {})
+    record = (
+        _record(model, tokenizer, conv_version)
+        | {"dtypes": list(dtypes)}
+        | ({"approximate": approximate} if approximate else {})
+    )
     expected = _Original(model, tokenizer, image_processor, conv_version, questions) if verify else None
     image_token = _add_image_token(tokenizer)
     tokenizer.chat_template = jinja_template(conv_version, tokenizer)
