@@ -200,6 +200,8 @@ def load_tokenizer(
             if not has_tokenizer(Path(name_or_path)):
                 raise FileNotFoundError(name_or_path)
         tokenizer = tokenizer_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+        if not tokenizer("a cat").input_ids:
+            raise ValueError("it makes no tokens of 'a cat'")
     except CodeRefused:
         raise
     except OSError as error:
@@ -212,4 +214,10 @@ def load_tokenizer(
             f"The tokenizer in {name_or_path!r} cannot be read ({one_sentence(error)}); put the base model's files "
             f"(tokenizer.json, tokenizer_config.json) there."
         ) from error
-    return post_load(tokenizer)
+    tokenizer = post_load(tokenizer)
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer in {name_or_path!r} has neither a padding token nor an end token (eos_token); its "
+            f"tokenizer_config.json should name them."
+        )
+    return tokenizer
