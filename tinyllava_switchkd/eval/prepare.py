@@ -224,7 +224,7 @@ def count_rows(path: Path) -> int:
 
 def preparable() -> list[str]:
     """Names of the benchmarks whose folders can be built, in the paper's order."""
-    return [name for name in names() if BenchmarkFactory(name).repos]
+    return [name for name in names() if BenchmarkFactory(name).repos and not BenchmarkFactory(name).prepared_as]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chosen(arguments: argparse.Namespace) -> list[Benchmark]:
     wanted = preparable() if "all" in arguments.benchmarks else arguments.benchmarks
+    wanted = [BenchmarkFactory(name).prepared_as or BenchmarkFactory(name).name for name in wanted]
     benchmarks = [BenchmarkFactory(name) for name in dict.fromkeys(wanted)]
     for benchmark in benchmarks:
         if not benchmark.repos:

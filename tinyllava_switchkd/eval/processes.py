@@ -131,22 +131,27 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,  # a signal reaches them once, from here
             )
             for rank in range(count)
         ]
-        interrupted = False
-        for child in children:
-            while True:
-                try:
-                    child.wait()
-                    break
-                except KeyboardInterrupt:  # the children are told, by the terminal or here, and end by themselves
-                    interrupted = True
-                    for other in children:
-                        other.send_signal(signal.SIGTERM)
+        ended_by: list[int] = []
+
+        def forward(number: int, _: object) -> None:
+            ended_by.append(number)
+            for child in children:
+                child.send_signal(signal.SIGTERM)
+
+        own = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            for child in children:
+                child.wait()
+        finally:
+            for number, handler in own.items():
+                signal.signal(number, handler)
         sys.stdout.flush()
         for rank, child in reversed(list(enumerate(children))):
-            if child.returncode < 0:
+            if child.returncode < 0 and not ended_by:
                 name = signal.Signals(-child.returncode).name
                 print(
                     f"[process {rank}] error: it was ended from outside ({name}; where that is SIGKILL, the machine's "
@@ -157,6 +162,6 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             messages = Path(folder) / f"{rank}.txt"
             if messages.is_file():
                 print(messages.read_text(encoding="utf-8"), end="", file=sys.stderr)
-        if interrupted:
+        if ended_by:
             return 130
         return 1 if any(child.returncode for child in children) else 0

@@ -106,7 +106,7 @@ def evaluation(name: str, request: Request) -> list[str]:
 
     variables, benchmark = request.variables, BenchmarkFactory(name)
     data = request.eval_dir / benchmark.folder
-    answers, score = data / "answers" / request.model_name, name
+    answers, score = data / benchmark.answers_folder / request.model_name, name
     words = [name, "--model-path", request.model_path, "--model-name", request.model_name, "--data-dir", str(data)]
     words += ["--batch-size", variables.get("BATCH_SIZE", "16")]
     split = variables.get("SPLIT", "")
@@ -128,11 +128,9 @@ def evaluation(name: str, request: Request) -> list[str]:
     words += [*variables.get("EXTRA_ARGS", "").split(), *request.flags]
     if not request.devices.gpus:
         words += ["--device", "cpu"]
-    count = request.devices.processes
-    start = [request.python]
-    if count > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return [*start, "-m", MODULE, *words]
+    if request.devices.processes > 1:
+        words += ["--processes", str(request.devices.processes)]
+    return [request.python, "-m", MODULE, *words]
 
 
 def report(request: Request) -> list[str]:

@@ -41,17 +41,6 @@ def names() -> list[str]:
     return [*BENCHMARKS, *sorted(registered - set(BENCHMARKS))]
 
 
-def by_size() -> list[str]:
-    """`names`, those with the fewest questions first: the order in which to ask them all."""
-
-    def size(name: str) -> int:
-        benchmark = BenchmarkFactory(name)
-        files = benchmark.files(benchmark.prepared_splits[0])
-        return max(files[0].rows, default=0) if files else 0
-
-    return sorted(names(), key=size)
-
-
 __all__ = [
     "BENCHMARKS",
     "GQA",
@@ -77,7 +66,6 @@ __all__ = [
     "VQAv2",
     "VizWiz",
     "answer_key",
-    "by_size",
     "names",
     "read_answers",
     "register_benchmark",

@@ -284,10 +284,12 @@ class Benchmark(ABC):
         column: its column's name in the report; by default the title.
         script: base name of its script in scripts/eval; by default the registered name.
         upload: suffix of its server's file ("json", "xlsx"); None where there is no server.
+        answers_folder: where below its folder the scripts keep answers; two benchmarks may share a folder of data.
         paper_split: the split behind the paper's number; a score on another split is a stand-in.
         max_new_tokens: length limit of LLaVA's own generation script.
         options: how it may be asked otherwise.
         repos: its data set's names on the Hugging Face hub, the newest first; none: `eval.prepare` cannot build it.
+        prepared_as: name of the benchmark whose folder this one uses; None for its own.
         sources: "hf" (the hub) and "official" (the authors' own files), in the order in which they are tried.
         prepared_splits: what `eval.prepare` can build; the first is the default.
         by_hand: where a person gets the data without this program.
@@ -300,10 +302,12 @@ class Benchmark(ABC):
     column: ClassVar[str | None] = None
     script: ClassVar[str | None] = None
     upload: ClassVar[str | None] = None
+    answers_folder: ClassVar[str] = "answers"
     paper_split: ClassVar[str] = "test"
     max_new_tokens: ClassVar[int] = 128
     options: ClassVar[tuple[Option, ...]] = ()
     repos: ClassVar[tuple[str, ...]] = ()
+    prepared_as: ClassVar[str | None] = None
     sources: ClassVar[tuple[str, ...]] = ("hf",)
     prepared_splits: ClassVar[tuple[str, ...]] = ("val",)
     by_hand: ClassVar[str] = ""

@@ -162,7 +162,8 @@ class TextVQANoOCR(TextVQA):
 
     name, title = "textvqa_noocr", "TextVQA without OCR"
     column = "TextVQA (no OCR)"
-    repos = ()  # prepared as textvqa
+    answers_folder = "answers_noocr"
+    prepared_as = "textvqa"
 
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         for question in super().questions(data_dir, split):
