@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any
@@ -45,6 +46,16 @@ def load_entry_points() -> None:
 def base_name(path: str) -> str:
     """Last component of a path or hub name, lower-case: ``"Qwen/Qwen2.5-0.5B/"`` -> ``"qwen2.5-0.5b"``."""
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def checkpoint_name(name_or_path: str | os.PathLike) -> str:
+    """What to call a checkpoint: its base name, with its run's name for one of a run's ``checkpoint-N``."""
+    parts = [part for part in str(name_or_path).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    if not parts:
+        parts = [os.path.basename(os.path.realpath(name_or_path)) or "model"]
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]
 
 
 class Registry:

@@ -161,7 +161,7 @@ def test_files_of_a_report(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert {line.count(" & ") for line in body.splitlines() if line.endswith(r"\\")} == {12}
     drawing = (out / "radar.svg").read_text(encoding="utf-8")
     assert "<!-- student_1 -->" in drawing and "<!-- Switch-KD (Qwen2.5-0.5B), paper -->" in drawing
-    assert "VizWiz" not in drawing  # a val score enters the chart's averages only with the flag
+    assert "No axis Domain-specific: VizWiz (student_1: val" in drawing  # it enters only with the flag
 
     run(capsys, student, "--include-val", "--output-dir", out, "--format", "markdown")
     assert "<!-- VizWiz: val split -->" in (out / "radar.svg").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, average, figure1_axes, paper_tables
-from tinyllava_switchkd.visualize.radar import COLOURS, axis_scale, axis_scales, axis_values, common_axes, draw_radar
+from tinyllava_switchkd.visualize.radar import COLOURS, RINGS, absences, axis_values, common_axes, draw_radar, scale_end
 
 TABLE1 = {f"{row['method']} {row['llm']}": row for row in paper_tables()["table1"]}
 SWITCH_KD = TABLE1["Switch-KD Qwen2.5-0.5B"]["scores"]
@@ -46,18 +46,25 @@ def test_axes_that_some_model_lacks_are_cut() -> None:
     assert axes == {"Perception & Understanding": ("MME", "MMB"), "Hallucination": ("POPE",)}
 
 
-@pytest.mark.parametrize("values", [[28.9, 41.5, 44.9], [86.1, 86.1], [0.0, 100.0], [100.0], [0.0], [50.0, 50.04]])
-def test_scale_holds_its_values(values: list[float]) -> None:
-    low, high = axis_scale(values)
-    assert low <= min(values) and max(values) <= high
-    assert (high - low) / 3 == pytest.approx(round((high - low) / 3))  # whole numbers on the rings
-    assert high <= 100 or high - low > 100  # no such score, unless the rings need it
+@pytest.mark.parametrize("values", [[28.9, 41.5, 44.9], [86.1, 86.1], [0.0, 100.0], [100.0], [0.0], [50.0, 80.04]])
+def test_the_scale_starts_at_zero_and_holds_its_values(values: list[float]) -> None:
+    top = scale_end(values)
+    assert max(values) <= top <= 100 and (top / RINGS).is_integer()
+    assert all(RINGS * step < max(values) for step in (1, 2, 5, 10, 15, 20, 25) if RINGS * step < top)
+    with pytest.raises(ValueError, match="not on 0-100: 3 to 101"):
+        scale_end([3, 101])
 
 
-def test_a_lone_model_has_one_scale_from_zero() -> None:
-    """On scales of their own all its corners would lie on the same ring."""
-    assert axis_scales([[62.7, 57.2, 44.9]]) == [(0.0, 75.0)] * 3
-    assert axis_scales([[62.7, 57.2], [60.0, 41.0]]) == [axis_scale([62.7, 60.0]), axis_scale([57.2, 41.0])]
+def test_a_missing_axis_says_why(tmp_path: Path) -> None:
+    part = {column: score for column, score in SFT.items() if column not in ("POPE", "MMB")}
+    models = {"Switch-KD": SWITCH_KD, "SFT": part}
+    sentences = absences(models, {("SFT", "POPE"): "not yet scored"})
+    assert sentences == [
+        "Perception & Understanding without MMB (SFT: no score).",
+        "No axis Hallucination: POPE (SFT: not yet scored).",
+    ]
+    [file] = draw_radar(models, tmp_path / "radar", formats=("svg",), reasons={("SFT", "POPE"): "not yet scored"})
+    assert "No axis Hallucination: POPE (SFT: not yet scored)." in file.read_text(encoding="utf-8")
 
 
 def test_chart_is_written_as_png_and_svg(tmp_path: Path) -> None:

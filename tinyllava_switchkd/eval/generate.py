@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.caches import with_cache
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.weights import resolve_folder
@@ -342,7 +343,7 @@ class Answerer:
         return self.model.language_model.generate(
             inputs_embeds=torch.cat([seen, tail], dim=1),
             attention_mask=torch.cat([attention_mask.new_ones(len(tail), length), attention_mask], dim=1),
-            past_key_values=cache,
+            **with_cache(cache),
         )
 
     def _padded(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

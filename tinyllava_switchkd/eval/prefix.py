@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from ..constants import IMAGE_TOKEN_INDEX
-from ..model import TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.caches import with_cache
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class SharedPrefix:
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(cache),
         )
         cache.batch_select_indices(self.picture_of_row.to(model.device))
         return cache, prepared.inputs_embeds.shape[1]

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd import __version__
-from tinyllava_switchkd.model.weights import SPLIT_PARTS, checkpoint_name
-
-__all__ = ["PROMPT_PROTOCOL", "checkpoint_digest", "checkpoint_name", "describe_parts", "package_versions"]
+from tinyllava_switchkd.model.weights import SPLIT_PARTS
 
 PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
 

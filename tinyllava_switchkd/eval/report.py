@@ -1,25 +1,29 @@
 """Models by benchmarks::
 
     python -m tinyllava_switchkd.eval.report RESULTS... [--with-paper] [--include-val]
-        [--format terminal,markdown,csv,latex] [--output-dir DIR]
+        [--format terminal,markdown,csv,latex] [--output_dir DIR] [--compare A B]
 
 RESULTS are score files (`tinyllava_switchkd.eval.score --output`) or folders of them, as playground/results/MODEL, each
-optionally as LABEL=PATH. With --output-dir the table is written as report.md, report.csv and report.tex, and the radar
-chart of the paper's Figure 1 as radar.png and radar.svg.
+optionally as LABEL=PATH. With --output_dir the table is written as report.md, report.csv and report.tex, and the radar
+chart of the paper's Figure 1 as radar.png and radar.svg. --compare tests two models against each other, question by
+question (compare.md), and needs the verdicts that `eval.run` leaves beside its scores.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import logging
+import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.io import write_text
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
 
 from .benchmarks.files import sentence_of
@@ -75,6 +79,11 @@ class Report:
             )
             notes.append(
                 f"val: a score on the validation split, where the paper has the server's score: {named}. {used}"
+            )
+        if any(result.standard_error is not None for _, result in results):
+            notes.append(
+                "Standard errors: over questions, those about one picture being one cluster. They say nothing about "
+                "another training."
             )
         if missing := [
             f"{label}, {result.column}: {result.missing:,} of {result.total:,}"
@@ -135,10 +144,26 @@ def _lines(report: Report, rows: list[Row], marks: dict[str, str], dash: str = "
     ]
 
 
+def _errors(report: Report, row: Row) -> list[str]:
+    """The line of standard errors below a model's line; empty where none is known."""
+    errors = {column: result.standard_error for column, result in row.results.items()}
+    if not any(error is not None for error in errors.values()):
+        return []
+    cells = ["" if errors.get(column) is None else f"± {errors[column]:.1f}" for column in report.columns]
+    averages = [row.average_error(name, report.include_val) for name in AVERAGES]
+    return ["  standard error", *cells, *("" if error is None else f"± {error:.1f}" for error in averages)]
+
+
+def _with_errors(report: Report, rows: list[Row], marks: dict[str, str], dash: str = "–") -> list[list[str]]:
+    """`_lines`, each with its standard errors below."""
+    pairs = zip(rows, _lines(report, rows, marks, dash), strict=True)
+    return [line for row, cells in pairs for line in (cells, _errors(report, row)) if line]
+
+
 def terminal(report: Report) -> str:
     """Aligned columns, for a terminal of any width."""
     header = ["Model", *report.columns, *AVERAGES]
-    own, paper = _lines(report, report.rows, MARKS), _lines(report, report.paper, MARKS)
+    own, paper = _with_errors(report, report.rows, MARKS), _lines(report, report.paper, MARKS)
     widths = [max(map(len, column)) for column in zip(header, *own, *paper, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -156,7 +181,7 @@ def terminal(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The table, its notes, and how every score came about."""
     header = ["Model", *report.columns, *AVERAGES]
-    text = _markdown_table(header, _lines(report, [*report.rows, *report.paper], MARKS))
+    text = _markdown_table(header, _with_errors(report, [*report.rows, *report.paper], MARKS))
     text += "".join(f"\n- {_escape_markdown(note)}" for note in report.notes()) + "\n"
     results = [(row.label, result) for row in report.rows for result in row.results.values()]
     if results:
@@ -230,7 +255,8 @@ def as_csv(report: Report) -> str:
     header = ["model", "source", *report.columns]
     for name in AVERAGES:
         header += [name, f"{name} scores", f"{name} marks"]
-    writer.writerow([*header, *(f"{column} split" for column in splits), *(f"{column} marks" for column in splits)])
+    more = ("split", "marks", "standard error")
+    writer.writerow([*header, *(f"{column} {what}" for what in more for column in splits)])
     for row in [*report.rows, *report.paper]:
         line: list[Any] = [row.label, "own" if row.averages is None else paper_tables()["source"]]
         line += [row.scores.get(column, "") for column in report.columns]
@@ -241,6 +267,7 @@ def as_csv(report: Report) -> str:
         found = [row.results.get(column) for column in splits]
         line += [result.split if result else "" for result in found]
         line += [" ".join(result.marks) if result else "" for result in found]
+        line += ["" if result is None or result.standard_error is None else result.standard_error for result in found]
         writer.writerow(line)
     return file.getvalue()
 
@@ -252,7 +279,8 @@ def latex(report: Report) -> str:
     groups = [group for group in (report.rows, report.paper) if group]
     for number, group in enumerate(groups):
         body += [r"\midrule"] * (number > 0)
-        for label, *cells in _lines(report, group, LATEX_MARKS, "--"):
+        for label, *cells in _with_errors(report, group, LATEX_MARKS, "--"):
+            cells = [cell.replace("±", r"$\pm$") for cell in cells]
             body.append(" & ".join([_escape_latex(label), *cells]) + r" \\")
     notes = [_escape_latex(note).replace("‡", r"$\ddagger$").replace("–", "--") for note in report.notes()]
     return "\n".join(
@@ -294,7 +322,7 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
     Returns:
         the files; none, with a line in the log, where there are too few benchmarks or too many models.
     """
-    from tinyllava_switchkd.visualize.radar import draw_radar
+    from tinyllava_switchkd.visualize.radar import absences, draw_radar
 
     models = {row.label: row.comparable(report.include_val) for row in report.rows}
     own = set(models)
@@ -309,47 +337,86 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
     ]
     marked = {mark: dict.fromkeys(result.column for result in shown if mark in result.marks) for mark in RADAR_NOTES}
     note = "; ".join(f"{', '.join(columns)}: {RADAR_NOTES[mark]}" for mark, columns in marked.items() if columns)
+    reasons = {
+        (row.label, column): "val, not in the averages without --include_val"
+        for row in report.rows
+        for column in row.scores.keys() - row.comparable(report.include_val).keys()
+    }
+    dashed = models.keys() - own if own else ()
+    for sentence in absences(models, reasons):
+        logger.warning("Radar chart: %s", sentence)
     try:
-        return draw_radar(models, output_dir / "radar", note=note, dashed=models.keys() - own if own else ())
+        return draw_radar(models, output_dir / "radar", note=note, dashed=dashed, reasons=reasons)
     except (ValueError, ModuleNotFoundError) as error:
         logger.warning("No radar chart: %s", error)
         return []
 
 
+def comparison(first: str, second: str, output_dir: Path | None) -> str:
+    """The table of `--compare`, for the terminal; it is written as compare.md, too.
+
+    Raises:
+        FileNotFoundError, ValueError: see `compare_models`.
+    """
+    from .comparison import HEADER, NOTES, compare_models, lines
+
+    a, b, compared = compare_models(first, second)
+    names = f"A: {a.label}. B: {b.label}."
+    table = lines(compared)
+    if output_dir is not None:
+        text = "\n".join(
+            [names, "", _markdown_table(HEADER, table), *(f"- {_escape_markdown(note)}" for note in NOTES)]
+        )
+        write_text(output_dir / "compare.md", text + "\n")
+    widths = [max(map(len, column)) for column in zip(HEADER, *table, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    head = "  ".join(cell.ljust(width) for cell, width in zip(HEADER, widths, strict=True)).rstrip()
+    return "\n".join([names, "", head, "─" * len(head), *rows, "", *NOTES])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="score file or folder, or LABEL=PATH")
-    parser.add_argument("--with-paper", action="store_true", help="put the rows of the paper's Table 1 beside")
+    parser.add_argument("--with_paper", action="store_true", help="put the rows of the paper's Table 1 beside")
     parser.add_argument(
-        "--include-val", action="store_true", help="let val scores of VQAv2 and VizWiz enter the averages, and say so"
+        "--include_val", action="store_true", help="let val scores of VQAv2 and VizWiz enter the averages, and say so"
     )
     parser.add_argument(
-        "--format", help=f"some of {','.join(FORMATS)} (terminal; with --output-dir all), written or printed"
+        "--compare", nargs=2, metavar=("A", "B"), help="test model B against A on every benchmark that both have"
     )
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write files and the radar chart there")
+    parser.add_argument(
+        "--format", help=f"some of {','.join(FORMATS)} (terminal; with --output_dir all), written or printed"
+    )
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write files and the radar chart there")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         formats = _formats(arguments.format, arguments.output_dir)
+        if arguments.compare:
+            print(comparison(*arguments.compare, arguments.output_dir))
+            if not arguments.results and not arguments.with_paper:
+                return 0
+            print()
         if not arguments.results and not arguments.with_paper:
-            raise ValueError("Nothing to report: give score files or folders, or --with-paper.")
+            raise ValueError("Nothing to report: give score files or folders, or --with_paper, or --compare A B.")
         report = Report(
             read_results(arguments.results), paper_rows() if arguments.with_paper else [], arguments.include_val
         )
         for name in formats:
             text = FORMATS[name](report)
             if name == "terminal" or arguments.output_dir is None:
-                print(text)
+                print(text, flush=True)
             else:
-                arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                (arguments.output_dir / FILES[name]).write_text(text, encoding="utf-8")
+                write_text(arguments.output_dir / FILES[name], text)
         if arguments.output_dir is not None:
             write_radar(report, arguments.output_dir)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1

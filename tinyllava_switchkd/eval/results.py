@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,13 @@ class Row:
         marks = dict.fromkeys(mark for result in used for mark in result.marks)
         value = None if lacking else sum(self.scores[column] for column in columns) / len(columns)
         return Average(value, tuple(lacking), len(columns), tuple(marks))
+
+    def average_error(self, name: str, include_val: bool) -> float | None:
+        """Standard error of an average: its benchmarks ask different questions, so their variances add up."""
+        if self.averages is not None or self.average(name, include_val).value is None:
+            return None
+        errors = [self.results[column].standard_error for column in AVERAGES[name]]
+        return None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ import torch
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import write_json
+from tinyllava_switchkd.registry import checkpoint_name
 
 from .benchmarks import BenchmarkFactory, names
 from .benchmarks.files import sentence_of
 from .generate import DTYPES
 from .job import Job, finish, generate, set_up, still_open
 from .processes import OtherProcessFailed, Processes, spawn, tell
-from .provenance import checkpoint_name
 from .score import rows_file, score_file, write_rows
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")

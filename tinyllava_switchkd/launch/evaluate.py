@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllava_switchkd.registry import checkpoint_name
+
 from .devices import Devices
 from .values import folder_name
 
@@ -64,11 +66,7 @@ def check_model(model_path: str, model_name: str = "") -> str:
     if path.startswith(("/", "./", "../")) and not Path(path).is_dir():  # no name on the hub looks like these
         raise ValueError(f"there is no checkpoint folder {model_path}.")
     if not model_name:
-        if path in (".", "..") or path.endswith(("/.", "/..")):
-            path = str(Path(path).resolve())
-        parent, _, model_name = path.rpartition("/")
-        if model_name.startswith("checkpoint-") and parent:
-            model_name = f"{parent.rpartition('/')[2]}_{model_name}"
+        model_name = checkpoint_name(Path(path).resolve() if Path(path).name in ("", "..") else path)
     wrong = folder_name(model_name)
     if wrong is not None:
         raise ValueError(f"MODEL_NAME is {model_name!r}; it must be {wrong}.")

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 
+from .caches import cache_of, with_cache
 from .chat import chat
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
@@ -378,9 +379,9 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **with_cache(past_key_values),
             **kwargs,
         )
         loss = None
@@ -391,7 +392,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         return TinyLlavaOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             labels=labels,

@@ -277,8 +277,11 @@ class _Work(StoppingCriteria):
 
 
 def display_names(paths: Sequence[str]) -> list[str]:
-    """A short, distinct name for every checkpoint: the last part of its path, with its parents' where needed."""
+    """A short, distinct name for every checkpoint: see `checkpoint_name`, with its parents' where needed."""
     parts = [[part for part in Path(path).parts if part not in ("/", "\\", ".", "..")] or [path] for path in paths]
+    for part in parts:
+        if part[-1].startswith("checkpoint-") and len(part) > 1:  # of a run, which has to be named
+            part[-2:] = [f"{part[-2]}_{part[-1]}"]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

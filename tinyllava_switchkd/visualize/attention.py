@@ -23,8 +23,9 @@ from torch import Tensor
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model.caches import cache_of, with_cache
 from tinyllava_switchkd.model.chat import conversation_template
-from tinyllava_switchkd.registry import base_name
+from tinyllava_switchkd.registry import checkpoint_name
 from tinyllava_switchkd.visualize.grid import token_grid, visible_box
 from tinyllava_switchkd.visualize.overlay import fit, overlay
 from tinyllava_switchkd.visualize.pieces import text_groups
@@ -107,10 +108,10 @@ def attention_map(
     prompt = spliced.inputs_embeds  # [1, P, D]
     answer = torch.tensor([list(answer_ids[:-1])], dtype=torch.long, device=device)  # [1, A-1]
     rows = torch.cat([prompt[:, -1:], model.get_input_embeddings()(answer).to(prompt.dtype)], dim=1)  # [1, A, D]
-    cache = language_model(inputs_embeds=prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(language_model(inputs_embeds=prompt[:, :-1], use_cache=True, logits_to_keep=1))
     with eager_attention(language_model):
         outputs = language_model(
-            inputs_embeds=rows, past_key_values=cache, use_cache=True, output_attentions=True, logits_to_keep=1
+            inputs_embeds=rows, **with_cache(cache), use_cache=True, output_attentions=True, logits_to_keep=1
         )
     maps = [layer for layer in outputs.attentions or () if layer is not None][layers or slice(None)]
     if not maps:
@@ -260,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the models one after another, so that only one is in memory, and write the figure."""
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 
-    names = args.names or [base_name(path) for path in args.model_path]
+    names = args.names or [checkpoint_name(path) for path in args.model_path]
     if len(names) != len(args.model_path):
         raise ValueError(f"--names has {len(names)} names for {len(args.model_path)} models.")
     try:

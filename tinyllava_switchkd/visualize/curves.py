@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyllava_switchkd.registry import checkpoint_name
+
 from .radar import COLOURS, INK
 
 if TYPE_CHECKING:
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default=".", help="folder for losses.png and knees_<run>.png (default: here)")
     args = parser.parse_args(argv)
     try:
-        runs = {Path(run).resolve().name: read_history(run) for run in args.runs}
+        runs = {checkpoint_name(Path(run).resolve()): read_history(run) for run in args.runs}
         files = [draw_losses(runs, Path(args.output, "losses.png"))]
         for label, history in runs.items():
             if any(len(series(history, name)[0]) for name in titles()[1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#c8c8c8"
 RINGS = 4
-INNER = 0.25
-"""Radius of the innermost ring: an axis's lowest value must not vanish in the centre."""
+"""Rings around the centre, which is 0."""
 
 
 def axis_values(
@@ -48,6 +48,31 @@ def common_axes(models: Iterable[Mapping[str, float]]) -> dict[str, tuple[str, .
     return {title: columns for title, columns in cut.items() if columns}
 
 
+def absences(
+    models: Mapping[str, Mapping[str, float]], reasons: Mapping[tuple[str, str], str] | None = None
+) -> list[str]:
+    """Why an axis of Figure 1 is missing, or lacks a column: one sentence an axis.
+
+    Args:
+        models: label -> scores by column.
+        reasons: (label, column) -> why there is no score to show; "no score" where it does not say.
+    """
+    sentences = []
+    for title, columns in figure1_axes().items():
+        lacking: dict[str, list[str]] = {}
+        for column in columns:
+            for label, scores in models.items():
+                if scores.get(column) is None:
+                    why = (reasons or {}).get((label, column), "no score")
+                    lacking.setdefault(f"{column} ({label}: {why})", [])
+        absent = {text.partition(" (")[0] for text in lacking}
+        if absent == set(columns):
+            sentences.append(f"No axis {title}: {'; '.join(lacking)}.")
+        elif absent:
+            sentences.append(f"{title} without {'; '.join(lacking)}.")
+    return sentences
+
+
 def draw_radar(
     models: Mapping[str, Mapping[str, float]],
     path: str | Path,
@@ -55,11 +80,13 @@ def draw_radar(
     formats: Sequence[str] = ("png", "svg"),
     note: str = "",
     dashed: Collection[str] = (),
+    reasons: Mapping[tuple[str, str], str] | None = None,
 ) -> list[Path]:
     """Draw one polygon a model and write it as ``<path>.png`` and ``<path>.svg``.
 
-    Every axis has its own scale, whose ends are written on it: the abilities lie tens of points apart, the models
-    only a few. A model that stands alone is shown on one scale from 0, for there is nothing to compare it with.
+    All axes have one scale, which starts at 0 in the centre: areas are not stretched, and small differences look
+    small; the models' figures stand beside each axis. An axis that a model has no scores for is left out, and a line
+    below says why.
 
     Args:
         models: label -> scores by column of the paper's tables.
@@ -68,6 +95,7 @@ def draw_radar(
         formats: endings that matplotlib knows.
         note: a line below the legend.
         dashed: labels drawn with a broken line (numbers from elsewhere).
+        reasons: (label, column) -> why a score is not shown, for the line about missing axes.
 
     Returns:
         the files.
@@ -80,17 +108,18 @@ def draw_radar(
 
     if not models or len(models) > len(COLOURS):
         raise ValueError(f"A radar chart shows one to {len(COLOURS)} models, not {len(models)}.")
+    absent = [] if axes is not None else absences(models, reasons)
     axes = common_axes(models.values()) if axes is None else axes
     if len(axes) < 3:
         raise ValueError(
             f"A radar chart needs three axes that every model has, and there {'is' if len(axes) == 1 else 'are'} "
-            f"{len(axes)} ({', '.join(axes) or 'none'}); score more benchmarks."
+            f"{len(axes)} ({', '.join(axes) or 'none'}); score more benchmarks. {' '.join(absent)}".strip()
         )
     values = {label: list(axis_values(scores, axes).values()) for label, scores in models.items()}
     for label, row in values.items():
         if None in row:
             raise ValueError(f"{label} has no score for the axis {list(axes)[row.index(None)]!r}.")
-    scales = axis_scales(list(values.values()))
+    top = scale_end([value for row in values.values() for value in row])
 
     style = {
         "font.family": "sans-serif",
@@ -105,8 +134,8 @@ def draw_radar(
         lowest = min(_point(number, len(axes), 1)[1] for number in range(len(axes)))
         axis.set(aspect="equal", xlim=(-1.02, 1.02), ylim=(lowest - 0.05, 1.05))
         axis.axis("off")
-        _draw_grid(axis, scales)
-        _draw_models(axis, values, scales, dashed)
+        _draw_grid(axis, len(axes), top)
+        _draw_models(axis, values, top, dashed)
         _draw_titles(axis, axes, list(values.values()))
         columns = len(models) if sum(map(len, models)) < 80 else 2
         below = 1.11 * lowest - 0.28  # under the titles of the lowest axes
@@ -120,9 +149,10 @@ def draw_radar(
             columnspacing=2.0,
             fontsize=9.5,
         )
-        if note:
+        lines = [line for text in (note, *absent) if text for line in textwrap.wrap(text, 120)]
+        if lines:
             below -= 0.1 + 0.1 * math.ceil(len(models) / columns)
-            axis.text(0.0, below, note, ha="center", va="top", fontsize=7.5, color="#666666")
+            axis.text(0.0, below, "\n".join(lines), ha="center", va="top", fontsize=7.5, color="#666666")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [path.with_name(f"{path.name}.{ending}") for ending in formats]
@@ -132,28 +162,16 @@ def draw_radar(
     return files
 
 
-def axis_scales(rows: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """A scale for each axis; one from 0 for all of them if there is but one model."""
-    if len(rows) == 1:
-        return [axis_scale([0.0, *rows[0]])] * len(rows[0])
-    return [axis_scale(column) for column in zip(*rows, strict=True)]
+def scale_end(values: Sequence[float]) -> float:
+    """Where the axes end: whole numbers on the rings, and the highest value inside.
 
-
-def axis_scale(values: Sequence[float]) -> tuple[float, float]:
-    """Round ends of an axis that hold the values, if possible with room below the lowest and none above 100."""
+    Raises:
+        ValueError: a value is not on 0-100.
+    """
     low, high = min(values), max(values)
-    for step in (1, 2, 5, 10, 15, 20, 25, 30, 35):
-        for bottom in (low - 0.125 * (high - low), low):
-            start = step * math.floor(max(bottom, 0.0) / step)
-            if start + step * (RINGS - 1) >= high:
-                start = min(start, max(0, 100 - step * (RINGS - 1)))
-                return float(start), float(start + step * (RINGS - 1))
-    raise ValueError(f"The values of an axis are not on 0-100: {low:g} to {high:g}.")
-
-
-def _radius(value: float, scale: tuple[float, float]) -> float:
-    low, high = scale
-    return INNER + (1 - INNER) * (value - low) / (high - low)
+    if low < 0 or high > 100:
+        raise ValueError(f"The values of an axis are not on 0-100: {low:g} to {high:g}.")
+    return float(next(RINGS * step for step in (1, 2, 5, 10, 15, 20, 25) if RINGS * step >= high))
 
 
 def _point(number: int, count: int, radius: float) -> tuple[float, float]:
@@ -162,13 +180,14 @@ def _point(number: int, count: int, radius: float) -> tuple[float, float]:
     return radius * math.cos(angle), radius * math.sin(angle)
 
 
-def _draw_grid(axis: Axes, scales: Sequence[tuple[float, float]]) -> None:
+def _draw_grid(axis: Axes, count: int, top: float) -> None:
     from matplotlib.patheffects import withStroke
 
-    count = len(scales)
-    for ring in range(RINGS):
-        corners = [_point(number, count, INNER + (1 - INNER) * ring / (RINGS - 1)) for number in range(count)]
-        outer = ring == RINGS - 1
+    halo = [withStroke(linewidth=1.8, foreground="white")]
+    style = {"color": "#777777", "fontsize": 7, "ha": "center", "va": "center", "zorder": 20, "path_effects": halo}
+    for ring in range(1, RINGS + 1):
+        corners = [_point(number, count, ring / RINGS) for number in range(count)]
+        outer = ring == RINGS
         axis.fill(
             *zip(*corners, strict=True),
             facecolor="#fafafa" if outer else "none",
@@ -176,34 +195,21 @@ def _draw_grid(axis: Axes, scales: Sequence[tuple[float, float]]) -> None:
             linewidth=0.9 if outer else 0.7,
             zorder=0 if outer else 1,
         )
-    for number, scale in enumerate(scales):
+        # Beside the first axis, on its clockwise side, so that the polygons' corners stay free.
+        axis.text(0.05, ring / RINGS, f"{ring / RINGS * top:g}", **style)
+    axis.text(0.05, 0.0, "0", **style)
+    for number in range(count):
         axis.plot(*zip((0, 0), _point(number, count, 1), strict=True), color=FAINT, linewidth=0.7, zorder=1)
-        for ring in range(RINGS):
-            share = ring / (RINGS - 1)
-            x, y = _point(number, count, INNER + (1 - INNER) * share)
-            # Beside the axis, on its clockwise side, so that the polygons' corners stay free.
-            across = -2 * math.pi * number / count
-            axis.text(
-                x + 0.05 * math.cos(across),
-                y + 0.05 * math.sin(across),
-                f"{scale[0] + share * (scale[1] - scale[0]):g}",
-                color="#777777",
-                fontsize=7,
-                ha="center",
-                va="center",
-                zorder=20,
-                path_effects=[withStroke(linewidth=1.8, foreground="white")],
-            )
 
 
 def _draw_models(
     axis: Axes,
     values: Mapping[str, Sequence[float]],
-    scales: Sequence[tuple[float, float]],
+    top: float,
     dashed: Collection[str],
 ) -> None:
     for order, (label, row) in enumerate(values.items()):
-        corners = [_point(number, len(row), _radius(value, scales[number])) for number, value in enumerate(row)]
+        corners = [_point(number, len(row), value / top) for number, value in enumerate(row)]
         xs, ys = zip(*corners, corners[0], strict=True)
         axis.fill(xs, ys, color=COLOURS[order], alpha=0.08, linewidth=0, zorder=3)
         axis.plot(

@@ -1,0 +1,128 @@
+"""Two checkpoints on the same questions, benchmark by benchmark: is the difference more than chance?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .benchmarks import Benchmark, BenchmarkFactory
+from .benchmarks.files import read_jsonl
+from .results import Result, Row, read_results
+from .score import rows_file
+from .statistics import Comparison, compare, holm
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A benchmark's comparison.
+
+    Attributes:
+        column: its column in the report.
+        comparison: second minus first.
+        adjusted: its p-value, adjusted for the number of benchmarks compared (Holm).
+    """
+
+    column: str
+    comparison: Comparison
+    adjusted: float
+
+
+def read_rows(result: Result) -> list[dict[str, Any]]:
+    """The verdicts behind a score, as `eval.run --score` and `eval.score --rows` leave them beside it.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: they are of another benchmark, or malformed.
+    """
+    path = rows_file(result.path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There are no verdicts {path} beside {result.path}: score the answers again with "
+            f"python -m tinyllava_switchkd.eval.score {result.benchmark} ... --output {result.path} --rows {path}."
+        )
+    rows = [row for _, row in read_jsonl(path, what="file of verdicts")]
+    if not rows or any(row.get("benchmark") != result.benchmark for row in rows):
+        raise ValueError(f"{path} does not hold the verdicts of {result.benchmark}; score the answers again.")
+    return rows
+
+
+def scored(result: Result) -> Benchmark:
+    """The benchmark, in the state in which it scored a result.
+
+    Raises:
+        ValueError: its plugin is not installed.
+    """
+    benchmark = BenchmarkFactory(result.benchmark)
+    benchmark.asked = () if result.asked else None
+    return benchmark
+
+
+def compare_models(first: str, second: str) -> tuple[Row, Row, list[Compared]]:
+    """Compare two models on every benchmark that both have a score of.
+
+    Args:
+        first, second: score file or folder, or LABEL=PATH.
+
+    Raises:
+        FileNotFoundError: a folder or the verdicts of a score are not there.
+        ValueError: they are several models, share no benchmark, or were not asked the same questions.
+    """
+    a, b = (_one(source) for source in (first, second))
+    shared = [column for column in a.results if column in b.results]
+    if not shared:
+        raise ValueError(f"{a.label} and {b.label} have no benchmark in common.")
+    comparisons: dict[str, Comparison] = {}
+    for column in shared:
+        one, other = a.results[column], b.results[column]
+        benchmark = scored(one)
+        try:
+            units = (list(benchmark.units(read_rows(result))) for result in (one, other))
+            comparisons[column] = compare(*units, benchmark.headline)
+        except ValueError as error:
+            raise ValueError(f"{column}: {one.path} and {other.path} cannot be compared: {error}") from None
+    adjusted = holm({column: comparison.p for column, comparison in comparisons.items()})
+    return a, b, [Compared(column, comparisons[column], adjusted[column]) for column in shared]
+
+
+def _one(source: str) -> Row:
+    rows = read_results([source])
+    if len(rows) != 1:
+        raise ValueError(f"{source} holds {len(rows)} models ({', '.join(row.label for row in rows)}); name one.")
+    return rows[0]
+
+
+HEADER = ("Benchmark", "A", "B", "B - A", "95 % interval", "p", "p, Holm", "test", "questions", "pictures", "+", "-")
+
+
+def lines(compared: Sequence[Compared]) -> list[list[str]]:
+    """Cells of the table, a row a benchmark."""
+    return [
+        [
+            item.column,
+            f"{item.comparison.first:.1f}",
+            f"{item.comparison.second:.1f}",
+            f"{item.comparison.difference:+.1f}",
+            f"{item.comparison.low:+.1f} to {item.comparison.high:+.1f}",
+            _p(item.comparison.p),
+            _p(item.adjusted),
+            item.comparison.test,
+            f"{item.comparison.questions:,}",
+            f"{item.comparison.clusters:,}",
+            f"{item.comparison.gained:,}",
+            f"{item.comparison.lost:,}",
+        ]
+        for item in compared
+    ]
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+NOTES = (
+    "The interval is a paired bootstrap over pictures (10,000 resamples); questions about one picture stay together.",
+    "p: McNemar's test where a question is right or wrong (by picture where a picture has several questions), the "
+    "bootstrap elsewhere; p, Holm is adjusted for the number of benchmarks in this table.",
+    "+ and -: questions that only B, and that only A, has right (or more right).",
+)
