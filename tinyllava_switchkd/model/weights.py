@@ -69,16 +69,6 @@ def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
     return folder
 
 
-def checkpoint_name(name_or_path: str | Path) -> str:
-    """What to call a checkpoint: its base name, with its run's name for one of a run's ``checkpoint-N``."""
-    parts = [part for part in str(name_or_path).replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    if not parts:
-        parts = [Path(name_or_path).resolve().name or "model"]
-    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1]
-
-
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
     """All tensors of the safetensors or ``.bin`` files in a folder, under the names they have there; None without any.
 
