@@ -68,6 +68,19 @@ def test_an_image_is_decoded_once_and_prepared_for_each_model(folder, monkeypatc
     assert torch.equal(cut["teacher_images"], samples[2]["teacher_images"][:1])
 
 
+def test_a_sample_that_is_kept_is_made_once(folder, monkeypatch):
+    data, fresh = dataset(folder, keep_in_memory=True), dataset(folder)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
+    first = data[2]
+    first["labels"] = first.pop("images")  # what a reader does to its sample is its own affair
+    again = data[2]
+    assert len(opened) == 2
+    expected = fresh[2]
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[key], expected[key]) for key in ("input_ids", "labels", "images"))
+
+
 @pytest.mark.parametrize("aspect", [None, "square", "pad"])
 def test_a_teacher_that_reads_the_students_pixels_costs_nothing(folder, aspect):
     args = data_args(folder, teacher_image_aspect_ratio=aspect)

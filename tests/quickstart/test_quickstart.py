@@ -34,7 +34,6 @@ TINY_BASES = BasePlan(
     widths=(("teacher", 24), ("student", 16)),
     tower_steps=1,
     llm_steps=1,
-    attempts=2,
     learned={},
 )
 METHODS = ("teacher", "sft", "sft_equal_time", "switch_kd")
@@ -121,12 +120,12 @@ def test_a_base_that_has_missed_a_question_begins_anew_a_few_times(tmp_path, mon
     monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.probe", lambda *_: next(answers)["digits"])
     monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.answer_questions", lambda *_: [])
     monkeypatch.setattr("tinyllava_switchkd.quickstart.evaluate.accuracy", lambda *_: (0.0, next(answers)))
-    plan = BasePlan(scenes=2, val_scenes=2, widths=(("teacher", 16), ("student", 16)), attempts=2, layers=1)
+    plan = BasePlan(scenes=2, val_scenes=2, widths=(("teacher", 16), ("student", 16)), rounds=2, starts=1, layers=1)
     said = []
-    with pytest.raises(StageError, match=r"base-qwen2-teacher did not learn every kind .* from any of 2 starts"):
+    with pytest.raises(StageError, match=r"base-qwen2-teacher did not learn every kind .* from any of 1 starts"):
         make_bases(tmp_path, plan, said.append)
-    assert any("not learned: read; starts from other weights that are left: 1" in line for line in said)
-    assert any("not learned: where; starts from other weights that are left: 0" in line for line in said)
+    assert any("not learned: read; a round longer, attempts left: 1" in line for line in said)
+    assert any("not learned: where; enough" in line for line in said)
     assert (tmp_path / "models" / "base-siglip").is_dir() and not (tmp_path / "models" / "base-qwen2-teacher").exists()
     assert set(LEARNED) == {"digits", *QUESTION_TYPES}
 

@@ -31,13 +31,16 @@ _TOLERATED_BAD_SHARE = 0.01
 class LazySupervisedDataset(Dataset):
     """Samples made when they are asked for, images decoded in the worker that asks.
 
+    With ``keep_in_memory`` each is made once and kept (by each worker): for a small data set, seen many times.
+
     Args:
         data_path: a LLaVA JSON: a list of ``{"id", "image": name or names (optional), "conversations"}``, or JSON
             lines of the same.
         tokenizer: the language model's tokenizer.
         data_args: the data arguments; read are ``conv_version``, ``image_folder``, ``image_processor``,
             ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
-            ``allow_outside_images`` (see `ImageFolder`; no if absent) and ``on_bad_image``: what becomes of an image
+            ``keep_in_memory`` (no if absent), ``allow_outside_images`` (see `ImageFolder`; no if absent) and
+            ``on_bad_image``: what becomes of an image
             that cannot be read, "raise" (the default) or "skip", which keeps the sample and
             learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
             A ``teacher_image_processor`` (and ``teacher_image_aspect_ratio``, the student's if absent) that makes
@@ -79,6 +82,7 @@ class LazySupervisedDataset(Dataset):
             )
         self.image_preprocess = None if image_processor is None else ImagePreprocess(image_processor, data_args)
         self.teacher_image_preprocess = self._preprocess_of_teacher(data_args)
+        self._kept: dict[int, dict[str, Any]] | None = {} if getattr(data_args, "keep_in_memory", False) else None
         # Shared memory, so that the counts of the loader's workers arrive here.
         self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()  # images asked for, images not readable
 
@@ -111,6 +115,13 @@ class LazySupervisedDataset(Dataset):
         Raises:
             SampleError: the sample cannot be made; the message names it.
         """
+        if self._kept is None:
+            return self._make(index)
+        if index not in self._kept:
+            self._kept[index] = self._make(index)
+        return dict(self._kept[index])
+
+    def _make(self, index: int) -> dict[str, Any]:
         sample, names, where = self._encode(index)
         if names:
             images = [self._load(name, where) for name in names]

@@ -4,8 +4,8 @@ They stand for what people download, SigLIP and Qwen2.5: a vision tower that see
 speak of what it sees, all of it about rendered digits. Those shipped with the project were made by this command.
 
 Small models answer a kind of question by chance for some thousand steps, and then, within a few hundred, rightly; when
-that happens differs from one start to the next. So each is asked about validation scenes before it is taken, and begins
-anew with other random weights if it has missed one kind.
+that happens differs from one start to the next. So each is asked about validation scenes before it is taken; if it has
+missed one kind, it trains for another round, and then begins anew from other random weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from .experiment import PRETRAIN, Experiment, Plan, StageError, logged, once, pr
 
 Scores = Mapping[str, float]
 """Kind of question -> right answers in per cent."""
+
+Train = Callable[[int, int, "Path | None"], Path]
+"""Start, round and the checkpoint of the round before -> checkpoint."""
 
 Keep = Callable[[Path, Path], None]
 """Writes a part of a checkpoint to a folder."""
@@ -49,7 +52,10 @@ class BasePlan:
     widths: tuple[tuple[str, int], ...] = (("teacher", 64), ("student", 48))
     tower_steps: int = 1500
     llm_steps: int = 3000
-    attempts: int = 4
+    rounds: int = 2
+    """Times that a start trains, one after the other, while something is not learned: each begins at the full learning
+    rate again."""
+    starts: int = 3
     """Starts from other random weights, at most."""
     learned: Mapping[str, float] = field(default_factory=lambda: dict(LEARNED))
     """Right answers in per cent that every kind of question must reach on validation scenes."""
@@ -79,7 +85,6 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
         **PRETRAIN,
         "image_folder": data / "images",
         "tune_type_llm": "full",
-        "seed": 0,
     }
 
     def random_llm(who: str, width: int, seed: int) -> Path:
@@ -88,7 +93,7 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
         once(made, source, lambda path: base_models.write_llm(path, width, plan.layers, seed=seed))
         return made
 
-    def tower(seed: int) -> Path:
+    def tower(seed: int, number: int, before: Path | None) -> Path:
         """Captions of font scenes, everything tuned; the language model is thrown away afterwards."""
         vision = folder / f"random{seed}-siglip"
         once(
@@ -104,16 +109,18 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
             "tune_type_vision_tower": "full",
             "per_device_train_batch_size": 32,
             "max_steps": plan.tower_steps,
+            "pretrained_model_path": before,
+            "seed": number,
         }
-        return experiment.train("Base vision tower", f"base-siglip-attempt{seed}", flags)
+        return experiment.train("Base vision tower", f"base-siglip-start{seed}-round{number}", flags)
 
-    def llm(who: str, width: int) -> Callable[[int], Path]:
+    def llm(who: str, width: int) -> Train:
         """Descriptions of and questions about font scenes, from random weights and with the base tower.
 
         (Language models that grew up with the tower know cells by their order, and hardly unlearn it.)
         """
 
-        def train(seed: int) -> Path:
+        def train(seed: int, number: int, before: Path | None) -> Path:
             flags = {
                 **everything,
                 "conv_version": base_models.CONV_VERSION,
@@ -121,8 +128,11 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
                 "model_name_or_path": random_llm(who, width, seed),
                 "vision_tower": folder / "base-siglip",
                 "max_steps": plan.llm_steps,
+                "pretrained_model_path": before,
+                "seed": number,
             }
-            return experiment.train(f"Base language model ({who})", f"base-qwen2-{who}-attempt{seed}", flags)
+            name = f"base-qwen2-{who}-start{seed}-round{number}"
+            return experiment.train(f"Base language model ({who})", name, flags)
 
         return train
 
@@ -137,12 +147,12 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
 
         return evaluate.accuracy(asked.questions, evaluate.answer_questions(evaluate.load(checkpoint), asked))[1]
 
-    def settle(
-        name: str, train: Callable[[int], Path], ask: Callable[[Path], Scores], keep: Callable[..., Any]
-    ) -> None:
-        """Train, from other weights again if need be, until all is learned, and keep that part of the model."""
-        for seed in range(plan.attempts):
-            checkpoint = train(seed)
+    def settle(name: str, train: Train, ask: Callable[[Path], Scores], keep: Keep) -> None:
+        """Train until all is learned, a round longer or from other weights if need be, and keep that part."""
+        checkpoint = None
+        for attempt in range(plan.starts * plan.rounds):
+            seed, number = divmod(attempt, plan.rounds)
+            checkpoint = train(seed, number, checkpoint if number else None)
             with logged(f"Asking {name}", root / "logs" / f"{name}.log"):
                 found = ask(checkpoint)
             say("    right answers, validation: " + ", ".join(f"{kind} {value:.0f} %" for kind, value in found.items()))
@@ -150,10 +160,11 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
             if not missed:
                 once(folder / name, digest(checkpoint / "model.safetensors"), functools.partial(keep, checkpoint))
                 return
-            left = plan.attempts - seed - 1
-            say(f"    not learned: {', '.join(missed)}; starts from other weights that are left: {left}")
+            left = plan.starts * plan.rounds - attempt - 1
+            go_on = "a round longer" if number + 1 < plan.rounds else "from other weights"
+            say(f"    not learned: {', '.join(missed)}; " + (f"{go_on}, attempts left: {left}" if left else "enough"))
         raise StageError(
-            f"{name} did not learn every kind of question from any of {plan.attempts} starts. Use the bases that are "
+            f"{name} did not learn every kind of question from any of {plan.starts} starts. Use the bases that are "
             f"shipped (without --from_scratch), or tell us the versions that you use."
         )
 

@@ -53,6 +53,7 @@ COMMON = {
     "mm_vision_select_layer": -1,
     # One visual token a cell: TinyLLaVA's "patch" would drop the first one, and with it a quarter of the scene.
     "mm_vision_select_feature": "cls_patch",
+    "keep_in_memory": True,  # a few hundred scenes, each seen dozens of times
     "save_strategy": "no",  # a stage takes a minute, so there is nothing to resume
     "report_to": "none",
     "use_cpu": True,
