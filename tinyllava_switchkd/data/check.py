@@ -84,9 +84,9 @@ def _look(args: argparse.Namespace) -> str:
     model = _model_of(args) if args.model_path or args.vision_tower else None
     tokenizer = getattr(model, "tokenizer", None)
     if args.tokenizer:
-        from transformers import AutoTokenizer
+        from tinyllava_switchkd.model.llm import open_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = open_tokenizer(args.tokenizer)
     aspect_ratio = args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None)
     report = check_data(
         args.data_path,

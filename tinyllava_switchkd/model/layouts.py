@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ from torch import Tensor, nn
 
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
+from .fields import check_adapter, check_config
 from .legacy import config_from_bench, is_bench_config
 from .llm import has_tokenizer, load_tokenizer
-from .processor import load_image_processor
-from .trust import read_json, refuse_code
+from .processor import check_image_processor, load_image_processor
+from .trust import CodeRefused, one_sentence, read_json, refuse_code
 from .vision_tower import resolve_vision_tower
-from .weights import read_checkpoint
+from .weights import read_checkpoint, refuse_unusable
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
     """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
     source = str(folder) if has_tokenizer(folder) else config.tokenizer_name_or_path
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         source,
         config.text_config,
         llm=config.llm_model_name_or_path,
@@ -28,12 +30,21 @@ def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
         padding_side=config.tokenizer_padding_side,
         cache_dir=config.cache_dir,
     )
+    last = max(tokenizer.get_vocab().values())
+    if last >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {source!r} has tokens up to number {last}, but the language model has embeddings for "
+            f"{config.vocab_size}; put the tokenizer there that the model was trained with."
+        )
+    return tokenizer
 
 
 def image_processor_of(folder: Path, model: Any) -> Any:
     """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
     if (folder / "preprocessor_config.json").is_file():
-        return load_image_processor(folder)
+        processor = load_image_processor(folder)
+        check_image_processor(processor, model.image_size, folder / "preprocessor_config.json")
+        return processor
     return model.vision_tower.image_processor
 
 
@@ -50,13 +61,25 @@ def read_config(folder: Path) -> TinyLlavaConfig:
     refuse_code(folder)
     fields = read_json(file)
     if is_bench_config(fields):
-        return config_from_bench(fields)
+        return _made(lambda: config_from_bench(fields), file)
     if fields.get("model_type") != TinyLlavaConfig.model_type:
         raise ValueError(
             f"{file} is the configuration of a {fields.get('model_type')!r} model, not of a TinyLLaVA "
             f"(model_type {TinyLlavaConfig.model_type!r})."
         )
-    return TinyLlavaConfig.from_dict(fields)
+    check_config(fields, file)
+    fields.pop("cache_dir", None)  # where this machine keeps downloads is not the checkpoint's business
+    return _made(lambda: TinyLlavaConfig.from_dict(fields), file)
+
+
+def _made(make: Callable[[], TinyLlavaConfig], file: Path) -> TinyLlavaConfig:
+    """What `make` returns; its errors name the file."""
+    try:
+        return make()
+    except (FileNotFoundError, CodeRefused):
+        raise
+    except Exception as error:  # transformers' validators have errors of their own
+        raise ValueError(f"{file} describes no model that can be built ({one_sentence(error)}).") from error
 
 
 def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
@@ -67,18 +90,6 @@ def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tupl
     tower.complete_config(config.vision_config, folder, tensors)
     ConnectorFactory(config.connector_type).complete_config(config, tensors)
     return config, tensors
-
-
-def check_adapter(folder: Path) -> None:
-    """Refuse an ``adapter_config.json`` that is no LoRA adapter's, before anything acts on it.
-
-    Raises:
-        ValueError: with the field and its value.
-    """
-    file = folder / "adapter_config.json"
-    fields = read_json(file)
-    if fields.get("megatron_config") is not None:
-        raise ValueError(f"{file} has a megatron_config, for which peft would import a module that the file names.")
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -93,15 +104,24 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
         from peft.utils import load_peft_weights
     except ImportError as error:
         raise ImportError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft.") from error
-    check_adapter(folder)
+    file = folder / "adapter_config.json"
+    check_adapter(read_json(file), file)
+    try:
+        stored = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # of safetensors, of torch, of peft where there is no file
+        raise ValueError(f"The adapter's weights in {folder} cannot be read ({one_sentence(error)}).") from error
+    refuse_unusable(stored, folder)
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = True
     # The plain PeftModel: the one for causal language models would wrap generate() by rules of its own.
     peft_config.task_type = None
-    adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config)
-    stored = set(load_peft_weights(str(folder), device="cpu"))
-    placed = set(get_peft_model_state_dict(adapted))
-    if stored != placed:
-        odd = sorted(stored ^ placed)
+    peft_config.auto_mapping = None
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config)
+    except Exception as error:  # modules that the model lacks, weights of other shapes
+        raise ValueError(f"The adapter in {folder} does not fit the model ({one_sentence(error)}).") from error
+    placed = get_peft_model_state_dict(adapted)
+    if stored.keys() != placed.keys():
+        odd = sorted(stored.keys() ^ placed.keys())
         raise ValueError(f"The adapter in {folder} does not fit the model: {len(odd)} weights differ ({odd[0]}, ...).")
     return adapted.merge_and_unload()

@@ -194,12 +194,30 @@ def load_tokenizer(
     tokenizer_class, post_load = resolve_llm(llm, text_config)[1]
     kwargs = {} if model_max_length is None else {"model_max_length": model_max_length}
     kwargs |= {"padding_side": padding_side, "cache_dir": cache_dir}
+    tokenizer = post_load(open_tokenizer(name_or_path, tokenizer_class, **kwargs))
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer in {name_or_path!r} has neither a padding token nor an end token (eos_token); its "
+            f"tokenizer_config.json should name them."
+        )
+    return tokenizer
+
+
+def open_tokenizer(name_or_path: str, tokenizer_class: type = AutoTokenizer, **kwargs: Any) -> Any:
+    """A tokenizer as its files say, without code of theirs; `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: its files are damaged, or ask for code.
+    """
     try:
         if Path(name_or_path).is_dir():
             refuse_code(Path(name_or_path))
             if not has_tokenizer(Path(name_or_path)):
                 raise FileNotFoundError(name_or_path)
         tokenizer = tokenizer_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+        if not tokenizer("a cat").input_ids:
+            raise ValueError("it makes no tokens of 'a cat'")
     except CodeRefused:
         raise
     except OSError as error:
@@ -212,4 +230,4 @@ def load_tokenizer(
             f"The tokenizer in {name_or_path!r} cannot be read ({one_sentence(error)}); put the base model's files "
             f"(tokenizer.json, tokenizer_config.json) there."
         ) from error
-    return post_load(tokenizer)
+    return tokenizer

@@ -23,12 +23,21 @@ from .caches import cache_of, with_cache
 from .chat import chat
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
-from .layouts import merge_adapter, open_checkpoint
+from .layouts import merge_adapter, open_checkpoint, read_config
 from .llm import resolve_llm
 from .splice import Spliced, splice
+from .trust import one_sentence
 from .vision_tower import resolve_vision_tower
 from .vision_tower.base import flatten_images
-from .weights import is_adapter, outside_zero_init, own_memory, refuse, resolve_folder, without_load_report
+from .weights import (
+    is_adapter,
+    outside_zero_init,
+    own_memory,
+    refuse,
+    refuse_unusable,
+    resolve_folder,
+    without_load_report,
+)
 
 
 @dataclass
@@ -123,6 +132,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             token=token,
             revision=revision,
         )
+        config = config or read_config(folder / subfolder)
+        cls.outline(config, folder / subfolder)  # before weights are read: what cannot be built fails here
         config, tensors = open_checkpoint(folder / subfolder, config)
         if not is_adapter(folder / subfolder):
             return cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
@@ -134,6 +145,27 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
         return model
+
+    @classmethod
+    def outline(cls, config: TinyLlavaConfig, source: Any) -> TinyLlavaForConditionalGeneration | None:
+        """The model without memory (on the meta device): its parts' shapes, for milliseconds.
+
+        Returns:
+            the model; None where the configuration does not tell all, see `VisionTower.complete_config`.
+
+        Raises:
+            ValueError: no model of this configuration can be built.
+        """
+        try:
+            tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
+            if not tower.is_complete(config.vision_config):
+                return None
+            with outside_zero_init(), torch.device("meta"):
+                return cls(copy.deepcopy(config))
+        except (ValueError, ImportError) as error:
+            raise type(error)(f"The configuration of {source} cannot be built: {error}") from error
+        except Exception as error:  # torch's and transformers' own, on numbers that do not fit each other
+            raise ValueError(f"The configuration of {source} cannot be built ({one_sentence(error)}).") from error
 
     @classmethod
     def from_tensors(
@@ -160,6 +192,16 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             ValueError: a weight is missing, unexpected or of another shape.
         """
         config = copy.deepcopy(config)
+        outline = cls.outline(config, source)
+        if outline is not None:
+            refuse_unusable(tensors, source, {name for name, _ in outline.named_parameters()})
+            shapes = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
+            wrong = [
+                f"{name} {list(tensor.shape)} instead of {list(shapes[name])}"
+                for name, tensor in tensors.items()
+                if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape)
+            ]
+            refuse(source, (), (), wrong)  # first of all: memory for a size that is wrong may not be there
         if config.text_config.tie_word_embeddings:
             tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
         if dtype in (None, "auto"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
         suffix = ".safetensors" if stem == "model" else ".bin"
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = shard_names(index)
         elif (folder / f"{stem}{suffix}").is_file():
             names = [f"{stem}{suffix}"]
         elif any(folder.glob(f"{stem}-*-of-*{suffix}")):
@@ -93,6 +94,48 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
             tensors.update(read_file(folder / name))
         return tensors
     return None
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, all of them in its own folder.
+
+    Raises:
+        ValueError: the index is none, or names something else.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map of tensors to files; it is not what transformers writes.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index} names the file {name!r}, which is no plain name of a file in its folder.")
+    return sorted(set(weight_map.values()))
+
+
+def refuse_unusable(tensors: Mapping[str, Tensor], source: Any, parameters: Collection[str] | None = None) -> None:
+    """Raise a ValueError that names the first weight that cannot be computed with.
+
+    Every tensor is looked at once, for its least and greatest number (a NaN is both): nothing is copied.
+
+    Args:
+        tensors: weights by name.
+        source: where they came from.
+        parameters: names of those that are parameters, which hold no integers; None for all. Others may be counters.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            if parameters is None or name in parameters:
+                raise ValueError(
+                    f"The weights of {source} cannot be used: {name} holds {str(tensor.dtype).removeprefix('torch.')} "
+                    f"numbers, which are no weights of a model in full precision."
+                )
+        elif tensor.numel() and tensor.device.type != "meta":
+            least, greatest = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()
+            if not (math.isfinite(least) and math.isfinite(greatest)):
+                bad = (~torch.isfinite(tensor.float())).sum()
+                raise ValueError(
+                    f"The weights of {source} cannot be used: {int(bad)} of {tensor.numel()} numbers in {name} are NaN "
+                    f"or infinite; take an earlier checkpoint."
+                )
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.model.quantized import BITS
 
+from .settings import check_settings
+
 TUNE_TYPES = {
     "llm": ("frozen", "full", "lora", "qlora"),
     "vision_tower": ("frozen", "full", "partially-tune", "lora", "qlora"),
@@ -29,11 +31,6 @@ TUNE_TYPES = {
 def _one_of(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(str(choice) for choice in choices)}.")
-
-
-def _at_least(name: str, value: float | None, least: float, *, strictly: bool = False) -> None:
-    if value is not None and (value < least or (strictly and value == least)):
-        raise ValueError(f"--{name} is {value}; it must be {'greater than' if strictly else 'at least'} {least}.")
 
 
 @dataclass
@@ -71,8 +68,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _one_of("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
         _one_of("tokenizer_padding_side", self.tokenizer_padding_side, ("right", "left"))
-        for name in ("num_queries", "num_resampler_layers", "resampler_hidden_size", "model_max_length"):
-            _at_least(name, getattr(self, name), 1)
+        check_settings(self)
 
 
 @dataclass
@@ -125,7 +121,7 @@ class TeacherArguments:
     )
 
     def __post_init__(self) -> None:
-        _at_least("chunk_size", self.chunk_size, 1)
+        check_settings(self)
         _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
@@ -223,10 +219,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check_lora()
         self._check_unsupported()
         _one_of("on_nan", self.on_nan, ("stop", "skip"))
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_nan_steps"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("learning_rate", self.learning_rate, 0)
-        _at_least("weight_decay", self.weight_decay, 0)
+        check_settings(self)  # before transformers reads the file of --deepspeed
         super().__post_init__()
 
     @property
@@ -248,10 +241,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--tune_type_llm, --tune_type_vision_tower and --tune_type_connector are all frozen, so nothing would "
                 "be trained; set one of them to full."
             )
-        if self.tune_type_vision_tower == "partially-tune":
-            _at_least("tune_vision_tower_from_layer", self.tune_vision_tower_from_layer, 0)
         for name, part in (("mm_projector_lr", "connector"), ("vision_tower_lr", "vision_tower")):
-            _at_least(name, getattr(self, name), 0)
             if getattr(self, name) is not None and self.tune_type(part) == "frozen":
                 raise ValueError(
                     f"--{name} {getattr(self, name)} is given, but --tune_type_{part} is frozen; leave the learning "
@@ -278,10 +268,6 @@ class TrainingArguments(transformers.TrainingArguments):
         _one_of("bits", self.bits, (4, 8, 16))
         _one_of("quant_type", self.quant_type, ("nf4", "fp4"))
         _one_of("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
-        _at_least("lora_r", self.lora_r, 1)
-        _at_least("lora_alpha", self.lora_alpha, 0, strictly=True)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1.")
 
     def _check_unsupported(self) -> None:
         """Refuse transformers' options that this trainer would silently not honour."""

@@ -42,6 +42,11 @@ class VisionTower(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def is_complete(cls, config: PretrainedConfig) -> bool:
+        """Whether a configuration suffices to build the tower, without `complete_config`."""
+        return True
+
+    @classmethod
     def complete_config(cls, config: PretrainedConfig, folder: Path | None, tensors: dict[str, Tensor]) -> None:
         """Fill in what a checkpoint's nested configuration leaves out, from its folder or its weights, in place.
 

@@ -69,6 +69,10 @@ class MoFVisionTower(VisionTower):
         return config
 
     @classmethod
+    def is_complete(cls, config: PretrainedConfig) -> bool:
+        return getattr(config, "dinov2_config", None) is not None
+
+    @classmethod
     def complete_config(cls, config: PretrainedConfig, folder: Path | None, tensors: dict[str, Tensor]) -> None:
         if getattr(config, "dinov2_config", None) is not None:
             return

@@ -1,0 +1,118 @@
+"""Which numbers a setting may have, in one table, checked before anything is read.
+
+A NaN compares with nothing, so that a test like ``value < 0`` lets it through, and an infinite learning rate or weight
+ruins a model without a word. No setting is infinite or NaN; the rest is `RANGES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from .deepspeed_config import check_deepspeed
+
+
+class Range(NamedTuple):
+    """The values from `low` to `high`; None is allowed where it is the default of the setting."""
+
+    low: float
+    high: float
+    without_low: bool = False
+    without_high: bool = False
+    whole: bool = False
+    """Whole numbers only."""
+    share: bool = False
+    """A value below 1 is a share of all steps, and one from 1 on a whole number of them."""
+    also: tuple[float, ...] = ()
+    """Values outside that have a meaning of their own."""
+
+    def __contains__(self, value: float) -> bool:
+        if value in self.also:
+            return True
+        low = value > self.low if self.without_low else value >= self.low
+        high = value < self.high if self.without_high else value <= self.high
+        fits = value == int(value) if self.whole or (self.share and value > 1) else True
+        return low and high and fits
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = f"greater than {self.low:g}" if self.without_low else f"at least {self.low:g}"
+        high = f"less than {self.high:g}" if self.without_high else f"at most {self.high:g}"
+        also = "".join(f", or {value:g}" for value in self.also)
+        share = " (below 1 a share of all steps, otherwise whole)" if self.share else ""
+        return f"{kind} {low} and {high}{share}{also}"
+
+
+_COUNT = Range(1, 1_000_000_000, whole=True)
+_NATURAL = Range(0, 1_000_000_000, whole=True)
+_RATE = Range(0, 10)
+_EVERY = Range(0, 1_000_000_000, without_low=True, share=True)
+_BETA = Range(0, 1, without_high=True)
+_SEED = Range(0, 2**32 - 1, whole=True)  # what numpy takes
+
+RANGES: dict[str, Range] = {
+    "learning_rate": _RATE,
+    "mm_projector_lr": _RATE,
+    "vision_tower_lr": _RATE,
+    "weight_decay": Range(0, 10),
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
+    "adam_epsilon": Range(0, 1, without_low=True),
+    "max_grad_norm": Range(0, 1e9),
+    "num_train_epochs": Range(0, 1e6, without_low=True),
+    "max_steps": Range(1, 1_000_000_000, whole=True, also=(-1,)),
+    "warmup_steps": Range(0, 1_000_000_000, share=True),
+    "logging_steps": _EVERY,
+    "save_steps": _EVERY,
+    "save_total_limit": _COUNT,
+    "per_device_train_batch_size": Range(1, 1_000_000, whole=True),
+    "per_device_eval_batch_size": Range(1, 1_000_000, whole=True),
+    "gradient_accumulation_steps": Range(1, 1_000_000, whole=True),
+    "max_nan_steps": _COUNT,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": Range(0, 1024, whole=True),
+    "dataloader_prefetch_factor": Range(1, 100_000, whole=True),
+    "torch_empty_cache_steps": _COUNT,
+    "ddp_bucket_cap_mb": Range(1, 1_000_000, whole=True),
+    "ddp_timeout": _COUNT,
+    "lora_r": Range(1, 100_000, whole=True),
+    "lora_alpha": Range(0, 1e6, without_low=True),
+    "lora_dropout": Range(0, 1, without_high=True),
+    "tune_vision_tower_from_layer": _NATURAL,
+    "num_queries": Range(1, 1_000_000, whole=True),
+    "num_resampler_layers": Range(1, 10_000, whole=True),
+    "resampler_hidden_size": Range(1, 1_000_000, whole=True),
+    "model_max_length": _COUNT,
+    "mm_vision_select_layer": Range(-10_000, 10_000, whole=True),
+    "chunk_size": _COUNT,
+}
+"""Setting -> its values. Methods and losses check their own (temperature, top_k, ...); here those are only finite."""
+
+
+def check_settings(*groups: Any) -> None:
+    """Refuse settings that are out of range, infinite or NaN, or of another type than a number.
+
+    Args:
+        groups: dataclasses of arguments; what `RANGES` does not know is only asked to be finite.
+
+    Raises:
+        ValueError, FileNotFoundError: the first that is wrong, with its value and what it may be; see also
+            `check_deepspeed`.
+    """
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            allowed = RANGES.get(field.name)
+            if value is None and (field.default is None or allowed is None):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{field.name} is {value}; it must be {allowed or 'a finite number'}.")
+            if allowed is None:
+                continue
+            if not isinstance(value, numbers.Real) or isinstance(value, bool) or value not in allowed:
+                raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
+        if getattr(group, "deepspeed", None) is not None:
+            check_deepspeed(group.deepspeed, group)
