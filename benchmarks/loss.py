@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -188,6 +190,52 @@ def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str
     return rows
 
 
+def real_like_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits with skewed bulks of different shapes: at 49,152 most knees fall where SmolLM2-135M's do (1,300 to 5,000)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def between(low: float, high: float) -> Tensor:
+        return torch.empty(tokens, 1).uniform_(low, high, generator=generator)
+
+    bulk = torch.randn(tokens, vocab, generator=generator)
+    teacher = 2 * (bulk + between(0.05, 0.28) * (bulk.square() - 1))
+    teacher[:, :200] += between(6, 16) * torch.rand(tokens, 200, generator=generator)
+    student = teacher + 0.7 * torch.randn(tokens, vocab, generator=generator)
+    return student.to(device), teacher.to(device)
+
+
+def ratios(tokens: int, vocabularies: list[int], device: str, repeats: int) -> list[dict]:
+    """Exact DBiLD over full-vocabulary reverse KL, run in turn: medians of the ratios of wall and of CPU time."""
+    ours, base = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
+    shapes = [(language_model_logits, "simulated", vocab) for vocab in vocabularies]
+    rows = []
+    for make, kind, vocab in [*shapes, (real_like_logits, "skewed", 49_152)]:
+        student, teacher = make(tokens, vocab, device)
+        found = []
+        for _ in range(repeats + 1):
+            pair = []
+            for loss in (base, ours):
+                wall, cpu = time.perf_counter(), time.process_time()
+                run(loss, student, teacher)
+                pair.append((time.perf_counter() - wall, time.process_time() - cpu))
+            found.append([b / a for a, b in zip(*pair, strict=True)])
+        wall, cpu = (statistics.median(column) for column in list(zip(*found[1:], strict=True)))
+        rows.append(
+            {
+                "torch": torch.__version__.partition("+")[0],
+                "threads": torch.get_num_threads(),
+                "tokens": tokens,
+                "logits": kind,
+                "vocabulary": vocab,
+                "mean knee": round(float(knee(teacher).double().mean())),
+                "wall": round(wall, 2),
+                "cpu": round(cpu, 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
 def slope(xs: list[float], ys: list[float]) -> float:
     """Least-squares slope of log y over log x."""
     lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -240,10 +288,20 @@ def _range(values: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="tokens at once (default 64)")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 151_936], help="vocabulary sizes")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 49_152, 151_936], help="vocabulary sizes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="repeats after a warm-up; medians are printed")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--ratios", metavar="FILE", help="only DBiLD over reverse KL; rows are added to this JSON file")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.ratios:
+        file = Path(args.ratios)
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        found = ratios(args.tokens, args.vocab, args.device, args.repeats)
+        file.write_text(json.dumps(known + found, indent=1) + "\n", encoding="utf-8")
+        return
     rows = [row for vocab in args.vocab for row in compare(args.tokens, vocab, args.device, args.repeats)]
     write_section(
         f"loss-{args.device}",

@@ -143,8 +143,7 @@ def leading(
 
 
 def as_order(columns: Tensor, k: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Order:
-    """An order of columns [tokens, at least the largest k] of which the first k of each row count."""
-    columns = columns[:, : int(k.max())]
+    """An order of columns [tokens, the largest k] of which the first k of each row count."""
     mask = torch.arange(columns.shape[1], device=columns.device) < k[:, None]
     return Order(torch.where(mask, columns, columns[:, :1]).long(), mask, k, threshold, low, high)
 

@@ -141,6 +141,13 @@ int leading(const float *logits, long stride, long vocab, long start, long stop,
     return failed;
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("Ofast"))) /* lets it call the vector library's exp */
+#endif
+static void exponentials(const double *restrict values, double *restrict out, long count) {
+    for (long i = 0; i < count; i++) out[i] = exp(values[i]);
+}
+
 static double clamp(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
 
 /* Add to `losses` [rows] the pair KL of one order, and write its gradient [rows, width] by the student's logits at
@@ -171,7 +178,8 @@ int pairs(const float *student, const float *teacher, long student_stride, long 
             break;
         }
         for (long i = 0; i < k; i++) q[i] = (q[i] - q_top) / tau, p[i] = (p[i] - p_top) / tau;
-        for (long i = 0; i < k; i++) q_up[i] = exp(q[i]), p_up[i] = exp(p[i]);
+        exponentials(q, q_up, k);
+        exponentials(p, p_up, k);
 
         double q_sum = 0, p_sum = 0, ahead_sum = 0, z_q = 0, z_p = 0, expected = 0;
         for (long i = 0; i < k; i++) {

@@ -54,7 +54,7 @@ def knees(logits: Tensor) -> Order:
     sizes = (ctypes.c_long(logits.stride(0)), ctypes.c_long(vocab))
     out = tuple(map(_address, (columns, k, threshold, low, high)))
     _share(tokens, lambda start, stop: library().leading(_address(logits), *sizes, start, stop, *out))
-    return as_order(columns, k, threshold, low, high)
+    return as_order(columns[:, : int(k.max())], k, threshold, low, high)
 
 
 def logit_difference_kl(
