@@ -191,7 +191,7 @@ def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str
 
 
 def real_like_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Bulks of different skewness: at 49,152 the knees spread as a real language model's do (issue 13: 1,400 to 4,300)."""
+    """Bulks of different skewness: at 49,152 the knees spread much as a language model's do (1,600 to 4,700)."""
     generator = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> Tensor:
