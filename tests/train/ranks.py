@@ -16,6 +16,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.ranks", "tests.train.toy", "peft"])
 
 
+UNEVEN = {
+    "in_random_order": {"batch_size": 2, "size": 41, "max_steps": 11},
+    "in_groups": {"batch_size": 2, "size": 41, "max_steps": 11, "group_by_modality_length": True},
+    "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 2, "size": 41, "max_steps": 11},
+}
+"""Settings of two ranks for an epoch of ten whole steps of four samples and one of a single sample."""
+
+
 def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, Mapping[str, Any]]:
     """Weights of the student after training, by the names of `settings` (see `train_once`), from rank 0."""
     from tests.eval.forked import ranks
@@ -32,7 +40,7 @@ def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder
     return {name: np.load(f"{folder}/{name}.npz") for name in settings}
 
 
-def train_once(folder: str, batch_size: int, lora: bool = False, **kwargs: Any) -> dict[str, Any]:
+def train_once(folder: str, batch_size: int, lora: bool = False, size: int = 12, **kwargs: Any) -> dict[str, Any]:
     """A step of distillation by SGD, whose weights are linear in the gradient; the trained weights as arrays."""
     import torch
 
@@ -41,15 +49,14 @@ def train_once(folder: str, batch_size: int, lora: bool = False, **kwargs: Any) 
     from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
     adapters = {"training_recipe": "lora", "tune_type_llm": "lora", "tune_type_vision_tower": "lora", "lora_r": 4}
-    args = toy_arguments(
-        folder, per_device_train_batch_size=batch_size, optim="sgd", max_grad_norm=0, learning_rate=0.1, max_steps=1,
-        lr_scheduler_type="constant", lora_dropout=0.0, **(adapters if lora else {}), **kwargs,
-    )  # fmt: skip
+    fields = {"optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.1, "max_steps": 1, "lora_dropout": 0.0}
+    fields |= {"lr_scheduler_type": "constant", **(adapters if lora else {}), **kwargs}
+    args = toy_arguments(folder, per_device_train_batch_size=batch_size, **fields)
     torch.manual_seed(0)
     task = toy_task(distil=True)
     if lora:
         task = build_distiller(TrainingRecipeFactory("lora")(args)(task.student), task.teacher)
-    toy_trainer(args, task).train()
+    toy_trainer(args, task, size=size).train()
     return {name: p.detach().numpy().copy() for name, p in task.named_parameters() if p.requires_grad}
 
 
