@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import evaluate, recipe, stages
 from .devices import find_devices
-from .processes import Commands, become
+from .processes import Commands, become, is_rank
 from .variables import read
 
 MODULES = {
@@ -173,12 +173,12 @@ def _launch(trainings: Sequence[stages.Training], *, dry: bool) -> int:
             if dry:
                 print(training)
                 continue
-            if len(trainings) == 1:
+            if len(trainings) == 1 and is_rank(training.command):
                 break
             code = commands.run(training.command, training.environment)
             if code or commands.interrupted:
                 return code or 130
-    if not dry and len(trainings) == 1:
+    if not dry and len(trainings) == 1 and is_rank(trainings[0].command):
         return become(trainings[0].command, trainings[0].environment)
     return 0
 

@@ -1,15 +1,34 @@
-"""Commands run one after another: a signal to the launcher reaches the command that is running."""
+"""Commands run one after another: a signal to this process reaches the command that is running.
+
+Of a training under torchrun or DeepSpeed it reaches the ranks themselves: those launchers end at SIGUSR1, and at
+SIGTERM they leave their ranks too little time for a checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+TRAINING = "tinyllava_switchkd.train.train"
+"""The module that a rank runs."""
+
+LAUNCHER = "TINYLLAVA_LAUNCHER"
+"""Environment variable: ``host:pid`` of this process; ranks end when it does (train/signals.py)."""
+
+INTERRUPTED = 75
+"""Exit code of a training that a signal ended after a checkpoint; torchrun itself has 1 whatever its ranks return."""
+
+_AGAIN_SECONDS = 5.0
+"""A rank that has not come far enough to hear a signal hears it the next time."""
 
 
 class Commands:
@@ -21,6 +40,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._ends_ranks = False
         self._child: subprocess.Popen[bytes] | None = None
 
     @contextmanager
@@ -29,7 +49,7 @@ class Commands:
         before = {}
         for name in ("SIGINT", *_PASSED_ON):
             number = getattr(signal, name, None)
-            if number is not None:
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's stays ignored
                 before[number] = signal.signal(number, self._note)
         try:
             yield self
@@ -40,19 +60,61 @@ class Commands:
     def _note(self, number: int, frame: object) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):
             self.interrupted = True
-        if number != signal.SIGINT and self._child is not None and self._child.poll() is None:
+        if number == signal.SIGINT or self._child is None or self._child.poll() is not None:
+            return
+        if number in (signal.SIGTERM, signal.SIGUSR1) and ranks_below(self._child.pid):
+            self._ends_ranks = True
+            self._tell_ranks()
+        else:
             self._child.send_signal(number)
+
+    def _tell_ranks(self) -> None:
+        for rank in ranks_below(self._child.pid):
+            with contextlib.suppress(OSError):
+                os.kill(rank, signal.SIGUSR1)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run one command to its end; its exit code, 128 + N if signal N ended it."""
         flush()
+        own = {LAUNCHER: os.environ.get(LAUNCHER, f"{socket.gethostname()}:{os.getpid()}")}
+        self._ends_ranks = False
         try:
-            self._child = subprocess.Popen(command, env={**os.environ, **environment})
+            self._child = subprocess.Popen(command, env={**os.environ, **own, **environment})
         except OSError as error:
             raise ValueError(f"{command[0]} cannot be run: {error.strerror}; set PYTHON to an interpreter.") from None
-        code = self._child.wait()
+        while True:
+            try:
+                code = self._child.wait(_AGAIN_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if self._ends_ranks:
+                    self._tell_ranks()
         self._child = None
+        if code and self._ends_ranks:
+            self.interrupted = True
+            return INTERRUPTED
         return 128 - code if code < 0 else code
+
+
+def ranks_below(process: int) -> list[int]:
+    """The processes of a training that a launcher has started, by number; none where /proc is not (or it is one)."""
+    found, waiting = [], [process]
+    while waiting:
+        with contextlib.suppress(OSError, ValueError):
+            waiting += [
+                int(word) for word in Path(f"/proc/{waiting[0]}/task/{waiting[0]}/children").read_text().split()
+            ]
+            words = Path(f"/proc/{waiting[0]}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if waiting[0] != process and is_rank(words):
+                found.append(waiting[0])
+        waiting.pop(0)
+    return found
+
+
+def is_rank(command: Sequence[str]) -> bool:
+    """Whether a command is a training itself and not a launcher of it, whose own module comes first."""
+    first = list(command).index("-m") if "-m" in command else len(command)
+    return list(command[first + 1 : first + 2]) == [TRAINING]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> int:

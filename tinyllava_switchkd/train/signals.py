@@ -27,6 +27,7 @@ _PR_SET_PDEATHSIG = 1
 _MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "torchrun", "accelerate")
 
 _received: list[int] = []
+_owner = 0
 
 
 class InterruptedRunError(RuntimeError):
@@ -35,7 +36,9 @@ class InterruptedRunError(RuntimeError):
 
 def install() -> None:
     """From now on `SIGNALS` only leave a mark, which `received` shows; nothing outside the main thread."""
+    global _owner
     _received.clear()
+    _owner = os.getpid()
     if threading.current_thread() is not threading.main_thread():
         return
     for name in SIGNALS:
@@ -59,7 +62,7 @@ def received() -> str | None:
 
 def _note(number: int, frame: object) -> None:
     _received.append(number)
-    if len(_received) == 1:
+    if len(_received) == 1 and os.getpid() == _owner:  # not in a worker that reads data
         os.write(2, f"{signal.Signals(number).name} received: a checkpoint follows at the next step.\n".encode())
 
 

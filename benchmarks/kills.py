@@ -1,0 +1,117 @@
+"""Random SIGKILLs: every scheme is killed again and again at random moments and must end with the same weights.
+
+    python -m benchmarks.kills --minutes 10
+
+For each scheme a tiny run goes through once; then the same command is started, killed after a random time and started
+again until it has finished, and the trained weights are compared bit by bit. Prints a table; the exit code is 1 if any
+scheme ended otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._table import markdown
+from tinyllava_switchkd.io import digest
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+ADAPTERS = {"training_recipe": "lora", "tune_type_llm": "lora", "lora_r": 2}
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "pre-training": ("pretrain", {}),
+    "fine-tuning": ("finetune", {"group_by_modality_length": True}),
+    "distillation": ("finetune", {"teacher_path": "TEACHER"}),
+    "distillation, accumulated": ("finetune", {"teacher_path": "TEACHER", "gradient_accumulation_steps": 2}),
+    "distillation, packed": ("finetune", {"teacher_path": "TEACHER", "packing": True}),
+    "distillation, LoRA": ("finetune", {"teacher_path": "TEACHER", **ADAPTERS}),
+}
+"""Name -> (data, arguments besides those of a short run)."""
+
+
+def child(argv: list[str], log: str) -> None:
+    """The entry point in a process that can be killed; its output goes to a file."""
+    with open(log, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        import torch
+
+        from tinyllava_switchkd.train.train import main
+
+        torch.set_num_threads(1)
+        code = main(argv)
+        file.flush()
+        os._exit(code)
+
+
+def run(argv: list[str], log: Path, seconds: float | None = None) -> int:
+    """Run to the end, or kill after some seconds; the exit code (-9 when killed)."""
+    process = CONTEXT.Process(target=child, args=(argv, str(log)))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    return process.exitcode
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Digest of each file of trained weights."""
+    files = [path for pattern in ("*.safetensors", "*/pytorch_model.bin") for path in folder.glob(pattern)]
+    return {
+        path.relative_to(folder).as_posix(): digest(path) for path in files if "checkpoint-" not in str(path.parent)
+    }
+
+
+def measure(minutes: float, seed: int, folder: Path) -> tuple[list[list[object]], bool]:
+    """Rows of the table, and whether all is well."""
+    from tests.train.world import command_line, write_world
+
+    world = write_world(folder / "world")
+    teacher = folder / "teacher"
+    assert run(command_line(world, teacher, model_name_or_path=world["teacher_llm"]), folder / "log") == 0
+    chance, end = random.Random(seed), time.monotonic() + 60 * minutes
+    rows, good = [], True
+    for index, (name, (data, settings)) in enumerate(SCHEMES.items()):
+        settings = {key: teacher if value == "TEACHER" else value for key, value in settings.items()}
+        settings |= {"max_steps": 6, "save_steps": 1, "save_total_limit": 1}
+        through, killed = folder / f"{index}-through", folder / f"{index}-killed"
+        start = time.monotonic()
+        assert run(command_line(world, through, data, **settings), folder / "log") == 0
+        seconds = time.monotonic() - start
+        share = (end - time.monotonic()) / (len(SCHEMES) - index)
+        until, kills, code = time.monotonic() + share, 0, -9
+        while code == -9:
+            patience = chance.uniform(0.2, 1.2) * seconds if time.monotonic() < until else None
+            code = run(command_line(world, killed, data, **settings), folder / "log", patience)
+            kills += code == -9
+        same = code == 0 and weights(killed) == weights(through) != {}
+        good &= same
+        rows.append([name, kills, code, "yes" if same else "NO"])
+        print(f"{name}: {kills} kills, exit code {code}, same weights: {same}", file=sys.stderr, flush=True)
+    return rows, good
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long, all schemes together")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args(argv)
+    CONTEXT.set_forkserver_preload(["tinyllava_switchkd.train.train", "peft"])
+    with tempfile.TemporaryDirectory() as folder:
+        rows, good = measure(arguments.minutes, arguments.seed, Path(folder))
+    print(markdown(["scheme", "SIGKILLs", "exit code at last", "weights equal to the bit"], rows))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
