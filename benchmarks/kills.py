@@ -91,7 +91,7 @@ def measure(minutes: float, seed: int, folder: Path) -> tuple[list[list[object]]
         share = (end - time.monotonic()) / (len(SCHEMES) - index)
         until, kills, code = time.monotonic() + share, 0, -9
         while code == -9:
-            patience = chance.uniform(0.2, 1.2) * seconds if time.monotonic() < until else None
+            patience = chance.uniform(0.1, 0.9) * seconds if time.monotonic() < until else None
             code = run(command_line(world, killed, data, **settings), folder / "log", patience)
             kills += code == -9
         same = code == 0 and weights(killed) == weights(through) != {}
