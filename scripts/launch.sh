@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of train/ and eval/, which then run `python -m tinyllava_switchkd.launch`: it reads the arguments
 # and the environment variables (docs/train.md, docs/evaluation.md), finds the devices, and starts what is to be started.
 #   PYTHON       the interpreter

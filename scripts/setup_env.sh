@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that set themselves up: makes .venv at the repository's root and installs the package there.
 #
 #   source scripts/setup_env.sh train,eval dev     # the extras wanted
@@ -28,9 +29,9 @@ setup_env() {
     if [ ! -f "$stamp" ] || ! grep -qxF "$wanted" "$stamp"; then
         echo "Installing tinyllava_switchkd[$extras] into .venv (about two minutes the first time) ..."
         if command -v uv >/dev/null 2>&1; then
-            uv pip install --quiet --python "$root/.venv/bin/python" -e "$root[$extras]" || return 1
+            uv pip install --quiet --python "$root/.venv/bin/python" -e "${root}[$extras]" || return 1
         else
-            "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" || return 1
+            "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${root}[$extras]" || return 1
         fi
         echo "$wanted" >>"$stamp"
     fi

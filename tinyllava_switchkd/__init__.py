@@ -2,6 +2,6 @@
 
 from tinyllava_switchkd import _auto
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _auto.install()

@@ -20,7 +20,9 @@ class CommandParser(argparse.ArgumentParser):
     code 2.
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._declared(words), namespace)
 
@@ -40,7 +42,7 @@ class CommandParser(argparse.ArgumentParser):
             result.append(name + equals + value)
         return result + words[end:]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown))

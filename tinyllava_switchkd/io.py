@@ -105,7 +105,7 @@ def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply to be read.") from None
     if not isinstance(value, kind):
-        expected = {dict: "an object of fields", list: "a list"}[kind]
+        expected = "a list" if kind is list else "an object of fields"
         raise ValueError(f"{path} holds a JSON {type(value).__name__} where {expected} is expected.")
     return value
 

@@ -162,15 +162,15 @@ def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Trainin
         check = TRAINING[name].check if name in TRAINING else None
         if check is not None and check(value) is not None:
             raise ValueError(f"{name} is {value!r}; it must be {check(value)}.")
-    settings = {_FLAG_OF[name]: value for name, value in given.items() if name in _FLAG_OF and value}
+    settings: Settings = {_FLAG_OF[name]: value for name, value in given.items() if name in _FLAG_OF and value}
     if stage != "custom":
-        name = (given["LLM_VERSION"], given["VT_VERSION"], given["VERSION"])
-        settings["output_dir"] = str(request.output_root / run_name(*name, stage))
+        names_of = (given["LLM_VERSION"], given["VT_VERSION"], given["VERSION"])
+        settings["output_dir"] = str(request.output_root / run_name(*names_of, stage))
         if stage != "pretrain":
-            start = request.output_root / run_name(*name, "pretrain")
+            start = request.output_root / run_name(*names_of, "pretrain")
             settings["pretrained_model_path"] = request.variables.get("PRETRAINED_PATH") or str(start)
-    elif not settings["output_dir"].strip("/."):
-        raise ValueError(f"OUTPUT_DIR is {settings['output_dir']!r}; name a folder for the tuned model.")
+    elif not given["OUTPUT_DIR"].strip("/."):
+        raise ValueError(f"OUTPUT_DIR is {given['OUTPUT_DIR']!r}; name a folder for the tuned model.")
     variables = _of_stage(request.variables, "finetune" if stage == "custom" else stage)
     return _training(stage, read_recipe(BASE_RECIPE), Item(), variables, settings, request, "")
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinyllava_switchkd.runtime import is_main_process
 
@@ -172,7 +172,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     argv = translate_argv(sys.argv[1:] if argv is None else argv)
     # the training arguments come last: constructing them already opens the process group
     groups = (ModelArguments, DataArguments, distill_arguments(), TrainingArguments)
-    parser = HfArgumentParser(groups, allow_abbrev=False)
+    parser: Any = HfArgumentParser(list(groups), allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _error  # one sentence rather than a usage of two hundred arguments
     options = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     given = {name.replace("-", "_"): values for name, values in pairs([token for token in argv if token != "-h"])}

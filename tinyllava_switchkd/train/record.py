@@ -76,6 +76,6 @@ def write_recipe(arguments: Arguments) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(arguments.training.output_dir) / RECIPE
+    path = Path(str(arguments.training.output_dir)) / RECIPE
     text = yaml.safe_dump(recipe_of(arguments), sort_keys=False, allow_unicode=True, width=1000)
     write_text(path, _HEADER.format(path=path) + text)
