@@ -41,8 +41,10 @@ def test_the_tokenizers_of_loaded_models_are_compared(student, teacher):
 
 def test_other_widths_are_refused_for_the_switch_only(student):
     teacher = tiny_llava(vision={"hidden": 48})
-    refused(student, teacher, "width 32", "48")
-    assert build_distiller(student, teacher, switch_weight=0.0).switch_weight == 0.0
+    refused(student, teacher, "width 32", "48", "--bridge auto", bridge="none")
+    refused(student, teacher, "'maybe'", "auto, none", bridge="maybe")
+    assert build_distiller(student, teacher, switch_weight=0.0, bridge="none").switch_weight == 0.0
+    assert build_distiller(student, teacher, switch_weight=0.0).bridge is None
 
 
 def test_other_templates_are_refused(student, teacher):

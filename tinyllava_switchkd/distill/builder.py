@@ -11,10 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from .bridge import Bridge, differ, layout_of
 from .distiller import Distiller
 from .methods import Method, MethodFactory
 
 logger = logging.getLogger(__name__)
+
+BRIDGES = ("auto", "none")
+"""Whether vision towers of unequal shape get a trained bridge."""
 
 
 def build_distiller(
@@ -28,6 +32,7 @@ def build_distiller(
     teacher_tokenizer: Any = None,
     student_image_processor: Any = None,
     teacher_image_processor: Any = None,
+    bridge: str = "auto",
     gradient_checkpointing: bool = False,
     **settings: Any,
 ) -> Distiller:
@@ -45,6 +50,8 @@ def build_distiller(
         student_image_processor: compared with `teacher_image_processor` in what they do to pixels (see
             `pixel_difference`); a loaded model's own if not given.
         teacher_image_processor: see `student_image_processor`.
+        bridge: "auto" puts a trained `Bridge` between vision towers of unequal width or grid where the method has a
+            switch (fit it with `Distiller.fit_bridge` before training); "none" refuses such a pair.
         gradient_checkpointing: checkpoint activations in the student and in the teacher's switch pass.
         settings: of the method, and of its loss (`loss`, `temperature`, `align_weight`, `switch_weight`, `top_k`, ...).
 
@@ -57,13 +64,24 @@ def build_distiller(
     elif settings:
         raise ValueError(f"The method is made already, so {', '.join(sorted(settings))} cannot be set here.")
     method.terms  # noqa: B018 (wrong settings of a loss are told first)
-    check_compatible(student, teacher, method, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer)
+    check_compatible(
+        student,
+        teacher,
+        method,
+        student_tokenizer=student_tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        bridge=bridge,
+    )
+    adapters = dict(method.adapters(student, teacher))
+    if _needs_bridge(student, teacher, method, bridge):
+        adapters["bridge"] = Bridge(student, teacher)
+    like = student.get_input_embeddings().weight
     distiller = Distiller(
         student,
         teacher,
         method,
         vocab_size=min(_head_rows(student), _head_rows(teacher)),
-        adapters=method.adapters(student, teacher),
+        adapters={name: one.to(like.device, like.dtype) for name, one in adapters.items()},
         chunk_size=chunk_size,
         packing=packing,
         pixel_difference=pixel_difference(student, teacher, student_image_processor, teacher_image_processor),
@@ -85,6 +103,7 @@ def check_compatible(
     *,
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
+    bridge: str = "auto",
 ) -> None:
     """Refuse a pair that can't be distilled (Switch-KD Section 5; `build_distiller` says what the arguments are).
 
@@ -101,25 +120,28 @@ def check_compatible(
     )
     _check_templates(student.config, teacher.config)
     method.check(student, teacher)
-    if method.switch:
-        _check_switch(student, teacher)
+    _needs_bridge(student, teacher, method, bridge)
 
 
-def _check_switch(student: nn.Module, teacher: nn.Module) -> None:
-    width, expected = student.config.vision_hidden_size, teacher.config.vision_hidden_size
-    if width != expected:
+def _needs_bridge(student: nn.Module, teacher: nn.Module, method: Method, bridge: str) -> bool:
+    """Whether the switch needs one.
+
+    Raises:
+        ValueError: it does and must not have one, or none can be made; or `bridge` is neither "auto" nor "none".
+    """
+    if bridge not in BRIDGES:
+        raise ValueError(f"bridge is {bridge!r}; it must be one of {', '.join(BRIDGES)}.")
+    difference = differ(student, teacher) if method.switch else None
+    if difference is None:
+        return False
+    if bridge == "none":
         raise ValueError(
-            f"The student's vision tower gives features of width {width} and the teacher's connector takes {expected}; "
-            f"give both the same vision tower, or set switch_weight to 0 to distil without the switch."
+            f"{difference[0].upper()}{difference[1:]}; give both the same vision tower, let a bridge be trained "
+            f"(--bridge auto), or set switch_weight to 0 to distil without the switch."
         )
-    tokens, expected = (
-        model.vision_tower.num_tokens(model.config.vision_feature_select_strategy) for model in (student, teacher)
-    )
-    if tokens != expected:
-        raise ValueError(
-            f"The student's vision tower gives {tokens} patch features of an image and the teacher's {expected}; give "
-            f"both the same vision tower, or set switch_weight to 0 to distil without the switch."
-        )
+    for model in (student, teacher):
+        layout_of(model)
+    return True
 
 
 def _check_tokenizers(student: Any, teacher: Any) -> None:

@@ -10,7 +10,7 @@ runs once; what its terms want to see of it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tinyllava_switchkd.model.splice import Spliced
 
+from .bridge import Bridge, differ
 from .methods.base import DenseTerm, Method, Views
 from .objective import RANKING, LogitTerm, TokenObjective, Tokens
 from .task import Measure, Task
@@ -102,6 +103,7 @@ class Distiller(Task):
                 self._held.append(Held(loss))
         if trained:
             self.adapters = nn.ModuleDict(trained)
+        self._kept: dict[str, Any] = {}
         self._one_encoder = _is_frozen(student.vision_tower) and self.guide.sees_as(student)
 
     def __getattr__(self, name: str) -> Any:
@@ -189,7 +191,11 @@ class Distiller(Task):
         )
         if any(isinstance(term, LogitTerm) and term.tokens == "visual" for term in self.terms):
             self._add_logit_terms(result, "visual", Tokens(student.visual, None, teacher.visual), counts)
-        views = Views(student, teacher, self._modules.get("adapters", _NO_ADAPTERS))
+        head, adapters = (
+            self.student.language_model.get_output_embeddings(),
+            self._modules.get("adapters", _NO_ADAPTERS),
+        )
+        views = Views(student, teacher, adapters, head, self.guide.head, self.vocab_size, self._kept)
         for term in self.terms:
             if isinstance(term, DenseTerm):
                 value = term.compute(views) / counts[term.per]
@@ -226,8 +232,12 @@ class Distiller(Task):
             student.projected = visual[:shown]
         teacher = self._teacher_view(batch, features, spliced, positions)
         switch = None
-        if positions.images and (self.method.switch or always_switch):
-            switch = self._switch_states(batch, features, positions)
+        if self.method.switch or (always_switch and (self.bridge or differ(self.student, self.teacher) is None)):
+            bridged = features if self.bridge is None else self.bridge(features)
+            if positions.images:
+                switch = self._switch_states(batch, bridged, positions)
+            elif self.bridge is not None:  # every rank trains the bridge, also on text alone
+                student.hidden = student.hidden + bridged.sum().to(student.hidden.dtype) * 0
         return student, teacher, switch, positions
 
     @torch.no_grad()
@@ -266,7 +276,7 @@ class Distiller(Task):
         """Hidden states of the teacher that sees through the student's vision tower; text-only samples are left out."""
         with_image = placeholders(batch).any(1)
         part = {key: batch[key][with_image] for key in TEXT_KEYS if batch.get(key) is not None}
-        spliced = splice_batch(self.teacher, part, self.guide.connect(self._bridged(features)))
+        spliced = splice_batch(self.teacher, part, self.guide.connect(features))
         if self.teacher.num_image_tokens == self.student.num_image_tokens:
             row_of = with_image.cumsum(0) - 1  # row in the batch -> row among the samples with images
             rows, columns = row_of[positions.rows[: positions.images]], positions.columns[: positions.images]
@@ -275,9 +285,39 @@ class Distiller(Task):
         with self.guide.checkpointing():
             return decode(self.teacher, spliced, self.packing).at(rows, columns)
 
-    def _bridged(self, features: Tensor) -> Tensor:
-        """The student's features as the teacher's connector takes them."""
-        return features
+    @property
+    def bridge(self) -> Bridge | None:
+        """What stands between the student's vision tower and the teacher's connector, if anything."""
+        adapters = self._modules.get("adapters", _NO_ADAPTERS)
+        return getattr(adapters, "bridge", None)
+
+    @torch.no_grad()
+    def fit_bridge(self, batches: Iterable[Mapping[str, Any]]) -> float:
+        """Begin the bridge as the least-squares map from the student's vision features to the teacher's.
+
+        Args:
+            batches: some of the training data; those without images are passed over.
+
+        Returns:
+            the share of the teacher features' variance that the map explains.
+
+        Raises:
+            ValueError: there is no bridge, or no image.
+        """
+        if self.bridge is None:
+            raise ValueError("This distiller has no bridge: the two vision towers give features of one shape.")
+        seen = [batch for batch in batches if placeholders(batch).any()]
+        if not seen:
+            raise ValueError(
+                "No batch has an image, so the bridge between the vision towers has nothing to begin from."
+            )
+        return self.bridge.fit(
+            (
+                self.student.vision_features(batch_images(batch, self.student)),
+                self.teacher.vision_features(self._teacher_images(batch)),
+            )
+            for batch in seen
+        )
 
     # From views to losses
 

@@ -169,7 +169,7 @@ class TokenObjective:
                 total = total + term.weight * sums[term.name]
                 if len(term.reports) > 1:
                     sums |= zip(RANKING, comparison.ranking(term.loss, side, order), strict=True)
-        return total, torch.stack([value.detach().float() for value in sums.values()])
+        return total, torch.stack([value.detach().to(logits.dtype) for value in sums.values()])
 
 
 class _Comparison:

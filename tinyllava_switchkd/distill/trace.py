@@ -224,7 +224,8 @@ def text_to_vision_attention(query: Tensor, key: Tensor, is_visual: Tensor, scal
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query[:, ~is_visual].to(dtype), key.to(dtype).repeat_interleave(len(query) // len(key), dim=0)
     numbers = torch.arange(len(is_visual), device=query.device)
-    scores = query @ key.transpose(1, 2) * scaling  # [heads, text tokens, tokens]
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query @ key.transpose(1, 2) * scaling  # [heads, text tokens, tokens]
     scores = scores.masked_fill(numbers > numbers[~is_visual][:, None], -torch.inf)
     return scores.softmax(-1)[:, :, is_visual]
 

@@ -43,11 +43,25 @@ def setting(default: Any, help: str, flag: str | None = None) -> Any:
 
 
 class Views(NamedTuple):
-    """What the pathways showed of a batch, and the method's own trained modules."""
+    """What the pathways showed of a batch.
+
+    Attributes:
+        student: the student's pathway.
+        teacher: the teacher's; nothing in it has a gradient.
+        adapters: the method's own trained modules.
+        student_head: student hidden states -> logits.
+        teacher_head: the same of the teacher.
+        vocab_size: token ids that both vocabularies share.
+        kept: a place for what the frozen teacher gives once and for all.
+    """
 
     student: View
     teacher: View
     adapters: nn.ModuleDict
+    student_head: nn.Module
+    teacher_head: nn.Module
+    vocab_size: int
+    kept: dict[str, Any]
 
 
 class DenseTerm(NamedTuple):
@@ -147,6 +161,21 @@ class Method:
             )
         settings = {name: value for name, value in settings.items() if name in own}
         return cls(**settings, **({"loss_settings": of_loss} if of_loss else {}))
+
+
+def same_visual_tokens(method: str, student: nn.Module, teacher: nn.Module, remedy: str) -> None:
+    """Refuse a pair whose visual tokens cannot be compared one by one.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    ours, theirs = student.num_image_tokens, teacher.num_image_tokens
+    if ours != theirs:
+        raise ValueError(
+            f"{method} compares visual tokens one by one, and the student makes {ours} of an image and the teacher "
+            f"{theirs}; choose towers and connectors that make equal numbers, leave those terms out ({remedy}), or "
+            f"take --distill_method switch_kd."
+        )
 
 
 def terms_of_all_methods() -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""Unequal vision towers: what the bridge computes, and every tower against every other."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.tiny import tiny_llava
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.distill.bridge import Layout, resampling
+
+from .conftest import make_batch
+
+TOWERS = {
+    "siglip": {"tower": "siglip"},
+    "siglip, all tokens": {"tower": "siglip", "vision_feature_select_strategy": "cls_patch"},
+    "siglip2": {"tower": "siglip2"},
+    "clip, wide": {"tower": "clip", "vision": {"hidden": 48}},
+    "clip with class token": {"tower": "clip", "vision_feature_select_strategy": "cls_patch"},
+    "dinov2, coarse": {"tower": "dinov2", "vision": {"patch_size": 14}},
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), itertools.product(TOWERS, TOWERS))
+def test_every_tower_learns_from_every_other(ours, theirs):
+    student = tiny_llava(seed=1, **TOWERS[ours]).train().requires_grad_(True)
+    student.freeze_unused_parameters()
+    teacher = tiny_llava(seed=2, text={"hidden": 48}, **TOWERS[theirs])
+    distiller = build_distiller(student, teacher, align_weight=0.0)
+    batch = make_batch("ippaa", "pippiaaa", "pppaa")
+    if distiller.bridge is not None:
+        explained = distiller.fit_bridge([batch])
+        assert 0 < explained <= 1 + 1e-6
+    losses = distiller(batch)
+    losses["loss"].backward()
+    reached = {name.split(".")[1] for name, p in distiller.named_parameters() if p.grad is not None and p.grad.any()}
+    assert losses["visual_switch"] > 0
+    assert "vision_tower" in reached and ("bridge" in reached) == (distiller.bridge is not None)
+    assert all(name.startswith("student.") for name in distiller.state_dict() if "bridge" not in name)
+
+
+def test_equal_towers_have_none(student, teacher):
+    assert build_distiller(student, teacher).bridge is None
+
+
+def test_the_least_squares_map_is_found():
+    """A teacher whose features are a linear map of the student's is matched exactly."""
+    student, teacher = tiny_llava(seed=1), tiny_llava(seed=2, vision={"hidden": 48})
+    distiller = build_distiller(student, teacher)
+    matrix, offset = torch.randn(32, 48), torch.randn(48)
+    seen = student.vision_features
+    teacher.vision_features = lambda images: seen(images) @ matrix + offset
+    assert distiller.fit_bridge([make_batch("ia", "iia", seed=seed) for seed in range(8)]) > 0.999
+    other = make_batch("ia", seed=99)["images"]
+    expected = teacher.vision_features(other)
+    error = distiller.bridge(seen(other)) - expected
+    assert error.square().mean() < 0.01 * expected.var()
+
+
+def test_resampling_a_grid():
+    """Against torch's own interpolation, and by hand at the borders."""
+    full = Layout(6, 1, 0, 0)
+    picture = torch.randn(1, 1, 6, 6)
+    for side, how in ((3, {"mode": "area"}), (12, {"mode": "bilinear", "align_corners": False}), (2, {"mode": "area"})):
+        expected = torch.nn.functional.interpolate(picture, size=(side, side), **how)
+        ours = resampling(full, Layout(side, 1, 0, 0)) @ picture.flatten()
+        torch.testing.assert_close(ours, expected.flatten(), rtol=1e-5, atol=1e-6)
+    siglip, clip, with_class = Layout(3, 1, 0, 1), Layout(3, 1, 1, 1), Layout(3, 1, 1, 0)
+    assert resampling(clip, siglip).shape == (8, 9) and torch.equal(resampling(clip, siglip), torch.eye(9)[1:])
+    weights = resampling(siglip, clip)  # the first patch is gone: its neighbours right and below stand in
+    assert weights.shape == (9, 8) and torch.equal(weights[1:], torch.eye(8))
+    assert torch.equal(weights[0].nonzero()[:, 0], torch.tensor([0, 2])) and weights[0].sum() == 1
+    weights = resampling(clip, with_class)  # no class token of its own: the mean of its patches
+    assert torch.allclose(weights[0], torch.full((9,), 1 / 9)) and torch.equal(weights[1:], torch.eye(9))
+    mixture = resampling(clip, Layout(3, 2, 1, 1))
+    assert mixture.shape == (18, 9) and torch.equal(mixture[0], mixture[1])
+    for one, other in itertools.product((siglip, clip, with_class, full, Layout(5, 2, 1, 0)), repeat=2):
+        assert torch.allclose(resampling(one, other).sum(1), torch.ones(1)), (one, other)
+
+
+def test_text_only_batches_reach_the_bridge(student):
+    distiller = build_distiller(student, tiny_llava(vision={"hidden": 48}))
+    distiller(make_batch("ppaa"))["loss"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in distiller.bridge.parameters())
+
+
+def test_unequal_numbers_of_visual_tokens_keep_each_models_own_layout(student, batch):
+    """Answers are compared position by position although the two sequences differ in length."""
+    teacher = tiny_llava(seed=2, vision={"patch_size": 14})
+    paths = build_distiller(student, teacher).pathway_logits(batch)
+    out = teacher(**batch)
+    where = out.labels[:, 1:] != -100
+    torch.testing.assert_close(paths.teacher, out.logits[:, :-1][where], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,185 @@
+"""From the student's vision features to what the teacher's connector takes, where widths or grids differ.
+
+Switch-KD leaves towers of another width to future work (method.md section 2.3); this is ours. The grid is resampled by
+fixed weights. The width is mapped by a linear layer, which begins as the least-squares map from the student's features
+to the teacher's and is trained by the visual-switch loss. It is never part of the student.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+RIDGE = 1e-4
+"""Share of the features' mean variance that is added to the diagonal of the least-squares problem."""
+
+
+class Layout(NamedTuple):
+    """What a vision tower's tokens stand for.
+
+    Attributes:
+        side: patches a side of the picture's grid.
+        streams: encoders whose tokens take turns (2 in a mixture of features, else 1).
+        special: tokens before the patches of each encoder (class, registers).
+        dropped: tokens left out in front, which are patches where there are fewer special ones.
+    """
+
+    side: int
+    streams: int
+    special: int
+    dropped: int
+
+    @property
+    def first_patch(self) -> int:
+        """Number of the first patch that is there (1 for SigLIP under v1's `patch`)."""
+        return max(self.dropped - self.special, 0)
+
+    @property
+    def specials(self) -> int:
+        """Special tokens that are there."""
+        return max(self.special - self.dropped, 0)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """How the tokens of a model's vision tower lie.
+
+    Raises:
+        ValueError: they are no square grid of patches.
+    """
+    tower = model.vision_tower
+    streams = 2 if hasattr(tower.config, "dinov2_config") else 1
+    total = tower.num_tokens("cls_patch") // streams
+    special = getattr(tower.config, "num_prefix_tokens", None)
+    side = math.isqrt(total - (special or 0))
+    special = total - side**2 if special is None else special
+    if side**2 + special != total or not side:
+        raise ValueError(
+            f"The tokens of {model.config.vision_model_name_or_path} ({total} of an image) are no square grid of "
+            f"patches, which a bridge between towers resamples; set switch_weight to 0, or give both models one tower."
+        )
+    kept = tower.num_tokens(model.config.vision_feature_select_strategy) // streams
+    return Layout(side, streams, special, total - kept)
+
+
+def differ(student: nn.Module, teacher: nn.Module) -> str | None:
+    """How the features of two models' towers differ in shape, in words; None if the switch needs no bridge."""
+    width, expected = student.config.vision_hidden_size, teacher.config.vision_hidden_size
+    if width != expected:
+        return (
+            f"the student's vision tower gives features of width {width} and the teacher's connector takes {expected}"
+        )
+    tokens, expected = (
+        model.vision_tower.num_tokens(model.config.vision_feature_select_strategy) for model in (student, teacher)
+    )
+    if tokens != expected:
+        return f"the student's vision tower gives {tokens} patch features of an image and the teacher's {expected}"
+    return None
+
+
+class Bridge(nn.Module):
+    """Student features [images, patches, width] -> the teacher's [images, its patches, its width].
+
+    Args:
+        student: a TinyLLaVA, on any device.
+        teacher: the same.
+
+    Raises:
+        ValueError: one of the towers gives no square grid.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        ours, theirs = layout_of(student), layout_of(teacher)
+        weights = None if ours == theirs else resampling(ours, theirs)
+        self.register_buffer("resample", weights, persistent=False)
+        self.width = nn.Linear(student.config.vision_hidden_size, teacher.config.vision_hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.width(self._resampled(features).to(self.width.weight.dtype))
+
+    def _resampled(self, features: Tensor) -> Tensor:
+        return features if self.resample is None else self.resample.to(features.dtype) @ features
+
+    @torch.no_grad()
+    def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Set the linear layer to the least-squares map from student features to teacher features.
+
+        Args:
+            pairs: (student features, teacher features) of the same images, batch by batch.
+
+        Returns:
+            the share of the teacher features' variance that the map explains on these images.
+        """
+        size = self.width.in_features + 1
+        device = self.width.weight.device
+        square, cross, power, mean, count = (
+            torch.zeros(size, size, dtype=torch.float64, device=device),
+            0.0,
+            0.0,
+            0.0,
+            0,
+        )
+        for ours, theirs in pairs:
+            ours = self._resampled(ours).flatten(0, 1).double()
+            theirs = theirs.flatten(0, 1).double()
+            ours = nn.functional.pad(ours, (0, 1), value=1.0)
+            square, cross = square + ours.t() @ ours, cross + ours.t() @ theirs
+            power, mean, count = power + theirs.square().sum(), mean + theirs.sum(0), count + len(theirs)
+        ridge = torch.full_like(square.diagonal(), RIDGE * float(square.diagonal()[:-1].mean()))
+        ridge[-1] = 0  # the offset is free
+        solution = torch.linalg.solve(square + ridge.diag(), cross)
+        self.width.weight.copy_(solution[:-1].t())
+        self.width.bias.copy_(solution[-1])
+        residual = power - 2 * (solution * cross).sum() + (solution * (square @ solution)).sum()
+        variance = power - mean.square().sum() / count
+        return float(1 - residual / variance.clamp(min=1e-12))
+
+
+def resampling(ours: Layout, theirs: Layout) -> Tensor:
+    """Weights [teacher tokens, student tokens] whose rows sum to 1: each teacher token as a mean of student tokens.
+
+    A patch takes the student's patches at its place (linear between centres towards a finer grid, areas towards a
+    coarser). A patch that `patch` dropped is stood in for by its two neighbours. A special token takes the student's of
+    the same number, or else the mean of its patches. In a mixture of features each encoder goes with its own.
+    """
+    axis = _along_an_axis(ours.side, theirs.side)
+    patches = torch.kron(axis, axis)  # [their patches, our patches]
+    if ours.first_patch:
+        missing = patches[:, : ours.first_patch].sum(1, keepdim=True)
+        patches = patches[:, ours.first_patch :].clone()
+        near = torch.tensor([0, ours.side - ours.first_patch]) if ours.side > 1 else torch.tensor([0])
+        patches[:, near] += missing / len(near)
+    patches = patches[theirs.first_patch :]
+    one = torch.zeros(theirs.specials + len(patches), ours.specials + patches.shape[1])
+    one[theirs.specials :, ours.specials :] = patches
+    for number in range(theirs.specials):
+        if number < ours.specials:
+            one[number, number] = 1.0
+        else:
+            one[number, ours.specials :] = 1.0 / patches.shape[1]
+    weights = torch.zeros(len(one), theirs.streams, one.shape[1], ours.streams)
+    for stream in range(theirs.streams):
+        weights[:, stream, :, min(stream, ours.streams - 1)] = one
+    return weights.reshape(len(one) * theirs.streams, one.shape[1] * ours.streams)
+
+
+def _along_an_axis(ours: int, theirs: int) -> Tensor:
+    """Weights [theirs, ours] of resampling a line of cells."""
+    edges, wanted = torch.arange(ours + 1) / ours, torch.arange(theirs + 1) / theirs
+    if theirs <= ours:
+        low = torch.maximum(edges[:-1][None], wanted[:-1][:, None])
+        high = torch.minimum(edges[1:][None], wanted[1:][:, None])
+        overlap = (high - low).clamp(min=0)
+        return overlap / overlap.sum(1, keepdim=True)
+    place = ((torch.arange(theirs) + 0.5) / theirs * ours - 0.5).clamp(0, ours - 1)
+    left = place.floor().long().clamp(max=ours - 2) if ours > 1 else torch.zeros(theirs, dtype=torch.long)
+    share = (place - left).clamp(0, 1)
+    weights = torch.zeros(theirs, ours)
+    rows = torch.arange(theirs)
+    weights[rows, left] += 1 - share
+    weights[rows, (left + 1).clamp(max=ours - 1)] += share
+    return weights
