@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional
 import torch
 import transformers
 
+from tinyllava_switchkd.distill.builder import BRIDGES
 from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.model.quantized import BITS
@@ -119,10 +120,15 @@ class TeacherArguments:
     teacher_bits: int = field(
         default=16, metadata={"help": "8 or 4 hold the teacher's language model in so many bits (bitsandbytes)."}
     )
+    bridge: str = field(
+        default="auto",
+        metadata={"help": "auto trains a map between vision towers of unequal shape for the switch; none refuses them."},
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
         _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
+        _one_of("bridge", self.bridge, BRIDGES)
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
             changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]

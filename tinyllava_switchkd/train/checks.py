@@ -146,6 +146,7 @@ def check_teacher(arguments: Arguments, student: Skeleton, teacher: Skeleton) ->
         arguments.distill.method(),
         student_tokenizer=student.tokenizer,
         teacher_tokenizer=teacher.tokenizer,
+        bridge=arguments.distill.bridge,
     )
 
 
