@@ -322,7 +322,7 @@ class TestEveryMethod:
             "llava_kd": {"response", "visual", "relation"},
             "align_kd": {"logits", "features", "features_top", "attention"},
         }[method]
-        terms = {name for name, measure in task.measures.items() if measure.term}
+        terms = {name for name, measure in task.measures.items() if measure.weight is not None}
         assert terms == names | {"ce"} and losses.keys() == set(task.measures) | {"loss", "supervised_tokens"}
         total = losses["ce"] + sum(term.weight * losses[term.name] for term in task.terms)
         torch.testing.assert_close(losses["loss"], total, rtol=1e-5, atol=1e-6)
@@ -345,6 +345,34 @@ class TestEveryMethod:
             if one.endswith("_weight"):
                 with pytest.raises(ValueError, match=one):
                     build_distiller(student, teacher, method=method, **{one: weight})
+
+
+@pytest.mark.parametrize("method", MethodFactory.list())
+def test_gradient_norms_are_those_of_each_term_alone(student, teacher, batch, method):
+    task = build_distiller(student, teacher, method=method)
+    norms = task.gradient_norms(batch)
+    assert all(p.grad is None for p in task.parameters())
+    weights = {name: weight for name, measure in task.measures.items() if (weight := measure.weight) is not None}
+    assert {*norms} == {"vision_features", "projector_output", "last_hidden_state"}
+    fields = {one.name for one in MethodFactory(method)().settings().values() if one.name.endswith("_weight")}
+
+    def features_gradient(**settings):
+        alone = build_distiller(student, teacher, method=method, **{**dict.fromkeys(fields, 0.0), **settings})
+        if hasattr(alone, "adapters"):
+            alone.adapters.load_state_dict(task.adapters.state_dict(), strict=False)
+        kept = []
+        original = student.vision_features
+        student.vision_features = lambda images: kept.append(original(images)) or kept[-1]
+        loss = alone(batch)["loss"]
+        del student.vision_features
+        return torch.autograd.grad(loss, kept[0])[0]
+
+    ce = features_gradient()
+    torch.testing.assert_close(norms["vision_features"]["ce"], float(ce.double().norm()), rtol=1e-4, atol=1e-7)
+    for name in weights.keys() - {"ce"}:
+        setting = "switch_weight" if name == "visual_switch" else f"{name}_weight"
+        alone = features_gradient(**{setting: weights[name]}) - ce
+        torch.testing.assert_close(norms["vision_features"][name], float(alone.double().norm()), rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["llava_kd", "align_kd"])

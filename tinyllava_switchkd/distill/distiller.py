@@ -10,7 +10,7 @@ runs once; what its terms want to see of it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from tinyllava_switchkd.model.splice import Spliced
 
 from .bridge import Bridge, differ
 from .methods.base import DenseTerm, Method, Views
-from .objective import RANKING, LogitTerm, TokenObjective, Tokens
+from .objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
 from .task import Measure, Task
 from .teacher import FrozenTeacher, Held
 from .trace import (
@@ -137,7 +137,7 @@ class Distiller(Task):
     def measures(self) -> dict[str, Measure]:
         found = super().measures
         for term in self.terms:
-            found[term.name] = Measure(term.title or term.name, term=True)
+            found[term.name] = Measure(term.title or term.name, weight=term.weight, per=term.per)
             found |= {name: RANKING_MEASURES[name] for name in term.reports[1:]}
         return found
 
@@ -216,14 +216,59 @@ class Distiller(Task):
         in_batch_order = positions.order.argsort()
         return PathwayLogits(*(z[in_batch_order, : self.vocab_size] for z in (z_teacher, z_student, z_switch)))
 
+    def gradient_norms(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """How strongly each weighted term pulls, at three places of the student, for one batch.
+
+        Costs a backward pass of the student a term. No parameter's gradient is touched.
+
+        Returns:
+            place ("vision_features", "projector_output", "last_hidden_state") -> term -> norm of the gradient of the
+            weighted term's mean there.
+        """
+        with torch.enable_grad():
+            seen: dict[str, Tensor] = {}
+            student, teacher, switch, positions = self._views(batch, seen=seen)
+            seen["last_hidden_state"] = student.hidden
+            places = {name: tensor for name, tensor in seen.items() if tensor.requires_grad}
+            counts = self._divisors(batch, len(positions.labels), None, None)
+            norms: dict[str, dict[str, float]] = {name: {} for name in seen}
+            for name, loss in self._single_terms(student, teacher, switch, positions, counts):
+                found: tuple = (None,) * len(places)
+                if loss.requires_grad and places:
+                    found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
+                gradients = dict(zip(places, found, strict=True))
+                for place in seen:
+                    gradient = gradients.get(place)
+                    norms[place][name] = 0.0 if gradient is None else float(gradient.double().norm())
+        return norms
+
+    def _single_terms(
+        self, student: View, teacher: View, switch: Tensor | None, positions: Positions, counts: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each weighted term's mean with its gradient, cross-entropy first."""
+        supervised = Tokens(student.hidden, positions.labels, teacher.hidden, switch)
+        yield CE, self._objective(())(supervised)[0] / counts["supervised"]
+        for term in self.terms:
+            if isinstance(term, DenseTerm):
+                with torch.autocast(student.hidden.device.type, enabled=False):
+                    value = term.compute(self._seen_by_terms(student, teacher)) / counts[term.per]
+                yield term.name, term.weight * value
+            else:
+                tokens = Tokens(student.visual, None, teacher.visual)
+                if term.tokens == "supervised":
+                    tokens = supervised._replace(labels=None)
+                yield term.name, self._objective((term,))(tokens)[0] / counts[term.per]
+
     # From a batch to views
 
     def _views(
-        self, batch: Mapping[str, Any], always_switch: bool = False
+        self, batch: Mapping[str, Any], always_switch: bool = False, seen: dict[str, Tensor] | None = None
     ) -> tuple[View, View, Tensor | None, Positions]:
         """What student and teacher show, the switch's hidden states of samples with images, the student's positions."""
         sight = self.method.student_sight
         features, visual, spliced, positions = self.student_inputs(batch)
+        if seen is not None:
+            seen |= {"vision_features": features, "projector_output": visual}
         student = look(self.student, spliced, positions, sight, packing=self.packing)
         shown = int(placeholders(batch).sum()) if sight.features or sight.projected else 0
         if sight.features:
@@ -334,14 +379,24 @@ class Distiller(Task):
         counts["supervised"] = max(tokens, 1) if num_items_in_batch is None else num_items_in_batch
         return counts
 
-    def _add_logit_terms(self, result: dict[str, Any], kind: str, tokens: Tokens, counts: Mapping[str, Any]) -> None:
-        objective = TokenObjective(
+    def _seen_by_terms(self, student: View, teacher: View) -> Views:
+        head = self.student.language_model.get_output_embeddings()
+        adapters = self._modules.get("adapters", _NO_ADAPTERS)
+        return Views(student, teacher, adapters, head, self.guide.head, self.vocab_size, self._kept)
+
+    def _objective(self, terms: Sequence[LogitTerm]) -> TokenObjective:
+        return TokenObjective(
             self.student.language_model.get_output_embeddings(),
             self.guide.head,
-            [term for term in self.terms if isinstance(term, LogitTerm) and term.tokens == kind],
+            terms,
             vocab_size=self.vocab_size,
             chunk_size=self.chunk_size,
             recompute=self.recompute,
+        )
+
+    def _add_logit_terms(self, result: dict[str, Any], kind: str, tokens: Tokens, counts: Mapping[str, Any]) -> None:
+        objective = self._objective(
+            [term for term in self.terms if isinstance(term, LogitTerm) and term.tokens == kind]
         )
         total, sums = objective(tokens)
         result["loss"] = result["loss"] + total / counts[kind]

@@ -21,12 +21,14 @@ class Measure(NamedTuple):
         title: for curves and documentation.
         of_batch: whether the number is a mean over the supervised tokens of its own batch, so that a window's mean
             weighs it by them. Otherwise it is divided by the step's count already, and micro-batches and ranks add up.
-        term: whether it is a term of the loss.
+        weight: factor in the loss; None for what is no term of it.
+        per: unit of the mean, see `Task.counts`.
     """
 
     title: str
     of_batch: bool = False
-    term: bool = False
+    weight: float | None = None
+    per: str = "supervised"
 
 
 class Task(nn.Module):
@@ -70,7 +72,7 @@ class Task(nn.Module):
     @property
     def measures(self) -> dict[str, Measure]:
         """What the task reports beside "loss" and "supervised_tokens"."""
-        return {CE: Measure("cross-entropy", term=True)}
+        return {CE: Measure("cross-entropy", weight=1.0)}
 
     @property
     def units(self) -> tuple[str, ...]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+BRIDGE_SAMPLES = 64
+"""Samples with images that a bridge begins from."""
 
 FILE = Path("distill", "adapters.safetensors")
 """Where it lies in a checkpoint's folder."""
@@ -33,6 +41,50 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
     file = Path(folder, FILE)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file)
+
+
+def begin_adapters(task: nn.Module, earlier: str | None, data: Mapping[str, Any]) -> None:
+    """Start a run's adapters: from the stage before if it has them, a bridge else from least squares.
+
+    Args:
+        task: what is trained.
+        earlier: the folder that the student starts from, if any.
+        data: with "train_dataset" and "data_collator", from which a bridge begins.
+
+    Raises:
+        ValueError: the earlier stage's do not fit.
+    """
+    if not hasattr(task, "adapters"):
+        return
+    if earlier is not None and Path(earlier, FILE).is_file():
+        read_adapters(task, earlier)
+        logger.info("What the method trains beside the student goes on from %s.", Path(earlier, FILE))
+    elif task.bridge is not None:
+        dataset, collate = data["train_dataset"], data["data_collator"]
+        lengths = dataset.modality_lengths
+        with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
+        chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]
+        batches = (collate([dataset[index]]) for index in chosen)
+        with gathered(task.student.vision_tower):
+            explained = task.fit_bridge(batches)
+        logger.info(
+            "The student's vision features have another shape than the teacher's: a bridge begins as the least-squares "
+            "map from %d samples, which explains %.0f %% of the teacher's variance.",
+            *(len(chosen), 100 * explained),
+        )
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, a module's weights are whole, where ZeRO-3 has split them."""
+    parameters = list(module.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters):
+        yield
 
 
 def read_adapters(task: nn.Module, folder: str | Path) -> bool:

@@ -89,6 +89,13 @@ class DataArguments:
     on_bad_image: str = field(
         default="raise", metadata={"help": "An image that cannot be read: raise stops, skip learns nothing from it."}
     )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={"help": "Held-out samples, looked at every --eval_steps; a JSON file as --data_path."},
+    )
+    eval_share: float | None = field(
+        default=None, metadata={"help": "Share of the training samples to hold out instead, chosen by id and --seed."}
+    )
 
     keep_in_memory: bool = field(
         default=False,
@@ -103,6 +110,10 @@ class DataArguments:
         _one_of("image_aspect_ratio", self.image_aspect_ratio, ("square", "pad"))
         _one_of("image_backend", self.image_backend, ("pil", "torchvision"))
         _one_of("on_bad_image", self.on_bad_image, ("raise", "skip"))
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise ValueError(f"--eval_share is {self.eval_share}; it must be between 0 and 1.")
+        if self.eval_share is not None and self.eval_data_path is not None:
+            raise ValueError("--eval_share and --eval_data_path both name held-out data; give one of them.")
 
 
 @dataclass
@@ -122,7 +133,7 @@ class TeacherArguments:
     )
     bridge: str = field(
         default="auto",
-        metadata={"help": "auto trains a map between vision towers of unequal shape for the switch; none refuses them."},
+        metadata={"help": "auto trains a map between vision towers of unequal shape for the switch; none refuses."},
     )
 
     def __post_init__(self) -> None:
@@ -203,6 +214,12 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew although the output folder holds checkpoints or a finished run."}
     )
+    log_gradient_shares: int = field(
+        default=0, metadata={"help": "Every so many steps, log each term's gradient at three places (0: never)."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+    )
     estimate: bool = field(
         default=False, metadata={"help": "Print what the run needs of each device's memory, and stop before loading."}
     )
@@ -226,6 +243,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check_unsupported()
         _one_of("on_nan", self.on_nan, ("stop", "skip"))
         check_settings(self)  # before transformers reads the file of --deepspeed
+        _at_least("log_gradient_shares", self.log_gradient_shares, 0)
+        _at_least("early_stopping_patience", self.early_stopping_patience, 1)
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
+            self.greater_is_better = self.metric_for_best_model.endswith("overlap")
         super().__post_init__()
 
     @property
@@ -287,11 +309,6 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("--use_liger_kernel is not supported: logits are already made for supervised tokens only.")
         if self.fsdp:
             raise ValueError(f"--fsdp {self.fsdp} is not supported; shard with --deepspeed zero3.json.")
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no" or self.load_best_model_at_end:
-            raise ValueError(
-                "--eval_strategy and --load_best_model_at_end are not supported: there is no evaluation inside "
-                "training; score checkpoints with scripts/eval."
-            )
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns True is not supported: the data set is no table.")
 

@@ -194,5 +194,22 @@ def _check_together(arguments: Arguments) -> None:
     for name, value in (("data_path", data.data_path), ("output_dir", "output_dir" in given)):
         if not value:
             raise ValueError(f"--{name} is missing: {REQUIRED[name]}.")
+    held_out = data.eval_data_path is not None or data.eval_share is not None
+    looks = training.eval_strategy != "no"
+    if held_out and not looks:
+        raise ValueError(
+            "Held-out data is given and never looked at; add --eval_strategy steps --eval_steps N (or --eval_strategy "
+            "epoch)."
+        )
+    if looks and not held_out:
+        raise ValueError(
+            f"--eval_strategy {training.eval_strategy.value} needs held-out data: give --eval_data_path FILE, or "
+            f"--eval_share of the training samples."
+        )
+    if training.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError(
+            f"--early_stopping_patience {training.early_stopping_patience} needs --load_best_model_at_end True, which "
+            f"says what better is (--metric_for_best_model)."
+        )
     if not model.vision_tower and training.pretrained_model_path is None:
         raise ValueError("--vision_tower is missing (or --pretrained_model_path, a checkpoint that has one).")

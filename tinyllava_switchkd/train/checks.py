@@ -45,6 +45,8 @@ def check_paths(arguments: Arguments) -> None:
     _, data, training, distill, _ = arguments
     if not Path(data.data_path).is_file():
         raise FileNotFoundError(f"--data_path {data.data_path} does not exist; give a JSON file in LLaVA's format.")
+    if data.eval_data_path is not None and not Path(data.eval_data_path).is_file():
+        raise FileNotFoundError(f"--eval_data_path {data.eval_data_path} does not exist; give a JSON file.")
     if data.image_folder and not Path(data.image_folder).is_dir():
         raise FileNotFoundError(f"--image_folder {data.image_folder} is no folder; give the one with the images.")
     for name, path in (
@@ -159,3 +161,18 @@ def _check_base_model(name: str, value: str) -> None:
 def _is_path(value: str) -> bool:
     """Whether a name can only be a path: a hub name is ``owner/model`` or ``model``."""
     return value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists()
+
+
+def check_metric(arguments: Arguments, metric: str) -> None:
+    """The metric that tells the best checkpoint must be one that the run reports.
+
+    Raises:
+        ValueError: it isn't, with those that are.
+    """
+    names = ["loss", "ce"]
+    if arguments.distill.teacher_path is not None:
+        names += [name for term in arguments.distill.method().terms for name in term.reports]
+    if metric.removeprefix("eval_") not in names:
+        raise ValueError(
+            f"--metric_for_best_model is {metric!r}; this run reports {', '.join(f'eval_{name}' for name in names)}."
+        )

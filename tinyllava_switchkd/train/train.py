@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from tinyllava_switchkd.data import SampleError, make_supervised_data_module
 from tinyllava_switchkd.distill import Task, build_distiller
@@ -30,6 +30,7 @@ from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.runtime import is_main_process
 
 from . import checkpoints, checks, fingerprint, resume, signals
+from .adapters import begin_adapters
 from .arguments import Arguments
 from .attention import attention_of
 from .estimate import estimate_run
@@ -46,6 +47,7 @@ from .skeleton import (
 )
 from .task import SupervisedTask
 from .trainer import LLaVATrainer
+from .validation import hold_out
 
 logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
 
@@ -189,8 +191,14 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     model = recipe.load(plan.skeleton.model, recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
-    trainer = LLaVATrainer(build_task(arguments, model, recipe), training, recipe=recipe, **plan.data_module)
+    callbacks = []
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    task = build_task(arguments, model, recipe)
+    trainer = LLaVATrainer(task, training, recipe=recipe, callbacks=callbacks, **plan.data_module)
     trainer.fingerprint = chosen
+    if checkpoint is None:
+        begin_adapters(task, training.pretrained_model_path, plan.data_module)
     if training.overwrite_output_dir and trainer.is_world_process_zero():
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -269,10 +277,15 @@ def check(arguments: Arguments) -> Plan | None:
         return None
     recipe = TrainingRecipeFactory(training.training_recipe)(training)
     skeleton = student_skeleton(arguments)
+    teacher = None
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
-    return Plan(recipe, skeleton, _data_module(arguments, skeleton))
+    data_module = _data_module(arguments, skeleton, teacher)
+    metric = training.metric_for_best_model
+    if training.load_best_model_at_end and metric is not None:
+        checks.check_metric(arguments, metric)
+    return Plan(recipe, skeleton, data_module)
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> Task:
@@ -299,6 +312,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
         teacher_tokenizer=tokenizer,
         student_image_processor=model.image_processor,
         teacher_image_processor=image_processor,
+        bridge=distill.bridge,
     )
 
 
@@ -318,16 +332,29 @@ def _where_to_resume(arguments: Arguments) -> str | None:
     return checkpoint or (asked if asked is not None and asked.lower() != "true" else None)
 
 
-def _data_module(arguments: Arguments, skeleton: Skeleton) -> dict[str, Any]:
-    """Data set and collator, after the data has been looked over."""
-    settings = vars(arguments.data) | {
+def _data_module(arguments: Arguments, skeleton: Skeleton, teacher: Skeleton | None) -> dict[str, Any]:
+    """Data sets and collator, after the data has been looked over."""
+    data = arguments.data
+    settings = vars(data) | {
         "image_processor": skeleton.image_processor,
         "image_aspect_ratio": skeleton.model.config.image_aspect_ratio,
         "num_image_tokens": skeleton.model.num_image_tokens,
         "eos_token_ids": skeleton.eos_token_ids,
     }
+    if teacher is not None:
+        settings["teacher_image_processor"] = teacher.image_processor
+        settings["teacher_image_aspect_ratio"] = teacher.model.config.image_aspect_ratio
     module = make_supervised_data_module(skeleton.tokenizer, SimpleNamespace(**settings))
-    return {name: module[name] for name in ("train_dataset", "data_collator")}
+    module = {name: module[name] for name in ("train_dataset", "data_collator")}
+    if data.eval_data_path is not None:
+        held_out = make_supervised_data_module(
+            skeleton.tokenizer, SimpleNamespace(**{**settings, "data_path": data.eval_data_path})
+        )
+        module["eval_dataset"] = held_out["train_dataset"]
+    elif data.eval_share is not None:
+        seed = arguments.training.seed
+        module["train_dataset"], module["eval_dataset"] = hold_out(module["train_dataset"], data.eval_share, seed)
+    return module
 
 
 def _set_up_logging() -> None:

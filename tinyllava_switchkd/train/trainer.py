@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import LengthGroupedSampler
-from tinyllava_switchkd.distill import Measure, Task
+from tinyllava_switchkd.distill import Distiller, Measure, Task
 
 from .adapters import write_adapters
 from .arguments import TrainingArguments
@@ -39,8 +39,12 @@ from .compiling import compile_layers
 from .recipes import BaseTrainingRecipe
 from .reliable import ReliableTrainer
 from .task import SupervisedTask
+from .validation import held_out_means
 
 logger = logging.getLogger(__name__)
+
+SMALL_SHARE = 0.01
+"""A weighted term with less than this share of the gradient everywhere is warned of."""
 
 
 class LLaVATrainer(ReliableTrainer):
@@ -67,6 +71,9 @@ class LLaVATrainer(ReliableTrainer):
         self._epoch_sampler: Sampler | None = None
         self._window = _Window(task.measures)
         self._step_counts: dict[str, Tensor] | None = None
+        self._first_of_step = False
+        self._gradients: dict[str, float] = {}
+        self._warned_of_small_terms = False
         super().__init__(model=task, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
         if args.torch_compile:
@@ -91,6 +98,7 @@ class LLaVATrainer(ReliableTrainer):
         counts = [self.model.counts(batch) for batch in batches]
         totals = torch.stack([sum((each[name] for each in counts), torch.tensor(0)) for name in names]).to(device)
         totals = self.begin_step(batches, totals)
+        self._first_of_step = True
         self._step_counts = dict(zip(names, totals.clamp(min=1), strict=True))
         return batches, self._step_counts["supervised"]
 
@@ -105,6 +113,11 @@ class LLaVATrainer(ReliableTrainer):
         if self._gradient_of_images:
             inputs["images"].requires_grad_()
         counts = self._step_counts if num_items_in_batch is not None else None
+        every = self.args.log_gradient_shares
+        if every and self._first_of_step and self.state.global_step % every == 0 and isinstance(self.model, Distiller):
+            with self.compute_loss_context_manager():
+                self._note_gradients(self.model.gradient_norms(inputs))
+        self._first_of_step = False
         losses = model(inputs, num_items_in_batch=num_items_in_batch, step_counts=counts)
         if self.model.training:
             losses = self.guard.watch(losses)
@@ -121,6 +134,7 @@ class LLaVATrainer(ReliableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the window's losses, measures and speed beside the loss."""
         if "loss" in logs:
+            logs, self._gradients = {**logs, **self._gradients}, {}
             logs = {**logs, **self._window.close(self.accelerator, self.state.global_step)}
         super().log(logs, start_time)
 
@@ -129,6 +143,46 @@ class LLaVATrainer(ReliableTrainer):
             # tasks speak of gradient checkpointing, as all supported versions of transformers understand
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
             return super().train(*args, **kwargs)
+
+    def _note_gradients(self, norms: Mapping[str, Mapping[str, float]]) -> None:
+        """Have the next line of the log tell how strongly each term pulls; warn once of one that hardly does."""
+        for place, terms in norms.items():
+            self._gradients |= {f"gradient/{place}/{term}": norm for term, norm in terms.items()}
+        if self._warned_of_small_terms or self.state.global_step == 0:  # towers that start alike say nothing yet
+            return
+        totals = {place: sum(terms.values()) for place, terms in norms.items()}
+        for name, measure in self.model.measures.items():
+            shares = [terms.get(name, 0.0) / totals[place] for place, terms in norms.items() if totals[place] > 0]
+            if measure.weight and shares and max(shares) < SMALL_SHARE:
+                self._warned_of_small_terms = True
+                logger.warning(
+                    "The term %s gives less than %.0f %% of the gradient everywhere (at most %.2g %% at step %d); give "
+                    "it a larger weight than %g, or leave it out.",
+                    *(name, 100 * SMALL_SHARE, 100 * max(shares), self.state.global_step, measure.weight),
+                )
+
+    # Held-out data
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Every loss and measure of the task on held-out data, without gradients, on all ranks."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("There is no held-out data; give --eval_data_path or --eval_share.")
+        model = self.model_wrapped if self.is_in_train else self.model
+        means = held_out_means(self, model, dataset, self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        logger.info("The best held-out %s was at %s, which is taken.", self.args.metric_for_best_model, best)
+        return self._load_from_checkpoint(best)
 
     # Order of the samples
 

@@ -1,0 +1,131 @@
+"""Held-out data while training: which samples, and the means of everything that a task reports over them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.distill import Task
+
+
+class Part(Dataset):
+    """Some samples of a data set, with their lengths.
+
+    Args:
+        whole: the data set.
+        indices: which samples; -1 stands for one from which nothing is learned (to make ranks even).
+    """
+
+    def __init__(self, whole: Any, indices: Sequence[int]) -> None:
+        self.whole = whole
+        self.indices = list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = self.indices[number]
+        sample = self.whole[max(index, 0)]
+        if index < 0:
+            sample = {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
+        return sample
+
+    @property
+    def lengths(self) -> list[int]:
+        lengths = self.whole.lengths
+        return [lengths[index] for index in self.indices]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        lengths = self.whole.modality_lengths
+        return [lengths[index] for index in self.indices]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("whole", "indices"):  # not there yet: a worker is being made
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Part, Part]:
+    """Split a data set by the ids of its samples: the same id is always on the same side, whatever the order.
+
+    Args:
+        dataset: has `records` with `id_of`.
+        share: of the samples held out, between 0 and 1.
+        seed: another one holds out others.
+
+    Returns:
+        what is trained on, what is held out.
+
+    Raises:
+        ValueError: nothing would be left on one side.
+    """
+    chosen = [_place(dataset.records.id_of(index), seed) < share for index in range(len(dataset))]
+    held = [index for index, out in enumerate(chosen) if out]
+    rest = [index for index, out in enumerate(chosen) if not out]
+    if not held or not rest:
+        raise ValueError(
+            f"--eval_share {share} of {len(dataset)} samples leaves {len(rest)} to train on and {len(held)} held out; "
+            f"choose another share, or give --eval_data_path."
+        )
+    return Part(dataset, rest), Part(dataset, held)
+
+
+def _place(name: str, seed: int) -> float:
+    digest = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+@torch.no_grad()
+def held_out_means(trainer: Any, model: nn.Module, dataset: Any, batch_size: int) -> dict[str, float]:
+    """Every loss and measure of a task over a data set, each sample counted once, on all ranks.
+
+    Args:
+        trainer: gives the collator, the accelerator and the workers.
+        model: the task, wrapped as for training.
+        dataset: what is held out.
+        batch_size: samples a batch and rank.
+
+    Returns:
+        "loss" and the task's measures; means over the same units as in training.
+    """
+    task: Task = trainer.model
+    ranks, rank = trainer.args.world_size, trainer.args.process_index
+    rounds = -(-len(dataset) // ranks)
+    indices = [index if (index := number * ranks + rank) < len(dataset) else -1 for number in range(rounds)]
+    loader = DataLoader(
+        Part(dataset, indices),
+        batch_size=batch_size,
+        collate_fn=trainer.data_collator,
+        num_workers=trainer.args.dataloader_num_workers,
+    )
+    units = {measure.per for measure in task.measures.values()} | {"supervised"}
+    device = trainer.args.device
+    sums = dict.fromkeys([*task.measures, *(f"count {unit}" for unit in sorted(units))], 0.0)
+    one = torch.ones((), device=device)
+    was_training = task.training
+    model.eval()
+    try:
+        for batch in loader:
+            counts = task.counts(batch)
+            batch = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                losses = model(batch, num_items_in_batch=one, step_counts=dict.fromkeys(counts, one))
+            tokens = int(counts["supervised"])
+            for name, measure in task.measures.items():
+                sums[name] += float(losses[name]) * (tokens if measure.of_batch else 1)
+            for unit in units:
+                sums[f"count {unit}"] += float(counts[unit])
+    finally:
+        model.train(was_training)
+    totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    totals = dict(zip(sums, trainer.accelerator.reduce(totals, reduction="sum").tolist(), strict=True))
+    means = {name: totals[name] / max(totals[f"count {measure.per}"], 1) for name, measure in task.measures.items()}
+    loss = sum(measure.weight * means[name] for name, measure in task.measures.items() if measure.weight is not None)
+    return {"loss": loss, **means}
