@@ -132,8 +132,8 @@ def test_the_best_checkpoint_by_held_out_data_is_taken(world, tmp_path):
     """A learning rate that ruins the model: the first evaluation stays the best, and training stops early."""
     arguments = command_line(
         world, tmp_path, teacher_path=world["teacher"], eval_share=0.4, eval_strategy="steps", eval_steps=1,
-        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_ce", early_stopping_patience=2, learning_rate=0.3,
-        max_steps=8, save_total_limit=1, lr_scheduler_type="constant",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_ce", early_stopping_patience=2,
+        learning_rate=0.3, max_steps=8, save_total_limit=1, lr_scheduler_type="constant",
     )  # fmt: skip
     assert main(arguments) == 0
     log = [entry for entry in log_of(tmp_path) if "eval_ce" in entry]
