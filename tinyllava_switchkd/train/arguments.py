@@ -243,8 +243,6 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check_unsupported()
         _one_of("on_nan", self.on_nan, ("stop", "skip"))
         check_settings(self)  # before transformers reads the file of --deepspeed
-        _at_least("log_gradient_shares", self.log_gradient_shares, 0)
-        _at_least("early_stopping_patience", self.early_stopping_patience, 1)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
             self.greater_is_better = self.metric_for_best_model.endswith("overlap")

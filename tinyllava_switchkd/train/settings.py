@@ -53,6 +53,8 @@ _BETA = Range(0, 1, without_high=True)
 _SEED = Range(0, 2**32 - 1, whole=True)  # what numpy takes
 
 RANGES: dict[str, Range] = {
+    "log_gradient_shares": _NATURAL,
+    "early_stopping_patience": _COUNT,
     "learning_rate": _RATE,
     "mm_projector_lr": _RATE,
     "vision_tower_lr": _RATE,
