@@ -103,8 +103,10 @@ def publish(folder: Path, final: Path, manifest_digest: str) -> None:
     shutil.rmtree(final.with_name(f".old-{final.name}"), ignore_errors=True)
 
 
-def rotate(output_dir: str | Path, newest: int, limit: int | None) -> None:
+def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | Path | None = None) -> None:
     """Keep the latest `limit` checkpoints up to step `newest`, by their steps; the newest one always stays.
+
+    The `best` one by held-out data stays as well and takes the place of the oldest, if there is room for two.
 
     Damaged ones do not count and go. Those of later steps are left alone: none of this run has been there.
     """
@@ -112,7 +114,11 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None) -> None:
         return
     earlier = [folder for folder in checkpoints(output_dir) if step_of(folder) <= newest]
     whole = [folder for folder in earlier if step_of(folder) == newest or _sizes_agree(folder)]
-    for folder in (folder for folder in earlier if folder not in whole[:limit]):
+    kept = whole[:limit]
+    favourite = next((folder for folder in whole if best is not None and folder.name == Path(best).name), None)
+    if favourite is not None and favourite not in kept:
+        kept = [*whole[: max(limit - 1, 1)], favourite]
+    for folder in (folder for folder in earlier if folder not in kept):
         doomed = folder.with_name(f".old-{folder.name}")
         with contextlib.suppress(OSError):
             folder.rename(doomed)  # never seen half removed

@@ -140,9 +140,12 @@ class ReliableTrainer(Trainer):
         try:
             with checkpoints.writing(output, step, self._bytes_needed()):
                 super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == step:  # noted where it was being written
+                    self.state.best_model_checkpoint = str(output / f"checkpoint-{step}")
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
                     folder = aside / f"checkpoint-{step}"
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
                     if self.fingerprint:
                         write_json(folder / fingerprint.FILE, self.fingerprint)
                     manifest = checkpoints.seal(folder, step, self.args.world_size)
@@ -154,7 +157,7 @@ class ReliableTrainer(Trainer):
         finally:
             self._run_folder, self.args.save_total_limit = None, limit
         if self.is_world_process_zero():
-            checkpoints.rotate(output, step, limit)
+            checkpoints.rotate(output, step, limit, best=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_result(self) -> None:
