@@ -35,6 +35,7 @@ COMMANDS = (
     "model.export",
     "visualize.attention",
     "visualize.curves",
+    "visualize.mistakes",
 )
 """Modules with a command line, in the page's order."""
 
