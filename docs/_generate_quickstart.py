@@ -4,7 +4,7 @@ python docs/_generate_quickstart.py                              # write the tab
 python docs/_generate_quickstart.py --add playground/quickstart  # take over what a quickstart found, then write
 python docs/_generate_quickstart.py --check                      # exit status 1 if a text is not what would be written
 
-The results are in quickstart_runs.json: one run a combination of versions and threads, each of ``--seeds 3``.
+The results are in quickstart_runs.json: one run a combination of versions and threads.
 """
 
 from __future__ import annotations
@@ -68,24 +68,23 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
 
     runs = stored["runs"]
     newest = runs[-1]
-    lines = ["| | score | probe of the vision tower | seconds |", "|---|---:|---:|---:|"]
+    lines = ["| | score | probe of the vision tower | seconds of one core |", "|---|---:|---:|---:|"]
     for method, label in METHODS.items():
         rows = pooled(runs, method)
         cells = [figure([row["score"] for row in rows]), figure([row["probe"] for row in rows])]
         seconds = mean(row["seconds"] for row in newest[method])
         label = f"**{label}**" if method == "switch_kd" else label
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {seconds:.0f} |".replace("**Switch-KD** | ", "**Switch-KD** | ")
-        )
+        lines.append(f"| {label} | {' | '.join(cells)} | {seconds:.0f} |")
     ahead = {
         other: [a["score"] - b["score"] for a, b in zip(pooled(runs, "switch_kd"), pooled(runs, other), strict=True)]
         for other in ("sft", "sft_equal_time")
     }
     students = len(ahead["sft"])
+    spread_of = "Mean and standard deviation of" if students > 1 else "One run:"
     summary = (
-        f"Mean and standard deviation of {students} students and {len(runs)} teachers: "
-        f"{_listing(runs)}, {len(newest['seeds'])} seeds each. Switch-KD is ahead of SFT by {figure(ahead['sft'])} "
-        f"points (in {sum(value > 0 for value in ahead['sft'])} of {students} pairs), and of SFT of twice the steps by "
+        f"{spread_of} {students} student{'s' * (students > 1)} of each kind and {len(runs)} "
+        f"teacher{'s' * (len(runs) > 1)} ({_listing(runs)}). Switch-KD is ahead of SFT by {figure(ahead['sft'])} "
+        f"points (in {sum(value > 0 for value in ahead['sft'])} of {students}), and of SFT of twice the steps by "
         f"{figure(ahead['sft_equal_time'])} ({sum(value > 0 for value in ahead['sft_equal_time'])} of {students})."
     )
     kinds = list(newest["teacher"][0]["by_type"])
@@ -114,6 +113,8 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
 
 def spread(stored: Mapping[str, Any]) -> str:
     """How far the means of single runs are from those of all, in standard deviations of a single model."""
+    if len(stored["runs"]) < 2:
+        return "One run so far: nothing to compare it with."
     far = deviations(stored)
     within = sum(value <= 2 for value in far.values())
     (where, largest) = max(far.items(), key=lambda item: item[1])
@@ -143,7 +144,7 @@ def deviations(stored: Mapping[str, Any]) -> dict[str, float]:
 def filled(text: str, parts: Mapping[str, str]) -> str:
     """A text with the parts between its marks."""
     for name, content in parts.items():
-        block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
@@ -165,7 +166,7 @@ def _listing(runs: Sequence[Mapping[str, Any]]) -> str:
     def values(name: str) -> str:
         return " and ".join(sorted({str(run[name]) for run in runs}, key=_numbers))
 
-    return f"torch {values('torch')}, transformers {values('transformers')}, {values('threads')} threads"
+    return f"torch {values('torch')}, transformers {values('transformers')}, threads: {values('threads')}"
 
 
 def _numbers(version: str) -> list[int]:

@@ -100,7 +100,7 @@ class Plan:
 
     teacher_pt_steps: int = 200
     teacher_steps: int = 1200
-    student_pt_steps: int = 100
+    student_pt_steps: int = 400
     student_steps: int = 600
 
 
