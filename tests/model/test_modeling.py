@@ -341,24 +341,6 @@ def test_configuration_names_of_v1():
     assert (config.ignore_index, config.image_token_index, config.image_aspect_ratio) == (-100, -200, "square")
 
 
-def test_configuration_from_model_arguments(tmp_path):
-    from tests.tiny import write_tiny_llm, write_tiny_tower
-
-    class Arguments:
-        model_name_or_path = write_tiny_llm(tmp_path / "qwen2-tiny")
-        vision_tower = write_tiny_tower(tmp_path / "siglip-tiny")
-        connector_type = "linear"
-        mm_vision_select_layer = -1
-        mm_vision_select_feature = "cls_patch"
-        model_max_length = 99
-
-    config = TinyLlavaConfig.from_model_args(Arguments())
-    assert (config.hidden_size, config.vision_hidden_size, config.vocab_size) == (32, 32, 264)
-    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-1, "cls_patch")
-    assert (config.connector_type, config.tokenizer_model_max_length) == ("linear", 99)
-    assert config.tokenizer_name_or_path == Arguments.model_name_or_path
-
-
 def test_configuration_of_an_unknown_model_type():
     with pytest.raises(ValueError, match=r"'openelm'.*never run"):
         TinyLlavaConfig(text_config={"model_type": "openelm"})

@@ -110,7 +110,7 @@ class TinyLlavaConfig(PretrainedConfig):
                     f"{name or part + '_config'} is a model of type {config.model_type!r} and no "
                     f"{'language model' if part == 'text' else 'vision tower'}: its configuration has no {field}."
                 )
-        # These four are never free: a value in the file that contradicts the parts would only mislead.
+        # These are never free: a value in the file that contradicts the parts would only mislead.
         for name in ("hidden_size", "vocab_size", "vision_hidden_size", "ignore_index", "image_token_index"):
             kwargs.pop(name, None)
         self.hidden_size = getattr(self.text_config, "hidden_size", None) or getattr(
@@ -190,41 +190,6 @@ class TinyLlavaConfig(PretrainedConfig):
             if key in rope:
                 fields["text_config"][key] = rope[key]
         return fields
-
-    @classmethod
-    def from_model_args(cls, model_args: Any) -> TinyLlavaConfig:
-        """Configuration of a fresh model from the trainer's `ModelArguments` (v1's ``load_from_config``)."""
-        return cls().load_from_config(model_args)
-
-    def load_from_config(self, model_args: Any) -> TinyLlavaConfig:
-        """Take the fields of v1's `ModelArguments` over and rebuild the nested configurations.
-
-        Attributes that `model_args` lacks keep this configuration's values; returns self.
-        """
-        names = {
-            "model_name_or_path": "llm_model_name_or_path",
-            "tokenizer_name_or_path": "tokenizer_name_or_path",
-            "vision_tower": "vision_model_name_or_path",
-            "vision_tower2": "vision_model_name_or_path2",
-            "connector_type": "connector_type",
-            "mm_vision_select_layer": "vision_feature_layer",
-            "mm_vision_select_feature": "vision_feature_select_strategy",
-            "image_aspect_ratio": "image_aspect_ratio",
-            "resampler_hidden_size": "resampler_hidden_size",
-            "num_queries": "num_queries",
-            "num_resampler_layers": "num_resampler_layers",
-            "cache_dir": "cache_dir",
-            "tokenizer_use_fast": "tokenizer_use_fast",
-            "model_max_length": "tokenizer_model_max_length",
-            "tokenizer_padding_side": "tokenizer_padding_side",
-            "conv_version": "conv_version",
-        }
-        for source, target in names.items():
-            if hasattr(model_args, source):
-                setattr(self, target, getattr(model_args, source))
-        fields = {target: getattr(self, target) for target in names.values()}
-        self.__init__(**fields)
-        return self
 
 
 def without_folder(name: str) -> str:

@@ -1,0 +1,42 @@
+"""Ids of a data set on the hub name files; none of them leads out of the benchmark's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .fake_hub import FakeHub
+from .hub_rows import BENCHMARKS
+from .hub_schemas import write_parquet
+from .scorers import data_dir
+from .test_prepare import hub, prepare  # noqa: F401 (a fixture)
+
+FIELDS = {
+    "gqa": "id",
+    "textvqa": "image_id",
+    "vizwiz": "question_id",
+    "mmmu": "id",
+    "mme": "category",
+    "pope": "image_source",
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("away", ["../../../../away", "{}/away", "a/../../../../../away"])
+def test_an_id_that_leads_away(name: str, away: str, hub: FakeHub, tmp_path: Path, capsys) -> None:  # noqa: F811
+    away = away.format(tmp_path)
+    changed = 0
+    for file, (schema, rows) in BENCHMARKS[name][2](data_dir(name)).items():
+        rows = [dict(row) for row in rows]
+        for row in rows:
+            if FIELDS[name] in row and "image" in "".join(row):
+                row[FIELDS[name]] = away
+                changed += 1
+        write_parquet(hub.folder(BENCHMARKS[name][1]) / file, schema, rows)
+    assert changed
+    before = {path for path in tmp_path.rglob("*") if "eval" not in path.parts and "cache" not in path.parts}
+    code = prepare(tmp_path, name, "--source", "hf")
+    assert code != 0 or away.startswith("/")  # an absolute one ends up below the folder, harmless
+    after = {path for path in tmp_path.rglob("*") if "eval" not in path.parts and "cache" not in path.parts}
+    assert after == before and "Traceback" not in capsys.readouterr().err
