@@ -28,9 +28,14 @@ def folder(source, tmp_path):
     return Path(shutil.copytree(source, tmp_path / "checkpoint"))
 
 
+@pytest.fixture(scope="module")
+def adapter_source(source, tmp_path_factory):
+    return write_adapter(source, tmp_path_factory.mktemp("adapter") / "lora")
+
+
 @pytest.fixture
-def adapter(source, tmp_path):
-    return write_adapter(source, tmp_path / "lora")
+def adapter(adapter_source, tmp_path):
+    return Path(shutil.copytree(adapter_source, tmp_path / "lora"))
 
 
 def edit(file: Path, path: str, value) -> None:
