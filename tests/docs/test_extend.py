@@ -6,19 +6,25 @@ import os
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, SmolLM3Config, SmolLM3ForCausalLM
 
 from tests.docs.pages import ROOT, files_of, import_from
+from tests.eval.hub_schemas import picture as hub_picture
 from tests.tiny import tiny_llava, tiny_tokenizer, write_tiny_llm, write_tiny_tower
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import TemplateFactory, TextPreprocess
 from tinyllava_switchkd.distill import LossFactory, MethodFactory, build_distiller
 from tinyllava_switchkd.distill.flags import settings
 from tinyllava_switchkd.eval import run as eval_run
-from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, JudgeFactory, Reading
+from tinyllava_switchkd.eval.prepare import main as prepare
+from tinyllava_switchkd.eval.report import main as report
+from tinyllava_switchkd.eval.score import main as score_command
 from tinyllava_switchkd.model import (
     ConnectorFactory,
     LLMFactory,
@@ -40,6 +46,8 @@ REGISTRIES = {
     "hellinger.py": (LossFactory, "hellinger"),
     "visual_attention.py": (MethodFactory, "visual_attention"),
     "colours.py": (BenchmarkFactory, "colours"),
+    "realworldqa.py": (BenchmarkFactory, "realworldqa"),
+    "last_letter.py": (JudgeFactory, "last_letter"),
 }
 
 
@@ -265,3 +273,44 @@ def test_package_with_an_entry_point(tmp_path):
     )
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["score"] == 100
+
+
+def test_a_complete_benchmark(plugin, tmp_path, capsys):
+    """From a data set's parquet files to the report, with a limit and a comparison."""
+    plugin("realworldqa.py")
+    rows = []
+    for number in range(4):
+        rows.append(
+            {"question": f"How many are there ({number})?", "answer": str(number), "image": hub_picture(number)}
+        )
+    table = pyarrow.Table.from_pylist(rows)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
+    flags = ["--repo_id", str(tmp_path / "set"), "--eval_dir", str(tmp_path), "--any_count"]
+    assert prepare(["realworldqa", *flags]) == 0
+    data = tmp_path / "realworldqa"
+    questions = list(BenchmarkFactory("realworldqa").questions(data))
+    assert [question.image.is_file() for question in questions] == [True] * 4
+    for model, texts in (("A", "0123"), ("B", "01xx")):
+        answers = tmp_path / f"{model}.jsonl"
+        lines = [
+            question.answer_row(text, answer_id="", model_id="m")
+            for question, text in zip(questions, texts, strict=True)
+        ]
+        answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        output = tmp_path / model / "realworldqa.json"
+        words = ["--output", str(output), "--rows", str(output.with_suffix(".rows.jsonl"))]
+        assert score_command(["realworldqa", "--data_dir", str(data), "--answers_file", str(answers), *words]) == 0
+    assert json.loads((tmp_path / "B" / "realworldqa.json").read_text())["score"] == 50.0
+    capsys.readouterr()
+    assert (
+        report([str(tmp_path / "A"), str(tmp_path / "B"), "--compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 0
+    )
+    text = capsys.readouterr().out
+    assert "RealWorldQA" in text and "McNemar, exact" in text and "-50.0" in text
+
+
+def test_a_judge(plugin):
+    judge = plugin("last_letter.py").last_letter
+    assert judge(Reading("b", "1", "p", "A or rather B", {"A": "x", "B": "y"})) == "B"
+    assert judge(Reading("b", "1", "p", "?", {"A": "x"})) is None
