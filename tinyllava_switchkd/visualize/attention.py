@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model.caches import cache_of, with_cache
@@ -241,18 +242,18 @@ def parse_layers(text: str) -> slice:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Attention maps of one or several models on one image, as a figure.")
-    parser.add_argument("--model-path", nargs="+", required=True, help="checkpoints: folders or hub names")
+    parser = CommandParser(description="Attention maps of one or several models on one image, as a figure.")
+    parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints: folders or hub names")
     parser.add_argument(
         "--names", nargs="+", help="what to call them in the figure; the last part of each path if left out"
     )
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--question", required=True)
     parser.add_argument("--output", required=True, help="figure to write: .png, .pdf or .svg")
-    parser.add_argument("--by-token", action="store_true", help="one map per token of the answer")
+    parser.add_argument("--by_token", action="store_true", help="one map per token of the answer")
     parser.add_argument("--layers", type=parse_layers, help="decoder layers to average, such as 8:16; default: all")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--conv_mode", help="conversation template; default: the checkpoint's")
     parser.add_argument("--device", help="default: a GPU if there is one")
     return parser
 

@@ -7,7 +7,6 @@ As a command it draws the runs it is given into one picture each:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .radar import COLOURS, INK
@@ -202,7 +202,7 @@ def _save(figure: Any, path: str | Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.visualize.curves", description="Draw the losses and knees of training runs."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs")
