@@ -163,7 +163,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             with outside_zero_init(), torch.device("meta"):
                 return cls(copy.deepcopy(config))
         except (ValueError, ImportError) as error:
-            raise type(error)(f"The configuration of {source} cannot be built: {error}") from error
+            kind = ImportError if isinstance(error, ImportError) else ValueError
+            raise kind(f"The configuration of {source} cannot be built: {' '.join(str(error).split())}") from error
         except Exception as error:  # torch's and transformers' own, on numbers that do not fit each other
             raise ValueError(f"The configuration of {source} cannot be built ({one_sentence(error)}).") from error
 
