@@ -60,6 +60,7 @@ BAD_IMAGES: dict[str, tuple[str, bytes | Callable[[Path], object], str]] = {
     "a PDF": ("a.png", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ""),
     "a ZIP archive": ("a.jpg", b"PK\x03\x04" + b"\0" * 100, "unknown kind"),
     "numpy's format": ("a.png", b"\x93NUMPY\x01\x00v\x00", "unknown kind"),
+    "PostScript": ("a.eps", encoded("EPS"), "PostScript"),
     "a video": ("a.mp4", b"\0\0\0\x18ftypmp42" + b"\0" * 64, "unknown kind"),
     "a folder": ("a.png", lambda path: path.mkdir(), "folder"),
 }

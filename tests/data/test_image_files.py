@@ -27,6 +27,7 @@ from tinyllava_switchkd.data import (
     to_rgb,
 )
 from tinyllava_switchkd.data.image_files import ImageFolder, look_at
+from tinyllava_switchkd.serve.images import read_image as read_upload
 
 GREY = NOISE[..., 0]
 RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
@@ -250,3 +251,11 @@ class TestShape:
         caplog.clear()
         make_supervised_data_module(qwen2(), data_args(folder, image_processor=clip, image_aspect_ratio="pad"))
         assert "crop" not in caplog.text
+
+
+def test_grey_of_sixteen_bits_is_seen_at_every_door(tmp_path):
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    pad = ImagePreprocess(SiglipImageProcessor(size={"height": 48, "width": 64}, do_normalize=False))
+    for image in (read_upload(tmp_path / "16.png"), Image.open(tmp_path / "16.png")):
+        seen = (pad(image) * 255).round().numpy()[0]
+        assert np.abs(seen - GREY).max() <= 1

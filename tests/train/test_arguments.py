@@ -132,3 +132,8 @@ def test_groups_check_themselves_when_constructed():
         DataArguments(image_backend="cv2")
     with pytest.raises(ValueError, match="chunk_size is 0"):
         distill_arguments()(teacher_path="t", chunk_size=0)
+
+
+@pytest.mark.parametrize("name", ["conv_version", "template", "conv_mode"])
+def test_the_template_has_one_meaning_under_all_its_names(name):
+    assert parse(f"--{name}", "phi").data.conv_version == "phi"

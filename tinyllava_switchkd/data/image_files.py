@@ -58,6 +58,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `look_at` tells of it
             with Image.open(path) as image:
+                if image.format == "EPS":  # Pillow would hand it to Ghostscript
+                    raise BadImageError("it is PostScript (EPS), which only another program could decode")
                 yield image
     except (FileNotFoundError, BadImageError):
         raise

@@ -17,23 +17,33 @@ from tinyllava_switchkd.data.template import TemplateFactory, check_template
 _PREVIEW_LONG_SIDE, _PREVIEW_SHORT_SIDE = 800, 400
 
 
+def template_of(data_args: Any) -> str:
+    """Name of the conversation template in data arguments: ``template``, or by v1's name ``conv_version``."""
+    return getattr(data_args, "template", None) or data_args.conv_version
+
+
 class TextPreprocess:
     """Encodes conversations with one template (TinyLLaVA v1, ``data/text_preprocess.py``).
 
     Args:
         tokenizer: the language model's tokenizer.
-        version: name of a conversation template, see `TemplateFactory`.
+        template: name of a conversation template, see `TemplateFactory`.
         eos_token_ids: the ids that generation stops at, the tokenizer's eos if None; see `check_template`.
     """
 
-    def __init__(self, tokenizer: Any, version: str, eos_token_ids: int | Collection[int] | None = None) -> None:
+    def __init__(self, tokenizer: Any, template: str, eos_token_ids: int | Collection[int] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.version = version
+        self.template_name = template
         self.eos_token_ids = eos_token_ids
-        self.template = TemplateFactory(version)()
+        self.template = TemplateFactory(template)()
         self._checked = False
         # A third party's template may have v1's encode(messages, tokenizer, mode).
         self._counts_images = "num_images" in inspect.signature(self.template.encode).parameters
+
+    @property
+    def version(self) -> str:
+        """v1's word for `template_name`."""
+        return self.template_name
 
     def __call__(
         self, messages: Sequence[dict[str, Any]], mode: str = "train", num_images: int | None = None
@@ -53,7 +63,7 @@ class TextPreprocess:
                 the conversation does not fit the template.
         """
         if mode == "train" and not self._checked:
-            check_template(self.tokenizer, self.version, self.eos_token_ids)
+            check_template(self.tokenizer, self.template_name, self.eos_token_ids)
             self._checked = True
         if self._counts_images:
             return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)

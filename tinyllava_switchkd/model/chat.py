@@ -123,6 +123,8 @@ def _fetch_own(model: Any) -> None:
 
 
 def _open(path: str | Path) -> Image.Image:
+    from tinyllava_switchkd.data.image_files import to_rgb
+
     if not isinstance(path, str | Path):
         raise ValueError(f"An image is a PIL image or the path of one, not a {type(path).__name__}.")
     file = Path(path)
@@ -130,6 +132,6 @@ def _open(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
         with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")  # upright, as the demo and the terminal show it
+            return to_rgb(ImageOps.exif_transpose(image))  # upright, as the demo and the terminal show it
     except UnidentifiedImageError:
         raise ValueError(f"{str(path)!r} is no image that Pillow can read.") from None

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from tinyllava_switchkd.data.image_files import to_rgb
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """The decoders that are tried; formats that need an outside program, such as EPS, are never opened."""
 
@@ -76,7 +78,7 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
                 opened.draft("RGB", side)  # JPEG: decoded at a reduced size, never smaller
                 if opened.mode in ("RGB", "L", "RGBA"):  # reduced before anything is copied; others are no more bytes
                     opened.thumbnail(side, Image.Resampling.LANCZOS, reducing_gap=2.0)
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # decoders raise whatever they like on damaged files
             raise ValueError(f"{name} is damaged and cannot be decoded ({type(error).__name__}).") from error
     if limits.max_side is not None and max(image.size) > limits.max_side:

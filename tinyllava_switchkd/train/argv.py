@@ -35,6 +35,9 @@ RENAMED = {
 }
 """Old name -> today's name, with the same meaning."""
 
+TEMPLATE = dict.fromkeys(("template", "conv_mode"), "conv_version")
+"""Other commands' names of the conversation template -> v1's in training; nobody need be told."""
+
 BOTH_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -114,6 +117,7 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     warned: set[str] = set()
     for name, values in split:
         value = " ".join(values) or "True"
+        name = TEMPLATE.get(name.replace("-", "_"), name)
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
             preferred = BOTH_NAMES.get(name, name)
             translated += [f"--{preferred if preferred in known else name}", *values]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess, to_rgb
 from tinyllava_switchkd.model.caches import cache_of, with_cache
 from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.registry import checkpoint_name
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--names has {len(names)} names for {len(args.model_path)} models.")
     try:
         with Image.open(args.image) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(opened))
     except OSError as error:
         raise ValueError(f"{args.image} is no image that can be opened ({error}).") from error
     looks = []

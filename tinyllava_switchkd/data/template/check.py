@@ -9,14 +9,14 @@ from tinyllava_switchkd.data.template.base import Template, is_special
 from tinyllava_switchkd.data.template.factory import TemplateFactory
 
 
-def check_template(tokenizer: Any, version: str, eos_token_ids: int | Collection[int] | None = None) -> None:
+def check_template(tokenizer: Any, template: str, eos_token_ids: int | Collection[int] | None = None) -> None:
     """Refuse a template whose answers would not end where generation stops.
 
     With the wrong pair (`qwen2_instruct` and a base tokenizer, say) v1 masks every label and trains on nothing.
 
     Args:
         tokenizer: the language model's tokenizer.
-        version: name of a conversation template.
+        template: name of a conversation template.
         eos_token_ids: the ids that generation stops at; the tokenizer's own eos if None.
 
     Raises:
@@ -32,12 +32,12 @@ def check_template(tokenizer: Any, version: str, eos_token_ids: int | Collection
             f"The tokenizer {name} is not a fast one: it cannot report where its tokens stand in the text, and the "
             f"labels are found by that."
         )
-    problem = _misfit(tokenizer, TemplateFactory(version)(), stops)
+    problem = _misfit(tokenizer, TemplateFactory(template)(), stops)
     if problem is None:
         return
     fitting = [other for other in TemplateFactory.list() if _misfit(tokenizer, TemplateFactory(other)(), stops) is None]
     raise ValueError(
-        f"The conversation template {version!r} does not fit the tokenizer {name}: {problem}. "
+        f"The conversation template {template!r} does not fit the tokenizer {name}: {problem}. "
         f"Templates that do: {', '.join(fitting) or 'none'}."
     )
 
