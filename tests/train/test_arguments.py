@@ -106,7 +106,7 @@ def test_every_ignored_flag_is_dropped():
         (["--teacher_path", "t", "--teacher_bits", "2"], ["--teacher_bits is 2", "16, 8, 4"]),
         (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "loss bild_fkl, bild_rkl", "--distill_loss dbild"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
-        (["--eval_strategy", "steps"], ["--eval_strategy", "scripts/eval"]),
+        (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_share"]),
     ],
 )
 def test_contradictions_are_refused_with_the_offending_values(argv, words):
