@@ -40,7 +40,9 @@ def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder
     return {name: np.load(f"{folder}/{name}.npz") for name in settings}
 
 
-def train_once(folder: str, batch_size: int, lora: bool = False, size: int = 12, **kwargs: Any) -> dict[str, Any]:
+def train_once(
+    folder: str, batch_size: int, lora: bool = False, size: int = 12, resume: str | None = None, **kwargs: Any
+) -> dict[str, Any]:
     """A step of distillation by SGD, whose weights are linear in the gradient; the trained weights as arrays."""
     import torch
 
@@ -56,7 +58,7 @@ def train_once(folder: str, batch_size: int, lora: bool = False, size: int = 12,
     task = toy_task(distil=True)
     if lora:
         task = build_distiller(TrainingRecipeFactory("lora")(args)(task.student), task.teacher)
-    toy_trainer(args, task, size=size).train()
+    toy_trainer(args, task, size=size).train(resume_from_checkpoint=resume)
     return {name: p.detach().numpy().copy() for name, p in task.named_parameters() if p.requires_grad}
 
 

@@ -11,6 +11,7 @@ from tests.train.toy import largest_difference, logged, toy_arguments, toy_task,
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.train import checkpoints
 from tinyllava_switchkd.train.guard import EVENTS, NonFiniteError
+from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.train.train import main
 
 
@@ -151,12 +152,21 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
-def test_the_command_says_so_and_fails(tmp_path, capsys):
-    """A learning rate that no model survives: one sentence, exit code 3, and no trained model."""
+def test_the_command_says_so_and_fails(tmp_path, capsys, monkeypatch):
+    """One sentence with step and term, exit code 3, the samples' own ids, and no trained model."""
     world = write_world(tmp_path / "world", samples=4)
-    settings = {"learning_rate": 1e30, "max_steps": 20, "save_steps": 1, "optim": "sgd", "max_grad_norm": 0}
-    assert main(command_line(world, tmp_path / "run", **settings)) == 3
+    forward, calls = SupervisedTask.forward, []
+
+    def spoil(self, *args, **kwargs):
+        losses = forward(self, *args, **kwargs)
+        calls.append(1)
+        return {**losses, "ce": losses["ce"] * math.nan} if len(calls) == 2 else losses
+
+    monkeypatch.setattr(SupervisedTask, "forward", spoil)
+    assert main(command_line(world, tmp_path / "run", max_steps=4, save_steps=1)) == 3
     said = capsys.readouterr().err
-    assert "error: Not finite at step" in said or "error: The trained weights are not finite" in said
-    assert "Traceback" not in said
+    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Not finite at step 2: ce." in sentence and EVENTS in sentence and "Traceback" not in said
+    assert {len(name) for name in events(tmp_path / "run")[0]["samples"][0]["ids"]} == {1}  # "0" to "3"
     assert not (tmp_path / "run" / "trainer_state.json").exists()
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-1"]

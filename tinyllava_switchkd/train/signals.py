@@ -47,12 +47,12 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Signals act as usual again."""
+    """Signals act as usual again; after one has come they are ignored, as the process is about to end by itself."""
     if threading.current_thread() is not threading.main_thread():
         return
     for name in SIGNALS:
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is _note:
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+            signal.signal(getattr(signal, name), signal.SIG_IGN if _received else signal.SIG_DFL)
 
 
 def received() -> str | None:
