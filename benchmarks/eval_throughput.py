@@ -11,6 +11,7 @@ generate, write the row; the others are what `tinyllava_switchkd.eval.run` does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import random
@@ -19,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -26,10 +29,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from tinyllava_switchkd.eval.answers import AnswerFolder
-from tinyllava_switchkd.eval.batches import in_order, open_image, tasks_of
+from tinyllava_switchkd.eval.batches import Prefetched, in_order, open_image, tasks_of
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.job import Job, ask
+from tinyllava_switchkd.eval.prefix import SharedPrefix
 from tinyllava_switchkd.eval.processes import Processes
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 
@@ -155,6 +159,42 @@ def in_batches(answerer: Answerer, questions: list[Question], folder: Path, max_
     return {key[0]: rows[0]["text"] for key, rows in folder_of_answers.read().items()}
 
 
+def profile(size: str, args: argparse.Namespace, root: Path) -> list[list[str]]:
+    """Where the time of an evaluation goes: share of each part, at the largest batch size, outermost part first."""
+    answerer = make_answerer(size, args.device)
+    questions = make_questions(args.questions, root)
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+    parts = {
+        "pictures and prompts made ready": (Prefetched, "__getitem__"),
+        "vision tower and connector": (Answerer, "encode_images"),
+        "beginnings that questions share": (SharedPrefix, "compute"),
+        "generation": (Answerer, "_answer"),
+    }
+    spent = dict.fromkeys(parts, 0.0)
+
+    def timed(part: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*inputs: Any, **more: Any) -> Any:
+            start = clock()
+            result = function(*inputs, **more)
+            spent[part] += clock() - start
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for part, (owner, name) in parts.items():
+            patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        for _ in range(2):  # the first round warms up
+            spent.update(dict.fromkeys(parts, 0.0))
+            start = clock()
+            in_batches(answerer, questions, Path(tempfile.mkdtemp(dir=root)), 128, max(args.batch_sizes))
+            total = clock() - start
+    spent["generation"] -= spent["beginnings that questions share"]
+    spent["everything else (text of the answers, files)"] = total - sum(spent.values())
+    return [[part, f"{100 * seconds / total:.0f} %"] for part, seconds in spent.items()]
+
+
 def measure(size: str, args: argparse.Namespace, root: Path) -> tuple[list[list[str]], str]:
     """Rows of a size's table, and what was answered."""
     answerer = make_answerer(size, args.device)
@@ -203,6 +243,8 @@ def main() -> None:
             rows, note = measure(size, args, Path(root))
             unit = "answers/CPU s" if args.device == "cpu" else "answers/s"
             tables.append(([size, unit, f"x {BASELINE}"], rows))
+            head = [f"{size}, batch size {max(args.batch_sizes)}: where the time goes", "share"]
+            tables.append((head, profile(size, args, Path(root))))
             notes.append(note)
     questions = f"About {args.questions} questions in the proportions of the benchmarks, float32, on {args.device}"
     write_section(
