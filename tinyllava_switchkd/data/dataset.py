@@ -40,9 +40,9 @@ class LazySupervisedDataset(Dataset):
         data_args: the data arguments; read are ``template`` (v1: ``conv_version``), ``image_folder``,
             ``image_processor``, ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
             ``keep_in_memory`` (no if absent), ``allow_outside_images`` (see `ImageFolder`; no if absent) and
-            ``on_bad_image``: what becomes of an image
-            that cannot be read, "raise" (the default) or "skip", which keeps the sample and
-            learns nothing from it. Skipping ends in an error all the same once more than 1 % of the images are bad.
+            ``on_bad_image``: what becomes of an image that cannot be read, "raise" (the default) or "skip", which
+            keeps the sample and learns nothing from it. Skipping ends in an error all the same once more than 1 % of
+            the images are bad.
             A ``teacher_image_processor`` (and ``teacher_image_aspect_ratio``, the student's if absent) that makes
             other pixels than the student's gives every image a second time, as a teacher of another tower reads it.
         visit: see `Records`.
