@@ -52,6 +52,8 @@ def hub(root):
                 name = "/".join(part for part in (fields.get("organization"), fields["name"]) if part)
                 (root / name).mkdir(parents=True, exist_ok=True)
                 self.send_json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
+            elif path == "/api/validate-yaml":  # of the model card
+                self.send_json({"warnings": [], "errors": []})
             elif "/preupload/" in path:
                 files = [
                     {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -138,7 +140,8 @@ def test_round_trip(tmp_path):
         )
     assert result.stdout.endswith("done\n"), (result.stderr[-3000:], requests)
     uploaded = {file.name: file.read_bytes() for file in (tmp_path / "hub" / "someone" / "student").iterdir()}
-    for file in (tmp_path / "local").iterdir():
+    assert b"# someone/student" in uploaded["README.md"]
+    for file in set((tmp_path / "local").iterdir()) - {tmp_path / "local" / "README.md"}:
         assert json.loads(uploaded[file.name]) if file.suffix == ".json" else uploaded[file.name] == file.read_bytes()
     writes = [token for method, path, token in requests if method == "POST"]
     assert writes and set(writes) == {"Bearer hf_secret"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .card import CARD, facts_of, write_model_card
 from .compiled import compile_generation
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
@@ -126,6 +128,7 @@ def save_pretrained_model(
     model.save_pretrained(output_dir, state_dict=state_dict)
     tokenizer.save_pretrained(output_dir)
     save_image_processor(image_processor, output_dir)
+    write_model_card(output_dir)
 
 
 def push_pretrained_model(
@@ -143,7 +146,11 @@ def push_pretrained_model(
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        own = model.config.name_or_path
+        if own and Path(own, CARD).is_file():  # somebody's own text goes along
+            shutil.copy(Path(own, CARD), folder)
         save_pretrained_model(model, tokenizer, image_processor, folder, conv_version)
+        write_model_card(folder, {**(facts_of(own) if own else {}), "name": repo_id})
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model"))
 
 

@@ -447,6 +447,18 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         """Answer a question about an image; see `tinyllava_switchkd.model.chat.chat` for every argument."""
         return chat(self, prompt, image, tokenizer, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload everything that the model needs, with its model card; see `push_pretrained_model`."""
+        from .chat import _fetch_own
+        from .checkpoint import push_pretrained_model
+
+        if self.tokenizer is None:
+            _fetch_own(self)
+        if self.tokenizer is None:
+            raise ValueError("The model has no tokenizer to upload with it; load it with load_pretrained_model.")
+        processor = self.image_processor or self.vision_tower.image_processor
+        return push_pretrained_model(self, self.tokenizer, processor, repo_id, private=private, token=token)
+
     def _complete_generation_settings(self, kwargs: dict[str, Any]) -> None:
         """Add to the arguments of `generate`, in place, what the language model's own would get wrong here."""
         given = kwargs.get("generation_config")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tinyllava_switchkd.io import read_json, write_json
 
+from ..card import facts_of, write_model_card
+
 
 def empty_folder(output_dir: str | os.PathLike) -> Path:
     """The folder as a path.
@@ -18,6 +20,13 @@ def empty_folder(output_dir: str | os.PathLike) -> Path:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that nothing is mixed.")
     return output_dir
+
+
+def card_of_export(source: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """Write the model card of an export, with what the checkpoint's folder knows beyond its configuration."""
+    facts = {**facts_of(source), "source": Path(source).name}
+    facts.pop("name", None)
+    write_model_card(output_dir, facts)
 
 
 def read_by_older_versions(folder: Path) -> None:

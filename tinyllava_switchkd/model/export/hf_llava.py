@@ -26,7 +26,7 @@ from tinyllava_switchkd.io import write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import empty_folder, read_by_older_versions
+from .files import card_of_export, empty_folder, read_by_older_versions
 from .targets import ExportTarget, register_export_target
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def to_hf_llava(
     processor.save_pretrained(output_dir)
     save_image_processor(processor.image_processor, output_dir)
     read_by_older_versions(output_dir)
+    card_of_export(source, output_dir)
 
 
 @register_export_target("hf-llava")

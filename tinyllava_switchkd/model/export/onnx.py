@@ -25,7 +25,7 @@ from tinyllava_switchkd.io import read_json, write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import empty_folder
+from .files import card_of_export, empty_folder
 from .hf_llava import RECORD, _add_image_token, _generation_config, _record
 from .onnx_dtypes import DTYPES, quantise, suffix
 from .onnx_graphs import (
@@ -125,6 +125,7 @@ def to_onnx(
                 measured[dtype] = expected.compare(OnnxStudent(folder, dtype), dtype, exact=not approximate)
                 measured[dtype]["bytes"] = size_of(folder, dtype)
             write_json(folder / MEASURED, measured)
+        card_of_export(source, folder)
     return measured
 
 

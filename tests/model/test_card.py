@@ -1,0 +1,79 @@
+"""Model cards say what their folder knows, in a form that the hub reads, and leave other people's text alone."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.model.checkpoints import save
+from tests.tiny import tiny_llava
+from tinyllava_switchkd.model.card import MARK, write_model_card
+from tinyllava_switchkd.model.export import to_hf_llava
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder as the trainer leaves it."""
+    model = tiny_llava(llm_model_name_or_path="Qwen/Qwen2.5-0.5B", vision_model_name_or_path="google/siglip-base")
+    folder = save(model, tmp_path / "student", conv_version="qwen2_base")
+    settings = {"distill_loss": "dbild", "temperature": 3.0, "learning_rate": 2e-3, "teacher_path": "f" * 64}
+    (folder / "fingerprint.json").write_text(json.dumps({**settings, "data_path": "a" * 64}))
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 600, "log_history": []}))
+    return folder
+
+
+def test_what_the_folder_knows(trained):
+    facts = {"teacher": "me/teacher", "results": {"POPE": 86.4}, "data": ["LLaVA-1.5 mix665k"], "license": "apache-2.0"}
+    card = ModelCard.load(write_model_card(trained, facts))
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.license == "apache-2.0"
+    assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base", "me/teacher"]
+    for text in ("mlp2x_gelu", "qwen2_base", "`dbild`", "`3.0`", "`0.002`", "`600`", "POPE | 86.4", "mix665k"):
+        assert text in card.text
+    assert 'from_pretrained("student")' in card.text and "--to TARGET student OUT" in card.text
+
+
+def test_written_with_every_checkpoint_and_anew_when_more_is_known(trained):
+    before = (trained / "README.md").read_text()
+    assert MARK in before and "dbild" not in before  # saved before the fingerprint was there
+    write_model_card(trained)
+    assert "dbild" in (trained / "README.md").read_text()
+    (trained / "README.md").write_text("# Mine\n")
+    write_model_card(trained, {"license": "mit"})
+    assert (trained / "README.md").read_text() == "# Mine\n"
+
+
+def test_an_export_carries_what_was_known(trained, tmp_path):
+    write_model_card(trained, {"teacher": "me/teacher", "license": "mit"})
+    to_hf_llava(trained, tmp_path / "export")
+    card = ModelCard.load(tmp_path / "export" / "README.md")
+    assert card.data.library_name == "transformers" and "hf-llava" in card.data.tags
+    assert card.data.license == "mit" and "me/teacher" in card.data.base_model
+    assert "Exported from `student`" in card.text and "`dbild`" in card.text and "`600`" in card.text
+    assert "image-text-to-text" in card.text.split("## Run it")[1]
+
+
+def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):
+    from tinyllava_switchkd.model import load_pretrained_model
+
+    write_model_card(trained, {"teacher": "me/teacher"})
+    sent = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, *args, **kwargs):
+            pass
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            from pathlib import Path
+
+            sent.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+            return repo_id
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model, *_ = load_pretrained_model(trained, device="cpu")
+    model.push_to_hub("me/student")
+    text = sent["README.md"].decode()
+    assert "# me/student" in text and "me/teacher" in text and "`dbild`" in text
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= sent.keys()

@@ -1,0 +1,299 @@
+"""Model cards: a README.md filled from what a checkpoint's folder knows, in the hub's form.
+
+Every folder that this package trains or exports gets one. One that somebody else has written is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllava_switchkd.io import read_json, write_text
+
+CARD = "README.md"
+MARK = "<!-- Written by tinyllava_switchkd from the files of this folder; remove this line to keep your own text. -->"
+FACTS = "card.json"
+"""File with what the card says beyond the other files: name, teacher, data, results, licence."""
+
+SETTINGS = {
+    "distill_method": "method",
+    "distill_loss": "loss",
+    "temperature": "temperature",
+    "align_weight": "weight of the alignment",
+    "switch_weight": "weight of the visual switch",
+    "training_recipe": "recipe",
+    "tune_type_llm": "language model",
+    "tune_type_vision_tower": "vision tower",
+    "tune_type_connector": "connector",
+    "learning_rate": "learning rate",
+    "vision_tower_lr": "learning rate of the vision tower",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warm-up",
+    "per_device_train_batch_size": "batch of a device",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "world_size": "devices",
+    "global_step": "optimiser steps",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps at most",
+    "optim": "optimiser",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "gradient clipping",
+    "seed": "seed",
+}
+"""Arguments of training that a card shows, in its order, and what they are to a reader."""
+
+KINDS = ("tinyllava", "hf-llava", "onnx", "gguf")
+
+RUN = {
+    "tinyllava": """\
+```bash
+pip install tinyllava_switchkd
+python -m tinyllava_switchkd.serve.chat --model_path {name} --image_file cat.jpg
+```
+
+```python
+import tinyllava_switchkd
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+print(model.chat("What is in this picture?", "cat.jpg"))
+```
+
+For other places, export it: `python -m tinyllava_switchkd.model.export --to TARGET {name} OUT` with the target
+`hf-llava` (transformers, vLLM), `onnx` (onnxruntime, browsers) or another that `--help` lists.
+""",
+    "hf-llava": """\
+In transformers, without another package; vLLM and SGLang read the same folder.
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="{name}")
+content = [{{"type": "image", "url": "cat.jpg"}}, {{"type": "text", "text": "What is in this picture?"}}]
+answer = ask(text=[{{"role": "user", "content": content}}], max_new_tokens=64, return_full_text=False)
+print(answer[0]["generated_text"])
+```
+""",
+    "onnx": """\
+In onnxruntime:
+
+```python
+from PIL import Image
+from tinyllava_switchkd.model.export.onnx_student import OnnxStudent
+
+student = OnnxStudent("{name}", dtype="{dtype}")
+print(student.chat("What is in this picture?", Image.open("cat.jpg").convert("RGB")))
+```
+
+In a browser or Node, with @huggingface/transformers:
+
+```js
+import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage }} from '@huggingface/transformers';
+
+const model = await LlavaForConditionalGeneration.from_pretrained('{name}', {{ dtype: '{dtype}' }});
+const processor = await AutoProcessor.from_pretrained('{name}');
+const messages = [{{ role: 'user', content: '<image>\\nWhat is in this picture?' }}];
+const text = processor.tokenizer.apply_chat_template(messages, {{ tokenize: false, add_generation_prompt: true }});
+const inputs = await processor(await RawImage.read('cat.jpg'), text, {{ add_special_tokens: false }});
+const ids = await model.generate({{ ...inputs, max_new_tokens: 64 }});
+const answer = ids.slice(null, [inputs.input_ids.dims[1], null]);
+console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
+```
+
+Its image processor scales with the browser's own filter; `playground/web/preprocess.js` of tinyllava_switchkd makes the
+pixels that the student was trained on.
+""",
+    "gguf": """\
+In llama.cpp:
+
+```bash
+llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p "What is in this picture?"
+```
+""",
+}
+
+
+def write_model_card(folder: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> Path:
+    """Write the card of a folder, or write it anew when the folder has come to know more.
+
+    Args:
+        folder: of a checkpoint or an export.
+        facts: what no file of the folder says, kept in `FACTS` for the next time: ``name`` (of the repository),
+            ``license`` (the hub's short name), ``teacher``, ``data`` (names), ``results`` (benchmark -> score),
+            ``settings`` (argument -> value), ``source`` (the checkpoint an export was made of).
+
+    Returns:
+        the card's file; unchanged if it is somebody's own.
+    """
+    folder = Path(folder)
+    file = folder / CARD
+    if facts:
+        known = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+        write_text(folder / FACTS, json.dumps({**known, **facts}, indent=2, default=str) + "\n")
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
+        return file
+    write_text(file, model_card(folder))
+    return file
+
+
+def facts_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """What a folder knows of how its model was made, for `write_model_card` of a copy or an export of it."""
+    folder = Path(folder)
+    facts = _read(folder, FACTS)
+    known: dict[str, Any] = {}
+    for name in ("training_args.json", "trainer_state.json", "fingerprint.json"):
+        known |= _read(folder, name)
+    kept = {key: value for key, value in known.items() if key in {*SETTINGS, "data_path", "teacher_path"}}
+    return {**facts, "settings": {**kept, **facts.get("settings", {})}}
+
+
+def model_card(folder: str | os.PathLike) -> str:
+    """The text of a folder's card."""
+    folder = Path(folder)
+    config, facts = _read(folder, "config.json"), facts_of(folder)
+    settings = facts["settings"]
+    record = config.get("tinyllava", config)  # exports keep the TinyLLaVA's own fields under a key
+    name = facts.get("name") or folder.resolve().name
+    kind = kind_of(folder, config)
+    bases = {
+        "language model": record.get("llm_model_name_or_path"),
+        "vision tower": record.get("vision_model_name_or_path"),
+        "second vision tower": record.get("vision_model_name_or_path2"),
+        "connector": record.get("connector_type"),
+        "conversation template": record.get("conv_version"),
+        "teacher": facts.get("teacher"),
+    }
+    distilled = bool(settings.get("teacher_path") or facts.get("teacher"))
+    sections = [
+        _front_matter(kind, facts, bases, distilled),
+        MARK,
+        f"# {name}",
+        f"A small vision-language model ({_what(kind)}), "
+        + ("distilled from a larger one" if distilled else "trained")
+        + " with [tinyllava_switchkd](https://arxiv.org/abs/2604.14629).",
+        "## Made of",
+        _table(("part", ""), [(part, _code(value)) for part, value in bases.items() if value]),
+    ]
+    if facts.get("source"):
+        sections.append(f"Exported from {_code(facts['source'])}.")
+    trained = _training(settings, facts)
+    if trained:
+        sections += ["## Training", trained]
+    results = _results(folder, facts)
+    if results:
+        sections += ["## Results", results]
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    sections += [
+        "## Run it",
+        RUN[kind]
+        .format(
+            name=name,
+            dtype=(record.get("dtypes") or ["fp32"])[0],
+            model=next((file for file in files if "mmproj" not in file), "model.gguf"),
+            mmproj=next((file for file in files if "mmproj" in file), "mmproj.gguf"),
+        )
+        .rstrip(),
+        "## Licence",
+        _licence(facts, bases),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def kind_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """Which of `KINDS` a folder is."""
+    if any(folder.glob("*.gguf")):
+        return "gguf"
+    if (folder / "onnx").is_dir():
+        return "onnx"
+    return "hf-llava" if config.get("model_type") == "llava" else "tinyllava"
+
+
+def _what(kind: str) -> str:
+    return {
+        "tinyllava": "TinyLLaVA's layout",
+        "hf-llava": "transformers' LLaVA",
+        "onnx": "ONNX, transformers.js's layout",
+        "gguf": "GGUF",
+    }[kind]
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any], distilled: bool) -> str:
+    """The hub's metadata. Only names that a hub may know are given as base models."""
+    library = {"onnx": "transformers.js", "hf-llava": "transformers", "gguf": "gguf"}.get(kind, "tinyllava_switchkd")
+    names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
+    hub = [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
+    lines.append(f"license: {facts.get('license') or 'other'}")
+    if hub:
+        lines += ["base_model:", *(f"- {name}" for name in hub)]
+    tags = [
+        "tinyllava",
+        *(["distillation", "switch-kd"] if distilled else []),
+        *([] if kind == "tinyllava" else [kind]),
+    ]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _training(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    rows = []
+    data = facts.get("data")
+    if data:
+        rows.append(("data", ", ".join(data) if isinstance(data, (list, tuple)) else str(data)))
+    elif settings.get("data_path"):
+        value = str(settings["data_path"])
+        is_digest = re.fullmatch(r"[0-9a-f]{64}", value) is not None
+        rows.append(("data", f"SHA-256 {_code(value)}" if is_digest else _code(Path(value).name)))
+    distilled = bool(settings.get("teacher_path") or facts.get("teacher"))
+    for key, words in SETTINGS.items():
+        of_teacher = key.startswith(("distill_", "align_", "switch_")) or key == "temperature"
+        value = settings.get(key)
+        if value in (None, "") or (of_teacher and not distilled) or (key == "max_steps" and value == -1):
+            continue
+        rows.append((words, _code(value)))
+    return _table(("setting", ""), rows) if rows else ""
+
+
+def _results(folder: Path, facts: Mapping[str, Any]) -> str:
+    parts = []
+    if facts.get("results"):
+        parts.append(_table(("benchmark", "score"), [(str(k), f"{v}") for k, v in facts["results"].items()]))
+    measured = _read(folder, "measured.json")
+    if measured:
+        rows = [
+            (
+                dtype,
+                f"{found['bytes'] / 1e6:.1f} MB",
+                f"{found['equal']} of {found['questions']}",
+                f"{found['logits']:.2g}",
+            )
+            for dtype, found in measured.items()
+        ]
+        head = ("precision", "size", "answers equal to the checkpoint's", "largest difference of a logit")
+        parts.append(_table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _licence(facts: Mapping[str, Any], bases: Mapping[str, Any]) -> str:
+    if facts.get("license"):
+        return f"The weights: {facts['license']}. The software: Apache-2.0."
+    names = " and ".join(str(bases[part]) for part in ("language model", "vision tower") if bases.get(part))
+    return (
+        f"The weights derive from {names or 'the base models'}, whose licences hold for them. The software: Apache-2.0."
+    )
+
+
+def _code(value: Any) -> str:
+    return f"`{value}`"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
