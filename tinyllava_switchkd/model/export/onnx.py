@@ -146,7 +146,7 @@ class OnnxTarget(ExportTarget):
             "--questions", help="JSON lines of image and text (LLaVA's question files) to measure the agreement on"
         )
         parser.add_argument("--image_folder", help="where the images of --questions are")
-        parser.add_argument("--max_questions", type=int, help="so many of them, evenly spread")
+        parser.add_argument("--max_questions", type=int, help="so many of them, drawn at random, the same each time")
 
     def export(self, args: argparse.Namespace) -> None:
         questions = None

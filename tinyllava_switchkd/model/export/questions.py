@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_questions(
     Args:
         file: the question file.
         image_folder: where the images are; the file's own folder if None.
-        limit: so many questions, evenly spread; None takes all.
+        limit: so many questions, drawn the same each time; None takes all.
 
     Raises:
         FileNotFoundError: there is no such file, or an image is missing.
@@ -59,8 +60,8 @@ def read_questions(
         questions.append(Question(text, image))
     if not questions:
         raise ValueError(f"{file} holds no question.")
-    if limit is not None and limit < len(questions):
-        questions = [questions[index * len(questions) // limit] for index in range(limit)]
+    if limit is not None and limit < len(questions):  # drawn, not every n-th: kinds of questions often take turns
+        questions = random.Random(0).sample(questions, limit)
     return questions
 
 
