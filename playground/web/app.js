@@ -45,7 +45,11 @@ async function show(blob) {
   $('hint').hidden = true;
 }
 
-$('file').onchange = () => $('file').files[0] && show($('file').files[0]);
+$('file').onchange = () => {
+  const [file] = $('file').files;
+  $('file').value = ''; // the same picture again begins anew, too
+  if (file) show(file);
+};
 $('drop').ondragover = (event) => {
   event.preventDefault();
   $('drop').classList.add('over');
