@@ -103,6 +103,7 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
         )
         flags = {
             **everything,
+            "conv_version": "pretrain",
             "data_path": data / "captions.json",
             "model_name_or_path": random_llm("tower", plan.companion_width, seed),
             "vision_tower": vision,

@@ -62,7 +62,7 @@ COMMON = {
 """Flags of every stage."""
 
 PRETRAIN = {
-    "conv_version": "pretrain",
+    "conv_version": CONV_VERSION,  # the template that the base language models know; those of full size read anything
     "learning_rate": 3e-3,
     "tune_type_llm": "frozen",
     "tune_type_vision_tower": "frozen",
@@ -140,6 +140,8 @@ class Experiment:
             made = scenes.make_scenes(domain, "train", number, seed)
             names = scenes.save_images(made, folder / "images", name)
             write_json(folder / "captions.json", scenes.caption_samples(made, names))
+            # PT is on these: a frozen language model teaches a fresh connector by what it has read itself
+            write_json(folder / "descriptions.json", scenes.description_samples(made, names, seed))
             samples = scenes.conversation_samples(made, names, seed, caption_share=caption_share)
             write_json(folder / "questions.json", samples)
 
@@ -193,7 +195,12 @@ class Experiment:
         """The teacher: base models adapted on many handwriting scenes (PT, SFT)."""
         plan = self.plan
         data = self.data("teacher", "handwriting", plan.teacher_scenes, 0)
-        flags = {**PRETRAIN, **self.inputs("teacher", data, "captions"), "max_steps": plan.teacher_pt_steps, "seed": 0}
+        flags = {
+            **PRETRAIN,
+            **self.inputs("teacher", data, "descriptions"),
+            "max_steps": plan.teacher_pt_steps,
+            "seed": 0,
+        }
         start = self.train("Teacher: PT", run_name("teacher", "handwriting", "pretrain"), flags)
         flags = {**FINETUNE, **self.inputs("teacher", data, "questions"), "max_steps": plan.teacher_steps, "seed": 0}
         flags["pretrained_model_path"] = start
@@ -201,7 +208,7 @@ class Experiment:
 
     def student_start(self, seed: int) -> Path:
         """What all students of a seed start from: the base models after PT on the seed's few scenes."""
-        inputs = self.inputs("student", self.student_data(seed), "captions")
+        inputs = self.inputs("student", self.student_data(seed), "descriptions")
         flags = {**PRETRAIN, **inputs, "max_steps": self.plan.student_pt_steps, "seed": seed}
         return self.train(f"Student {seed}: PT", run_name("student", f"seed{seed}", "pretrain"), flags)
 

@@ -235,6 +235,15 @@ def caption_samples(scenes: list[Scene], image_names: list[str]) -> list[dict]:
     return [_sample(name, [(CAPTION_REQUEST, scene.caption)]) for scene, name in zip(scenes, image_names, strict=True)]
 
 
+def description_samples(scenes: list[Scene], image_names: list[str], seed: int) -> list[dict]:
+    """The same with descriptions, which say what is where (`describe`)."""
+    rng = np.random.default_rng([seed, 404])
+    return [
+        _sample(name, [(CAPTION_REQUEST, describe(scene, rng))])
+        for scene, name in zip(scenes, image_names, strict=True)
+    ]
+
+
 def test_questions(
     scenes: list[Scene], image_names: list[str], seed: int, kinds: tuple[str, ...] = QUESTION_TYPES
 ) -> list[dict]:
