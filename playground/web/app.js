@@ -79,7 +79,7 @@ async function offerSamples() {
   }
   for (const text of questions) {
     const button = document.createElement('button');
-    button.textContent = text;
+    [button.textContent, button.title] = [text.split('\n')[0], text];
     button.onclick = () => ask(text);
     $('suggestions').append(button);
   }
