@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.train.ranks import CONTEXT, UNEVEN, train_on_ranks, train_once
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints, locking, signals
+from tinyllava_switchkd.train import checkpoints, locking, resume, signals
 from tinyllava_switchkd.train.locking import LockedError, OutputLock
 
 
@@ -181,3 +181,15 @@ def test_any_number_of_ranks_gives_one_processs_gradient(tmp_path):
         assert set(both[name]) == set(one) and one
         largest = max(float(abs(both[name][key] - one[key]).max()) for key in one)
         assert largest < 1e-5, (name, largest)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    """One process writes a checkpoint after two of six steps; two go on from it, and learn what one would have."""
+    settings = {"max_steps": 6, "optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    through = train_once(str(tmp_path / "one"), batch_size=4, **settings, **saving)
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    assert resume.what_is_missing(checkpoint, world_size=2) is None
+    both = train_on_ranks(2, {"two": {"batch_size": 2, **settings, "resume": str(checkpoint)}}, str(tmp_path))["two"]
+    assert max(float(abs(both[key] - through[key]).max()) for key in through) < 1e-5
