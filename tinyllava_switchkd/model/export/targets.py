@@ -45,7 +45,7 @@ ExportTargetFactory = Registry("export target")
 register_export_target = ExportTargetFactory.register
 """``@register_export_target("name")`` on an `ExportTarget` class."""
 
-OWN = ("hf_llava", "onnx", "v1")
+OWN = ("gguf", "hf_llava", "onnx", "v1")
 """The files of this folder that hold targets; a plugin registers its own by the entry point group of the registry."""
 
 

@@ -1,0 +1,199 @@
+"""Is a GGUF export the student? Asked in torch (``ask``) and in llama.cpp (``compare``), each in an environment of its own.
+
+check_gguf.py ask MODEL FOLDER [--questions FILE --image_folder FOLDER --max_questions N]
+check_gguf.py compare EXPORT FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_NEW_TOKENS = 32
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Write questions, images (as they are, and made square as training made them), our prompts and answers."""
+    import torch
+    from PIL import Image
+
+    from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
+    from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+    from tinyllava_switchkd.model import load_pretrained_model
+    from tinyllava_switchkd.model.chat import conversation_template
+    from tinyllava_switchkd.model.export.questions import default_questions, read_questions
+
+    model, tokenizer, processor, _ = load_pretrained_model(args.model, device="cpu", dtype=torch.float32)
+    preprocess = ImagePreprocess(processor, model.config)
+    text = TextPreprocess(tokenizer, conversation_template(model, tokenizer))
+    questions = default_questions()
+    if args.questions:
+        questions = read_questions(args.questions, args.image_folder, args.max_questions)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, question in enumerate(questions):
+        image = square = question.open()
+        if model.config.image_aspect_ratio == "pad":
+            square = preprocess.expand2square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+        square = square.resize((model.image_size, model.image_size), Image.BICUBIC)
+        image.save(args.folder / f"{index}.png")
+        square.save(args.folder / f"{index}_square.png")
+        messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
+        prompt = text(messages, mode="eval")["input_ids"]  # [T]
+        pixels = preprocess(image)[None]  # [1, 3, H, W]
+        with torch.no_grad():
+            logits = model(prompt[None], images=pixels).logits[0, -1]  # [V]
+            answer = model.generate(
+                prompt[None],
+                images=pixels,
+                attention_mask=torch.ones_like(prompt[None]),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+            )[0].tolist()
+        ids = prompt.tolist()
+        cut = ids.index(IMAGE_TOKEN_INDEX)
+        stops = model.language_model.generation_config.eos_token_id
+        stops = [stops] if isinstance(stops, int) else list(stops or ())
+        rows.append(
+            {
+                "question": question.text,
+                "before": ids[:cut],
+                "after": ids[cut + 1 :],
+                "answer": [token for token in answer if token not in stops],
+                "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                "stops": stops,
+                "logits": logits.tolist(),
+                "size": image.size,
+            }
+        )
+    (args.folder / "expected.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Answer the same in llama.cpp and print how many answers are equal."""
+    import llama_cpp
+    import numpy as np
+    from llama_cpp.llama_chat_format import MTMDChatHandler
+
+    rows = json.loads((args.folder / "expected.json").read_text(encoding="utf-8"))
+    handler = MTMDChatHandler(str(args.export / "mmproj.gguf"), verbose=False)
+    llama = llama_cpp.Llama(
+        str(args.export / "model.gguf"), chat_handler=handler, n_ctx=args.context, n_threads=1, verbose=False
+    )
+    handler._init_mtmd_context(llama)
+    vocabulary = len(rows[0]["logits"])
+
+    def last_logits() -> Any:
+        pointer = llama_cpp.llama_get_logits_ith(llama._ctx.ctx, -1)
+        return np.array(np.ctypeslib.as_array(pointer, shape=(vocabulary,)))
+
+    def greedy(row: dict, image: Path) -> tuple[list[int], Any]:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        if row["before"]:
+            llama.eval(row["before"])
+        _eval_image(llama, handler, image)
+        llama.eval(row["after"])
+        first = logits = last_logits()
+        answer: list[int] = []
+        while len(answer) < MAX_NEW_TOKENS and (token := int(logits.argmax())) not in row["stops"]:
+            answer.append(token)
+            llama.eval([token])
+            logits = last_logits()
+        return answer, first
+
+    found = {"questions": len(rows), "equal": 0, "logits": 0.0, "equal_unresized": 0, "not_square": 0}
+    found |= {"prompts": 0, "handler": 0}
+    for index, row in enumerate(rows):
+        square, image = args.folder / f"{index}_square.png", args.folder / f"{index}.png"
+        answer, logits = greedy(row, square)
+        found["equal"] += answer == row["answer"]
+        found["logits"] = max(found["logits"], float(np.abs(logits - np.array(row["logits"])).max()))
+        found["not_square"] += row["size"][0] != row["size"][1]
+        found["equal_unresized"] += greedy(row, image)[0] == row["answer"]
+
+        url = "data:image/png;base64," + base64.b64encode(square.read_bytes()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
+        messages = [{"role": "user", "content": content}]
+        reply = llama.create_chat_completion(messages, temperature=0.0, repeat_penalty=1.0, max_tokens=MAX_NEW_TOKENS)
+        found["prompts"] += _prompt_pieces(llama, handler, content) == [row["before"], row["after"]]
+        found["handler"] += reply["choices"][0]["message"]["content"].strip() == row["text"]
+    print(json.dumps(found))
+    print(
+        f"{found['equal']} of {len(rows)} answers equal on images resized beforehand (logits within "
+        f"{found['logits']:.2g}), {found['equal_unresized']} on images as they are ({found['not_square']} not square); "
+        f"{found['prompts']} prompts have the same tokens, {found['handler']} answers of the chat handler are equal."
+    )
+    if not args.report and found["equal"] < len(rows):
+        raise SystemExit(1)
+
+
+def _eval_image(llama: Any, handler: Any, image: Path) -> None:
+    """Put an image's tokens behind what the model has read."""
+    import llama_cpp
+
+    mtmd = handler._mtmd_cpp
+    chunks = _chunks(handler, mtmd.mtmd_default_marker(), image)
+    for index in range(mtmd.mtmd_input_chunks_size(chunks)):
+        chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+            past = llama_cpp.llama_pos(0)
+            arguments = (handler.mtmd_ctx, llama._ctx.ctx, chunk, llama.n_tokens, 0, llama.n_batch, False)
+            if mtmd.mtmd_helper_eval_chunk_single(*arguments, ctypes.byref(past)) != 0:
+                raise ValueError(f"llama.cpp could not read {image}.")
+            llama.n_tokens = past.value
+    mtmd.mtmd_input_chunks_free(chunks)
+
+
+def _chunks(handler: Any, text: bytes, image: Path) -> Any:
+    mtmd = handler._mtmd_cpp
+    bitmap = handler._create_bitmap_from_bytes(image.read_bytes())
+    given = mtmd.mtmd_input_text()
+    given.text, given.text_len, given.add_special, given.parse_special = text, len(text), True, True
+    chunks = mtmd.mtmd_input_chunks_init()
+    bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+    if mtmd.mtmd_tokenize(handler.mtmd_ctx, chunks, ctypes.byref(given), bitmaps, 1) != 0:
+        raise ValueError(f"llama.cpp could not read the prompt {text!r}.")
+    mtmd.mtmd_bitmap_free(bitmap)
+    return chunks
+
+
+def _prompt_pieces(llama: Any, handler: Any, content: list) -> list[list[int]]:
+    """The tokens before and after the image, as llama.cpp makes them of the export's chat template."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    marker = handler._mtmd_cpp.mtmd_default_marker().decode()
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        llama.metadata["tokenizer.chat_template"]
+    )
+    messages = [{"role": "user", "content": [{"type": "text", "text": marker}, content[1]]}]
+    text = template.render(messages=messages, add_generation_prompt=True)
+    return [llama.tokenize(part.encode(), add_bos=False, special=True) for part in text.split(marker)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("ask")
+    command.add_argument("model")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--questions")
+    command.add_argument("--image_folder")
+    command.add_argument("--max_questions", type=int)
+    command.set_defaults(run=ask)
+    command = commands.add_parser("compare")
+    command.add_argument("export", type=Path)
+    command.add_argument("folder", type=Path)
+    command.add_argument("--context", type=int, default=1024)
+    command.add_argument("--report", action="store_true", help="exit with 0 whatever was found")
+    command.set_defaults(run=compare)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
