@@ -1,4 +1,4 @@
-"""Is a GGUF export the student? Asked in torch (``ask``) and in llama.cpp (``compare``), each in an environment of its own.
+"""Is a GGUF export the student? Asked in torch (``ask``) and in llama.cpp (``compare``), each in its environment.
 
 check_gguf.py ask MODEL FOLDER [--questions FILE --image_folder FOLDER --max_questions N]
 check_gguf.py compare EXPORT FOLDER
