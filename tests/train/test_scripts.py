@@ -265,6 +265,49 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5, stage
 
 
+METHODS = {
+    "llava_kd": {"DISTILL_METHOD": "llava_kd"},
+    "align_kd": {"DISTILL_METHOD": "align_kd"},
+    "a bridge": {"MM_VISION_SELECT_FEATURE": "cls_patch"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("deepspeed")
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path, method, zero):
+    """Two ranks, one sample each, some without images: the student is that of one process, and so are the adapters."""
+    found = []
+    for place, changes in (
+        ("one", {}),
+        (
+            "two",
+            {"GPUS": 2, "LAUNCHER": "deepspeed", "ZERO": zero, "PER_DEVICE_BATCH_SIZE": 1, "MASTER_PORT": free_port()},
+        ),
+    ):
+        stages, environment = chain(world, tmp_path / place, **METHODS[method], **changes)
+        script = stages["distill"]
+        script[-1] = output(alone, "finetune")
+        start = {} if method == "a bridge" else {"PRETRAINED_PATH": output(alone, "pretrain")}
+        environment |= {"MAX_STEPS": 1, "PRETRAINED_PATH": "", **start}
+        if place == "two":
+            bash(*script, **environment)
+        else:
+            for _, arguments in commands(*script, **environment):
+                assert main(arguments) == 0
+        folder = output(tmp_path / place, "distill")
+        found.append({**load_file(folder / "model.safetensors"), **adapters_of(folder)})
+    one, two = found
+    assert one.keys() == two.keys() and (method == "llava_kd") != any("adapter" in name for name in one)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def adapters_of(folder):
+    file = folder / "distill" / "adapters.safetensors"
+    return {f"adapter.{name}": value for name, value in load_file(file).items()} if file.is_file() else {}
+
+
 def test_the_papers_script(world, tmp_path):
     """Teacher PT and SFT, student PT and DFT, on tiny models."""
     data = {f"{name.upper()}_DATA": world[name] for name in ("pretrain", "finetune")}

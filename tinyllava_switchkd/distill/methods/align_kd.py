@@ -43,7 +43,7 @@ class HeadMap(nn.Module):
         start = F.one_hot(group, student_heads).t().float()  # [student heads, teacher heads]
         if student_heads > teacher_heads:
             start = F.one_hot(torch.arange(student_heads) * teacher_heads // student_heads, teacher_heads).float()
-        self.weight = nn.Parameter(start / start.sum(1, keepdim=True))
+        self.weight = nn.Parameter((start / start.sum(1, keepdim=True)).contiguous())  # DeepSpeed views its bytes
 
     def forward(self, attention: Tensor) -> Tensor:
         """[teacher heads, entries] -> [student heads, entries]."""
