@@ -27,6 +27,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from tinyllava_switchkd.data import SampleError, make_supervised_data_module
 from tinyllava_switchkd.distill import Task, build_distiller
 from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.runtime import is_main_process
 
 from . import checkpoints, checks, fingerprint, resume, signals
@@ -142,6 +143,8 @@ class Run:
                 f"{output} holds it, and the same command goes on."
             )
         trainer.save_result()
+        if trainer.is_world_process_zero():
+            write_model_card(output)  # once more: now the folder knows how the model was trained
         truncation = self.trainer.data_collator.report()
         if truncation is not None:
             logger.warning(truncation)
