@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyllava_switchkd.visualize.curves import draw_knees, draw_losses, main, read_history, series, smooth
+from tinyllava_switchkd.visualize.curves import (
+    draw_gradients,
+    draw_knees,
+    draw_losses,
+    main,
+    read_history,
+    series,
+    smooth,
+)
 
 
 def history(steps: int, distilled: bool) -> list[dict[str, float]]:
@@ -34,6 +42,32 @@ def test_history_of_a_run_and_of_one_that_still_trains(tmp_path):
     assert len(read_history(tmp_path / "done")) == 6
     assert read_history(tmp_path / "done" / "trainer_state.json") == read_history(tmp_path / "done")
     assert len(read_history(tmp_path / "going")) == 4
+
+
+def test_held_out_values_and_shares_of_the_gradient_are_drawn(tmp_path):
+    """Two terms of norms 3 and 1 have 75 and 25 %; held-out values change the picture of the losses."""
+    plain = history(4, True)
+    rows = [*plain, {"step": 2, "eval_ce": 0.9, "eval_align": 0.1}, {"step": 4, "eval_ce": 0.7, "eval_align": 0.2}]
+    with_eval, without = (
+        draw_losses({"run": one}, tmp_path / name) for one, name in ((rows, "a.png"), (plain, "b.png"))
+    )
+    assert with_eval.read_bytes() != without.read_bytes()
+    for row in rows[:4]:
+        row |= {
+            f"gradient/{place}/{term}": norm
+            for place in ("eyes", "head")
+            for term, norm in (("ce", 3.0), ("align", 1.0))
+        }
+    pictures = []
+    for scale in (1.0, 10.0):  # shares, not norms
+        scaled = [{k: v * scale if k.startswith("gradient/") else v for k, v in row.items()} for row in rows]
+        pictures.append(draw_gradients(scaled, tmp_path / f"{scale}.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    with pytest.raises(ValueError, match="--log_gradient_shares"):
+        draw_gradients(plain[:0], tmp_path / "none.png")
+    state(tmp_path / "run", rows)
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "gradients_run.png").is_file()
 
 
 def test_what_is_no_run_is_refused(tmp_path):

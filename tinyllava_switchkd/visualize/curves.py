@@ -103,7 +103,8 @@ def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
 def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
     """Parts of the loss over the steps, a panel a part, a line a run; raw values faint behind the smoothed ones.
 
-    A run that logged no parts (trained elsewhere) shows its "loss" as cross-entropy.
+    Values on held-out data are dashed, with a point an evaluation. A run that logged no parts (trained elsewhere) shows
+    its "loss" as cross-entropy.
 
     Raises:
         ValueError: no run logged any loss, or there are too many runs to tell apart.
@@ -130,6 +131,8 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
             for order, label in enumerate(runs):
                 if label in lines:
                     _line(panel, *lines[label], COLOURS[order], label)
+                    held_out = series(runs[label], f"eval_{part}")
+                    panel.plot(*held_out, color=COLOURS[order], linestyle="--", marker="o", markersize=2.5)
             panel.set(title=terms[part], xlabel="step", ylim=(0, _headroom([values for _, values in lines.values()])))
             panel.grid(axis="y")
         panels[0].set_ylabel("loss per answer token")
@@ -177,6 +180,47 @@ def draw_knees(history: History, path: str | Path, vocabulary: int | None = None
         return _save(figure, path)
 
 
+GRADIENT = "gradient/"
+"""What the names of logged gradient norms begin with: gradient/PLACE/TERM."""
+
+
+def draw_gradients(history: History, path: str | Path, title: str = "") -> Path:
+    """Share of each weighted term in the gradient over the steps, a panel a place of the student.
+
+    A share is the norm of a term's gradient there over the sum of all terms' norms.
+
+    Raises:
+        ValueError: the run has logged none (``--log_gradient_shares``).
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [name for row in history for name in row if name.startswith(GRADIENT)]
+    places: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name in dict.fromkeys(names):
+        _, place, term = name.split("/")
+        places.setdefault(place, {})[term] = series(history, name)
+    if not places:
+        raise ValueError("The run has logged no gradients; train with --log_gradient_shares N.")
+    terms, _ = titles()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(places) + 0.4, 3.1), layout="constrained")
+        panels = figure.subplots(1, len(places), squeeze=False)[0]
+        for panel, (place, lines) in zip(panels, places.items(), strict=True):
+            total = np.maximum(sum(values for _, values in lines.values()), 1e-30)
+            for order, (term, (steps, values)) in enumerate(lines.items()):
+                panel.plot(
+                    steps, 100 * values / total, color=COLOURS[order % len(COLOURS)], label=terms.get(term, term)
+                )
+            panel.set(title=place.replace("_", " "), xlabel="step", ylim=(0, 100))
+            panel.grid(axis="y")
+        panels[0].set_ylabel("share of the gradient, %")
+        panels[0].legend(loc="best")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+        return _save(figure, path)
+
+
 def _line(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
     panel.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
     panel.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
@@ -206,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tinyllava_switchkd.visualize.curves", description="Draw the losses and knees of training runs."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs")
-    parser.add_argument("--output", default=".", help="folder for losses.png and knees_<run>.png (default: here)")
+    parser.add_argument(
+        "--output", default=".", help="folder for losses.png, knees_<run>.png, gradients_<run>.png (default: here)"
+    )
     args = parser.parse_args(argv)
     try:
         runs = {checkpoint_name(Path(run).resolve()): read_history(run) for run in args.runs}
@@ -214,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, history in runs.items():
             if any(len(series(history, name)[0]) for name in titles()[1]):
                 files.append(draw_knees(history, Path(args.output, f"knees_{label}.png"), title=label))
+            if any(name.startswith(GRADIENT) for row in history for name in row):
+                files.append(draw_gradients(history, Path(args.output, f"gradients_{label}.png"), title=label))
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
