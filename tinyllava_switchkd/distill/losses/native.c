@@ -1,6 +1,6 @@
 /* The CPU's kernels of knee.py and pairs.py, compiled on their first use and called by native.py.
 
-   Both work on a range of rows, so that threads can share them, and need nothing but the C library. Compile with
+   Each takes a job, whose rows several threads may share, and needs nothing but the C library. Compile with
    -ffp-contract=off: a fused multiply-add would round otherwise than torch does, and the knee is compared bit by bit. */
 
 #include <math.h>
@@ -8,48 +8,78 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BINS 4096
-#define LANES 32 /* independent extremes, so that the compiler can use vector instructions */
-#define SMALL 64 /* elements that an insertion sort orders faster than qsort */
+#define BINS 2048
+#define LANES 32      /* independent extremes, so that the compiler can use vector instructions */
+#define DIGITS 2048   /* a radix sort's; three of them hold a float */
+#define LINE 16       /* floats to a line of the cache */
+#define NO_MEMORY 1
+#define NOT_MINE 2    /* torch's operations have to do it */
 
 typedef struct {
-    float value;
+    int64_t next, rows, failed; /* the next row that no thread has taken */
+} Rows;
+
+static int64_t take(Rows *rows) { return __atomic_fetch_add(&rows->next, 1, __ATOMIC_RELAXED); }
+
+typedef struct {
+    Rows rows;
+    int64_t stride, vocab;
+    const float *logits;
+    int32_t *columns;
+    int64_t *ks;
+    float *thresholds, *lows, *highs;
+} Leading;
+
+typedef struct {
+    uint32_t key; /* ascends as the logit descends */
     int32_t column;
 } Entry;
 
-/* By descending value, equal values by column. */
-static int after(const Entry *a, const Entry *b) {
-    return a->value < b->value || (a->value == b->value && a->column > b->column);
+static Entry as_entry(float logit, int32_t column) {
+    uint32_t bits;
+    logit += 0.0f; /* -0 equals 0 */
+    memcpy(&bits, &logit, sizeof(bits));
+    Entry entry = {bits & 0x80000000u ? bits : ~bits & 0x7fffffffu, column};
+    return entry;
 }
 
-static int compare(const void *a, const void *b) { return after(a, b) ? 1 : -1; }
+static float logit_of(Entry entry) {
+    uint32_t bits = entry.key & 0x80000000u ? entry.key : ~entry.key & 0x7fffffffu;
+    float logit;
+    memcpy(&logit, &bits, sizeof(logit));
+    return logit;
+}
 
-static void sort(Entry *entries, long count) {
-    if (count > SMALL) {
-        qsort(entries, count, sizeof(Entry), compare);
-        return;
-    }
-    for (long i = 1; i < count; i++) {
-        Entry entry = entries[i];
-        long j = i;
-        for (; j > 0 && after(&entries[j - 1], &entry); j--) entries[j] = entries[j - 1];
-        entries[j] = entry;
+/* A radix sort of three digits: by descending logit, equal logits as they came. `spare` holds the result. */
+static void sort(Entry *entries, Entry *spare, long count) {
+    uint32_t places[3][DIGITS] = {0};
+    for (long i = 0; i < count; i++)
+        for (int digit = 0; digit < 3; digit++) places[digit][entries[i].key >> 11 * digit & (DIGITS - 1)]++;
+    for (int digit = 0; digit < 3; digit++) {
+        uint32_t sum = 0;
+        for (long b = 0; b < DIGITS; b++) {
+            uint32_t here = places[digit][b];
+            places[digit][b] = sum, sum += here;
+        }
+        for (long i = 0; i < count; i++) spare[places[digit][entries[i].key >> 11 * digit & (DIGITS - 1)]++] = entries[i];
+        Entry *swap = entries;
+        entries = spare, spare = swap;
     }
 }
 
 /* Columns [rows, vocab] of the logits up to the knee, in order (only the first k of a row are written), and of every row
-   k, the smallest logit that counts, and the smallest and the largest finite logit. Returns 0, or 1 without memory. */
-int leading(const float *logits, long stride, long vocab, long start, long stop, int32_t *columns, int64_t *ks,
-            float *thresholds, float *lows, float *highs) {
+   k, the smallest logit that counts, and the smallest and the largest finite logit. */
+void leading(Leading *job) {
+    const long vocab = job->vocab;
     uint16_t *bins = malloc(vocab * sizeof(uint16_t));
     float *finite = malloc(vocab * sizeof(float));
-    Entry *entries = malloc(vocab * sizeof(Entry));
-    int32_t *taken = malloc(vocab * sizeof(int32_t));
-    long counts[BINS], others[BINS], places[BINS + 1];
-    int failed = !bins || !finite || !entries || !taken;
-    for (long row = start; row < stop && !failed; row++) {
-        const float *z = logits + row * stride;
-        int32_t *out = columns + row * vocab;
+    Entry *entries = malloc(vocab * sizeof(Entry)), *sorted = malloc(vocab * sizeof(Entry));
+    double *heights = malloc((vocab > BINS ? vocab : BINS) * sizeof(double));
+    uint32_t counts[BINS], others[BINS];
+    if (!bins || !finite || !entries || !sorted || !heights) job->rows.failed = NO_MEMORY;
+    for (long row; !job->rows.failed && (row = take(&job->rows)) < job->rows.rows;) {
+        const float *z = job->logits + row * job->stride;
+        int32_t *out = job->columns + row * vocab;
         float low = INFINITY, high = -INFINITY, least[LANES], most[LANES];
         int odd = 0, infinite[LANES] = {0};
         for (long j = 0; j < LANES; j++) least[j] = INFINITY, most[j] = -INFINITY;
@@ -83,10 +113,10 @@ int leading(const float *logits, long stride, long vocab, long start, long stop,
             if (broken) low = high = NAN;
             z = finite;
         }
-        lows[row] = low, highs[row] = high;
+        job->lows[row] = low, job->highs[row] = high;
         if (!(high > low)) { /* constant, or with a NaN: no knee */
             out[0] = 0, out[1] = 1;
-            ks[row] = 2, thresholds[row] = high == high ? high : 0;
+            job->ks[row] = 2, job->thresholds[row] = high == high ? high : 0;
             continue;
         }
 
@@ -94,125 +124,188 @@ int leading(const float *logits, long stride, long vocab, long start, long stop,
         double spread = (double)high - (double)low;
         float scale = spread > 1e-30 && spread < 1e38 ? (float)(4 * (BINS - 1) / spread) : 0;
         for (long i = 0; i < vocab; i++) bins[i] = (uint16_t)(int)((high * 0.25f - z[i] * 0.25f) * scale);
-        memset(counts, 0, BINS * sizeof(long));
-        memset(others, 0, BINS * sizeof(long));
+        memset(counts, 0, sizeof(counts));
+        memset(others, 0, sizeof(others));
         for (long i = 0; i + 1 < vocab; i += 2) counts[bins[i]]++, others[bins[i + 1]]++; /* neighbours don't wait */
         if (vocab % 2) counts[bins[vocab - 1]]++;
-        for (long b = 0; b < BINS; b++) counts[b] += others[b];
 
         /* The last bin that can hold the knee; knee.py has the argument. 1.5: half a bin absorbs the rounding. */
+        const double a_bin = 1.0 / (BINS - 1), a_rank = 1.0 / vocab;
         double best = -INFINITY;
-        long above = 0, last = 0;
+        long above = 0, last = BINS - 1;
         for (long b = 0; b < BINS; b++) {
-            double height = (double)b / (BINS - 1) - (above + 1.0) / vocab;
-            if (counts[b] && height > best) best = height;
-            above += counts[b];
+            long here = counts[b] + others[b];
+            heights[b] = here ? b * a_bin - (above + 1) * a_rank : -INFINITY;
+            best = heights[b] > best ? heights[b] : best;
+            above += here;
         }
-        above = 0;
-        for (long b = 0; b < BINS; b++) {
-            double height = (double)b / (BINS - 1) - (above + 1.0) / vocab;
-            if (counts[b] && height >= best - 1.5 / (BINS - 1)) last = b;
-            above += counts[b];
-        }
+        while (heights[last] < best - 1.5 * a_bin) last--;
 
-        /* Each logit goes to its bin's place, and every bin is sorted by itself. */
-        places[0] = 0;
-        for (long b = 0; b <= last; b++) places[b + 1] = places[b] + counts[b];
         long total = 0;
-        for (long i = 0; i < vocab; i++) taken[total] = (int32_t)i, total += bins[i] <= last;
-        for (long i = 0; i < total; i++) {
-            Entry entry = {z[taken[i]], taken[i]};
-            entries[places[bins[taken[i]]]++] = entry;
+        for (long i = 0; i < vocab; i++) {
+            entries[total].column = (int32_t)i; /* without a branch, which would be guessed wrong too often */
+            total += bins[i] <= last;
         }
-        for (long b = 0, first = 0; b <= last; first = places[b], b++) sort(entries + first, counts[b]);
+        for (long i = 0; i < total; i++) entries[i] = as_entry(z[entries[i].column], entries[i].column);
+        sort(entries, sorted, total);
 
-        double highest = -INFINITY, bottom = low, range = (double)high - (double)low;
+        const double bottom = low;
+        for (long i = 0; i < total; i++)
+            heights[i] = (1 - (double)(i + 1) / vocab) - ((double)logit_of(sorted[i]) - bottom) / spread;
         long k = 1;
-        for (long i = 0; i < total; i++) {
-            double height = (1 - (double)(i + 1) / vocab) - ((double)entries[i].value - bottom) / range;
-            if (height > highest) highest = height, k = i + 1;
-        }
-        thresholds[row] = entries[k - 1].value;
+        best = heights[0];
+        for (long i = 1; i < total; i++)
+            if (heights[i] > best) best = heights[i], k = i + 1;
+        job->thresholds[row] = logit_of(sorted[k - 1]);
         k = k < 2 ? 2 : k;
-        ks[row] = k;
-        for (long i = 0; i < k; i++) out[i] = entries[i].column;
+        job->ks[row] = k;
+        for (long i = 0; i < k; i++) out[i] = sorted[i].column;
     }
-    free(bins), free(finite), free(entries), free(taken);
-    return failed;
+    free(bins), free(finite), free(entries), free(sorted), free(heights);
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("Ofast"))) /* lets it call the vector library's exp */
-#endif
+/* exp of numbers from -700 to 0, to some units in the last place; so written that vector instructions can do it. */
 static void exponentials(const double *restrict values, double *restrict out, long count) {
-    for (long i = 0; i < count; i++) out[i] = exp(values[i]);
+    const double round = 0x1.8p52; /* added to a small number, leaves the nearest integer in the last bits */
+    for (long i = 0; i < count; i++) {
+        double shifted = values[i] * 1.4426950408889634 + round, n = shifted - round;
+        double r = (values[i] - n * 0x1.62e42fefap-1) - n * 0x1.cf79abc9e3b398p-40, power = 1.0 / 479001600; /* 12! */
+        power = power * r + 1.0 / 39916800, power = power * r + 1.0 / 3628800, power = power * r + 1.0 / 362880;
+        power = power * r + 1.0 / 40320, power = power * r + 1.0 / 5040, power = power * r + 1.0 / 720;
+        power = power * r + 1.0 / 120, power = power * r + 1.0 / 24, power = power * r + 1.0 / 6;
+        power = ((power * r + 0.5) * r + 1) * r + 1;
+        uint64_t bits;
+        double two_to_n;
+        memcpy(&bits, &shifted, sizeof(bits));
+        bits = (bits + 1023) << 52;
+        memcpy(&two_to_n, &bits, sizeof(two_to_n));
+        out[i] = power * two_to_n;
+    }
 }
 
-static double clamp(double value, double low, double high) { return value < low ? low : value > high ? high : value; }
+typedef struct {
+    int64_t width;
+    const int64_t *indices, *ks;
+    float *gradient; /* NULL: none wanted */
+} Lead;
 
-/* Add to `losses` [rows] the pair KL of one order, and write its gradient [rows, width] by the student's logits at
-   `indices` [rows, width] unless `gradient` is NULL; pairs.py has the equations. `bounds` holds the smallest and largest
-   finite logit of the student's and of the teacher's row. Returns 0, 1 without memory, or 2 where logits over tau lie
-   further apart than `most` or are NaN. */
-int pairs(const float *student, const float *teacher, long student_stride, long teacher_stride, const int64_t *indices,
-          const int64_t *ks, long width, const float *bounds, double tau, int reverse, double most, long start,
-          long stop, double *losses, float *gradient) {
-    double *q = malloc(width * 8 * sizeof(double)), *p = q + width, *q_up = p + width, *p_up = q_up + width;
-    double *q_before = p_up + width, *p_before = q_before + width, *ahead = p_before + width, *slope = ahead + width;
-    int failed = !q;
-    for (long row = start; row < stop && !failed; row++) {
-        const float *s = student + row * student_stride, *t = teacher + row * teacher_stride, *bound = bounds + row * 4;
-        const int64_t *index = indices + row * width;
-        const long k = ks[row];
-        double *mine = reverse ? q : p, *other = reverse ? p : q;
-        for (long i = 0; i < k; i++) mine[i] = clamp(s[index[i]], bound[0], bound[1]);
-        for (long i = 0; i < k; i++) other[i] = clamp(t[index[i]], bound[2], bound[3]);
-        double q_top = q[0], p_top = p[0], q_low = q[0], p_low = p[0];
-        for (long i = 1; i < k; i++) {
-            q_top = q[i] > q_top ? q[i] : q_top, q_low = q[i] < q_low ? q[i] : q_low;
-            p_top = p[i] > p_top ? p[i] : p_top, p_low = p[i] < p_low ? p[i] : p_low;
-        }
-        if (!((q_top - q_low) / tau <= most && (p_top - p_low) / tau <= most) || bound[0] != bound[0] ||
-            bound[2] != bound[2]) {
-            failed = 2;
-            break;
-        }
-        for (long i = 0; i < k; i++) q[i] = (q[i] - q_top) / tau, p[i] = (p[i] - p_top) / tau;
-        exponentials(q, q_up, k);
-        exponentials(p, p_up, k);
+typedef struct {
+    Rows rows;
+    int64_t vocab, reverse;
+    int64_t strides[2];
+    const float *logits[2]; /* the student's, the teacher's */
+    Lead leads[2];
+    const float *bounds; /* [rows, 4]: the smallest and the largest finite logit of the student's and the teacher's */
+    double tau, most;
+    double *losses;
+} Pairs;
 
-        double q_sum = 0, p_sum = 0, ahead_sum = 0, z_q = 0, z_p = 0, expected = 0;
-        for (long i = 0; i < k; i++) {
-            double delta = q[i] - p[i], down = 1 / q_up[i];
-            q_before[i] = q_sum, p_before[i] = p_sum, ahead[i] = ahead_sum;
-            z_q += down * q_sum;
-            z_p += p_sum / p_up[i];
-            expected += down * (ahead_sum - delta * q_sum);
-            q_sum += q_up[i], p_sum += p_up[i], ahead_sum += q_up[i] * delta;
-        }
-        expected /= z_q;
-        losses[row] += expected - log(z_q) + log(z_p);
-        if (!gradient) continue;
+/* One side's scaled logits less their largest; false if they lie further apart than `most`. */
+static int scale(const float *raw, double *a, double *up, double *down, long k, double tau, double most) {
+    float top = raw[0], low = raw[0];
+    for (long i = 1; i < k; i++) top = raw[i] > top ? raw[i] : top, low = raw[i] < low ? raw[i] : low;
+    if (!(((double)top - (double)low) / tau <= most)) return 0;
+    for (long i = 0; i < k; i++) a[i] = ((double)raw[i] - (double)top) / tau;
+    exponentials(a, up, k);
+    for (long i = 0; i < k; i++) down[i] = 1 / up[i];
+    return 1;
+}
 
-        double q_after = 0, p_after = 0, behind = 0;
-        for (long i = k - 1; i >= 0; i--) {
-            double delta = q[i] - p[i], q_down = 1 / q_up[i];
-            if (reverse) {
-                double first = q_up[i] * ((delta - expected) * q_after - behind);
-                double second = q_down * ((delta + expected) * q_before[i] - ahead[i]);
-                slope[i] = (first + second) / z_q;
-                behind += q_down * delta;
-            } else {
-                double p_down = 1 / p_up[i];
-                slope[i] = (p_up[i] * p_after - p_down * p_before[i]) / z_p - (q_up[i] * q_after - q_down * q_before[i]) / z_q;
-                p_after += p_down;
+/* Loss [rows] in float64: the pair KLs of both orders; and of each order its gradient [rows, width] by the student's
+   logits at `indices`. pairs.py has the equations. */
+void pairs(Pairs *job) {
+    const long width = job->leads[0].width > job->leads[1].width ? job->leads[0].width : job->leads[1].width;
+    float *raw = malloc(4 * width * sizeof(float));
+    double *q = malloc(9 * width * sizeof(double)), *q_up = q + width, *q_down = q_up + width, *p = q_down + width;
+    double *p_up = p + width, *p_down = p_up + width, *q_before = p_down + width, *p_before = q_before + width;
+    double *ahead = p_before + width;
+    if (!raw || !q) job->rows.failed = NO_MEMORY;
+    for (long row; !job->rows.failed && (row = take(&job->rows)) < job->rows.rows;) {
+        const float *bound = job->bounds + row * 4;
+        int infinite = 0;
+        if (bound[0] != bound[0] || bound[2] != bound[2]) job->rows.failed = NOT_MINE;
+        for (int side = 0; side < 2; side++) {
+            const float *z = job->logits[side] + row * job->strides[side], low = bound[2 * side], high = bound[2 * side + 1];
+            /* Read in order, a row comes from memory several times faster than by the indices. */
+            for (long i = 0; i < job->vocab; i += LINE) __builtin_prefetch(z + i);
+            for (int order = 0; order < 2; order++) {
+                const Lead *lead = &job->leads[order];
+                const int64_t *index = lead->indices + row * lead->width;
+                float *out = raw + (2 * order + side) * width;
+                for (long i = 0; i < lead->ks[row]; i++) {
+                    float value = z[index[i]];
+                    infinite |= side == 0 && isinf(value);
+                    out[i] = value < low ? low : value > high ? high : value;
+                }
             }
-            q_after += q_down;
         }
-        float *out = gradient + row * width;
-        for (long i = 0; i < k; i++) out[i] = isinf(s[index[i]]) ? 0 : (float)(slope[i] / tau);
-        for (long i = k; i < width; i++) out[i] = 0;
+        for (int order = 0; order < 2; order++) {
+            const Lead *lead = &job->leads[order];
+            const long k = lead->ks[row];
+            const float *student = raw + 2 * order * width, *teacher = student + width;
+            if (!scale(job->reverse ? student : teacher, q, q_up, q_down, k, job->tau, job->most) ||
+                !scale(job->reverse ? teacher : student, p, p_up, p_down, k, job->tau, job->most))
+                job->rows.failed = NOT_MINE;
+            if (job->rows.failed) break;
+
+            double q_sum = 0, p_sum = 0, ahead_sum = 0, z_q = 0, z_p = 0, expected = 0;
+            for (long i = 0; i < k; i++) {
+                double delta = q[i] - p[i];
+                q_before[i] = q_sum, p_before[i] = p_sum, ahead[i] = ahead_sum;
+                z_q += q_down[i] * q_sum;
+                z_p += p_down[i] * p_sum;
+                expected += q_down[i] * (ahead_sum - delta * q_sum);
+                q_sum += q_up[i], p_sum += p_up[i], ahead_sum += q_up[i] * delta;
+            }
+            expected /= z_q;
+            job->losses[row] += expected - log(z_q) + log(z_p);
+            if (!lead->gradient) continue;
+
+            float *out = lead->gradient + row * lead->width;
+            const double q_scale = 1 / (z_q * job->tau), p_scale = 1 / (z_p * job->tau);
+            double q_after = 0, p_after = 0, behind = 0;
+            for (long i = k - 1; i >= 0; i--) {
+                if (job->reverse) {
+                    double delta = q[i] - p[i];
+                    double first = q_up[i] * ((delta - expected) * q_after - behind);
+                    double second = q_down[i] * ((delta + expected) * q_before[i] - ahead[i]);
+                    out[i] = (float)((first + second) * q_scale);
+                    behind += q_down[i] * delta;
+                } else {
+                    double flow_p = p_up[i] * p_after - p_down[i] * p_before[i];
+                    double flow_q = q_up[i] * q_after - q_down[i] * q_before[i];
+                    out[i] = (float)(flow_p * p_scale - flow_q * q_scale);
+                    p_after += p_down[i];
+                }
+                q_after += q_down[i];
+            }
+            memset(out + k, 0, (lead->width - k) * sizeof(float));
+            if (!infinite) continue;
+            const float *z = job->logits[0] + row * job->strides[0];
+            for (long i = 0; i < k; i++)
+                if (isinf(z[lead->indices[row * lead->width + i]])) out[i] = 0;
+        }
     }
-    free(q);
-    return failed;
+    free(raw), free(q);
+}
+
+typedef struct {
+    Rows rows;
+    int64_t vocab;
+    Lead leads[2];
+    const float *factors;
+    float *out;
+} Spread;
+
+/* Fill `out` [rows, vocab] with the gradients of both orders, each at its place and times the row's factor. */
+void spread(Spread *job) {
+    for (long row; (row = take(&job->rows)) < job->rows.rows;) {
+        float *out = job->out + row * job->vocab;
+        memset(out, 0, job->vocab * sizeof(float));
+        for (int order = 0; order < 2; order++) {
+            const Lead *lead = &job->leads[order];
+            for (long i = row * lead->width; i < row * lead->width + lead->ks[row]; i++)
+                out[lead->indices[i]] += lead->gradient[i] * job->factors[row];
+        }
+    }
 }

@@ -11,7 +11,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +40,12 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(made))
 
 
+class _Rows(ctypes.Structure):
+    """What a kernel's job begins with; the rest of it, as in native.c, is laid out by `_run`."""
+
+    _fields_ = (("next", ctypes.c_int64), ("rows", ctypes.c_int64), ("failed", ctypes.c_int64))
+
+
 def knees(logits: Tensor) -> Order:
     """The logits up to the knee; the same as `knee.leading(logits)`, bit for bit.
 
@@ -51,9 +57,7 @@ def knees(logits: Tensor) -> Order:
     columns = torch.empty(tokens, vocab, dtype=torch.int32)  # of which memory only what is written is taken
     k = torch.empty(tokens, dtype=torch.int64)
     threshold, low, high = torch.empty(3, tokens)
-    sizes = (ctypes.c_long(logits.stride(0)), ctypes.c_long(vocab))
-    out = tuple(map(_address, (columns, k, threshold, low, high)))
-    _share(tokens, lambda start, stop: library().leading(_address(logits), *sizes, start, stop, *out))
+    _run("leading", tokens, logits.stride(0), vocab, logits, columns, k, threshold, low, high)
     return as_order(columns[:, : int(k.max())], k, threshold, low, high)
 
 
@@ -71,43 +75,70 @@ def logit_difference_kl(
     None if scaled logits lie further apart than `most` or one is NaN: exponentials would leave the range of float64.
     """
     student, teacher = (side if side.stride(1) == 1 else side.contiguous() for side in (student, teacher))
-    tokens = len(student)
+    tokens, vocab = student.shape
     bounds = torch.stack([bound for order in orders for bound in (order.low, order.high)], 1).float().contiguous()
-    sides = (_address(student), _address(teacher), ctypes.c_long(student.stride(0)), ctypes.c_long(teacher.stride(0)))
     loss = torch.zeros(tokens, dtype=torch.float64)
-    gradients = []
-    for order in orders:
-        indices, k = order.indices.contiguous(), order.k.contiguous()
-        gradient = torch.empty(indices.shape) if needs_gradient else None
-        gradients.append(gradient)
-        fixed = (_address(indices), _address(k), ctypes.c_long(indices.shape[1]), _address(bounds))
-        numbers = (ctypes.c_double(temperature), int(reverse), ctypes.c_double(most))
-        out = (_address(loss), _address(gradient))
-
-        def run(start: ctypes.c_long, stop: ctypes.c_long, fixed: tuple = (*sides, *fixed, *numbers), out: tuple = out):
-            return library().pairs(*fixed, start, stop, *out)
-
-        if not _share(tokens, run):
-            return None
-    return loss, gradients if needs_gradient else []
+    gradients = [torch.empty(order.indices.shape) for order in orders] if needs_gradient else []
+    leads = _leads([order.indices for order in orders], [order.k for order in orders], gradients or [None, None])
+    strides = student.stride(0), teacher.stride(0)
+    sizes = vocab, int(reverse), *strides, student, teacher, *leads, bounds, float(temperature), float(most), loss
+    return (loss, gradients) if _run("pairs", tokens, *sizes) else None
 
 
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def spread(
+    out: Tensor, factors: Tensor, indices: Sequence[Tensor], ks: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> bool:
+    """Fill `out` [tokens, vocab] with the sum of both orders' gradients, each at its indices, times `factors` [tokens].
+
+    Of each row of `indices` and of a gradient [tokens, width] the first k of `ks` [tokens] count.
+    """
+    return _run("spread", len(out), out.shape[1], *_leads(indices, ks, gradients), factors.contiguous(), out)
 
 
-def _share(tokens: int, run: Callable[[ctypes.c_long, ctypes.c_long], int]) -> bool:
-    """Run a kernel over all tokens, on as many threads as torch uses. False where it hands the work back (2)."""
+def _leads(indices: Sequence[Tensor], ks: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[object]:
+    leads = []
+    for index, k, gradient in zip(indices, ks, gradients, strict=True):
+        leads += [index.shape[1], index.contiguous(), k.contiguous(), gradient]
+    return leads
+
+
+def _run(kernel: str, tokens: int, *values: Tensor | int | float | None) -> bool:
+    """Run a kernel over all tokens, on as many threads as torch uses. False where it hands the work back.
+
+    Args:
+        kernel: a function of native.c.
+        tokens: the rows.
+        values: what follows the rows in the kernel's job: tensors by address (None: no tensor), int64 and double.
+    """
+    kinds = {int: ctypes.c_int64, float: ctypes.c_double}
+    fields = [(f"value{i}", kinds.get(type(value), ctypes.c_void_p)) for i, value in enumerate(values)]
+    job = type("Job", (ctypes.Structure,), {"_fields_": [("rows", _Rows), *fields]})(_Rows(0, tokens, 0))
+    for (name, _), value in zip(fields, values, strict=True):
+        setattr(job, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    function, pointer = getattr(library(), kernel), ctypes.byref(job)
     threads = max(1, min(torch.get_num_threads(), tokens))
-    bounds = [ctypes.c_long(tokens * i // threads) for i in range(threads + 1)]
+    team = _team()
     if threads == 1:
-        codes = [run(*bounds)]
+        function(pointer)
+    elif team:  # torch's own threads: others would have to share the cores with these, which wait busily for work
+        team(function, pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
     else:
         with ThreadPoolExecutor(threads) as pool:  # a kernel holds no lock of Python's
-            codes = list(pool.map(run, bounds[:-1], bounds[1:]))
-    if 1 in codes:
+            list(pool.map(function, [pointer] * threads))
+    if job.rows.failed == 1:
         raise MemoryError("The loss's kernels found no memory for a token's logits.")
-    return 2 not in codes
+    return not job.rows.failed
+
+
+@lru_cache(maxsize=1)
+def _team() -> Callable | None:
+    """GOMP_parallel of the OpenMP library that torch has loaded; None where there is none."""
+    try:
+        loaded = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        paths = [line.split(maxsplit=5)[-1] for line in loaded if "libgomp" in line or "libiomp" in line]
+        return ctypes.CDLL(paths[0]).GOMP_parallel
+    except (OSError, AttributeError, IndexError):
+        return None
 
 
 def check(like: Tensor) -> None:
@@ -133,5 +164,11 @@ def check(like: Tensor) -> None:
         expected, slopes = by_blocks(student, teacher, orders, 3.0, reverse, True)
         agree = [torch.allclose(loss, expected, rtol=1e-9, atol=1e-12)]
         agree += [torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(gradients, slopes, strict=True)]
+        dense, factors = torch.zeros_like(student), torch.tensor([2.0, -0.5])
+        for order, slope in zip(orders, slopes, strict=True):
+            dense.scatter_add_(1, order.indices, slope * factors[:, None])
+        found = torch.empty_like(dense)
+        spread(found, factors, [order.indices for order in orders], [order.k for order in orders], gradients)
+        agree.append(torch.allclose(found, dense, rtol=1e-5, atol=1e-9))
         if not all(agree):
             raise RuntimeError("as compiled here, the loss's kernel computes another loss than torch's operations do")

@@ -203,7 +203,8 @@ def logit_difference_kl(
     loss = loss.to(student.dtype)
     if not needs_gradient:
         return loss
-    return _WithGradient.apply(student, loss, *(order.indices for order in orders), *gradients)
+    places = *(order.indices for order in orders), *(order.k for order in orders)
+    return _WithGradient.apply(student, loss, *places, *gradients)
 
 
 def by_blocks(
@@ -252,18 +253,21 @@ class _WithGradient(torch.autograd.Function):
     """A loss whose gradient was found along with it, at a few vocabulary entries of each token."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, loss: Tensor, *indices_then_gradients: Tensor) -> Tensor:
+    def forward(ctx, student: Tensor, loss: Tensor, *places_then_gradients: Tensor) -> Tensor:
         ctx.shape = student.shape
-        ctx.save_for_backward(*indices_then_gradients)
+        ctx.save_for_backward(*places_then_gradients)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        out = grad_loss.new_zeros(ctx.shape)
-        for indices, gradient in zip(saved[: len(saved) // 2], saved[len(saved) // 2 :], strict=True):
-            out.scatter_add_(1, indices, gradient * grad_loss[:, None])
+        indices, ks, gradients = saved[:2], saved[2:4], saved[4:]
+        out = grad_loss.new_empty(ctx.shape)
+        if not try_kernels("native", "spread", out, out, grad_loss, indices, ks, gradients):
+            out.zero_()
+            for index, gradient in zip(indices, gradients, strict=True):
+                out.scatter_add_(1, index, gradient * grad_loss[:, None])
         return out, None, *(None for _ in saved)
 
 
