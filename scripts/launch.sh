@@ -13,3 +13,7 @@ export TINYLLAVA_SCRIPT="$0"
 launch() {
     exec "$PYTHON" -m tinyllava_switchkd.launch "$@"
 }
+
+ablate() { # a table of docs/results.md
+    exec "$PYTHON" -m tinyllava_switchkd.ablations "$@"
+}

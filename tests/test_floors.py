@@ -28,6 +28,7 @@ FLOORS = {
     "serve": 3,
     "quickstart": 4,
     "launch": 4,
+    "ablations": 5,
 }
 
 UPWARD = {

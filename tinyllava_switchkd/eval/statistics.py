@@ -63,6 +63,22 @@ def standard_error(units: Iterable[Unit], headline: Headline) -> float | None:
     return math.sqrt(math.fsum(move**2 for move in moves) * count / (count - 1))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values, such as paired differences of several runs, and its 95 % interval by Student's t.
+
+    Returns:
+        mean, lower and upper end; the ends are infinite for a single value, of whose spread nothing is known.
+    """
+    from scipy.stats import t
+
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    reach = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return mean, mean - reach, mean + reach
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Second score minus first, on the same questions.

@@ -68,7 +68,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int = 0) -> None:
+def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int = 0, padding: int = 0) -> None:
     """Write a random Qwen2 with its tokenizer, as a Hugging Face folder.
 
     Args:
@@ -77,10 +77,11 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
         layers: decoder layers.
         heads: attention heads, each with keys of its own.
         seed: of the weights.
+        padding: rows of the vocabulary beyond the tokenizer's, as larger Qwen2.5 have them.
     """
     tokenizer = build_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + padding,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,

@@ -46,10 +46,14 @@ class BasePlan:
     """Scenes of font digits that they grow up on."""
     val_scenes: int = 100
     layers: int = 2
-    tower_width: int = 64
+    towers: tuple[tuple[str, int], ...] = (("base-siglip", 64),)
+    """Names and widths of vision towers."""
     companion_width: int = 48
     """Of the language model that the tower grows up with."""
     widths: tuple[tuple[str, int], ...] = (("teacher", 64), ("student", 48))
+    """Names and widths of language models."""
+    padding: int = 0
+    """Rows of the language models' vocabularies beyond the tokenizer's."""
     tower_steps: int = 1500
     llm_steps: int = 3000
     rounds: int = 2
@@ -61,16 +65,22 @@ class BasePlan:
     """Right answers in per cent that every kind of question must reach on validation scenes."""
 
 
-def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], object] = print) -> Path:
+def make_bases(
+    root: Path,
+    plan: BasePlan | None = None,
+    say: Callable[[str], object] = print,
+    vision_tower: Path | None = None,
+) -> Path:
     """Train the base tower and both base language models, unless they are there.
 
     Args:
         root: folder that everything goes to.
         plan: sizes and settings.
         say: takes what there is to tell, a line at a time.
+        vision_tower: that the language models grow up with; the first of the plan's if None.
 
     Returns:
-        the folder with ``base-siglip``, ``base-qwen2-teacher`` and ``base-qwen2-student``.
+        the folder with them, by default ``base-siglip``, ``base-qwen2-teacher`` and ``base-qwen2-student``.
 
     Raises:
         StageError: a training failed, or something was not learned in any of the attempts.
@@ -89,31 +99,39 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
 
     def random_llm(who: str, width: int, seed: int) -> Path:
         made = folder / f"random{seed}-qwen2-{who}"
-        source = ["llm", width, plan.layers, seed, code]
-        once(made, source, lambda path: base_models.write_llm(path, width, plan.layers, seed=seed))
+        source = ["llm", width, plan.layers, plan.padding, seed, code]
+        once(
+            made,
+            source,
+            lambda path: base_models.write_llm(path, width, plan.layers, seed=seed, padding=plan.padding),
+        )
         return made
 
-    def tower(seed: int, number: int, before: Path | None) -> Path:
+    def tower(name: str, width: int) -> Train:
         """Captions of font scenes, everything tuned; the language model is thrown away afterwards."""
-        vision = folder / f"random{seed}-siglip"
-        once(
-            vision,
-            [plan.tower_width, seed, code],
-            lambda path: base_models.write_vision_tower(path, plan.tower_width, seed=seed),
-        )
-        flags = {
-            **everything,
-            "conv_version": "pretrain",
-            "data_path": data / "captions.json",
-            "model_name_or_path": random_llm("tower", plan.companion_width, seed),
-            "vision_tower": vision,
-            "tune_type_vision_tower": "full",
-            "per_device_train_batch_size": 32,
-            "max_steps": plan.tower_steps,
-            "pretrained_model_path": before,
-            "seed": number,
-        }
-        return experiment.train("Base vision tower", f"base-siglip-start{seed}-round{number}", flags)
+
+        def train(seed: int, number: int, before: Path | None) -> Path:
+            vision = folder / f"random{seed}-{name}"
+            once(
+                vision,
+                [width, seed, code],
+                lambda path: base_models.write_vision_tower(path, width, seed=seed),
+            )
+            flags = {
+                **everything,
+                "conv_version": "pretrain",
+                "data_path": data / "captions.json",
+                "model_name_or_path": random_llm("tower", plan.companion_width, seed),
+                "vision_tower": vision,
+                "tune_type_vision_tower": "full",
+                "per_device_train_batch_size": 32,
+                "max_steps": plan.tower_steps,
+                "pretrained_model_path": before,
+                "seed": number,
+            }
+            return experiment.train("Base vision tower", f"{name}-start{seed}-round{number}", flags)
+
+        return train
 
     def llm(who: str, width: int) -> Train:
         """Descriptions of and questions about font scenes, from random weights and with the base tower.
@@ -127,7 +145,7 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
                 "conv_version": base_models.CONV_VERSION,
                 "data_path": data / "questions.json",
                 "model_name_or_path": random_llm(who, width, seed),
-                "vision_tower": folder / "base-siglip",
+                "vision_tower": vision_tower or folder / plan.towers[0][0],
                 "max_steps": plan.llm_steps,
                 "pretrained_model_path": before,
                 "seed": number,
@@ -169,7 +187,8 @@ def make_bases(root: Path, plan: BasePlan | None = None, say: Callable[[str], ob
             f"shipped (without --from_scratch), or tell us the versions that you use."
         )
 
-    settle("base-siglip", tower, what_tower_sees, _keep_tower)
+    for name, width in plan.towers:
+        settle(name, tower(name, width), what_tower_sees, _keep_tower)
     for who, width in plan.widths:
         settle(f"base-qwen2-{who}", llm(who, width), what_llm_knows, _keep_llm)
     return folder

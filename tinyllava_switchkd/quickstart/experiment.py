@@ -39,6 +39,9 @@ MADE = "made.json"
 
 CONNECTOR = "mlp2x_gelu"
 
+TOWER = "base-siglip"
+"""The base vision tower that is shipped."""
+
 COMMON = {
     "connector_type": CONNECTOR,
     "training_recipe": "common",
@@ -172,47 +175,75 @@ class Experiment:
         def make(folder: Path) -> dict[str, float]:
             from tinyllava_switchkd.train.train import main
 
-            started = time.process_time()
             words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+            memory, started = PeakMemory(), time.process_time()
             call(title, main, [*words, "--output_dir", folder], log)
             seconds = time.process_time() - started
             self.say(f"  {title:<38} {flags.get('max_steps', ''):>5} steps {seconds:6.1f} s")
-            return {"seconds": seconds}
+            return {"seconds": seconds, "peak_mib": memory.mib()}
 
         once(folder, {key: _content(value) for key, value in flags.items()}, make)
         return folder
 
-    def inputs(self, who: str, data: Path, samples: str) -> dict[str, Path]:
+    def base(self, name: str) -> Path:
+        """A base model: one of `bases`, or one that was made for this experiment."""
+        made = self.root / "models" / name
+        return made if (made / MADE).is_file() else self.bases / name
+
+    def inputs(self, who: str, data: Path, samples: str, tower: str = TOWER) -> dict[str, Path]:
         """Flags that name what a run reads: the base models of `who`, and a folder's captions or questions."""
         return {
-            "model_name_or_path": self.bases / f"base-qwen2-{who}",
-            "vision_tower": self.bases / "base-siglip",
+            "model_name_or_path": self.base(f"base-qwen2-{who}"),
+            "vision_tower": self.base(tower),
             "data_path": data / f"{samples}.json",
             "image_folder": data / "images",
         }
 
-    def teacher(self) -> Path:
+    def teacher(self, who: str = "teacher") -> Path:
         """The teacher: base models adapted on many handwriting scenes (PT, SFT)."""
         plan = self.plan
         data = self.data("teacher", "handwriting", plan.teacher_scenes, 0)
         flags = {
             **PRETRAIN,
-            **self.inputs("teacher", data, "descriptions"),
+            **self.inputs(who, data, "descriptions"),
             "max_steps": plan.teacher_pt_steps,
             "seed": 0,
         }
-        start = self.train("Teacher: PT", run_name("teacher", "handwriting", "pretrain"), flags)
-        flags = {**FINETUNE, **self.inputs("teacher", data, "questions"), "max_steps": plan.teacher_steps, "seed": 0}
+        start = self.train("Teacher: PT", run_name(who, "handwriting", "pretrain"), flags)
+        flags = {**FINETUNE, **self.inputs(who, data, "questions"), "max_steps": plan.teacher_steps, "seed": 0}
         flags["pretrained_model_path"] = start
-        return self.train("Teacher: SFT", run_name("teacher", "handwriting", "finetune"), flags)
+        return self.train("Teacher: SFT", run_name(who, "handwriting", "finetune"), flags)
 
-    def student_start(self, seed: int) -> Path:
-        """What all students of a seed start from: the base models after PT on the seed's few scenes."""
-        inputs = self.inputs("student", self.student_data(seed), "descriptions")
-        flags = {**PRETRAIN, **inputs, "max_steps": self.plan.student_pt_steps, "seed": seed}
-        return self.train(f"Student {seed}: PT", run_name("student", f"seed{seed}", "pretrain"), flags)
+    def student_start(
+        self,
+        seed: int,
+        flags: Mapping[str, object] | None = None,
+        way: str = "pretrain",
+        who: str = "student",
+        tower: str = TOWER,
+    ) -> Path:
+        """What students of a seed start from: the base models after PT on the seed's few scenes.
 
-    def student(self, way: str, seed: int, flags: Mapping[str, object] | None = None) -> Path:
+        Args:
+            seed: of data and order.
+            flags: over PT's; ``teacher_path`` makes it a distilled pre-training.
+            way: its name, which ends the folder's.
+            who: whose base language model.
+            tower: the base vision tower.
+        """
+        inputs = self.inputs(who, self.student_data(seed), "descriptions", tower)
+        settings = {**PRETRAIN, **inputs, "max_steps": self.plan.student_pt_steps, "seed": seed, **(flags or {})}
+        return self.train(f"Student {seed}: {way}", run_name(who, f"seed{seed}", way, tower), settings)
+
+    def student(
+        self,
+        way: str,
+        seed: int,
+        flags: Mapping[str, object] | None = None,
+        start: Path | None = None,
+        who: str = "student",
+        tower: str = TOWER,
+    ) -> Path:
         """A student of a seed, trained from `student_start` in some way.
 
         Every way has the same data, order, steps and learning rate, but for what the flags say.
@@ -221,12 +252,15 @@ class Experiment:
             way: its name, which ends the folder's.
             seed: of data and order.
             flags: over SFT's; ``teacher_path`` makes it a distillation.
+            start: another start than that of `who` and `tower`.
+            who: whose base language model.
+            tower: the base vision tower.
         """
-        inputs = self.inputs("student", self.student_data(seed), "questions")
-        start = {"pretrained_model_path": self.student_start(seed)}
+        inputs = self.inputs(who, self.student_data(seed), "questions", tower)
+        begin = {"pretrained_model_path": start or self.student_start(seed, who=who, tower=tower)}
         settings = {"max_steps": self.plan.student_steps, "seed": seed, **(flags or {})}
-        name = run_name("student", f"seed{seed}", way)
-        return self.train(f"Student {seed}: {way}", name, {**FINETUNE, **inputs, **start, **settings})
+        name = run_name(who, f"seed{seed}", way, tower)
+        return self.train(f"Student {seed}: {way}", name, {**FINETUNE, **inputs, **begin, **settings})
 
     def switch_kd(self) -> dict[str, object]:
         """Flags of Switch-KD, as the paper sets it."""
@@ -264,9 +298,9 @@ class Experiment:
         return read_json(folder / "scores.json")
 
 
-def run_name(who: str, version: str, stage: str) -> str:
+def run_name(who: str, version: str, stage: str, tower: str = TOWER) -> str:
     """TinyLLaVA's name of an output folder."""
-    return stages.run_name(f"base-qwen2-{who}", "base-siglip", version, stage)
+    return stages.run_name(f"base-qwen2-{who}", tower, version, stage)
 
 
 def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, object] | None]) -> None:
@@ -287,10 +321,38 @@ def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, objec
     write_json(folder / MADE, {"mark": mark, **facts, "source": json.loads(json.dumps(source, default=str))})
 
 
-def training_time(checkpoint: Path) -> dict[str, float]:
-    """Seconds of processor time that a run took (start-up of the process not counted), and its steps."""
+class PeakMemory:
+    """How much memory is taken at most from here on, beyond what is taken now; of the GPU where there is one."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):  # Linux alone: the process's high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._status("VmRSS")
+
+    def mib(self) -> float | None:
+        """MiB at the fullest moment so far; None where the system does not say."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        peak = self._status("VmHWM")
+        return None if peak is None or self.before is None else (peak - self.before) / 2**10
+
+    @staticmethod
+    def _status(name: str) -> int | None:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith(name):
+                    return int(line.split()[1])
+        return None
+
+
+def training_time(checkpoint: Path) -> dict[str, Any]:
+    """Seconds of processor time and MiB that a run took (start-up of the process not counted), and its steps."""
+    made = read_json(checkpoint / MADE)
     return {
-        "seconds": float(read_json(checkpoint / MADE)["seconds"]),
+        "seconds": float(made["seconds"]),
+        "peak_mib": made.get("peak_mib"),
         "steps": int(read_json(checkpoint / "trainer_state.json")["global_step"]),
     }
 

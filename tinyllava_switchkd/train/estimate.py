@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tinyllava_switchkd.distill.bridge import differ
 from tinyllava_switchkd.distill.objective import CHUNK_ELEMENTS
 from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 
@@ -200,8 +201,10 @@ def _switch_bytes(
     sees = any(p.requires_grad for p in student.vision_tower.parameters())
 
     def run() -> Tensor:
-        tokens = student.vision_tower.num_tokens(student.config.vision_feature_select_strategy)
-        features = torch.empty(batch, tokens, student.config.vision_hidden_size, device="meta", requires_grad=sees)
+        # in the teacher's shape: where the towers' differ, a bridge stands between, which trains
+        tokens = teacher.vision_tower.num_tokens(teacher.config.vision_feature_select_strategy)
+        learns = sees or differ(student, teacher) is not None
+        features = torch.empty(batch, tokens, teacher.config.vision_hidden_size, device="meta", requires_grad=learns)
         return _decode(teacher, teacher.connector(features), length)
 
     # bitsandbytes' 8-bit layers keep their inputs, which a frozen linear layer need not

@@ -1,0 +1,6 @@
+#!/bin/bash
+# Switch-KD's Table 6: two teachers and two students.
+# SCALE=quickstart (this machine) or paper, SEEDS=5, DRY_RUN=1 for memory and hours, ABLATE_OUT: docs/results.md.
+# shellcheck source=../launch.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+ablate sizes "$@"

@@ -1,0 +1,249 @@
+"""The tables of runs: what is shared, resumed, planned and concluded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tinyllava_switchkd.ablations import __main__ as command
+from tinyllava_switchkd.ablations import dry, paper, summary, tables, toy
+from tinyllava_switchkd.eval.statistics import mean_interval
+from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.launch.processes import Commands
+from tinyllava_switchkd.quickstart.experiment import Experiment, Plan
+
+ROOT = Path(__file__).parents[2]
+SMALL = Plan(teacher_scenes=4, student_scenes=4, teacher_pt_steps=2, teacher_steps=2, student_pt_steps=2)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Trainings that were made, as their flags; scores follow from the flags."""
+    made: list[dict[str, str]] = []
+
+    def main(words: list[str]) -> int:
+        flags = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+        made.append(flags)
+        log = [{"step": 1, "knee_teacher": 7.0}] if "teacher_path" in flags else []
+        state = {"global_step": int(flags["max_steps"]), "log_history": log}
+        Path(flags["output_dir"], "trainer_state.json").write_text(json.dumps(state))
+        return 0
+
+    def scores(self, checkpoint, split="test"):
+        source = read_json(checkpoint / "made.json")["source"]
+        score = 10.0 * ("teacher_path" in source) + 5 * float(source["learning_rate"] > 3e-3) + source["seed"]
+        return {"score": score, "by_type": {}, "probe": 0.0, "seconds": 1.0, "peak_mib": 2.0, "steps": 2}
+
+    monkeypatch.setattr("tinyllava_switchkd.train.train.main", main)
+    monkeypatch.setattr(Experiment, "scores", scores)
+    return made
+
+
+def test_shared_runs_are_trained_once_and_found_again(tmp_path, trained):
+    names = ["switch", "losses", "schemes"]
+    toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), names, [1, 2], lambda line: None)
+    ways = {key for name in names for key in tables.TABLES[name].ways}
+    starts = 2 * 2  # PT and DPT, two seeds
+    assert len(trained) == 2 + starts + 2 * len(ways)
+    first = read_json(tmp_path / toy.RESULTS)
+    assert first["runs"].keys() == {f"{way}/{seed}" for way in ways for seed in (1, 2)}
+
+    number = len(trained)
+    toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), [*names, "knee"], [1], lambda line: None)
+    assert len(trained) == number + 3  # those of the knee's table alone
+    again = read_json(tmp_path / toy.RESULTS)["runs"]
+    assert again.items() >= first["runs"].items() and again["row_pairs/1"]["knee_teacher"] == 7.0
+
+
+def test_a_distilled_start_and_its_student(tmp_path, trained):
+    toy.Toy(Experiment(tmp_path, SMALL)).run(tables.WAYS["dpt_sft"], 1)
+    dpt, last = trained[-2:]
+    assert dpt["distill_method"] == "logit_kd" and dpt["tune_type_llm"] == "frozen"
+    assert last["pretrained_model_path"] == dpt["output_dir"] and "teacher_path" not in last
+
+
+def test_the_search_is_on_validation_and_the_same_for_all(tmp_path, trained):
+    machine = toy.Toy(Experiment(tmp_path, SMALL))
+    toy.run_tables(machine, ["methods"], [1], lambda line: None)
+    seeds = [int(flags["seed"]) for flags in trained if "seed100" in flags["output_dir"]]
+    assert set(seeds) == {toy.TUNING_SEED}
+    search = machine.stored["search"]
+    rivals = [key for key in tables.TABLES["methods"].ways if key != "sft"]
+    assert {len(search[key]["scores"]) for key in rivals} == {4} and len(search["sft"]["scores"]) == 2
+    chosen = tables.tuned(tables.WAYS["llava_kd"], 2.0, 1.0)
+    assert search["llava_kd"]["chosen"] == chosen.key  # the larger learning rate scores here
+    (run,) = [flags for flags in trained if flags["output_dir"].endswith(f"seed1-{chosen.key}")]
+    assert float(run["learning_rate"]) == 4e-3 and float(run["vision_tower_lr"]) == 2e-3
+    assert summary.chosen(machine.stored, tables.TABLES["methods"])["llava_kd"] == chosen.key
+
+
+def test_all_weights_of_a_method_are_scaled_together():
+    way = tables.tuned(tables.WAYS["llava_kd"], 1.0, 2.0)
+    weights = {name: value for name, value in way.tuning.items() if name.endswith("_weight")}
+    assert weights == {"response_weight": 2.0, "visual_weight": 2.0, "relation_weight": 1.0}
+    assert tables.tuned(tables.WAYS["sft"], 1.0, 1.0) is tables.WAYS["sft"]
+
+
+def test_interval_is_students():
+    rng = np.random.default_rng(0)
+    for count in (2, 3, 5, 30):
+        a, b = rng.normal(size=(2, count))
+        wanted = stats.ttest_rel(a, b).confidence_interval(0.95)
+        mean, low, high = mean_interval(list(a - b))
+        assert (mean, low, high) == pytest.approx(((a - b).mean(), wanted.low, wanted.high))
+    assert mean_interval([3.0]) == (3.0, -math.inf, math.inf)
+
+
+def test_a_table_says_what_does_not_beat_what():
+    scores = {"sft": [50, 52, 51], "align": [60, 61, 62.5], "switch_kd": [60.5, 60, 62.8]}
+    runs = {
+        f"{way}/{seed}": {"way": way, "seed": seed, "score": score, "seconds": 1.0, "peak_mib": None}
+        for way, row in scores.items()
+        for seed, score in enumerate(row, 1)
+    }
+    runs["sft/4"] = {**runs["sft/3"], "seed": 4, "score": 0}  # no other row has this seed
+    stored, table = {"runs": runs}, tables.TABLES["switch"]
+    assert summary.seeds_of(stored, table) == [1, 2, 3]
+    said = summary.sentences(stored, table)
+    assert any(line.startswith("with the switch is better than PT-SFT: +10.1 [") for line in said)
+    assert any(line.startswith("with the switch does not beat without the switch") for line in said)
+    assert "| PT-SFT | 51.0 | 1.0 |" in summary.markdown(stored, table)
+    one = {"runs": {key: run for key, run in runs.items() if run["seed"] == 1}}
+    assert summary.sentences(one, table) == ["One seed: no difference can be told from chance."]
+    assert "no seed is complete" in summary.text_of({"runs": {}}, table)
+
+
+def test_every_row_has_a_reference_and_papers_rows_are_there():
+    for table in tables.TABLES.values():
+        for key in table.ways:
+            assert not tables.WAYS[table.reference(key)].distils
+        assert not table.ours or table.ours in table.ways
+    published = {row["method"] for row in read_json(ROOT / "tinyllava_switchkd/visualize/paper_tables.json")["table4"]}
+    losses = tables.TABLES["losses"]
+    assert {losses.label(key) for key in losses.ways} - {"SFT"} == published
+
+
+SCRIPTS = {table.script: table.key for table in tables.TABLES.values()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_calls_the_one_command(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "train" / script, "--seeds", "2"], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["-m", "tinyllava_switchkd.ablations", SCRIPTS[script], "--seeds", "2"]
+
+
+def test_a_dry_run_at_quickstart_scale_builds_everything(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setattr(command, "STORED", tmp_path / "none.json")
+    assert command.main([*tables.TABLES, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "teacher larger-teacher, pretrain" in out and "student, bridge_switch" in out and "Hours of one core" in out
+    assert not (tmp_path / "out").exists()
+
+
+TINY_QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def tiny_configs(monkeypatch):
+    """The paper's names with tiny models behind them: the small tower has another width and grid."""
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    small = {**tower, "hidden_size": 8, "patch_size": 16}
+    models = {name: TINY_QWEN if "Qwen" in name else tower for name in paper.MODELS.values()}
+    models[paper.MODELS["small-tower"]] = small
+    monkeypatch.setattr(dry, "CONFIGS", models)
+
+
+def test_a_dry_run_at_the_papers_scale(capsys, monkeypatch, tiny_configs):
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setenv("SCALE", "paper")
+    monkeypatch.setenv("SEEDS", "2")
+    assert command.main(list(tables.TABLES)) == 0
+    out = capsys.readouterr().out
+    for words in ("DPT, Qwen2.5-0.5B", "bridge_switch, Qwen2.5-0.5B and siglip-base", "for 2 seeds", "No GPU has been"):
+        assert words in out
+    assert out.count("larger-teacher: finetune") == 1  # shared by two rows
+
+
+def test_hours_are_operations_over_a_rate(tiny_configs):
+    """Of a frozen tower and a trained language model without a teacher, by hand."""
+    models = (paper.MODELS["student"], paper.MODELS["tower"])
+    flags = {"connector_type": "linear", "mm_vision_select_layer": -1, "model_max_length": 64}
+    flags["tune_type_vision_tower"] = "frozen"
+    planned = dry.Planned("x", "finetune", flags, models, None, gpus=2, samples=10)
+    language = 4 * (16 * 16 + 16) - 16 + 3 * 16 * 16 + 64 * 16  # q, k, v with bias, o without, MLP, head
+    tower = 2 * (4 * (16 * 16 + 16) + 2 * 16 * 16 + 32)
+    wanted = 6 * language * (15 + dry.TEXT_TOKENS["finetune"]) + 2 * tower * 16
+    assert dry.operations(planned) == wanted
+    assert dry.hours(planned) == pytest.approx(10 * wanted / (2 * dry.PEAK * dry.SHARE * 3600))
+    assert "36 %" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") and dry.SHARE == 0.36
+
+
+def test_the_papers_settings_reach_the_commands():
+    steps = paper.Paper({"DEVICE": "cpu", "OUTPUT_ROOT": "/out"}).steps(tables.WAYS["llava_kd"], 3)
+    assert [step.name.split(":")[0].split(",")[0] for step in steps] == ["teacher", "teacher", "PT", "llava_kd"]
+    flags = steps[-1].flags
+    assert flags["distill_method"] == "llava_kd" and flags["seed"] == "3" and "temperature" not in flags
+    assert flags["teacher_path"] == steps[1].training.output_dir
+    assert flags["pretrained_model_path"] == steps[2].training.output_dir
+    switch = paper.Paper({"DEVICE": "cpu"}).steps(tables.WAYS["switch_kd"], 1)[-1].flags
+    assert (switch["temperature"], switch["align_weight"], switch["switch_weight"]) == ("3.0", "1.0", "1.0")
+    assert switch["learning_rate"] == "2e-5" and switch["tune_type_vision_tower"] == "full"
+
+
+def test_a_run_at_the_papers_scale_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "out"))
+    ran, fail_at = [], [4]
+
+    def run(self, words, environment):
+        ran.append(words)
+        return int(len(ran) == fail_at[0])
+
+    monkeypatch.setattr(Commands, "run", run)
+    monkeypatch.setattr(paper, "_row", lambda folder, name: {"score": 1.0, "seconds": None})
+    with pytest.raises(paper.StageError, match="exit code 1"):
+        paper.run_tables(["switch"], [1], tmp_path, lambda line: None)
+    fail_at[0] = -1
+    assert list(read_json(tmp_path / "ablations.json")["runs"]) == ["sft/1"]
+    ran.clear()
+    paper.run_tables(["switch"], [1], tmp_path, lambda line: None)
+    assert sum("eval" in words for words in ran) == 2  # SFT was finished
+    assert set(read_json(tmp_path / "ablations.json")["runs"]) == {"sft/1", "align/1", "switch_kd/1"}
+
+
+@pytest.mark.parametrize("seeds", ["0", "many", "-1"])
+def test_a_wrong_number_of_seeds_is_said(seeds, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["switch", "--seeds", seeds])
+    assert "takes at least one" in capsys.readouterr().err

@@ -1,0 +1,220 @@
+"""What a table would cost, before anything is downloaded or trained: memory from configurations, hours from figures.
+
+Both models of every training are built on torch's meta device, checked against each other as before step 0, and counted
+by ``--estimate``'s own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.distill.methods import MethodFactory
+from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.train.estimate import Estimate, estimate
+
+from .tables import Flags
+
+PEAK, PEAK_OF = 989e12, "H100 SXM, bfloat16 without sparsity, NVIDIA's data sheet"
+"""Operations a second of one GPU."""
+SHARE, SHARE_OF = 0.36, "align + switch in docs/benchmarks.md, `python -m benchmarks.step --repeats 3`, on a CPU"
+"""Share of a machine's matrix rate that a step of distillation reaches; no GPU has been measured yet."""
+TEXT_TOKENS = {"pretrain": 32, "finetune": 300, "distill": 300}
+"""Tokens of text of a mean sample that hours are counted with: an assumption, not a count."""
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+    for name, (width, layers, heads, groups, inner, vocabulary, tied) in {
+        "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151_936, True),
+        "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
+        "Qwen/Qwen2.5-3B": (2048, 36, 16, 2, 11_008, 151_936, True),
+        "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18_944, 152_064, False),
+    }.items()
+} | {
+    name: {
+        "model_type": "siglip_vision_model",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "image_size": image,
+        "patch_size": patch,
+    }
+    for name, (width, layers, heads, inner, image, patch) in {
+        "google/siglip-so400m-patch14-384": (1152, 27, 16, 4304, 384, 14),
+        "google/siglip-base-patch16-224": (768, 12, 12, 3072, 224, 16),
+    }.items()
+}
+"""Configurations of the paper's models as their pages on the hub give them, so that no network is needed."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training.
+
+    Attributes:
+        name: for people.
+        stage: pretrain, finetune or distill.
+        flags: of the training entry.
+        student, teacher: language model and tower of each; teacher None without distillation.
+        gpus: that share the batch; 0 on a CPU.
+        samples: that are seen.
+        seconds: that it took where it has been run; without them a GPU's are counted from operations.
+    """
+
+    name: str
+    stage: str
+    flags: Flags
+    student: tuple[str, str]
+    teacher: tuple[str, str] | None
+    gpus: int
+    samples: int
+    seconds: float | None = None
+
+
+def build(models: tuple[str, str], flags: Flags) -> nn.Module:
+    """A model on the meta device."""
+    llm, tower = (CONFIGS.get(name) or read_json(Path(name) / "config.json") for name in models)
+    config = TinyLlavaConfig(
+        text_config=llm,
+        vision_config=tower.get("vision_config", tower),
+        vision_model_name_or_path=models[1],
+        llm_model_name_or_path=models[0],
+        connector_type=str(flags["connector_type"]),
+        vision_feature_layer=int(str(flags["mm_vision_select_layer"])),
+        vision_feature_select_strategy=str(flags.get("mm_vision_select_feature", "patch")),
+        tokenizer_model_max_length=int(str(flags["model_max_length"])),
+    )
+    with torch.device("meta"):
+        model = TinyLlavaForConditionalGeneration(config)
+    return model
+
+
+def freeze(model: nn.Module, flags: Flags) -> nn.Module:
+    """Let those parts train that the flags say."""
+    parts = {"llm": model.language_model, "connector": model.connector, "vision_tower": model.vision_tower}
+    for name, part in parts.items():
+        part.requires_grad_(str(flags.get(f"tune_type_{name}", "full")) != "frozen")
+    return model
+
+
+def method_of(flags: Flags) -> Any:
+    """The distillation method of a training."""
+    kind = MethodFactory(str(flags.get("distill_method", "switch_kd")))
+    names = {flag: field.name for flag, field in kind.settings().items()}
+    known = {names.get(name, name): value for name, value in flags.items() if name in {*names, *_LOSS_SETTINGS}}
+    return kind.create(**{name: _number(value) for name, value in known.items()})
+
+
+_LOSS_SETTINGS = ("knee_window", "knee_on", "pairs", "top_k")
+
+
+def _number(value: object) -> Any:
+    try:
+        number = float(str(value))
+    except ValueError:
+        return value
+    return int(number) if str(value).isdigit() else number
+
+
+def memory(planned: Planned) -> Estimate:
+    """Memory of each device.
+
+    Raises:
+        ValueError: student and teacher do not fit each other.
+    """
+    flags = planned.flags
+    student = build(planned.student, flags).train()
+    teacher, switch = None, False
+    if planned.teacher is not None:
+        teacher = build(planned.teacher, flags).requires_grad_(False)
+        method = method_of(flags)
+        build_distiller(
+            student, teacher, method
+        )  # before parts are frozen: it would compare two frozen towers' weights
+        switch = method.switch
+    freeze(student, flags)
+    half = str(flags.get("bf16", "False")) == "True"
+    zero = str(flags.get("zero", ""))
+    return estimate(
+        student,
+        teacher,
+        batch_size=int(str(flags["per_device_train_batch_size"])),
+        text_tokens=max(int(str(flags["model_max_length"])) - student.num_image_tokens, 2),
+        gpus=max(planned.gpus, 1),
+        zero_stage=3 if "zero3" in zero else 2 if "zero2" in zero else 0,
+        mixed_precision=half,
+        master_weights=half,
+        checkpointing=str(flags.get("gradient_checkpointing", "False")) == "True",
+        switch=switch,
+    )
+
+
+def operations(planned: Planned) -> float:
+    """Floating-point operations of a sample: a weight and token take 2 forward, 2 for the gradient of the input, and 2
+    for the weight's own."""
+    student = build(planned.student, planned.flags)
+    length = student.num_image_tokens + TEXT_TOKENS[planned.stage]
+    again = 2 if str(planned.flags.get("gradient_checkpointing", "False")) == "True" else 0
+    language, tower = _weights(student.language_model), _weights(student.vision_tower)
+    patches = student.vision_tower.num_tokens("cls_patch")
+    learns = [str(planned.flags.get(f"tune_type_{part}", "full")) != "frozen" for part in ("llm", "vision_tower")]
+    total = (4 + 2 * learns[0] + again) * language * length + (2 + (4 + again) * learns[1]) * tower * patches
+    if planned.teacher is not None:
+        teacher = build(planned.teacher, planned.flags)
+        language = _weights(teacher.language_model)
+        total += 2 * language * length + 2 * _weights(teacher.vision_tower) * teacher.vision_tower.num_tokens(
+            "cls_patch"
+        )
+        total += (4 + again) * language * length if method_of(planned.flags).switch else 0
+    return total
+
+
+def _weights(model: nn.Module) -> int:
+    """Weights that every token meets: neither the table of embeddings nor a tower's pooling head."""
+    linear = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and ".head." not in name]
+    return sum(weight.numel() for part in linear for weight in part.parameters())
+
+
+def hours(planned: Planned) -> float | None:
+    """Hours, measured or counted; None for what a CPU has not run yet."""
+    if planned.seconds is not None:
+        return planned.seconds / 3600
+    if not planned.gpus:
+        return None
+    return planned.samples * operations(planned) / (PEAK * SHARE * planned.gpus) / 3600
+
+
+def report(trainings: Iterable[Planned], seeds: int, rests_on: str) -> str:
+    """A line a training, and the sum over all seeds; what belongs to the teacher is trained once."""
+    rows = [(planned.name, memory(planned).peak / 2**30, hours(planned)) for planned in trainings]
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'training':<{width}}  GiB a device     hours"]
+    lines += [f"{name:<{width}}  {size:12.2f}  {_hours(spent):>8}" for name, size, spent in rows]
+    once = sum(spent or 0 for name, _, spent in rows if name.startswith("teacher"))
+    each = sum(spent or 0 for *_, spent in rows) - once
+    total = f"Teachers once, the rest for {seeds} seed{'s' * (seeds > 1)}: {_hours(once + seeds * each)} hours"
+    missing = sum(spent is None for *_, spent in rows)
+    return "\n".join(
+        [*lines, "", total + (f", without {missing} that nobody has timed." if missing else "."), rests_on]
+    )
+
+
+def _hours(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}" if value < 1 else f"{value:.1f}"

@@ -1,0 +1,127 @@
+"""From stored runs to a table: means, standard deviations, paired differences with intervals, and what they say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from tinyllava_switchkd.eval.statistics import mean_interval
+
+from .tables import Table
+
+Stored = Mapping[str, Any]
+"""What `toy.RESULTS` and docs/ablation_runs.json hold: "runs" (``WAY/SEED`` -> row) and "search" (way -> choice)."""
+
+TITLES = {"knee_teacher": "k, teacher leads", "knee_student": "k, student leads", "topk_overlap": "overlap"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row's score minus another's, over the same seeds: mean and 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the interval leaves out 0."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "not told apart"
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"{self.mean:+.1f}"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def chosen(stored: Stored, table: Table) -> dict[str, str]:
+    """Row of the table -> the way that stands for it: in a tuned table the one that the search chose."""
+    search = stored.get("search", {})
+    return {key: search.get(key, {}).get("chosen", key) if table.tuned else key for key in table.ways}
+
+
+def seeds_of(stored: Stored, table: Table) -> list[int]:
+    """The seeds that every row of the table has."""
+    runs = stored["runs"].values()
+    found = [{run["seed"] for run in runs if run["way"] == way} for way in chosen(stored, table).values()]
+    return sorted(set.intersection(*found))
+
+
+def values(stored: Stored, table: Table, key: str, name: str) -> list[Any]:
+    """One measure of a row, by seed; what was not measured is left out."""
+    way = chosen(stored, table)[key]
+    found = [stored["runs"][f"{way}/{seed}"].get(name) for seed in seeds_of(stored, table)]
+    return [value for value in found if value is not None]
+
+
+def difference(stored: Stored, table: Table, key: str, other: str) -> Difference:
+    """Score of one row minus that of another, in pairs of one seed."""
+    pairs = zip(values(stored, table, key, "score"), values(stored, table, other, "score"), strict=True)
+    return Difference(*mean_interval([a - b for a, b in pairs]))
+
+
+def lines(stored: Stored, table: Table) -> list[list[str]]:
+    """The table's cells, the heads first."""
+    rows = [["", "score", "sd", "minus SFT [95 %]", "seconds", "peak MiB", *(TITLES[name] for name in table.columns)]]
+    for key in table.ways:
+        scores = values(stored, table, key, "score")
+        reference = table.reference(key)
+        cells = [f"{fmean(scores):.1f}", f"{stdev(scores):.1f}" if len(scores) > 1 else "–"]
+        cells.append("" if key == reference else str(difference(stored, table, key, reference)))
+        for name in ("seconds", "peak_mib", *table.columns):
+            measured = values(stored, table, key, name)
+            digits = 2 if name == "topk_overlap" else 0
+            cells.append(f"{fmean(measured):.{digits}f}" if measured else "–")
+        rows.append([table.label(key), *cells])
+    return rows
+
+
+def sentences(stored: Stored, table: Table) -> list[str]:
+    """What the differences say, one sentence a comparison."""
+    count = len(seeds_of(stored, table))
+    if count < 2:
+        return ["One seed: no difference can be told from chance."]
+    found = []
+    for key in table.ways:
+        reference = table.reference(key)
+        if key != reference:
+            found.append(_sentence(table, key, reference, difference(stored, table, key, reference)))
+    if table.ours:
+        for key in table.ways:
+            if key not in (table.ours, table.reference(key)):
+                found.append(_sentence(table, table.ours, key, difference(stored, table, table.ours, key)))
+    return found
+
+
+def _sentence(table: Table, key: str, other: str, found: Difference) -> str:
+    ours, theirs = table.label(key), table.label(other)
+    if found.verdict == "not told apart":
+        return f"{ours} does not beat {theirs}, nor {theirs} {ours}: {found}."
+    return f"{ours} is {found.verdict} than {theirs}: {found}."
+
+
+def text_of(stored: Stored, table: Table) -> str:
+    """The table as it is printed."""
+    count = len(seeds_of(stored, table))
+    if not count:
+        return f"{table.title}: no seed is complete yet."
+    rows = lines(stored, table)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    printed = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    head = f"{table.title}; {count} seed{'s' * (count > 1)}, mean and standard deviation"
+    return "\n".join([head, "", printed[0], "-" * len(printed[0]), *printed[1:], "", *sentences(stored, table)])
+
+
+def markdown(stored: Stored, table: Table) -> str:
+    """The table for a page."""
+    head, *rows = lines(stored, table)
+    return "\n".join(_row(row) for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,175 @@
+"""The runs of the tables at quickstart scale: through the quickstart's own experiment, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
+from tinyllava_switchkd.quickstart.bases import BasePlan
+from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, TOWER, Experiment
+from tinyllava_switchkd.train.argv import check_command_line
+from tinyllava_switchkd.visualize.curves import read_history, series
+
+from . import dry
+from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_of
+from .tables import KNEE_MEASURES, TABLES, WAYS, Way, grid
+
+MODELS = {
+    "teacher": "teacher",
+    "student": "student",
+    "larger-teacher": LARGER_TEACHER,
+    "larger-student": "teacher",
+    "tower": TOWER,
+    "small-tower": SMALL_TOWER,
+}
+"""The models of `tables` -> names of base models; those that are not shipped are made first (`bases`)."""
+
+TUNING_SEED = 100
+"""Data and order of the search: of no student that is reported."""
+
+RESULTS = "ablations.json"
+
+RESTS_ON = (
+    "Hours of one core. They rest on the seconds of fine-tuning in docs/ablation_runs.json; pre-training, answering, "
+    "the search on validation scenes, and base models that are not shipped come on top."
+)
+
+
+class Toy:
+    """Makes the runs that tables ask for, unless they are there, and keeps what they gave in one file.
+
+    Args:
+        experiment: of the quickstart, with a folder of its own.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.file = experiment, experiment.root / RESULTS
+        self.stored: dict[str, Any] = read_json(self.file) if self.file.is_file() else {"runs": {}, "search": {}}
+
+    def train(self, way: Way, seed: int) -> Path:
+        """The student of a way and a seed."""
+        experiment = self.experiment
+        names = {"who": MODELS[way.student], "tower": MODELS[way.tower]}
+        guide = {"teacher_path": experiment.teacher(MODELS[way.teacher])} if way.distils else {}
+        start = None
+        if way.pretraining is not None:
+            start = experiment.student_start(seed, {**guide, **way.pretraining}, way="distilled-pretrain", **names)
+        flags = dict(way.settings)
+        rate = float(str(flags.pop("rate", 1.0)))
+        if rate != 1.0:
+            for name in ("learning_rate", "vision_tower_lr"):
+                flags[name] = rate * float(str(FINETUNE[name]))
+        if way.tuning is not None:
+            flags |= {**guide, **way.tuning}
+        return experiment.student(way.key, seed, flags, start, **names)
+
+    def run(self, way: Way, seed: int) -> dict[str, Any]:
+        """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""
+        checkpoint = self.train(way, seed)
+        found = self.experiment.scores(checkpoint)
+        row = {name: found[name] for name in ("score", "by_type", "probe", "seconds", "peak_mib", "steps")}
+        history = read_history(checkpoint)
+        for name in KNEE_MEASURES:
+            values = series(history, name)[1]
+            if len(values):
+                row[name] = fmean(values)
+        self._store("runs", f"{way.key}/{seed}", {"way": way.key, "seed": seed, **row})
+        return row
+
+    def search(self, way: Way) -> Way:
+        """The way with the learning rate and weights of the grid that validation scenes like best."""
+        candidates = grid(way)
+        scores = {}
+        for candidate in candidates:
+            checkpoint = self.train(candidate, TUNING_SEED)
+            scores[candidate.key] = self.experiment.scores(checkpoint, "val")["score"]
+            self._store("search", way.key, {"scores": scores})
+        best = max(candidates, key=lambda candidate: scores[candidate.key])
+        self._store("search", way.key, {"scores": scores, "chosen": best.key})
+        return best
+
+    def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+        self.stored[part][key] = dict(value)
+        write_json(self.file, self.stored, indent=1)
+
+
+class DryExperiment(Experiment):
+    """Notes the trainings that it is asked for, instead of making them."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.trainings: dict[str, dict[str, object]] = {}
+
+    def base(self, name: str) -> Path:
+        """A shipped base model, or one of random weights where it would be made first."""
+        folder = super().base(name)
+        if not folder.is_dir():
+            folder = self.root / "models" / name
+            if not folder.is_dir() and name == SMALL_TOWER:
+                write_vision_tower(folder, WIDTHS[name])
+            elif not folder.is_dir():
+                write_llm(folder, WIDTHS[LARGER_TEACHER], BasePlan().layers, padding=PADDING)
+        return folder
+
+    def data(self, name: str, *_: object, **__: object) -> Path:
+        return self.root / "data" / name
+
+    def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
+        self.trainings.setdefault(name, {**COMMON, **flags})
+        return self.root / "checkpoints" / name
+
+
+def plan(names: Sequence[str], stored: Mapping[str, Any], root: Path) -> list[dry.Planned]:
+    """What the tables train for one seed, each training once, with the seconds that stored runs took.
+
+    Args:
+        names: of tables.
+        stored: runs of before.
+        root: an empty folder, for the configurations of models that are not shipped.
+    """
+    experiment = DryExperiment(root)
+    toy, found = Toy(experiment), {}
+    for key in dict.fromkeys(key for name in names for key in TABLES[name].ways):
+        way = WAYS[key]
+        guide = experiment.base(f"base-qwen2-{MODELS[way.teacher]}"), experiment.base(TOWER)
+        last = toy.train(way, 1).name
+        for name, flags in experiment.trainings.items():
+            if name in found:
+                continue
+            words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+            check_command_line([*words, "--output_dir", name])
+            stage = "finetune" if flags["tune_type_llm"] == "full" else "pretrain"
+            teacher = "handwriting" in name
+            seconds = [run["seconds"] for run in stored.get("runs", {}).values() if run["way"] == key and name == last]
+            found[name] = dry.Planned(
+                f"teacher {MODELS[way.teacher]}, {stage}" if teacher else f"{way.student}, {name.split('-seed1-')[1]}",
+                stage,
+                flags,
+                (str(flags["model_name_or_path"]), str(flags["vision_tower"])),
+                (str(guide[0]), str(guide[1])) if "teacher_path" in flags else None,
+                gpus=0,
+                samples=0,
+                seconds=fmean(seconds) if seconds else None,
+            )
+    return list(found.values())
+
+
+def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callable[[str], object] = print) -> None:
+    """All runs of some tables, seeds outermost: whenever it is stopped, every table has about as many."""
+    tables = [TABLES[name] for name in names]
+    make_bases_of(toy.experiment, [WAYS[key] for table in tables for key in table.ways], say)
+    chosen: dict[str, Way] = {}
+    for table in tables:
+        if table.tuned:
+            say(f"Search on validation scenes: {table.title}")
+            chosen |= {key: toy.search(WAYS[key]) for key in table.ways}
+    for seed in seeds:
+        for table in tables:
+            say(f"{table.title}: students of seed {seed}")
+            for key in table.ways:
+                row = toy.run(chosen[key] if table.tuned else WAYS[key], seed)
+                say(f"    {key}: {row['score']:.1f}")
