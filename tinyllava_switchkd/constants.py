@@ -8,3 +8,6 @@ IMAGE_TOKEN_INDEX = -200
 
 DEFAULT_IMAGE_TOKEN = "<image>"
 """The text that marks an image in LLaVA's JSON."""
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+"""What ``--dtype`` takes of torch's, by name: torch itself is slow to import."""

@@ -18,17 +18,19 @@ from tests.serve.talkers import picture, talker
 from tests.serve.test_images import bomb
 from tinyllava_switchkd.serve import app, render
 from tinyllava_switchkd.serve.conversation import Sampling
-from tinyllava_switchkd.serve.demo import Demo, DemoLimits
+from tinyllava_switchkd.serve.demo import Demo
 from tinyllava_switchkd.serve.engine import Reply
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.images import ImageLimits, read_image
+from tinyllava_switchkd.serve.limits import DemoLimits
+from tinyllava_switchkd.serve.page import Page, launch
 from tinyllava_switchkd.serve.pool import ModelPool, Slot
 
 LIMITS = DemoLimits(ImageLimits(300_000, 1_000_000, 400), question_chars=200, max_new_tokens=300, seconds=20)
 
 
 def page_of(*models, limits=LIMITS):
-    return app.Page(Demo(ModelPool.of_models(models), limits), Sampling(max_new_tokens=10))
+    return Page(Demo(ModelPool.of_models(models), limits), Sampling(max_new_tokens=10))
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +349,7 @@ class TestCommandLine:
         seen = {}
         page = app.build_page(args)
         monkeypatch.setattr(page.blocks, "launch", lambda **kwargs: seen.update(kwargs))
-        app.launch(page, args.host, args.port, args.share, args.queue_size)
+        launch(page, args.host, args.port, args.share, args.queue_size)
         assert seen["server_name"] == "127.0.0.1" and seen["share"] is False
         assert seen["allowed_paths"] == [str(FOLDER / name) for name, _ in EXAMPLES]
         assert seen["max_file_size"] == 10 * 2**20
@@ -363,7 +365,7 @@ class TestCommandLine:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
-        monkeypatch.setattr(app, "launch", launch)
+        monkeypatch.setattr("tinyllava_switchkd.serve.page.launch", launch)
         monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
         before = signal.getsignal(signal.SIGTERM)
         try:

@@ -175,7 +175,7 @@ class TestCommandLine:
             seen.update(kwargs)
             raise ValueError("enough")
 
-        monkeypatch.setattr(chat.ChatModel, "load", load)
+        monkeypatch.setattr("tinyllava_switchkd.serve.engine.ChatModel.load", load)
         self.run(folder, "--question", "What?", "--load-4bit", "--attn-implementation", "eager", "--dtype", "bfloat16")
         assert (seen["load_4bit"], seen["load_8bit"], seen["attn_implementation"]) == (True, False, "eager")
         assert str(seen["dtype"]) == "torch.bfloat16"

@@ -19,10 +19,11 @@ from tests.serve.test_app import wait_until
 from tests.serve.test_images import bomb
 from tinyllava_switchkd.serve import app
 from tinyllava_switchkd.serve.conversation import Sampling
-from tinyllava_switchkd.serve.demo import Demo, DemoLimits
+from tinyllava_switchkd.serve.demo import Demo
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.images import ImageLimits, read_image
-from tinyllava_switchkd.serve.limits import Hosts, Room, is_open
+from tinyllava_switchkd.serve.limits import DemoLimits, Hosts, Room, is_open
+from tinyllava_switchkd.serve.page import Page
 from tinyllava_switchkd.serve.pool import ModelPool
 from tinyllava_switchkd.serve.upload import REFUSED
 
@@ -32,7 +33,7 @@ ASK = [0.0, 1.0, 0, 1.0, 5]
 
 @pytest.fixture(scope="module")
 def page():
-    return app.Page(Demo(ModelPool.of_models([talker("Student")]), LIMITS), Sampling(max_new_tokens=5))
+    return Page(Demo(ModelPool.of_models([talker("Student")]), LIMITS), Sampling(max_new_tokens=5))
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +275,7 @@ class TestRoutes:
 
 class TestRoom:
     def test_all_uploads_together(self, tmp_path):
-        page = app.Page(Demo(ModelPool.of_models([talker("S")]), LIMITS))
+        page = Page(Demo(ModelPool.of_models([talker("S")]), LIMITS))
         with serving(page) as url:
             tab = Tab(url, page)
             codes = [
@@ -353,7 +354,7 @@ OPTIONS = """
 @pytest.mark.parametrize("option", [option.strip() for option in re.split(r"[;\n]", OPTIONS.strip())])
 def test_options_out_of_range_are_one_sentence(option, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr(app, "launch", lambda *args, **kwargs: pytest.fail("the demo started"))
+    monkeypatch.setattr("tinyllava_switchkd.serve.page.launch", lambda *args, **kwargs: pytest.fail("the demo started"))
     name, *values = option.split()
     try:
         code = app.main(["--model_path", str(tmp_path), name, *values])

@@ -11,7 +11,8 @@ from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model.checkpoint import save_pretrained_model
-from tinyllava_switchkd.visualize.attention import attention_map, look, main
+from tinyllava_switchkd.visualize.attention import look, main
+from tinyllava_switchkd.visualize.attention_map import attention_map
 from tinyllava_switchkd.visualize.grid import TokenGrid, token_grid, visible_box
 from tinyllava_switchkd.visualize.overlay import normalise, overlay
 from tinyllava_switchkd.visualize.pieces import text_groups

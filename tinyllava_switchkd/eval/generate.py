@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, FLOAT_DTYPES
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.caches import with_cache
@@ -26,7 +26,7 @@ from .prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", *FLOAT_DTYPES)
 
 
 def template_of(config: TinyLlavaConfig, conv_mode: str | None, where: str | Path) -> str:

@@ -17,20 +17,20 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.constants import FLOAT_DTYPES
 from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .benchmarks import BenchmarkFactory, names
 from .benchmarks.files import sentence_of
-from .generate import DTYPES
-from .job import Job, finish, generate, set_up, still_open
-from .processes import OtherProcessFailed, Processes, spawn, tell
 from .score import rows_file, score_file, write_rows
+
+if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from .job import Job
+    from .processes import Processes
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
@@ -67,6 +67,9 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
         FileNotFoundError, ValueError: something the user has to see to.
         OtherProcessFailed: another process has failed.
     """
+    from .job import Job, finish, generate, set_up, still_open
+    from .processes import tell
+
     processes.join()
     job, description = None, {}
     try:
@@ -121,7 +124,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
     parser.add_argument("--conv_mode", metavar="NAME", help="conversation template; by default the checkpoint's own")
     parser.add_argument("--image_aspect_ratio", choices=("square", "pad"), help="by default the checkpoint's own")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: half precision on a GPU, else float32")
+    parser.add_argument(
+        "--dtype", choices=("auto", *FLOAT_DTYPES), default="auto", help="auto: half precision on a GPU, else float32"
+    )
     parser.add_argument("--device", help="by default this process's GPU, else the CPU")
     parser.add_argument("--attn_implementation", metavar="NAME", help="sdpa, eager or flash_attention_2")
     parser.add_argument(
@@ -161,6 +166,11 @@ def _terminate(*_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 only if every question wanted has its answer."""
     arguments = parse_arguments(argv)
+
+    import torch
+
+    from .processes import OtherProcessFailed, Processes, spawn, tell
+
     if arguments.processes is not None and "RANK" not in os.environ:
         return spawn("tinyllava_switchkd.eval.run", sys.argv[1:] if argv is None else argv, arguments.processes)
     rank, prefix = 0, ""

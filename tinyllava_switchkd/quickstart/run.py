@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import write_json, write_text
 
-from .base_models import SHIPPED
-from .experiment import Experiment, Plan, StageError, once, prepare_environment
+if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from .experiment import Plan
 
 BENCHMARKED = ("teacher", "sft", "switch_kd")
 """What the benchmarks' commands are run on."""
@@ -42,7 +42,9 @@ def quickstart(
         StageError: a stage failed.
     """
     from . import report
+    from .base_models import SHIPPED
     from .benchmarks import run_benchmarks
+    from .experiment import Experiment, once
 
     experiment = Experiment(root, plan, bases or SHIPPED, say)
     say("Teacher, on many handwritten scenes (base models -> PT -> SFT)")
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"quickstart.sh: cannot write to {root} ({error.strerror}); set QUICKSTART_OUT.", file=sys.stderr)
         return 1
+    from .experiment import StageError, prepare_environment
+
     prepare_environment()
     started = time.monotonic()
     try:

@@ -16,13 +16,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, DemoLimits
-from tinyllava_switchkd.serve.engine import display_names
 from tinyllava_switchkd.serve.images import ImageLimits
+from tinyllava_switchkd.serve.limits import DemoLimits
 from tinyllava_switchkd.serve.options import (
     add_loading_options,
     add_sampling_options,
@@ -30,8 +28,9 @@ from tinyllava_switchkd.serve.options import (
     number,
     sampling_of,
 )
-from tinyllava_switchkd.serve.page import Page, launch
-from tinyllava_switchkd.serve.pool import ModelPool
+
+if TYPE_CHECKING:  # what needs torch or gradio waits until the command line has been read
+    from tinyllava_switchkd.serve.page import Page
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,6 +83,11 @@ def build_page(args: argparse.Namespace) -> Page:
     Raises:
         ValueError, FileNotFoundError: options that cannot be met.
     """
+    from tinyllava_switchkd.serve.demo import Demo
+    from tinyllava_switchkd.serve.engine import display_names
+    from tinyllava_switchkd.serve.page import Page
+    from tinyllava_switchkd.serve.pool import ModelPool
+
     paths = [args.model_path, *args.compare]
     for path in paths:
         is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
@@ -124,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
     # Gradio names uploads by their content in a folder that all its servers share, and empties it as one ends: this
     # server has one of its own, inside the one that the environment names, if it names one.
     above = os.environ.get("GRADIO_TEMP_DIR")
@@ -140,6 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from transformers.utils import logging as transformers_logging
+
+    from tinyllava_switchkd.serve.demo import USER_ERRORS
+    from tinyllava_switchkd.serve.page import launch
+
+    transformers_logging.disable_progress_bar()
     try:
         page = build_page(args)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads do not stay on the disk

@@ -18,13 +18,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
-from tinyllava_switchkd.serve.engine import ChatModel, Reply
 from tinyllava_switchkd.serve.images import read_image
 from tinyllava_switchkd.serve.options import (
     add_loading_options,
@@ -34,15 +31,15 @@ from tinyllava_switchkd.serve.options import (
     sampling_of,
 )
 
+if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from tinyllava_switchkd.serve.engine import ChatModel, Reply
+
 HELP = """\
 /image PATH ...   show one or more images with the next question
 /clear            forget the conversation and its images
 /stats            print time to first token and tokens a second after every answer, or stop doing so
 /help             print this
 /quit             leave (so does Ctrl-D); Ctrl-C stops an answer"""
-
-USER_ERRORS = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
-"""What bad input and unfit machines raise; anything else is a bug and keeps its traceback."""
 
 _ENDINGS = {"length": "cut at --max-new-tokens", "time": "cut at --time-limit", "stopped": "stopped"}
 
@@ -140,7 +137,7 @@ class Chat:
                     if prompt:
                         print(f"{self.model.name}: ", end="", flush=True)
                     self.ask(line)
-            except USER_ERRORS as error:
+            except user_errors() as error:
                 print(f"error: {error}", file=sys.stderr)
 
 
@@ -161,6 +158,13 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What bad input and unfit machines raise; anything else is a bug and keeps its traceback."""
+    import torch
+
+    return ValueError, OSError, ImportError, torch.OutOfMemoryError
 
 
 def printable(text: str) -> str:
@@ -186,6 +190,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and talk."""
+    from transformers.utils import logging as transformers_logging
+
+    from tinyllava_switchkd.serve.engine import ChatModel
+
     sampling = sampling_of(args)
     for path in args.image:
         read_image(path)  # a bad path should not wait for the model
@@ -216,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         run(args)
-    except USER_ERRORS as error:
+    except user_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -14,34 +14,16 @@ from PIL import Image
 
 from tinyllava_switchkd.serve import render
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
-from tinyllava_switchkd.serve.images import ImageLimits, read_image
+from tinyllava_switchkd.serve.images import read_image
+from tinyllava_switchkd.serve.limits import DemoLimits
 from tinyllava_switchkd.serve.pool import ModelPool
-from tinyllava_switchkd.visualize.attention import AttentionMap
+from tinyllava_switchkd.visualize.attention_map import AttentionMap
 from tinyllava_switchkd.visualize.overlay import fit, overlay
 
 logger = logging.getLogger(__name__)
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 _UPDATE_SECONDS = 0.08  # between two updates of a growing answer
-
-
-@dataclass(frozen=True)
-class DemoLimits:
-    """What one request may cost.
-
-    Attributes:
-        image: of an upload.
-        question_chars: length of a question.
-        max_new_tokens: the most that the page offers, and that any request gets.
-        seconds: time for each model's answer.
-        upload_bytes: of all uploads that are on the disk, of all visitors together.
-    """
-
-    image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 20_000_000, 1600))
-    question_chars: int = 4000
-    max_new_tokens: int = 1024
-    seconds: float = 120.0
-    upload_bytes: int = 2**30
 
 
 @dataclass

@@ -22,7 +22,7 @@ from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
-from tinyllava_switchkd.visualize.attention import AttentionMap, attention_map
+from tinyllava_switchkd.visualize.attention_map import AttentionMap, attention_map
 from tinyllava_switchkd.visualize.grid import visible_box
 from tinyllava_switchkd.visualize.pieces import TextPieces
 

@@ -7,9 +7,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tinyllava_switchkd.serve.images import ImageLimits
 
 OPEN = (
     ("GET", ("/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/assets/*", "/static/*")),
@@ -26,6 +29,25 @@ BROKEN_OFF_SECONDS = 600.0
 
 _BLOCK = 4096  # the least that a file takes on a disk
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class DemoLimits:
+    """What one request may cost.
+
+    Attributes:
+        image: of an upload.
+        question_chars: length of a question.
+        max_new_tokens: the most that the page offers, and that any request gets.
+        seconds: time for each model's answer.
+        upload_bytes: of all uploads that are on the disk, of all visitors together.
+    """
+
+    image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 20_000_000, 1600))
+    question_chars: int = 4000
+    max_new_tokens: int = 1024
+    seconds: float = 120.0
+    upload_bytes: int = 2**30
 
 
 class Hosts:

@@ -7,14 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+from tinyllava_switchkd.constants import FLOAT_DTYPES
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.runtime import check_device
 from tinyllava_switchkd.serve.conversation import Sampling
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +20,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     group.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=FLOAT_DTYPES,
         help="default: the checkpoint's own on a GPU, float32 on the CPU",
     )
     group.add_argument("--attn_implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
@@ -39,6 +35,9 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: there is no such device, template or attention.
     """
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if args.device is not None:
         _check_device(args.device)
     if args.conv_mode is not None:
@@ -47,7 +46,7 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     if kernel is not None and kernel not in kernels:
         raise ValueError(f"--attn_implementation {kernel} is none that transformers knows: {', '.join(kernels)}.")
     on_cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
-    dtype = _DTYPES[args.dtype] if args.dtype else (torch.float32 if on_cpu else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else (torch.float32 if on_cpu else None)
     return {
         "device": args.device,
         "dtype": dtype,
@@ -58,6 +57,8 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_device(name: str) -> None:
+    import torch
+
     try:
         if check_device(name).type == "meta":
             raise ValueError("it holds no numbers")

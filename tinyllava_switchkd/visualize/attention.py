@@ -1,8 +1,6 @@
-"""Where a model looks while it answers: attention from answer tokens to visual tokens, as a map over the image.
+"""Where models look while they answer, drawn on one image side by side (Switch-KD, Figure 3)::
 
-As a command it draws several models on one image side by side (Switch-KD, Figure 3):
-
-    python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model-path A B C --output FIGURE
+python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model-path A B C --output FIGURE
 """
 
 from __future__ import annotations
@@ -10,122 +8,19 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess, to_rgb
-from tinyllava_switchkd.model.caches import cache_of, with_cache
-from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.registry import checkpoint_name
-from tinyllava_switchkd.visualize.grid import token_grid, visible_box
-from tinyllava_switchkd.visualize.overlay import fit, overlay
-from tinyllava_switchkd.visualize.pieces import text_groups
 
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Attention of an answer to its images.
-
-    Attributes:
-        tokens: [A] pieces of the answer's text (a token, or the tokens of one character).
-        weights: [A, I, side, side] attention to every cell of every image, averaged over heads and layers; NaN where
-            the model has no token for a cell.
-    """
-
-    tokens: tuple[str, ...]
-    weights: np.ndarray
-
-    @property
-    def share(self) -> np.ndarray:
-        """[A] how much of a token's attention goes to the images at all, in 0..1."""
-        return np.nansum(self.weights, axis=(1, 2, 3))
-
-    def of(self, token: int | None = None, image: int = 0) -> np.ndarray:
-        """[side, side] map of one token over one image, or of the whole answer (the mean of its tokens)."""
-        return self.weights[:, image].mean(axis=0) if token is None else self.weights[token, image]
-
-
-@contextmanager
-def eager_attention(language_model: Any) -> Iterator[None]:
-    """Compute attention by the implementation that returns its weights, then go back to the one before.
-
-    The switch is the model's, so nothing else may run on the model meanwhile.
-    """
-    before = language_model.config._attn_implementation
-    language_model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        language_model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def attention_map(
-    model: Any,
-    tokenizer: Any,
-    input_ids: Tensor,
-    image_features: Tensor,
-    answer_ids: Sequence[int],
-    layers: slice | None = None,
-) -> AttentionMap:
-    """Attention from each token of an answer to the visual tokens of its prompt.
-
-    A token's attention is read where it was predicted: at the position before it. The prompt goes through the model
-    once with its usual attention; only the answer's few rows are computed with weights, so memory stays small.
-
-    Args:
-        model: a `TinyLlavaForConditionalGeneration`.
-        tokenizer: the model's.
-        input_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
-        image_features: [I, K, D], `model.encode_images` of the prompt's images.
-        answer_ids: the tokens that were generated.
-        layers: decoder layers to average over; all if None.
-
-    Returns:
-        an `AttentionMap`.
-
-    Raises:
-        ValueError: there is no image or no answer, the visual tokens have no place in the image (see `token_grid`), or
-            the language model has no attention weights to show.
-    """
-    grid = token_grid(model)
-    if image_features is None or len(image_features) == 0:
-        raise ValueError("The conversation has no image, so there is nothing to draw attention on.")
-    groups = text_groups(tokenizer, answer_ids)
-    if not groups:
-        raise ValueError("The answer is empty, so no token's attention can be shown.")
-    language_model, device = model.language_model, image_features.device
-    spliced = model.prepare_inputs(input_ids[None].to(device), image_features=image_features)
-    prompt = spliced.inputs_embeds  # [1, P, D]
-    answer = torch.tensor([list(answer_ids[:-1])], dtype=torch.long, device=device)  # [1, A-1]
-    rows = torch.cat([prompt[:, -1:], model.get_input_embeddings()(answer).to(prompt.dtype)], dim=1)  # [1, A, D]
-    cache = cache_of(language_model(inputs_embeds=prompt[:, :-1], use_cache=True, logits_to_keep=1))
-    with eager_attention(language_model):
-        outputs = language_model(
-            inputs_embeds=rows, **with_cache(cache), use_cache=True, output_attentions=True, logits_to_keep=1
-        )
-    maps = [layer for layer in outputs.attentions or () if layer is not None][layers or slice(None)]
-    if not maps:
-        raise ValueError(
-            f"{type(language_model).__name__} returned no attention weights for layers {layers}; it has "
-            f"{language_model.config.num_hidden_layers} layers."
-        )
-    # Layer by layer [1, heads, A, P+A-1] -> [A, P-1]; the prompt's last token is text, so no visual token is lost.
-    to_prompt = sum(layer[0].float().mean(dim=0)[:, : prompt.shape[1]] for layer in maps) / len(maps)
-    to_images = to_prompt[:, spliced.image_mask[0]].cpu().numpy()  # [A, I*K]
-    to_images = to_images.reshape(len(answer_ids), len(image_features), -1)  # [A, I, K]
-    merged = np.stack([to_images[indices].mean(axis=0) for _, indices in groups])  # [groups, I, K]
-    return AttentionMap(tuple(text for text, _ in groups), grid.spread(merged))
+if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from tinyllava_switchkd.visualize.attention_map import AttentionMap
 
 
 @dataclass(frozen=True)
@@ -158,6 +53,14 @@ def look(
     Raises:
         ValueError: no template is known for the checkpoint; or see `attention_map`.
     """
+    import torch
+
+    from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+    from tinyllava_switchkd.model.chat import conversation_template
+    from tinyllava_switchkd.visualize.attention_map import attention_map
+    from tinyllava_switchkd.visualize.grid import visible_box
+    from tinyllava_switchkd.visualize.pieces import text_groups
+
     template = conv_version or conversation_template(model, tokenizer)
     turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}, {"from": "gpt", "value": None}]
     input_ids = TextPreprocess(tokenizer, template)(turns, mode="eval", num_images=1)["input_ids"]  # [T]
@@ -194,6 +97,8 @@ def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: boo
         a matplotlib figure.
     """
     from matplotlib.figure import Figure
+
+    from tinyllava_switchkd.visualize.overlay import fit, overlay
 
     plain = fit(image.convert("RGB"))
     rows: list[list[tuple[str, Image.Image]]] = [[("", plain)]]
@@ -260,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Load the models one after another, so that only one is in memory, and write the figure."""
+    from tinyllava_switchkd.data import to_rgb
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 
     names = args.names or [checkpoint_name(path) for path in args.model_path]

@@ -1,24 +1,30 @@
 """Export: a checkpoint in the layouts that others read, and back.
 
-``python -m tinyllava_switchkd.model.export --to NAME MODEL OUT``; each NAME is an `ExportTarget` in a file of its own.
-``hf-llava`` writes transformers' own `LlavaForConditionalGeneration` with its processor and chat template, ``v1``
-TinyLLaVA v1's full layout, from any of its layouts or from a LLaVA.
+``python -m tinyllava_switchkd.model.export --to NAME MODEL OUT``; each NAME is an `ExportTarget`. Names are
+imported when first used. ``hf-llava`` writes transformers' own `LlavaForConditionalGeneration` with its processor and
+chat template, ``v1`` TinyLLaVA v1's full layout, from any of its layouts or from a LLaVA.
 """
 
-from .chat_template import jinja_template
-from .from_llava import from_hf_llava, is_hf_llava
-from .hf_llava import to_hf_llava, why_not_llava
-from .targets import ExportTarget, ExportTargetFactory, register_export_target
-from .verify import verify_export
+from __future__ import annotations
 
-__all__ = [
-    "ExportTarget",
-    "ExportTargetFactory",
-    "from_hf_llava",
-    "is_hf_llava",
-    "jinja_template",
-    "register_export_target",
-    "to_hf_llava",
-    "verify_export",
-    "why_not_llava",
-]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ExportTarget": "targets",
+    "ExportTargetFactory": "targets",
+    "from_hf_llava": "from_llava",
+    "is_hf_llava": "from_llava",
+    "jinja_template": "chat_template",
+    "register_export_target": "targets",
+    "to_hf_llava": "hf_llava",
+    "verify_export": "verify",
+    "why_not_llava": "hf_llava",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
 
-from .targets import ExportTargetFactory, load_targets
+from .targets import ExportTargetFactory
 
 logger = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: ``--to`` first, for a target has arguments of its own. ``args.target`` is the target."""
-    load_targets()
     names = ExportTargetFactory.list()
     chosen = CommandParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--to", choices=names)

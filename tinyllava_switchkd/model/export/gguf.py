@@ -13,7 +13,6 @@ The numbers are not torch's bit for bit: the graph approximates GELU by its tanh
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -36,12 +35,12 @@ from .chat_template import jinja_template
 from .files import card_of_export, empty_folder
 from .hf_llava import _add_image_token, _generation_config
 from .questions import default_questions
-from .targets import ExportTarget, register_export_target, whole_folder
+from .targets import GgufTarget, whole_folder
 
 logger = logging.getLogger(__name__)
 
 MODEL, MMPROJ, RECORD = "model.gguf", "mmproj.gguf", "tinyllava.json"
-DTYPES = ("f32", "f16", "q8_0", "q4_0")
+DTYPES = GgufTarget.dtypes
 MARKER = "<__media__>"
 """Where llama.cpp puts an image in a prompt (``mtmd_default_marker``)."""
 LDPV2_SIDE = 24
@@ -137,31 +136,6 @@ def to_gguf(
         write_json(folder / RECORD, record)
         card_of_export(source, folder)
     return record
-
-
-@register_export_target("gguf")
-class GgufTarget(ExportTarget):
-    summary = "GGUF files of language model and vision tower, for llama.cpp"
-    dtypes = DTYPES
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--dtype", choices=self.dtypes, default="f16", help="of the language model's matrices (default: f16)"
-        )
-
-    def export(self, args: argparse.Namespace) -> None:
-        record = to_gguf(
-            args.model, args.out, args.dtype, args.conv_version, args.allow_approximate, not args.no_verify
-        )
-        logger.info("%s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record["bytes"].items()))
-        for part in record.get("approximate", []):
-            logger.warning("Approximate: %s", part)
-        if found := record.get("every_patch"):
-            logger.warning(
-                "With every patch, %d of %d answers are equal; the first token's logits differ by up to %.2g.",
-                *(found["equal"], found["questions"], found["logits"]),
-            )
-        logger.info("Images: %s", record["images"])
 
 
 def check_package() -> None:

@@ -6,7 +6,6 @@ The weights get the names of the LLaVA models on the hub (``language_model.model
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from typing import Any
@@ -27,7 +26,6 @@ from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
 from .files import card_of_export, empty_folder, read_by_older_versions
-from .targets import ExportTarget, register_export_target
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +78,6 @@ def to_hf_llava(
     save_image_processor(processor.image_processor, output_dir)
     read_by_older_versions(output_dir)
     card_of_export(source, output_dir)
-
-
-@register_export_target("hf-llava")
-class HfLlavaTarget(ExportTarget):
-    summary = "transformers' LlavaForConditionalGeneration"
-
-    def export(self, args: argparse.Namespace) -> None:
-        from .verify import verify_export
-
-        to_hf_llava(args.model, args.out, args.conv_version, args.dtype)
-        if not args.no_verify:
-            difference = verify_export(args.model, args.out)
-            logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
 
 
 def why_not_llava(model: Any) -> str | None:

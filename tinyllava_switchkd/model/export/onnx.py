@@ -7,7 +7,6 @@ a browser. Any tower, connector and language model of the registries goes throug
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import os
@@ -27,7 +26,7 @@ from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
 from .files import card_of_export, empty_folder
 from .hf_llava import RECORD, _add_image_token, _generation_config, _record
-from .onnx_dtypes import DTYPES, quantise, suffix
+from .onnx_dtypes import quantise, suffix
 from .onnx_graphs import (
     DECODER,
     EMBED_TOKENS,
@@ -42,10 +41,12 @@ from .onnx_graphs import (
     write_graph,
 )
 from .onnx_student import OnnxStudent
-from .questions import Question, default_questions, read_questions
-from .targets import ExportTarget, register_export_target, whole_folder
+from .questions import Question, default_questions
+from .targets import OnnxTarget, whole_folder
 
 logger = logging.getLogger(__name__)
+
+DTYPES = OnnxTarget.dtypes
 
 INLINE_BYTES = 1_800_000_000
 """Weights of more bytes go into a file of their own: one of protobuf's holds 2 GiB."""
@@ -127,42 +128,6 @@ def to_onnx(
             write_json(folder / MEASURED, measured)
         card_of_export(source, folder)
     return measured
-
-
-@register_export_target("onnx")
-class OnnxTarget(ExportTarget):
-    summary = "ONNX graphs in transformers.js's layout, for onnxruntime and browsers"
-    dtypes = DTYPES
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--dtype",
-            nargs="+",
-            choices=self.dtypes,
-            default=["fp32"],
-            help="one or more, a set of files each",
-        )
-        parser.add_argument(
-            "--questions", help="JSON lines of image and text (LLaVA's question files) to measure the agreement on"
-        )
-        parser.add_argument("--image_folder", help="where the images of --questions are")
-        parser.add_argument("--max_questions", type=int, help="so many of them, drawn at random, the same each time")
-
-    def export(self, args: argparse.Namespace) -> None:
-        questions = None
-        if args.questions:
-            questions = read_questions(args.questions, args.image_folder, args.max_questions)
-        measured = to_onnx(
-            args.model,
-            args.out,
-            args.dtype,
-            args.conv_version,
-            args.allow_approximate,
-            not args.no_verify,
-            questions,
-        )
-        for dtype, found in measured.items():
-            logger.info("%s: %s", dtype, sentence(found))
 
 
 def sentence(found: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from .onnx_graphs import EMBED_TOKENS
 
-DTYPES = ("fp32", "fp16", "int8", "q4")
 Q4_BLOCK = 32
 """Weights that share a scale in q4."""
 

@@ -1,10 +1,13 @@
-"""Export targets: one file each, entered with ``@register_export_target("name")``, chosen by ``--to name``."""
+"""Export targets, entered with ``@register_export_target("name")`` and chosen by ``--to name``.
+
+Each imports the file that does its work when it is run, so that the command line answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +16,8 @@ from pathlib import Path
 from tinyllava_switchkd.registry import Registry
 
 from .files import empty_folder
+
+logger = logging.getLogger(__name__)
 
 
 class ExportTarget:
@@ -45,14 +50,98 @@ ExportTargetFactory = Registry("export target")
 register_export_target = ExportTargetFactory.register
 """``@register_export_target("name")`` on an `ExportTarget` class."""
 
-OWN = ("gguf", "hf_llava", "onnx", "v1")
-"""The files of this folder that hold targets; a plugin registers its own by the entry point group of the registry."""
+
+@register_export_target("gguf")
+class GgufTarget(ExportTarget):
+    summary = "GGUF files of language model and vision tower, for llama.cpp"
+    dtypes = ("f32", "f16", "q8_0", "q4_0")
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--dtype", choices=self.dtypes, default="f16", help="of the language model's matrices (default: f16)"
+        )
+
+    def export(self, args: argparse.Namespace) -> None:
+        from .gguf import to_gguf
+
+        record = to_gguf(
+            args.model, args.out, args.dtype, args.conv_version, args.allow_approximate, not args.no_verify
+        )
+        logger.info("%s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record["bytes"].items()))
+        for part in record.get("approximate", []):
+            logger.warning("Approximate: %s", part)
+        if found := record.get("every_patch"):
+            logger.warning(
+                "With every patch, %d of %d answers are equal; the first token's logits differ by up to %.2g.",
+                *(found["equal"], found["questions"], found["logits"]),
+            )
+        logger.info("Images: %s", record["images"])
 
 
-def load_targets() -> None:
-    """Import the files that hold targets, so that each has registered itself."""
-    for name in OWN:
-        importlib.import_module(f"{__package__}.{name}")
+@register_export_target("hf-llava")
+class HfLlavaTarget(ExportTarget):
+    summary = "transformers' LlavaForConditionalGeneration"
+
+    def export(self, args: argparse.Namespace) -> None:
+        from .hf_llava import to_hf_llava
+        from .verify import verify_export
+
+        to_hf_llava(args.model, args.out, args.conv_version, args.dtype)
+        if not args.no_verify:
+            difference = verify_export(args.model, args.out)
+            logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
+
+
+@register_export_target("onnx")
+class OnnxTarget(ExportTarget):
+    summary = "ONNX graphs in transformers.js's layout, for onnxruntime and browsers"
+    dtypes = ("fp32", "fp16", "int8", "q4")
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--dtype",
+            nargs="+",
+            choices=self.dtypes,
+            default=["fp32"],
+            help="one or more, a set of files each",
+        )
+        parser.add_argument(
+            "--questions", help="JSON lines of image and text (LLaVA's question files) to measure the agreement on"
+        )
+        parser.add_argument("--image_folder", help="where the images of --questions are")
+        parser.add_argument("--max_questions", type=int, help="so many of them, drawn at random, the same each time")
+
+    def export(self, args: argparse.Namespace) -> None:
+        from .onnx import sentence, to_onnx
+        from .questions import read_questions
+
+        questions = None
+        if args.questions:
+            questions = read_questions(args.questions, args.image_folder, args.max_questions)
+        measured = to_onnx(
+            args.model,
+            args.out,
+            args.dtype,
+            args.conv_version,
+            args.allow_approximate,
+            not args.no_verify,
+            questions,
+        )
+        for dtype, found in measured.items():
+            logger.info("%s: %s", dtype, sentence(found))
+
+
+@register_export_target("v1")
+class V1Target(ExportTarget):
+    summary = "TinyLLaVA v1's full layout, from any of its layouts or from transformers' LLaVA"
+
+    def export(self, args: argparse.Namespace) -> None:
+        from ..weights import resolve_folder
+        from .from_llava import from_hf_llava, is_hf_llava
+        from .v1 import to_v1
+
+        write = from_hf_llava if is_hf_llava(resolve_folder(args.model)) else to_v1
+        write(args.model, args.out, args.conv_version, args.dtype)
 
 
 @contextlib.contextmanager

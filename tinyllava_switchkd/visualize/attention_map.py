@@ -1,0 +1,112 @@
+"""Where a model looks while it answers: attention from answer tokens to visual tokens, as a map over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllava_switchkd.model.caches import cache_of, with_cache
+from tinyllava_switchkd.visualize.grid import token_grid
+from tinyllava_switchkd.visualize.pieces import text_groups
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention of an answer to its images.
+
+    Attributes:
+        tokens: [A] pieces of the answer's text (a token, or the tokens of one character).
+        weights: [A, I, side, side] attention to every cell of every image, averaged over heads and layers; NaN where
+            the model has no token for a cell.
+    """
+
+    tokens: tuple[str, ...]
+    weights: np.ndarray
+
+    @property
+    def share(self) -> np.ndarray:
+        """[A] how much of a token's attention goes to the images at all, in 0..1."""
+        return np.nansum(self.weights, axis=(1, 2, 3))
+
+    def of(self, token: int | None = None, image: int = 0) -> np.ndarray:
+        """[side, side] map of one token over one image, or of the whole answer (the mean of its tokens)."""
+        return self.weights[:, image].mean(axis=0) if token is None else self.weights[token, image]
+
+
+@contextmanager
+def eager_attention(language_model: Any) -> Iterator[None]:
+    """Compute attention by the implementation that returns its weights, then go back to the one before.
+
+    The switch is the model's, so nothing else may run on the model meanwhile.
+    """
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def attention_map(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    image_features: Tensor,
+    answer_ids: Sequence[int],
+    layers: slice | None = None,
+) -> AttentionMap:
+    """Attention from each token of an answer to the visual tokens of its prompt.
+
+    A token's attention is read where it was predicted: at the position before it. The prompt goes through the model
+    once with its usual attention; only the answer's few rows are computed with weights, so memory stays small.
+
+    Args:
+        model: a `TinyLlavaForConditionalGeneration`.
+        tokenizer: the model's.
+        input_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
+        image_features: [I, K, D], `model.encode_images` of the prompt's images.
+        answer_ids: the tokens that were generated.
+        layers: decoder layers to average over; all if None.
+
+    Returns:
+        an `AttentionMap`.
+
+    Raises:
+        ValueError: there is no image or no answer, the visual tokens have no place in the image (see `token_grid`), or
+            the language model has no attention weights to show.
+    """
+    grid = token_grid(model)
+    if image_features is None or len(image_features) == 0:
+        raise ValueError("The conversation has no image, so there is nothing to draw attention on.")
+    groups = text_groups(tokenizer, answer_ids)
+    if not groups:
+        raise ValueError("The answer is empty, so no token's attention can be shown.")
+    language_model, device = model.language_model, image_features.device
+    spliced = model.prepare_inputs(input_ids[None].to(device), image_features=image_features)
+    prompt = spliced.inputs_embeds  # [1, P, D]
+    answer = torch.tensor([list(answer_ids[:-1])], dtype=torch.long, device=device)  # [1, A-1]
+    rows = torch.cat([prompt[:, -1:], model.get_input_embeddings()(answer).to(prompt.dtype)], dim=1)  # [1, A, D]
+    cache = cache_of(language_model(inputs_embeds=prompt[:, :-1], use_cache=True, logits_to_keep=1))
+    with eager_attention(language_model):
+        outputs = language_model(
+            inputs_embeds=rows, **with_cache(cache), use_cache=True, output_attentions=True, logits_to_keep=1
+        )
+    maps = [layer for layer in outputs.attentions or () if layer is not None][layers or slice(None)]
+    if not maps:
+        raise ValueError(
+            f"{type(language_model).__name__} returned no attention weights for layers {layers}; it has "
+            f"{language_model.config.num_hidden_layers} layers."
+        )
+    # Layer by layer [1, heads, A, P+A-1] -> [A, P-1]; the prompt's last token is text, so no visual token is lost.
+    to_prompt = sum(layer[0].float().mean(dim=0)[:, : prompt.shape[1]] for layer in maps) / len(maps)
+    to_images = to_prompt[:, spliced.image_mask[0]].cpu().numpy()  # [A, I*K]
+    to_images = to_images.reshape(len(answer_ids), len(image_features), -1)  # [A, I, K]
+    merged = np.stack([to_images[indices].mean(axis=0) for _, indices in groups])  # [groups, I, K]
+    return AttentionMap(tuple(text for text, _ in groups), grid.spread(merged))
