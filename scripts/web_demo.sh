@@ -37,7 +37,11 @@ if [ -n "${TINYLLAVA_PYTHON:-}" ]; then
 else
     # shellcheck source=scripts/setup_env.sh
     source "$root/scripts/setup_env.sh"
-    setup_env export
+    if [ -z "${STUDENT:-}" ]; then
+        setup_env export,train # the quickstart draws the sample pictures, with scikit-learn's digits
+    else
+        setup_env export
+    fi
     python="$root/.venv/bin/python"
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

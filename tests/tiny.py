@@ -81,7 +81,21 @@ def tiny_text_config(
 def tiny_vision_config(
     tower: str = "siglip", hidden: int = 32, layers: int = 3, image_size: int = IMAGE_SIZE, **kwargs: Any
 ) -> Any:
-    """Configuration of a tiny transformers vision encoder: siglip, siglip2 (NaFlex), clip or dinov2."""
+    """Configuration of a tiny vision encoder: siglip, siglip2 (NaFlex), clip, dinov2, mof, timm or open_clip."""
+    if tower == "mof":
+        config = tiny_vision_config("clip", hidden, layers, image_size, **kwargs)
+        config.dinov2_config = tiny_vision_config("dinov2", hidden, layers, image_size).to_diff_dict()
+        return config
+    if tower == "timm":
+        from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
+
+        return VisionTowerFactory("timm:test_vit").load_config("timm:test_vit")
+    if tower == "open_clip":
+        size = {"image_size": image_size, "patch_size": PATCH_SIZE}
+        vision = {**size, "width": hidden, "layers": layers, "head_width": hidden // 4}
+        return CONFIG_MAPPING["open_clip_vision_tower"](
+            vision_cfg=vision, embed_dim=16, hidden_size=hidden, num_hidden_layers=layers, **size
+        )
     fields = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "patch_size": PATCH_SIZE}
     if tower == "dinov2":
         fields |= {"image_size": image_size, "mlp_ratio": 2}
@@ -106,7 +120,7 @@ def tiny_config(
     """Configuration of a tiny TinyLLaVA; `text` and `vision` go to the parts, `kwargs` to `TinyLlavaConfig`."""
     fields = {
         "llm_model_name_or_path": f"{llm}-tiny",
-        "vision_model_name_or_path": f"{tower}-tiny",
+        "vision_model_name_or_path": f"{tower}:tiny" if tower in ("mof", "timm", "open_clip") else f"{tower}-tiny",
         "connector_type": connector,
         "num_queries": 4,
         "num_resampler_layers": 2,

@@ -28,5 +28,5 @@ if [ -n "${QUESTIONS:-}" ]; then
     questions=(--questions "$QUESTIONS" --max_questions "${MAX_QUESTIONS:-50}")
     [ -z "${IMAGE_FOLDER:-}" ] || questions+=(--image_folder "$IMAGE_FOLDER")
 fi
-"$python" "$root/scripts/export/check_gguf.py" ask "$1" "$work/asked" "${questions[@]}"
-env -u PYTHONPATH "$environment/bin/python" "$root/scripts/export/check_gguf.py" compare "$work/gguf" "$work/asked"
+"$python" "$root/scripts/export/ask.py" "$1" "$work/asked" "${questions[@]}"
+env -u PYTHONPATH "$environment/bin/python" "$root/scripts/export/check_gguf.py" "$work/gguf" "$work/asked"

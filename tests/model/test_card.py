@@ -52,6 +52,16 @@ def test_an_export_carries_what_was_known(trained, tmp_path):
     assert "image-text-to-text" in card.text.split("## Run it")[1]
 
 
+def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
+    pytest.importorskip("gguf")
+    from tinyllava_switchkd.model.export.gguf import to_gguf
+
+    to_gguf(trained, tmp_path / "export", allow_approximate=True)
+    card = ModelCard.load(tmp_path / "export" / "README.md")
+    assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base"] and card.data.library_name == "gguf"
+    assert "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
+
+
 def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):
     from tinyllava_switchkd.model import load_pretrained_model
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import tokenizers
 from tests.model import test_export
-from tests.tiny import tiny_llava
+from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.model.export import why_not_llava
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -23,10 +24,16 @@ PARTS = {
     ("tower", "siglip2"): ("SigLIP 2 (NaFlex)", {}),
     ("tower", "clip"): ("CLIP", {}),
     ("tower", "dinov2"): ("DINOv2", {}),
+    ("tower", "timm"): ("timm", {}),
+    ("tower", "open_clip"): ("open_clip", {}),
+    ("tower", "mof"): ("mof (CLIP and DINOv2)", {}),
     ("connector", "mlp2x_gelu"): ("mlp2x_gelu", {}),
     ("connector", "linear"): ("linear, mlp1x_gelu", {}),
     ("connector", "mlp3x_gelu"): ("mlp3x_gelu", {}),
-    ("connector", "ldpv2"): ("ldpv2", {"vision_feature_select_strategy": "cls_patch"}),
+    ("connector", "ldpv2"): (
+        "ldpv2",
+        {"vision_feature_select_strategy": "cls_patch", "vision": {"image_size": 96, "patch_size": 4}},
+    ),
     ("connector", "resampler"): ("resampler", {}),
     ("connector", "qformer"): ("qformer", {"qformer_config": QFORMER}),
     ("llm", "qwen2"): ("Qwen2, Qwen2.5", {}),
@@ -59,7 +66,29 @@ def onnx(kind, name, arguments):
     return "yes (tested)"
 
 
-TARGETS = {"hf-llava": hf_llava, "onnx": onnx}
+def gguf(kind, name, arguments):
+    from tests.model import test_export_gguf
+    from tinyllava_switchkd.model.export.gguf import approximate_parts, why_not_gguf
+
+    model = tiny_llava(**{kind: name}, **{**test_export_gguf.EVERY_PATCH, **arguments})
+    tokenizer, processor = tiny_tokenizer(), model.vision_tower.image_processor
+    reason = why_not_gguf(model, tokenizer, processor)
+    if reason is not None:
+        return f"refused: {reason.rstrip('.')}"
+    assert is_exported_by(test_export_gguf.CASES.values(), kind, name), name
+    assert not approximate_parts(model, tokenizer)
+    cell = "yes (tested)"
+    if kind == "tower":
+        model.config.vision_feature_select_strategy = "patch"
+        assert approximate_parts(model, tokenizer)
+        cell += ", trained with `cls_patch`"
+    if name == "llama":
+        assert "byte-level" in why_not_gguf(model, tokenizers.llama(legacy=True), processor)
+        cell += "; refused with a SentencePiece tokenizer (Llama 2, TinyLlama)"
+    return cell
+
+
+TARGETS = {"hf-llava": hf_llava, "onnx": onnx, "gguf": gguf}
 
 
 def table():
@@ -71,6 +100,7 @@ def table():
 
 
 def test_the_page_says_what_is_tested():
+    pytest.importorskip("gguf")
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     text = PAGE.read_text(encoding="utf-8")

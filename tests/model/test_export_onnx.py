@@ -152,16 +152,23 @@ CASES = {
         "connector": "mlp3x_gelu",
         "conv_version": "gemma",
     },
-    "llm phi3 with a window, connector identity": {
+    "llm phi3 with a window, connector identity, tower open_clip": {
+        "tower": "open_clip",
         "llm": "phi3",
         "connector": "identity",
         "conv_version": "phi",
         "text": {"sliding_window": 20, "pad_token_id": 0},
     },
-    "llm qwen2 with a window in some layers": {
-        "text": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    "llm qwen2 with a window in some layers, tower mof": {
+        "tower": "mof",
+        "text": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     },
-    "llm stablelm, connector mlp1x_gelu": {"llm": "stablelm", "connector": "mlp1x_gelu", "conv_version": "phi"},
+    "llm stablelm, connector mlp1x_gelu, tower timm": {
+        "llm": "stablelm",
+        "tower": "timm",
+        "connector": "mlp1x_gelu",
+        "conv_version": "phi",
+    },
     "the real grid of 27 x 27": {"vision": {"image_size": 384, "patch_size": 14}},
     "the real grid, every patch, connector ldpv2": {
         "connector": "ldpv2",
@@ -226,6 +233,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, reas
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit_.value.code == 1 and re.search(reason, error)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.slow
+def test_approximate_positions_are_measured(tmp_path, caplog):
+    """Exact in a sequence as short as those of the first training; beyond, the command says by how much it is not."""
+    caplog.set_level("INFO", logger="tinyllava_switchkd")
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    text = {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": rope}
+    write(tmp_path / "ours", llm="phi3", conv_version="phi", text=text)
+    main(["--to", "onnx", str(tmp_path / "ours"), str(tmp_path / "onnx"), "--allow_approximate"])
+    found = json.loads((tmp_path / "onnx" / "measured.json").read_text())["fp32"]
+    assert found["logits"] > 1e-3  # the template alone is longer than 64
+    assert "Approximate: The language model's positions ('longrope')" in caplog.text
+    assert f"{found['equal']} of 4 answers equal" in caplog.text
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert len(config["tinyllava"]["approximate"]) == 1
+
+    model, *_ = load_pretrained_model(tmp_path / "ours", device="cpu", dtype=torch.float32)
+    ids = list(range(5, 45))
+    with torch.no_grad():
+        logits = model.language_model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(OnnxStudent(tmp_path / "onnx", threads=1).logits([ids])[0] - logits).max() < 1e-4
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ TRAINING = {
     "ATTN_IMPLEMENTATION": Variable(word, "attn_implementation"),
     "IMAGE_ASPECT_RATIO": Variable(word, "image_aspect_ratio"),
     "SELECT_LAYER": Variable(whole(-1000), "mm_vision_select_layer"),
+    "SELECT_FEATURE": Variable(one_of("patch", "cls_patch"), "mm_vision_select_feature"),
     "GROUP_BY_MODALITY": Variable(boolean, "group_by_modality_length"),
     "LORA_R": Variable(whole(1), "lora_r"),
     "LORA_ALPHA": Variable(number(0, strictly=True), "lora_alpha"),

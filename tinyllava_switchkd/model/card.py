@@ -156,7 +156,8 @@ def model_card(folder: str | os.PathLike) -> str:
     folder = Path(folder)
     config, facts = _read(folder, "config.json"), facts_of(folder)
     settings = facts["settings"]
-    record = config.get("tinyllava", config)  # exports keep the TinyLLaVA's own fields under a key
+    # Exports keep the TinyLLaVA's own fields under a key, or in a file.
+    record = config.get("tinyllava") or config or _read(folder, "tinyllava.json")
     name = facts.get("name") or folder.resolve().name
     kind = kind_of(folder, config)
     bases = {

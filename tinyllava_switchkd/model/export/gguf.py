@@ -33,7 +33,7 @@ from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model
 from .chat_template import jinja_template
 from .files import card_of_export, empty_folder
-from .hf_llava import _add_image_token, _generation_config
+from .hf_llava import _add_image_token, _generation_config, _record
 from .questions import default_questions
 from .targets import GgufTarget, whole_folder
 
@@ -118,7 +118,7 @@ def to_gguf(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
             f"nevertheless."
         )
-    record = {"conv_version": conv_version, "dtype": dtype, "images": image_note(model, image_processor)}
+    record = _record(model, tokenizer, conv_version) | {"dtype": dtype, "images": image_note(model, image_processor)}
     if approximate:
         record["approximate"] = approximate
     if model.config.vision_feature_select_strategy == "patch":

@@ -99,6 +99,8 @@ def to_onnx(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
             f"nevertheless and see by how much the two disagree."
         )
+    for part in approximate:
+        logger.warning("Approximate: %s", part)
     record = (
         _record(model, tokenizer, conv_version)
         | {"dtypes": list(dtypes)}
@@ -167,8 +169,13 @@ def approximate_parts(model: Any) -> list[str]:
 def _make_static(model: Any) -> None:
     """Fix the angles of the positions, in place, at those of short sequences."""
     for module in model.language_model.modules():
-        if isinstance(getattr(module, "rope_type", None), str):
-            module.rope_type = "default"
+        kinds = getattr(module, "rope_type", None)
+        if kinds is None:
+            continue
+        module.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")
+        for name, angles in dict(module.named_buffers(recurse=False)).items():
+            if name.endswith("original_inv_freq"):  # the module still has those of the last sequence that was asked
+                setattr(module, name.replace("original_", ""), angles.clone())
 
 
 def size_of(folder: Path, dtype: str) -> int:

