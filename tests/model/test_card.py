@@ -59,7 +59,7 @@ def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
     to_gguf(trained, tmp_path / "export", allow_approximate=True)
     card = ModelCard.load(tmp_path / "export" / "README.md")
     assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base"] and card.data.library_name == "gguf"
-    assert "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
+    assert "# export\n" in card.text and "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
 
 
 def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):

@@ -22,11 +22,14 @@ def empty_folder(output_dir: str | os.PathLike) -> Path:
     return output_dir
 
 
-def card_of_export(source: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-    """Write the model card of an export, with what the checkpoint's folder knows beyond its configuration."""
-    facts = {**facts_of(source), "source": Path(source).name}
-    facts.pop("name", None)
-    write_model_card(output_dir, facts)
+def card_of_export(source: str | os.PathLike, folder: str | os.PathLike, name: str) -> None:
+    """Write the model card of an export, with what the checkpoint's folder knows beyond its configuration.
+
+    Args:
+        folder: where the export is now.
+        name: what it will be called.
+    """
+    write_model_card(folder, {**facts_of(source), "source": Path(source).name, "name": name})
 
 
 def read_by_older_versions(folder: Path) -> None:

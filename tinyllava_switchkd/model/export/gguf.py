@@ -134,7 +134,7 @@ def to_gguf(
             verify_file(folder / MMPROJ, vision)
         record["bytes"] = {name: (folder / name).stat().st_size for name in (MODEL, MMPROJ)}
         write_json(folder / RECORD, record)
-        card_of_export(source, folder)
+        card_of_export(source, folder, Path(output_dir).resolve().name)
     return record
 
 
@@ -212,7 +212,8 @@ def approximate_parts(model: Any, tokenizer: Any) -> list[str]:
     if strips:
         parts.append(
             f"The tokenizer has added tokens that swallow spaces or stand only as whole words ({len(strips)}, such as "
-            f"{strips[-1]!r}), which llama.cpp's do not: it reads other tokens."
+            f"{strips[-1]!r}), which llama.cpp's do not: it reads other tokens of a text. "
+            f"Hand it token ids, as scripts/export/check_gguf.py does."
         )
     return parts
 

@@ -77,7 +77,7 @@ def to_hf_llava(
     processor.save_pretrained(output_dir)
     save_image_processor(processor.image_processor, output_dir)
     read_by_older_versions(output_dir)
-    card_of_export(source, output_dir)
+    card_of_export(source, output_dir, output_dir.resolve().name)
 
 
 def why_not_llava(model: Any) -> str | None:

@@ -128,7 +128,7 @@ def to_onnx(
                 measured[dtype] = expected.compare(OnnxStudent(folder, dtype), dtype, exact=not approximate)
                 measured[dtype]["bytes"] = size_of(folder, dtype)
             write_json(folder / MEASURED, measured)
-        card_of_export(source, folder)
+        card_of_export(source, folder, Path(output_dir).resolve().name)
     return measured
 
 
