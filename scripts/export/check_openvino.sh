@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a student answer in OpenVINO as it does here? bash scripts/export/check_openvino.sh STUDENT
 #
-# Exports it, makes an environment with optimum-intel and OpenVINO from the package index, and asks both the same.
+# Exports it, makes an environment with optimum-intel and OpenVINO from the package index (about 6 GB), and asks both the same.
 #
 #   OPENVINO_ENV       the environment ($TMPDIR/env-openvino, or /tmp/env-openvino)
 #   QUESTIONS          a question file of LLaVA's, with IMAGE_FOLDER and MAX_QUESTIONS; else four drawings

