@@ -101,3 +101,14 @@ def write_section(
         text = f"{text.rstrip()}\n\n{block}\n"
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(text, encoding="utf-8")
+
+
+def readme_cell(start: str, text: str) -> None:
+    """Put a figure into the second cell of the row of README.md's tables that begins with `start`."""
+    file = ROOT / "README.md"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    [at] = [i for i, line in enumerate(lines) if line.startswith(start)]
+    cells = lines[at].split("|")
+    cells[2] = f" {text} "
+    lines[at] = "|".join(cells)
+    file.write_text("\n".join(lines), encoding="utf-8")

@@ -38,9 +38,9 @@ from tinyllava_switchkd.eval.processes import Processes
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 
 try:
-    from benchmarks._table import machine, write_section
+    from benchmarks._table import machine, readme_cell, write_section
 except ModuleNotFoundError:  # started by its path: then its own folder is searched and the repository is not
-    from _table import machine, write_section
+    from _table import machine, readme_cell, write_section
 
 SIZES = {"tiny": (64, 4, 112), "small": (192, 6, 224)}
 """Width and depth of language model and tower, and the picture's side in pixels (patches of 16)."""
@@ -246,6 +246,9 @@ def main() -> None:
             head = [f"{size}, batch size {max(args.batch_sizes)}: where the time goes", "share"]
             tables.append((head, profile(size, args, Path(root))))
             notes.append(note)
+    gains = [float(row[-1]) for rows in tables[::2] for row in rows[1] if row[0] == "batch size 16"]
+    if args.device == "cpu" and gains:
+        readme_cell("| benchmark answers a second, batch 16", f"{min(gains):.1f} to {max(gains):.1f}")
     questions = f"About {args.questions} questions in the proportions of the benchmarks, float32, on {args.device}"
     write_section(
         f"evaluation-{args.device}",

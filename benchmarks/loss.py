@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._memory import peak_resident
-from benchmarks._table import machine, write_section
+from benchmarks._table import machine, readme_cell, write_section
 from tinyllava_switchkd.distill import LossFactory, knee
-from tinyllava_switchkd.distill.losses.knee import Order
-from tinyllava_switchkd.distill.losses.pairs import logit_difference_kl, pair_kl
+from tinyllava_switchkd.distill.losses.knee import Order, leading
+from tinyllava_switchkd.distill.losses.pairs import logit_difference_kl
 
 knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 TEMPERATURE = 3.0
@@ -205,35 +205,69 @@ def real_like_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tup
 
 
 def ratios(tokens: int, vocabularies: list[int], device: str, repeats: int) -> list[dict]:
-    """Exact DBiLD over full-vocabulary reverse KL, run in turn: medians of the ratios of wall and of CPU time."""
+    """Exact DBiLD over full-vocabulary reverse KL, run in turn: the least of many times over the least of many.
+
+    With one thread the times are of the process's CPU, with several of the wall clock: threads that wait for each other
+    do so busily.
+    """
     ours, base = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
+    threads = torch.get_num_threads()
+    now = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
     shapes = [(language_model_logits, "simulated", vocab) for vocab in vocabularies]
     rows = []
     for make, kind, vocab in [*shapes, (real_like_logits, "skewed", 49_152)]:
         student, teacher = make(tokens, vocab, device)
         found = []
         for _ in range(repeats + 1):
-            pair = []
+            times = []
             for loss in (base, ours):
-                wall, cpu = time.perf_counter(), time.process_time()
+                start = now()
                 run(loss, student, teacher)
-                pair.append((time.perf_counter() - wall, time.process_time() - cpu))
-            found.append([b / a for a, b in zip(*pair, strict=True)])
-        wall, cpu = (statistics.median(column) for column in list(zip(*found[1:], strict=True)))
+                times.append(now() - start)
+            found.append(times)
+        least = [min(column) for column in zip(*found[1:], strict=True)]  # the first round warms up
         rows.append(
             {
                 "torch": torch.__version__.partition("+")[0],
-                "threads": torch.get_num_threads(),
+                "threads": threads,
                 "tokens": tokens,
+                "repeats": repeats,
                 "logits": kind,
                 "vocabulary": vocab,
                 "mean knee": round(float(knee(teacher).double().mean())),
-                "wall": round(wall, 2),
-                "cpu": round(cpu, 2),
+                "ratio": round(least[1] / least[0], 2),
             }
         )
         print(rows[-1], flush=True)
     return rows
+
+
+def write_ratios(rows: list[dict]) -> None:
+    """The section of docs/benchmarks.md and the rows of README.md on what `ratios` found in all environments."""
+    environments = sorted({(row["threads"], row["torch"]) for row in rows})
+    lines = []
+    for kind, vocab, mean_knee in sorted({(row["logits"], row["vocabulary"], row["mean knee"]) for row in rows}):
+        cells = {
+            (row["threads"], row["torch"]): f"{row['ratio']:.2f}"
+            for row in rows
+            if (row["logits"], row["vocabulary"]) == (kind, vocab)
+        }
+        line = [f"{vocab:,}, {kind}", f"{mean_knee:,}", *(cells.get(environment, "") for environment in environments)]
+        lines.append([*line, f"{min(cells.values())} to {max(cells.values())}"])
+    names = [f"{threads} thread{'s' * (threads > 1)}, {version}" for threads, version in environments]
+    repeats = " or ".join(map(str, sorted({row["repeats"] for row in rows})))
+    write_section(
+        "loss-ratios",
+        "Exact DBiLD over full-vocabulary reverse KL, by torch's version and threads (cpu)",
+        [(["vocabulary, logits", "mean knee", *names, "range"], lines)],
+        machine().partition(",")[0],
+        note=f"Forward and backward of {rows[0]['tokens']} tokens, float32, the two in turn, {repeats} times: the "
+        "least time over the least time, of the CPU with one thread and of the wall clock with two, while other work "
+        'ran on the machine. "Skewed" logits are shaped like a language model\'s. From `docs/loss_ratios.json`.',
+    )
+    for kind, start in (("simulated", "| exact DBiLD, forward"), ("skewed", "| the same on logits shaped")):
+        found = [row["ratio"] for row in rows if row["logits"] == kind]
+        readme_cell(start, f"{min(found):.2f} to {max(found):.2f}")
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
@@ -258,10 +292,10 @@ def growth(device: str, repeats: int) -> list[list[str]]:
         return statistics.median(values)
 
     def linear(k: int, tokens: int = 4) -> float:
-        student, teacher = (x.sort(-1, descending=True).values for x in language_model_logits(tokens, k, device))
-        student, teacher = ((side.double() - side[:, :1]) / TEMPERATURE for side in (student, teacher))
-        mask = torch.ones_like(student, dtype=torch.bool)
-        return median(lambda: pair_kl(student, teacher, mask)) / tokens
+        student, teacher = language_model_logits(tokens, 65_536, device)
+        orders = leading(student, k), leading(teacher, k)
+        leaf = student.requires_grad_()
+        return median(lambda: logit_difference_kl(leaf, teacher, orders, TEMPERATURE)) / tokens
 
     def quadratic(k: int) -> float:
         student, teacher = language_model_logits(1, k, device)
@@ -292,7 +326,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="repeats after a warm-up; medians are printed")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--ratios", metavar="FILE", help="only DBiLD over reverse KL; rows are added to this JSON file")
+    parser.add_argument(
+        "--ratios",
+        metavar="FILE",
+        help="only DBiLD over reverse KL, for this torch and these threads, into this JSON file",
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -300,9 +338,15 @@ def main() -> None:
         file = Path(args.ratios)
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         found = ratios(args.tokens, args.vocab, args.device, args.repeats)
-        file.write_text(json.dumps(known + found, indent=1) + "\n", encoding="utf-8")
+        again = {(row["torch"], row["threads"]) for row in found}
+        rows = [row for row in known if (row["torch"], row["threads"]) not in again] + found
+        file.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        write_ratios(rows)
         return
     rows = [row for vocab in args.vocab for row in compare(args.tokens, vocab, args.device, args.repeats)]
+    grown = growth(args.device, args.repeats)
+    if args.device == "cpu":
+        readme_cell("| growth of its pair term with k", grown[0][-1])
     write_section(
         f"loss-{args.device}",
         f"Distillation losses, forward and backward ({args.device})",
@@ -317,7 +361,7 @@ def main() -> None:
                 ],
                 rows,
             ),
-            (["what grows", "with", "range", "log-log slope"], growth(args.device, args.repeats)),
+            (["what grows", "with", "range", "log-log slope"], grown),
         ],
         machine(),
         note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most it bears here)."

@@ -32,6 +32,12 @@ COMMANDS = {
     "serve.chat `--help`": ["serve.chat", "--help"],
     "visualize.attention `--help`": ["visualize.attention", "--help"],
     "quickstart.run `--help`": ["quickstart.run", "--help"],
+    "eval.run, a misspelt flag": ["eval.run", "pope", "--model_pth", "x"],
+    "model.export, an unknown target": ["model.export", "--to", "nothing", "x", "y"],
+    "serve.app, a misspelt flag": ["serve.app", "--model_pth", "x"],
+    "serve.chat, a misspelt flag": ["serve.chat", "--model_pth", "x"],
+    "visualize.attention, a misspelt flag": ["visualize.attention", "--imge", "x"],
+    "quickstart.run, a bad value": ["quickstart.run", "--seeds", "0"],
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 
 from benchmarks import eval_throughput
-from benchmarks._table import machine, markdown, write_section
+from benchmarks._table import ROOT, machine, markdown, write_section
 
 
 def test_a_section_replaces_its_own_and_leaves_the_others(tmp_path, capsys):
@@ -40,3 +42,15 @@ def test_batches_are_measured_against_the_same_answers(tmp_path):
     assert [row[0] for row in rows] == ["one at a time", "batch size 4"]
     assert rows[0][2] == "1.00"
     assert "tokens an answer" in note
+
+
+def test_the_loss_figures_are_those_stored():
+    rows = json.loads((ROOT / "docs" / "loss_ratios.json").read_text())
+    page, readme = (ROOT / "docs" / "benchmarks.md").read_text(), (ROOT / "README.md").read_text()
+    assert {(row["threads"], row["torch"]) for row in rows} == {
+        (int(threads), version) for threads, version in re.findall(r"(\d) threads?, (2[.\d]+) ", page)
+    }
+    assert all(f" {row['ratio']:.2f} " in page for row in rows)
+    for kind in ("simulated", "skewed"):
+        found = [row["ratio"] for row in rows if row["logits"] == kind]
+        assert f"| {min(found):.2f} to {max(found):.2f} |" in readme
