@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.checkpoint import save_image_processor
 from tinyllava_switchkd.model.weights import SPLIT_PARTS, refuse
 
@@ -99,6 +100,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         )
         adapter = {name: value.detach().cpu().contiguous() for name, value in adapter.items()}
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_model_card(folder)
 
     def read_student(self, model: nn.Module, folder: str) -> None:
         root = Path(folder)
