@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -35,8 +36,10 @@ def test_the_types_are_the_full_parsers():
     assert checked > 40
 
 
-def test_a_v1_scripts_line_passes():
+def test_a_v1_scripts_line_passes_and_is_only_read():
+    before = dict(os.environ)
     check_command_line([*REQUIRED, *V1_FINETUNE.split()])
+    assert os.environ == before
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def spoilt(world, tmp_path, name):
             tower = write_tiny_tower(tmp_path / "siglip-wide", hidden=64)
             llm = {"model_name_or_path": world["teacher_llm"], "vision_tower": tower}
             assert config.is_file() and main(command_line(world, other, **llm)) == 0
-            return {**sft, "teacher_path": other}, ["32", "64"]
+            return {**sft, "teacher_path": other, "bridge": "none"}, ["32", "64", "--bridge auto"]
         case "teacher of another tokenizer":
             other = tmp_path / "teacher"
             llm = write_tiny_llm(tmp_path / "qwen2-instruct", style="qwen2_instruct")

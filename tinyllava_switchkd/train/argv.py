@@ -76,8 +76,7 @@ def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
 
 
 def _logging_dir(value: str, rest: dict[str, str]) -> list[str]:
-    os.environ["TENSORBOARD_LOGGING_DIR"] = value
-    return []
+    return []  # `parse_arguments` passes it on: translating a command line changes nothing around it
 
 
 def _group_by_length(value: str, rest: dict[str, str]) -> list[str]:
@@ -173,7 +172,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
     from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, distill_arguments
 
-    argv = translate_argv(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    for values in (values for name, values in pairs(argv) if name == "logging_dir"):
+        os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(values)
+    argv = translate_argv(argv)
     # the training arguments come last: constructing them already opens the process group
     groups = (ModelArguments, DataArguments, distill_arguments(), TrainingArguments)
     parser: Any = HfArgumentParser(list(groups), allow_abbrev=False)  # type: ignore[arg-type]

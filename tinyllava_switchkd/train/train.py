@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
@@ -371,4 +372,7 @@ def _set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code in (0, signals.INTERRUPTED) and dist.is_initialized():  # all ranks are here
+        dist.destroy_process_group()  # left to the interpreter's end, its threads can abort a run that went well
+    sys.exit(code)
