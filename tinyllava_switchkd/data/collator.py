@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class DataCollatorForSupervisedDataset:
         model_max_length: longest sequence, the tokenizer's if None.
 
     Attributes:
+        digests: whether batches carry the `sample_digest` of each sample, by which a teacher cache knows it.
         counts: samples seen, cut, and left with nothing to learn by the cut, over all workers; see `report`.
     """
 
@@ -45,6 +47,7 @@ class DataCollatorForSupervisedDataset:
         self.model_max_length = min(model_max_length or tokenizer.model_max_length, 1 << 40)  # "none" is 1e30
         self.num_image_tokens = num_image_tokens
         self.image_shapes = {"images": image_shape, "teacher_images": teacher_image_shape}
+        self.digests = False
         self.counts = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class DataCollatorForSupervisedDataset:
             are tokens, whatever their ids: a padding id that doubles as end of answer is still seen) and images
             [I, 3, H, W] in the order of their places, or one zero image if there are none; for a teacher that reads
             other pixels teacher_images [I, 3, H', W'], image by image; ids, the B names of the samples, if they have
-            any. A model reads neither of the last two by itself.
+            any; digests if asked for. A model reads none of the last three by itself.
 
         Raises:
             SampleError: a sample has not as many images as places for them, or images differ in size.
@@ -90,6 +93,8 @@ class DataCollatorForSupervisedDataset:
                 batch[key] = torch.zeros(1, *shape)
         if all("id" in sample for sample in samples):
             batch["ids"] = [sample["id"] for sample in samples]
+        if self.digests:
+            batch["digests"] = [sample_digest(sample) for sample in samples]
         return batch
 
     def truncate(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -123,3 +128,17 @@ class DataCollatorForSupervisedDataset:
             f"Of {seen} samples {cut} ({cut / seen:.1%}) were cut to {self.model_max_length} tokens, "
             f"and {lost} ({lost / seen:.1%}) of them have no answer left to learn from."
         )
+
+
+def sample_digest(sample: dict[str, Any]) -> str:
+    """What a teacher reads of a sample, as 32 hexadecimal digits: id, tokens, which are supervised, prepared pixels.
+
+    Another question, image or preparation of it, and every random augmentation, gives another digest.
+    """
+    total = hashlib.blake2b(str(sample.get("id")).encode(errors="surrogatepass"), digest_size=16)
+    pixels = sample.get("teacher_images", sample.get("images"))
+    parts = [sample["input_ids"].long(), sample["labels"] != IGNORE_INDEX, *([] if pixels is None else [pixels])]
+    for part in parts:
+        total.update(f"|{part.dtype} {tuple(part.shape)}|".encode())
+        total.update(part.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()

@@ -6,6 +6,7 @@ from .losses import LogitLoss, LossFactory, knee, register_loss
 from .methods import Method, MethodFactory, register_method, terms_of_all_methods
 from .objective import LogitTerm
 from .task import Measure, Task
+from .teacher_cache import TeacherCache
 from .trace import Sight, View
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PathwayLogits",
     "Sight",
     "Task",
+    "TeacherCache",
     "View",
     "build_distiller",
     "check_compatible",

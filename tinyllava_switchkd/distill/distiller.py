@@ -24,6 +24,7 @@ from .methods.base import DenseTerm, Method, Views
 from .objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
 from .task import Measure, Task
 from .teacher import FrozenTeacher, Held
+from .teacher_cache import TeacherCache, check_method, split
 from .trace import (
     BLIND,
     TEXT_KEYS,
@@ -104,6 +105,7 @@ class Distiller(Task):
         if trained:
             self.adapters = nn.ModuleDict(trained)
         self._kept: dict[str, Any] = {}
+        self._cache: TeacherCache | None = None
         self._one_encoder = _is_frozen(student.vision_tower) and self.guide.sees_as(student)
 
     def __getattr__(self, name: str) -> Any:
@@ -123,6 +125,20 @@ class Distiller(Task):
     @property
     def teacher(self) -> nn.Module:
         return self.guide.module
+
+    @property
+    def teacher_cache(self) -> TeacherCache | None:
+        """Where the teacher's hidden states are kept; a batch whose samples are all there spares its own pass.
+
+        Batches must then carry `digests` (see `DataCollatorForSupervisedDataset`).
+        """
+        return self._cache
+
+    @teacher_cache.setter
+    def teacher_cache(self, cache: TeacherCache | None) -> None:
+        if cache is not None:
+            check_method(self.method)
+        self._cache = cache
 
     @property
     def loss(self) -> nn.Module | None:
@@ -285,8 +301,36 @@ class Distiller(Task):
                 student.hidden = student.hidden + bridged.sum().to(student.hidden.dtype) * 0
         return student, teacher, switch, positions
 
-    @torch.no_grad()
     def _teacher_view(self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions) -> View:
+        """What the teacher shows, from its cache if all of it is there.
+
+        One sample that is not has the whole batch run: it gives what it would give without a cache, to the last bit.
+        No rank waits for another here, for the teacher is whole on each.
+        """
+        if self._cache is None:
+            return self._run_teacher(batch, features, student, positions)
+        if "digests" not in batch:
+            raise ValueError(
+                "The teacher cache knows samples by 'digests', which this batch lacks; set the collator's."
+            )
+        samples, counts = torch.unique_consecutive(positions.rows, return_counts=True)
+        known = [self._cache.get(batch["digests"][row]) for row in samples.tolist()]
+        if known and all(
+            hidden is not None and len(hidden) == count for hidden, count in zip(known, counts.tolist(), strict=True)
+        ):
+            like = self.guide.head.weight
+            return View(torch.cat(known).to(like.device, self._teacher_dtype()))
+        view = self._run_teacher(batch, features, student, positions)
+        for digest, hidden in split(view.hidden, positions.rows, batch["digests"]).items():
+            self._cache.add(digest, hidden)
+        return view
+
+    def _teacher_dtype(self) -> torch.dtype:
+        """What the teacher's hidden states come in."""
+        return next(p.dtype for p in self.guide.head.parameters() if p.is_floating_point())
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions) -> View:
         teacher, sight, visual = self.teacher, self.method.teacher_sight, None
         if not len(positions.labels) and sight == BLIND:
             return View(next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size))

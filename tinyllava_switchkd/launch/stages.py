@@ -45,7 +45,10 @@ _FLAG_OF = {
     "OUTPUT_DIR": "output_dir",
 }
 
-DISTILLATION = ("distill_method", "distill_loss", "temperature", "align_weight", "switch_weight", "teacher_bits")
+DISTILLATION = (
+    *("distill_method", "distill_loss", "temperature", "align_weight", "switch_weight", "teacher_bits"),
+    *("teacher_cache", "teacher_cache_dtype"),
+)
 """Settings that mean something only to a stage that has a teacher."""
 
 ADAPTERS = ("lora_r", "lora_alpha")

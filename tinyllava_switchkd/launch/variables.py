@@ -101,6 +101,8 @@ TRAINING = {
     "LORA_ALPHA": Variable(number(0, strictly=True), "lora_alpha"),
     "TEACHER_PATH": Variable(setting="teacher_path"),
     "TEACHER_BITS": Variable(one_of("16", "8", "4"), "teacher_bits"),
+    "TEACHER_CACHE": Variable(setting="teacher_cache"),
+    "TEACHER_CACHE_DTYPE": Variable(one_of("bf16", "fp32"), "teacher_cache_dtype"),
     "DISTILL_METHOD": Variable(word, "distill_method"),
     "DISTILL_LOSS": Variable(word, "distill_loss"),
     "TEMPERATURE": Variable(number(0, strictly=True), "temperature"),

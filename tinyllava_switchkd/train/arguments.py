@@ -17,6 +17,7 @@ import transformers
 from tinyllava_switchkd.distill.builder import BRIDGES
 from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
+from tinyllava_switchkd.distill.teacher_cache import check_method
 from tinyllava_switchkd.model.quantized import BITS
 
 from .settings import check_settings
@@ -135,11 +136,24 @@ class TeacherArguments:
         default="auto",
         metadata={"help": "auto trains a map between vision towers of unequal shape for the switch; none refuses."},
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps what the teacher says of each sample; its own pass is then paid once."},
+    )
+    teacher_cache_dtype: str | None = field(
+        default=None, metadata={"help": "bf16 or fp32; by default what the teacher computes in, which loses nothing."}
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
         _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
         _one_of("bridge", self.bridge, BRIDGES)
+        if self.teacher_cache_dtype is not None:
+            _one_of("teacher_cache_dtype", self.teacher_cache_dtype, ("bf16", "fp32"))
+            if self.teacher_cache is None:
+                raise ValueError(
+                    f"--teacher_cache_dtype {self.teacher_cache_dtype} does nothing without --teacher_cache."
+                )
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
             changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]
@@ -147,7 +161,9 @@ class TeacherArguments:
                 given = ", ".join(f"--{name} {getattr(self, name)}" for name in changed)
                 raise ValueError(f"{given} does nothing without a teacher; give --teacher_path as well.")
         else:
-            self.method()  # its settings are checked
+            method = self.method()  # its settings are checked
+            if self.teacher_cache is not None:
+                check_method(method)
 
     def method(self) -> Method:
         """The distillation method with the settings given, the rest at their defaults.

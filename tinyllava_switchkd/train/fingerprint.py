@@ -57,7 +57,7 @@ _WITHOUT_EFFECT = {
     # where things are, how much is in memory at once, what is done once; chunks and attention change rounding alone
     *("cache_dir", "attn_implementation", "image_folder", "model_name_or_path", "tokenizer_name_or_path"),
     *("vision_tower", "vision_tower2", "chunk_size", "pretrained_model_path", "overwrite_output_dir", "estimate"),
-    *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", DATA, TEACHER),
+    *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache", DATA, TEACHER),
 }
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _NEW_RUN = "begin anew with --overwrite_output_dir True"
@@ -82,6 +82,8 @@ def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
         for name, setting in MethodFactory(distill.distill_method).settings().items():
             chosen[name] = setting.default if chosen[name] is None else chosen[name]
     chosen |= {name: getattr(training, name) for name in _OF_TRANSFORMERS if hasattr(training, name)}
+    if training.bf16 or distill.teacher_cache_dtype != "bf16":
+        chosen["teacher_cache_dtype"] = None  # a cache that rounds nothing changes nothing
     chosen = {name: plain(value) for name, value in chosen.items()}
     config = getattr(training, "hf_deepspeed_config", None)
     chosen["deepspeed"] = "none" if config is None else f"ZeRO-{config.config['zero_optimization']['stage']}"

@@ -26,7 +26,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
 from tinyllava_switchkd.data import SampleError, make_supervised_data_module
-from tinyllava_switchkd.distill import Task, build_distiller
+from tinyllava_switchkd.distill import Task, TeacherCache, build_distiller
+from tinyllava_switchkd.distill.teacher_cache import tell_size
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.runtime import is_main_process
@@ -191,6 +192,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     training = arguments.training
     checkpoint, chosen = on_main(lambda: _begin(arguments, plan, lock))
     recipe = plan.recipe
+    cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
     model = recipe.load(plan.skeleton.model, recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
@@ -199,6 +201,8 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     task = build_task(arguments, model, recipe)
+    if cache is not None:
+        task.teacher_cache = cache
     trainer = LLaVATrainer(task, training, recipe=recipe, callbacks=callbacks, **plan.data_module)
     trainer.fingerprint = chosen
     if checkpoint is None:
@@ -207,6 +211,25 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
     return Run(recipe, model, trainer, checkpoint, lock)
+
+
+def _teacher_cache(arguments: Arguments, plan: Plan, chosen: dict[str, Any]) -> TeacherCache | None:
+    """Where the teacher's hidden states are kept, after saying how large it becomes.
+
+    Raises:
+        OSError, ValueError: the folder cannot be made, or the disk has no room.
+    """
+    distill = arguments.distill
+    if distill.teacher_cache is None or plan.teacher is None:
+        return None
+    computed = plan.recipe.compute_dtype()
+    kept = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(distill.teacher_cache_dtype or "", computed)
+    identity = f"{chosen[fingerprint.TEACHER]} {computed} {distill.teacher_bits}"
+    cache = TeacherCache(distill.teacher_cache, identity, kept)
+    dataset, collator = (plan.data_module[name] for name in ("train_dataset", "data_collator"))
+    collator.digests = True
+    logger.info(on_main(lambda: tell_size(cache, dataset, collator, plan.teacher.model.config.hidden_size)))
+    return cache
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -259,6 +282,7 @@ class Plan:
 
     recipe: BaseTrainingRecipe
     skeleton: Skeleton
+    teacher: Skeleton | None
     data_module: dict[str, Any]
 
 
@@ -289,7 +313,7 @@ def check(arguments: Arguments) -> Plan | None:
     metric = training.metric_for_best_model
     if training.load_best_model_at_end and metric is not None:
         checks.check_metric(arguments, metric)
-    return Plan(recipe, skeleton, data_module)
+    return Plan(recipe, skeleton, teacher, data_module)
 
 
 def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> Task:

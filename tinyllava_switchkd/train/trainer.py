@@ -80,6 +80,8 @@ class LLaVATrainer(ReliableTrainer):
             compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the task as a whole
         self.add_callback(_Begin(self))
+        if getattr(task, "teacher_cache", None) is not None:
+            self.add_callback(_SyncTeacherCache(self))
 
     @property
     def student(self) -> nn.Module:
@@ -261,6 +263,23 @@ class _Begin(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if hasattr(self._trainer._epoch_sampler, "set_epoch"):
             self._trainer._epoch_sampler.set_epoch(int(state.epoch + 1e-6))
+
+
+class _SyncTeacherCache(TrainerCallback):
+    """Has every rank know at the start of an epoch what the others have computed, and nothing lost at a checkpoint."""
+
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)
+        self._trainer.accelerator.wait_for_everyone()
+        self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.model.teacher_cache.sync()
+
+    on_train_end = on_save
 
 
 class _Window:

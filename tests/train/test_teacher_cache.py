@@ -1,0 +1,96 @@
+"""--teacher_cache through the entry point: the same student, also resumed; what it cannot serve is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.world import command_line, write_world
+from tinyllava_switchkd.distill import Distiller
+from tinyllava_switchkd.train.train import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher_cache")
+    world = write_world(folder / "world", samples=6)
+    world["teacher"] = str(folder / "teacher")
+    parts = {"model_name_or_path": world["teacher_llm"], "max_steps": 1, "save_strategy": "no"}
+    assert main(command_line(world, world["teacher"], **parts)) == 0
+    return world
+
+
+def line(world, output, **changes):
+    settings = {"teacher_path": world["teacher"], "max_steps": -1, "num_train_epochs": 2, "save_strategy": "no"}
+    # one sample a batch: no padding, and so bitwise in any order
+    return command_line(world, output, **{**settings, "per_device_train_batch_size": 1, **changes})
+
+
+def same(one, other):
+    one, other = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_is_the_same_and_the_next_runs_no_teacher(world, tmp_path, monkeypatch):
+    run, passes = Distiller._run_teacher, []
+    monkeypatch.setattr(Distiller, "_run_teacher", lambda *args: passes.append(1) or run(*args))
+    cache = {"teacher_cache": tmp_path / "cache"}
+    assert main(line(world, tmp_path / "plain")) == 0
+    assert len(passes) == 12
+    assert main(line(world, tmp_path / "filling", **cache)) == 0
+    assert len(passes) == 12 + 6
+    assert same(tmp_path / "plain", tmp_path / "filling")
+    changes = {"temperature": 2.0, "seed": 3, "num_train_epochs": 1}  # another loss in another order
+    assert main(line(world, tmp_path / "other", **cache, **changes)) == 0
+    assert len(passes) == 12 + 6
+    assert main(line(world, tmp_path / "other plain", **changes)) == 0
+    assert same(tmp_path / "other", tmp_path / "other plain")
+
+
+def test_resuming_does_not_ask_about_a_cache_that_rounds_nothing(world, tmp_path, capsys):
+    cache = {"teacher_cache": tmp_path / "cache"}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    assert main(line(world, tmp_path / "run", **settings)) == 0
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    begun = shutil.copytree(tmp_path / "run", tmp_path / "begun")
+    assert main(line(world, begun, **settings, **cache, teacher_cache_dtype="bf16")) == 1
+    assert "--allow_changed teacher_cache_dtype." in capsys.readouterr().err
+    assert main(line(world, begun, **settings, **cache)) == 0
+    assert same(begun, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill_method": "align_kd"}, ["--teacher_cache keeps", "align_kd also reads its projected, attention"]),
+        ({"teacher_cache": None, "teacher_cache_dtype": "bf16"}, ["does nothing without --teacher_cache"]),
+        ({"teacher_cache_dtype": "int4"}, ["--teacher_cache_dtype is 'int4'"]),
+        ({"teacher_path": None}, ["--teacher_cache", "give --teacher_path as well"]),
+        ({"teacher_cache": "FILE"}, ["cannot be made"]),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(world, tmp_path, capsys, changes, words):
+    (tmp_path / "file").write_text("mine")
+    changes = {"teacher_cache": tmp_path / "cache", **changes}
+    if changes["teacher_cache"] == "FILE":
+        changes["teacher_cache"] = tmp_path / "file"
+    assert main(line(world, tmp_path / "run", **changes)) == 1
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_size_is_said_first_and_a_full_disk_is_refused(world, tmp_path, monkeypatch, capsys):
+    cache = {"teacher_cache": tmp_path / "cache"}
+    assert main(line(world, tmp_path / "run", **cache, num_train_epochs=1)) == 0
+    said = capsys.readouterr().err
+    assert "takes about 0.0 MiB for 6 samples; it holds 0 samples" in said
+    stored = [load_file(file) for file in (tmp_path / "cache").rglob("*.safetensors")]
+    assert sum(len(one["rows"]) for one in stored) == 6
+    assert sum(one["hidden"].nbytes for one in stored) == sum(int(one["rows"].sum()) for one in stored) * 48 * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1))
+    assert main(line(world, tmp_path / "new", teacher_cache=tmp_path / "another")) == 1
+    assert "the disk has 0.0 MiB left; choose another folder" in capsys.readouterr().err
