@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
-from tinyllava_switchkd.model.checkpoint import save_pretrained_model
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model, save_pretrained_model
 from tinyllava_switchkd.visualize.attention import look, main
-from tinyllava_switchkd.visualize.attention_map import attention_map
+from tinyllava_switchkd.visualize.attention_map import AttentionMap, attention_map, correlation
 from tinyllava_switchkd.visualize.grid import TokenGrid, token_grid, visible_box
 from tinyllava_switchkd.visualize.overlay import normalise, overlay
 from tinyllava_switchkd.visualize.pieces import text_groups
@@ -214,9 +217,33 @@ class TestCommand:
             assert figure.width > 800 and np.asarray(figure.convert("RGB")).std() > 10
         assert "switch_kd:" in capsys.readouterr().out
 
+    def test_likeness_over_a_set_of_images(self, paths, tmp_path, capsys):
+        """A model beside itself is wholly alike; the printed mean is that of the maps, computed here."""
+        gradient(40, 60).save(paths / "second.png")
+        questions = [{"image": "image.png", "question": "What?"}, {"image": "second.png", "text": "Where?"}]
+        (tmp_path / "set.json").write_text(json.dumps(questions))
+        models = [str(paths / name) for name in ("teacher", "teacher", "sft")]
+        arguments = ["--data", str(tmp_path / "set.json"), "--image_folder", str(paths), "--names", "T", "same", "sft"]
+        assert main(["--model_path", *models, *arguments, "--max_new_tokens", "4"]) == 0
+        out = capsys.readouterr().out
+        assert "same: +1.000 [+1.000, +1.000] over 2 of 2 images" in out
+        maps = {}
+        for name in ("teacher", "sft"):
+            model, tokenizer, processor, _ = load_pretrained_model(paths / name, device="cpu")
+            for row in questions:
+                with Image.open(paths / row["image"]) as image:
+                    text = row.get("question") or row["text"]
+                    seen = look(model, tokenizer, processor, image.convert("RGB"), text, max_new_tokens=4)
+                maps.setdefault(name, []).append(seen.attention.of().flatten())
+        wanted = np.mean(
+            [stats.pearsonr(*_finite(a, b)).statistic for a, b in zip(maps["sft"], maps["teacher"], strict=True)]
+        )
+        assert f"sft: {wanted:+.3f} [" in out and f"sft minus same: {wanted - 1:+.3f} [" in out
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"--data": "none.json"}, "none.json"),
             ({"--image": "none.png"}, "none.png is no image"),
             ({"--names": "one two"}, "2 names for 1 models"),
             ({"--conv-mode": "nonsense"}, "nonsense"),
@@ -231,12 +258,31 @@ class TestCommand:
             "--output": str(tmp_path / "figure.png"),
             **change,
         }
+        if "--data" in change:
+            options["--model-path"] = " ".join([str(paths / "sft")] * 2)
         argv = [
-            part for key, value in options.items() for part in (key, *(value.split() if key == "--names" else [value]))
+            part
+            for key, value in options.items()
+            for part in (key, *(value.split() if key in ("--names", "--model-path") else [value]))
         ]
         assert main(argv) == 1
         error = capsys.readouterr().err
         assert error.count("error:") == 1 and message in error
+
+
+def _finite(a, b):
+    both = np.isfinite(a) & np.isfinite(b)
+    return a[both], b[both]
+
+
+def test_maps_of_unequal_grids_and_flat_maps():
+    """A map laid out finer is like itself; one without any contrast has no likeness."""
+    coarse = np.array([[0.1, 0.4], [0.2, 0.3]])
+    reference, finer = (
+        AttentionMap(("x",), weights[None, None]) for weights in (coarse, np.kron(coarse, np.ones((2, 2))))
+    )
+    assert correlation(finer, reference) > 0.95
+    assert correlation(AttentionMap(("x",), np.ones((1, 1, 2, 2))), reference) is None
 
 
 def test_look_asks_in_the_checkpoint_s_own_format():

@@ -13,7 +13,8 @@ from tinyllava_switchkd.eval.statistics import mean_interval
 from .tables import Table
 
 Stored = Mapping[str, Any]
-"""What `toy.RESULTS` and docs/ablation_runs.json hold: "runs" (``WAY/SEED`` -> row) and "search" (way -> choice)."""
+"""What `toy.RESULTS` and docs/ablation_runs.json hold: "runs" (``WAY/SEED`` -> row), "search" (way -> choice),
+"memory" (way -> MiB) and "attention" (seed -> correlations with the teacher's maps)."""
 
 TITLES = {"knee_teacher": "k, teacher leads", "knee_student": "k, student leads", "topk_overlap": "overlap"}
 
@@ -67,18 +68,25 @@ def difference(stored: Stored, table: Table, key: str, other: str) -> Difference
 
 def lines(stored: Stored, table: Table) -> list[list[str]]:
     """The table's cells, the heads first."""
-    rows = [["", "score", "sd", "minus SFT [95 %]", "seconds", "peak MiB", *(TITLES[name] for name in table.columns)]]
+    memory = ["peak MiB"] if table.memory else []
+    titles = [TITLES[name] for name in table.columns]
+    rows = [["", "score", "sd", "minus SFT [95 %]", "seconds", *memory, *titles]]
     for key in table.ways:
         scores = values(stored, table, key, "score")
         reference = table.reference(key)
         cells = [f"{fmean(scores):.1f}", f"{stdev(scores):.1f}" if len(scores) > 1 else "–"]
         cells.append("" if key == reference else str(difference(stored, table, key, reference)))
-        for name in ("seconds", "peak_mib", *table.columns):
-            measured = values(stored, table, key, name)
-            digits = 2 if name == "topk_overlap" else 0
-            cells.append(f"{fmean(measured):.{digits}f}" if measured else "–")
+        cells.append(_mean(values(stored, table, key, "seconds")))
+        if memory:
+            measured = stored.get("memory", {}).get(chosen(stored, table)[key], {}).get("peak_mib")
+            cells.append(_mean([] if measured is None else [measured]))
+        cells += [_mean(values(stored, table, key, name), 2 * (name == "topk_overlap")) for name in table.columns]
         rows.append([table.label(key), *cells])
     return rows
+
+
+def _mean(measured: Sequence[float], digits: int = 0) -> str:
+    return f"{fmean(measured):.{digits}f}" if measured else "–"
 
 
 def sentences(stored: Stored, table: Table) -> list[str]:

@@ -105,6 +105,7 @@ class Table:
         ways: its rows, in order; one of each student is SFT.
         columns: logged measures beside score, time and memory.
         labels: of rows that are called otherwise in this table.
+        memory: whether peak memory is measured.
         tuned: whether learning rate and weights are those that the search chose.
         ours: the row that the others are compared with besides SFT.
     """
@@ -116,6 +117,7 @@ class Table:
     ways: tuple[str, ...]
     columns: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    memory: bool = False
     tuned: bool = False
     ours: str = ""
 
@@ -139,6 +141,7 @@ TABLES = {
             "Methods beside one another",
             "",
             ("sft", "logit_kd", "llava_kd", "align_kd", "switch_kd"),
+            memory=True,
             tuned=True,
             ours="switch_kd",
         ),

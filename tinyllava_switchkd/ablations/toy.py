@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from PIL import Image
+
 from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 from tinyllava_switchkd.quickstart.bases import BasePlan
-from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, TOWER, Experiment
+from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError
 from tinyllava_switchkd.train.argv import check_command_line
+from tinyllava_switchkd.visualize.attention import likeness, look
 from tinyllava_switchkd.visualize.curves import read_history, series
 
 from . import dry
 from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_of
+from .memory import MARK
 from .tables import KNEE_MEASURES, TABLES, WAYS, Way, grid
 
 MODELS = {
@@ -32,6 +41,10 @@ TUNING_SEED = 100
 """Data and order of the search: of no student that is reported."""
 
 RESULTS = "ablations.json"
+
+LOOKING = ("sft", "switch_kd")
+SCENES_LOOKED_AT = 200
+MEMORY_STEPS = 20
 
 RESTS_ON = (
     "Hours of one core. They rest on the seconds of fine-tuning in docs/ablation_runs.json; pre-training, answering, "
@@ -71,7 +84,7 @@ class Toy:
         """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""
         checkpoint = self.train(way, seed)
         found = self.experiment.scores(checkpoint)
-        row = {name: found[name] for name in ("score", "by_type", "probe", "seconds", "peak_mib", "steps")}
+        row = {name: found[name] for name in ("score", "by_type", "probe", "seconds", "steps")}
         history = read_history(checkpoint)
         for name in KNEE_MEASURES:
             values = series(history, name)[1]
@@ -79,6 +92,21 @@ class Toy:
                 row[name] = fmean(values)
         self._store("runs", f"{way.key}/{seed}", {"way": way.key, "seed": seed, **row})
         return row
+
+    def memory(self, way: Way, seed: int) -> None:
+        """MiB that a few steps of a way take at most, in a process of its own."""
+        if way.key in self.stored.setdefault("memory", {}):
+            return
+        noting = NotingExperiment(self.experiment.root, self.experiment.plan, self.experiment.bases)
+        flags = {**noting.flags_of(way, seed), "max_steps": MEMORY_STEPS}
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "tinyllava_switchkd.ablations.memory", *words, "--output_dir", folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise StageError(f"Measuring the memory of {way.key} failed:\n{done.stderr[-2000:]}")
+        found = re.search(rf"^{MARK} (\S+)$", done.stdout, re.MULTILINE)
+        self._store("memory", way.key, {"peak_mib": float(found[1]) if found else None, "steps": MEMORY_STEPS})
 
     def search(self, way: Way) -> Way:
         """The way with the learning rate and weights of the grid that validation scenes like best."""
@@ -92,17 +120,46 @@ class Toy:
         self._store("search", way.key, {"scores": scores, "chosen": best.key})
         return best
 
+    def attention(self, seed: int) -> None:
+        """How alike the students' attention maps are to the teacher's on test scenes (Figure 3): one value a scene."""
+        models = [self.experiment.teacher(), *(self.train(WAYS[key], seed) for key in LOOKING)]
+        source = [read_json(path / MADE)["mark"] for path in models]
+        if self.stored.setdefault("attention", {}).get(str(seed), {}).get("of") == source:
+            return
+        asked = self.experiment.questions("test")
+        rows = [row for row in asked.questions if row["type"] in ("position", "colour")][:SCENES_LOOKED_AT]
+        scene_of = {row["question_id"]: asked.scenes[asked.scene_of[row["question_id"]]] for row in rows}
+        looks = []
+        for path in models:
+            model, tokenizer, processor, _ = load_pretrained_model(path, device="cpu")
+            pictures = ((Image.fromarray(scene_of[row["question_id"]].pixels), row["question"]) for row in rows)
+            looks.append([look(model, tokenizer, processor, *pair, max_new_tokens=8) for pair in pictures])
+        values = dict(zip(LOOKING, likeness(looks), strict=True))
+        self._store("attention", str(seed), {"of": source, **values})
+
     def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
         self.stored[part][key] = dict(value)
         write_json(self.file, self.stored, indent=1)
 
 
-class DryExperiment(Experiment):
+class NotingExperiment(Experiment):
     """Notes the trainings that it is asked for, instead of making them."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.trainings: dict[str, dict[str, object]] = {}
+
+    def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
+        self.trainings.setdefault(name, {**COMMON, **flags})
+        return self.root / "checkpoints" / name
+
+    def flags_of(self, way: Way, seed: int) -> dict[str, object]:
+        """Flags of the last stage of a way."""
+        return self.trainings[Toy(self).train(way, seed).name]
+
+
+class DryExperiment(NotingExperiment):
+    """The same where nothing has been made."""
 
     def base(self, name: str) -> Path:
         """A shipped base model, or one of random weights where it would be made first."""
@@ -117,10 +174,6 @@ class DryExperiment(Experiment):
 
     def data(self, name: str, *_: object, **__: object) -> Path:
         return self.root / "data" / name
-
-    def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
-        self.trainings.setdefault(name, {**COMMON, **flags})
-        return self.root / "checkpoints" / name
 
 
 def plan(names: Sequence[str], stored: Mapping[str, Any], root: Path) -> list[dry.Planned]:
@@ -173,3 +226,8 @@ def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callab
             for key in table.ways:
                 row = toy.run(chosen[key] if table.tuned else WAYS[key], seed)
                 say(f"    {key}: {row['score']:.1f}")
+        if "switch" in names:
+            toy.attention(seed)
+    for table in tables:
+        for key in table.ways if table.memory else ():
+            toy.memory(chosen.get(key, WAYS[key]), seeds[0])

@@ -176,11 +176,11 @@ class Experiment:
             from tinyllava_switchkd.train.train import main
 
             words = [word for key, value in flags.items() for word in (f"--{key}", value)]
-            memory, started = PeakMemory(), time.process_time()
+            started = time.process_time()
             call(title, main, [*words, "--output_dir", folder], log)
             seconds = time.process_time() - started
             self.say(f"  {title:<38} {flags.get('max_steps', ''):>5} steps {seconds:6.1f} s")
-            return {"seconds": seconds, "peak_mib": memory.mib()}
+            return {"seconds": seconds}
 
         once(folder, {key: _content(value) for key, value in flags.items()}, make)
         return folder
@@ -321,38 +321,10 @@ def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, objec
     write_json(folder / MADE, {"mark": mark, **facts, "source": json.loads(json.dumps(source, default=str))})
 
 
-class PeakMemory:
-    """How much memory is taken at most from here on, beyond what is taken now; of the GPU where there is one."""
-
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):  # Linux alone: the process's high-water mark begins anew
-            Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._status("VmRSS")
-
-    def mib(self) -> float | None:
-        """MiB at the fullest moment so far; None where the system does not say."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-        peak = self._status("VmHWM")
-        return None if peak is None or self.before is None else (peak - self.before) / 2**10
-
-    @staticmethod
-    def _status(name: str) -> int | None:
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith(name):
-                    return int(line.split()[1])
-        return None
-
-
-def training_time(checkpoint: Path) -> dict[str, Any]:
-    """Seconds of processor time and MiB that a run took (start-up of the process not counted), and its steps."""
-    made = read_json(checkpoint / MADE)
+def training_time(checkpoint: Path) -> dict[str, float]:
+    """Seconds of processor time that a run took (start-up of the process not counted), and its steps."""
     return {
-        "seconds": float(made["seconds"]),
-        "peak_mib": made.get("peak_mib"),
+        "seconds": float(read_json(checkpoint / MADE)["seconds"]),
         "steps": int(read_json(checkpoint / "trainer_state.json")["global_step"]),
     }
 

@@ -1,11 +1,17 @@
 """Where models look while they answer, drawn on one image side by side (Switch-KD, Figure 3)::
 
 python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model-path A B C --output FIGURE
+
+Over a set of images it says how alike each model's map is to that of the first, the teacher's::
+
+python -m tinyllava_switchkd.visualize.attention --data DATA.json --image_folder IMAGES --model_path TEACHER A B
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -83,6 +89,48 @@ def look(
     )
 
 
+def likeness(looks: Sequence[Sequence[Look]]) -> list[list[float | None]]:
+    """Correlations with the first model's maps.
+
+    Args:
+        looks: of each model, over the same images; the first model is what the others are compared with.
+
+    Returns:
+        of each model but the first, one value an image; None where there is no map to compare.
+    """
+    from tinyllava_switchkd.visualize.attention_map import correlation
+
+    first, *others = looks
+    return [
+        [
+            correlation(look.attention, reference.attention) if look.attention and reference.attention else None
+            for look, reference in zip(of_model, first, strict=True)
+        ]
+        for of_model in others
+    ]
+
+
+def likeness_lines(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> list[str]:
+    """Means with 95 % intervals over images, and the differences of each model to the one before on the same images."""
+    lines = []
+    for name, row in zip(names, values, strict=True):
+        known = [value for value in row if value is not None]
+        lines.append(f"{name}: {_interval(known)} over {len(known)} of {len(row)} images")
+    for (a, before), (b, after) in itertools.pairwise(zip(names, values, strict=True)):
+        both = [y - x for x, y in zip(before, after, strict=True) if x is not None and y is not None]
+        lines.append(f"{b} minus {a}: {_interval(both)} over {len(both)} images")
+    return lines
+
+
+def _interval(values: Sequence[float]) -> str:
+    from tinyllava_switchkd.eval.statistics import mean_interval
+
+    if not values:
+        return "no map to compare"
+    mean, low, high = mean_interval(values)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Any:
     """A figure of the image and, beside it, every model's map of its whole answer.
 
@@ -152,9 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--names", nargs="+", help="what to call them in the figure; the last part of each path if left out"
     )
-    parser.add_argument("--image", required=True, help="image file")
-    parser.add_argument("--question", required=True)
-    parser.add_argument("--output", required=True, help="figure to write: .png, .pdf or .svg")
+    parser.add_argument("--image", help="image file")
+    parser.add_argument("--question")
+    parser.add_argument("--output", help="figure to write: .png, .pdf or .svg")
+    parser.add_argument(
+        "--data", help="instead of one image: a JSON list, or JSON lines, of {image, question or text}, one image each"
+    )
+    parser.add_argument("--image_folder", default=".", help="where the images of --data are (default: here)")
     parser.add_argument("--by_token", action="store_true", help="one map per token of the answer")
     parser.add_argument("--layers", type=parse_layers, help="decoder layers to average, such as 8:16; default: all")
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -165,38 +217,78 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Load the models one after another, so that only one is in memory, and write the figure."""
-    from tinyllava_switchkd.data import to_rgb
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 
     names = args.names or [checkpoint_name(path) for path in args.model_path]
     if len(names) != len(args.model_path):
         raise ValueError(f"--names has {len(names)} names for {len(args.model_path)} models.")
-    try:
-        with Image.open(args.image) as opened:
-            image = to_rgb(ImageOps.exif_transpose(opened))
-    except OSError as error:
-        raise ValueError(f"{args.image} is no image that can be opened ({error}).") from error
-    looks = []
+    if args.data:
+        if len(names) < 2:
+            raise ValueError("--data compares models with the first one; --model_path names one model alone.")
+        rows = [(Path(args.image_folder, row["image"]), row["question"]) for row in read_questions(args.data)]
+    elif not (args.image and args.question and args.output):
+        raise ValueError("give --image, --question and --output for a figure, or --data for a comparison.")
+    else:
+        rows = [(Path(args.image), args.question)]
+    for image, _ in rows:
+        _open(image)  # what is no image is said before weights are read
+    looks: list[list[Look]] = []
     for path, name in zip(args.model_path, names, strict=True):
         model, tokenizer, processor, _ = load_pretrained_model(path, device=args.device)
         looks.append(
-            look(
-                model,
-                tokenizer,
-                processor,
-                image,
-                args.question,
-                name=name,
-                conv_version=args.conv_mode,
-                max_new_tokens=args.max_new_tokens,
-                layers=args.layers,
-            )
+            [
+                look(
+                    model,
+                    tokenizer,
+                    processor,
+                    _open(image),
+                    question,
+                    name=name,
+                    conv_version=args.conv_mode,
+                    max_new_tokens=args.max_new_tokens,
+                    layers=args.layers,
+                )
+                for image, question in rows
+            ]
         )
-        print(f"{name}: {looks[-1].answer}")
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draw(image, args.question, looks, by_token=args.by_token).savefig(output, dpi=160, bbox_inches="tight")
-    print(f"Wrote {output}.")
+        if not args.data:
+            print(f"{name}: {looks[-1][0].answer}")
+    if args.data:
+        print(f"Correlation with the map of {names[0]}, mean and 95 % interval over images:")
+        print("\n".join(likeness_lines(names[1:], likeness(looks))))
+    if args.output:
+        output = Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure = draw(_open(rows[0][0]), rows[0][1], [row[0] for row in looks], by_token=args.by_token)
+        figure.savefig(output, dpi=160, bbox_inches="tight")
+        print(f"Wrote {output}.")
+
+
+def read_questions(path: str) -> list[dict[str, str]]:
+    """Images and questions of a file: a JSON list or JSON lines, of objects with "image" and "question" (or "text").
+
+    Raises:
+        ValueError: it holds something else, or nothing.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+        found = [{"image": row["image"], "question": row.get("question") or row["text"]} for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no list of objects with image and question ({error!r}).") from error
+    if not found:
+        raise ValueError(f"{path} has no question.")
+    return found
+
+
+def _open(path: str | Path) -> Image.Image:
+    from tinyllava_switchkd.data import to_rgb
+
+    try:
+        with Image.open(path) as opened:
+            return to_rgb(ImageOps.exif_transpose(opened))
+    except OSError as error:
+        raise ValueError(f"{path} is no image that can be opened ({error}).") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,3 +110,22 @@ def attention_map(
     to_images = to_images.reshape(len(answer_ids), len(image_features), -1)  # [A, I, K]
     merged = np.stack([to_images[indices].mean(axis=0) for _, indices in groups])  # [groups, I, K]
     return AttentionMap(tuple(text for text, _ in groups), grid.spread(merged))
+
+
+def correlation(ours: AttentionMap, reference: AttentionMap) -> float | None:
+    """How alike two maps of whole answers over the first image are: Pearson's correlation over the reference's cells.
+
+    A map of another grid is first resampled (bilinear). Cells that either model has no token for are left out.
+
+    Returns:
+        -1 to 1, or None where a map is constant.
+    """
+    theirs, mine = reference.of(), ours.of()
+    if mine.shape != theirs.shape:
+        mine = Tensor(mine)[None, None]
+        mine = torch.nn.functional.interpolate(mine, theirs.shape, mode="bilinear", antialias=True)[0, 0].numpy()
+    both = np.isfinite(mine) & np.isfinite(theirs)
+    mine, theirs = mine[both].astype(float), theirs[both].astype(float)
+    if len(mine) < 2 or np.ptp(mine) == 0 or np.ptp(theirs) == 0:
+        return None
+    return float(np.corrcoef(mine, theirs)[0, 1])

@@ -1,0 +1,43 @@
+"""How much memory a training takes at most: ``python -m tinyllava_switchkd.ablations.memory FLAGS``.
+
+It is a process of its own: in one process after another training nothing could be told: an allocator keeps what that one had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+MARK = "peak_mib"
+
+
+def resident(field: str) -> float | None:
+    """MiB of this process by /proc/self/status; None where the system has none."""
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) / 2**10
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and print the MiB that it took at most: of the GPU, or of this process beyond what the libraries take."""
+    from tinyllava_switchkd.train import train
+
+    before = resident("VmRSS")
+    code = train.main(list(sys.argv[1:] if argv is None else argv))
+    peak = resident("VmHWM")
+    if torch.cuda.is_available():
+        print(MARK, torch.cuda.max_memory_allocated() / 2**20)
+    elif peak is not None and before is not None:
+        print(MARK, peak - before)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
