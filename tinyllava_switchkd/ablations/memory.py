@@ -1,6 +1,7 @@
 """How much memory a training takes at most: ``python -m tinyllava_switchkd.ablations.memory FLAGS``.
 
-It is a process of its own: in one process after another training nothing could be told: an allocator keeps what that one had.
+It is a process of its own: after another training in the same one nothing could be told, for the allocator keeps what
+that one had.
 """
 
 from __future__ import annotations

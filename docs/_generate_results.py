@@ -1,0 +1,229 @@
+"""Write the figures of docs/results.md and docs/reproduce.md, and draw their pictures, from stored runs::
+
+python docs/_generate_results.py                              # write the tables and draw the pictures
+python docs/_generate_results.py --add playground/ablations   # take over the runs of a folder, then write
+python docs/_generate_results.py --costs                      # count the costs at full scale anew, then write
+python docs/_generate_results.py --check                      # exit status 1 if a text is not what would be written
+
+The runs are in ablation_runs.json: every score, seed, second and version.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+RUNS = DOCS / "ablation_runs.json"
+TEXTS = (DOCS / "results.md", DOCS / "reproduce.md")
+TABLE1 = ("switch", "sizes")
+"""The tables whose trainings make the paper's Table 1: both pairs of teacher and student."""
+
+
+def add(folder: Path) -> None:
+    """Take over the runs of a folder; what is stored of the same way and seed is replaced."""
+    from tinyllava_switchkd.io import read_json, write_json
+    from tinyllava_switchkd.quickstart.report import versions
+
+    stored, found = (read_json(path) if path.is_file() else {} for path in (RUNS, folder / "ablations.json"))
+    for part in ("runs", "search", "memory"):
+        stored[part] = {**stored.get(part, {}), **found.get(part, {})}
+    for run in stored["runs"].values():
+        run.pop("peak_mib", None)
+    stored["attention"] = stored.get("attention", {})
+    for seed, row in found.get("attention", {}).items():
+        values = {way: [None if v is None else round(v, 4) for v in row[way]] for way in row if way != "of"}
+        stored["attention"][seed] = values
+    stored["versions"] = versions()
+    write_json(RUNS, stored, indent=1)
+
+
+def add_costs() -> None:
+    """Count what the trainings of the paper's Table 1 need."""
+    from tinyllava_switchkd.ablations import dry, paper
+    from tinyllava_switchkd.io import read_json, write_json
+
+    stored = read_json(RUNS)
+    stored["costs"] = dry.report(paper.plan(TABLE1, {"PATH": os.environ["PATH"], "DEVICE": "cpu"}), 1, paper.RESTS_ON)
+    write_json(RUNS, stored, indent=1)
+
+
+def paper_scores(table: str) -> dict[str, float]:
+    """Row of our table -> the paper's Avg10."""
+    from tinyllava_switchkd.visualize.paper import paper_tables
+
+    published = paper_tables()
+    first, switch, align = (row["Avg10"] for row in (published["table3"][i] for i in (0, 2, 1)))
+    if table == "switch":
+        return {"sft": first, "align": align, "switch_kd": switch}
+    if table == "losses":
+        names = ("fkl", "rkl", "bild_fkl", "bild_rkl", "dbild_fkl", "align")
+        rows = zip(names, published["table4"], strict=True)
+        return {"sft": first, **{name: row["Avg10"] for name, row in rows}}
+    if table == "schemes":
+        names = {"PT-SFT": "sft", "DPT-SFT": "dpt_sft", "PT-DFT": "align", "DPT-DFT": "dpt_dft"}
+        return {names[name]: averages[1] for name, averages in published["table5"]["rows"].items()}
+    own = {(row["method"], row["llm"]): row["Avg10"] for row in published["table1"]}
+    if table == "methods":
+        llm = "Qwen2.5-0.5B"
+        return {"sft": first, "llava_kd": own["LLaVA-KD", llm], "switch_kd": own["Switch-KD", llm]}
+    if table == "sizes":
+        small, larger, teacher, both = (row[-1] for row in published["table6"]["rows"])
+        ours = {"switch_kd": small, "larger_student": larger, "larger_teacher": teacher, "larger_both": both}
+        return {"sft": first, "larger_sft": own["TinyLLaVA", "Qwen2.5-1.5B"], **ours}
+    return {}
+
+
+def table_block(stored: Mapping[str, Any], name: str) -> str:
+    """One table, the paper's figures beside ours, and what the differences say."""
+    from tinyllava_switchkd.ablations import summary
+    from tinyllava_switchkd.ablations.tables import TABLES
+
+    table, published = TABLES[name], paper_scores(name)
+    seeds = summary.seeds_of(stored, table)
+    if not seeds:
+        lines = ["Not run yet: no seed of this table is stored."]
+        if published:
+            lines += ["", "| | paper, Avg10 |", "|---|---:|"]
+            lines += [f"| {table.label(key)} | {published[key]:.1f} |" for key in table.ways if key in published]
+        return "\n".join([*lines, "", _command(table.script)])
+    rows = summary.lines(stored, table)
+    if published:
+        rows[0] += ["paper, Avg10", "minus SFT"]
+        for key, row in zip(table.ways, rows[1:], strict=True):
+            value, reference = published.get(key), published[table.reference(key)]
+            row += ["–" if value is None else f"{value:.1f}"]
+            row += ["" if value is None or key == table.reference(key) else f"{value - reference:+.1f}"]
+    head, *rest = rows
+    lines = [" | ".join(["", *row, ""]).strip() for row in (head, ["---", *["---:"] * (len(head) - 1)], *rest)]
+    said = [f"- {line}" for line in summary.sentences(stored, table)]
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" + ("" if len(seeds) >= 5 else ", not the five of the default")
+    return "\n".join([f"{count}.", "", *lines, "", *said, "", _command(table.script)])
+
+
+def _command(script: str) -> str:
+    return f"`bash scripts/train/{script}`"
+
+
+def search_block(stored: Mapping[str, Any]) -> str:
+    """What the search on validation scenes found."""
+    from tinyllava_switchkd.ablations.tables import GRID, TABLES, WAYS, grid
+
+    points = [(rate, weight) for rate in GRID["rate"] for weight in GRID["weight"]]
+    lines = ["| | " + " | ".join(f"rate x{rate:g}, weights x{weight:g}" for rate, weight in points) + " |"]
+    lines.append("|---|" + "---:|" * len(points))
+    for key in TABLES["methods"].ways:
+        found = stored["search"].get(key, {})
+        cells = dict.fromkeys(points, "–")
+        for candidate, point in zip(grid(WAYS[key]), _points(key), strict=True):
+            if candidate.key in found.get("scores", {}):
+                mark = "**" if candidate.key == found.get("chosen") else ""
+                cells[point] = f"{mark}{found['scores'][candidate.key]:.1f}{mark}"
+        lines.append(f"| {WAYS[key].label} | {' | '.join(cells.values())} |")
+    return "\n".join(lines)
+
+
+def _points(key: str) -> list[tuple[float, float]]:
+    from tinyllava_switchkd.ablations.tables import GRID, WAYS
+
+    weights = GRID["weight"] if WAYS[key].tuning is not None else (1.0,)
+    return [(rate, weight) for rate in GRID["rate"] for weight in weights]
+
+
+def attention_block(stored: Mapping[str, Any]) -> str:
+    """How alike the students' maps are to the teacher's."""
+    from tinyllava_switchkd.eval.statistics import mean_interval
+
+    if not stored["attention"]:
+        return "Not measured yet."
+    lines = ["| seed | SFT | Switch-KD | Switch-KD minus SFT | scenes |", "|---:|---:|---:|---:|---:|"]
+    for seed, row in sorted(stored["attention"].items()):
+        pairs = [(a, b) for a, b in zip(row["sft"], row["switch_kd"], strict=True) if None not in (a, b)]
+        columns = [[a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*mean_interval(column)) for column in columns]
+        lines.append(f"| {seed} | {' | '.join(cells)} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
+    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    from tinyllava_switchkd.ablations.tables import TABLES
+
+    of = stored["versions"]
+    versions = ", ".join(f"{name} {of[name]}" for name in ("torch", "transformers", "numpy", "scikit-learn"))
+    found = {f"results-{name}": table_block(stored, name) for name in TABLES}
+    return {
+        **found,
+        "results-versions": f"Python {of['python']}, {versions}; {of['machine']}, one thread, no GPU.",
+        "results-search": search_block(stored),
+        "results-attention": attention_block(stored),
+        "results-costs": f"```\n{stored['costs']}\n```",
+    }
+
+
+def draw(stored: Mapping[str, Any]) -> None:
+    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes."""
+    from tinyllava_switchkd.ablations import summary
+    from tinyllava_switchkd.ablations.tables import TABLES
+    from tinyllava_switchkd.quickstart.report import TYPE_TITLES
+    from tinyllava_switchkd.visualize.radar import draw_radar
+
+    table = TABLES["methods"]
+    seeds = summary.seeds_of(stored, table)
+    if not seeds:
+        return
+    models = {}
+    for key in table.ways:
+        rows = summary.values(stored, table, key, "by_type")
+        models[table.label(key)] = {kind: fmean(row[kind] for row in rows) for kind in TYPE_TITLES}
+    axes = {title: [kind] for kind, title in TYPE_TITLES.items()}
+    note = f"Quickstart scale, per cent of test questions; mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    draw_radar(models, DOCS / "images" / "methods", axes=axes, formats=("png",), note=note)
+
+
+def _quickstart() -> Any:
+    """docs/_generate_quickstart.py, whose marks these are."""
+    spec = importlib.util.spec_from_file_location("generate_quickstart", DOCS / "_generate_quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    from tinyllava_switchkd.cli import CommandParser
+    from tinyllava_switchkd.io import read_json, write_text
+
+    parser = CommandParser(description="Write the tables of results.md and reproduce.md from stored runs.")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of ablations to take over")
+    parser.add_argument("--costs", action="store_true", help="count the costs at full scale anew")
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    arguments = parser.parse_args()
+    for folder in arguments.add:
+        add(folder)
+    if arguments.costs:
+        add_costs()
+    stored, filled, stale = read_json(RUNS), _quickstart().filled, False
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        if (wanted := filled(text, blocks(stored))) != text:
+            stale = True
+            if not arguments.check:
+                write_text(path, wanted)
+    if arguments.check:
+        if stale:
+            print("A text is out of date; run python docs/_generate_results.py", file=sys.stderr)
+        return int(stale)
+    draw(stored)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
