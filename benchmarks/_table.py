@@ -103,12 +103,12 @@ def write_section(
     document.write_text(text, encoding="utf-8")
 
 
-def readme_cell(start: str, text: str) -> None:
-    """Put a figure into the second cell of the row of README.md's tables that begins with `start`."""
+def readme_cell(start: str, *texts: str) -> None:
+    """Put figures into the second and further cells of the row of README.md's tables that begins with `start`."""
     file = ROOT / "README.md"
     lines = file.read_text(encoding="utf-8").split("\n")
     [at] = [i for i, line in enumerate(lines) if line.startswith(start)]
     cells = lines[at].split("|")
-    cells[2] = f" {text} "
+    cells[2 : 2 + len(texts)] = [f" {text} " for text in texts]
     lines[at] = "|".join(cells)
     file.write_text("\n".join(lines), encoding="utf-8")

@@ -291,8 +291,9 @@ def growth(device: str, repeats: int) -> list[list[str]]:
             values.append(clock(device) - start)
         return statistics.median(values)
 
-    def linear(k: int, tokens: int = 4) -> float:
-        student, teacher = language_model_logits(tokens, 65_536, device)
+    def linear(k: int) -> float:
+        tokens = max(4, knee_module.NATIVE_FROM // k)  # enough for the kernels
+        student, teacher = language_model_logits(tokens, k, device)
         orders = leading(student, k), leading(teacher, k)
         leaf = student.requires_grad_()
         return median(lambda: logit_difference_kl(leaf, teacher, orders, TEMPERATURE)) / tokens
@@ -346,7 +347,7 @@ def main() -> None:
     rows = [row for vocab in args.vocab for row in compare(args.tokens, vocab, args.device, args.repeats)]
     grown = growth(args.device, args.repeats)
     if args.device == "cpu":
-        readme_cell("| growth of its pair term with k", grown[0][-1])
+        readme_cell("| growth of its pair term with k", grown[0][-1], f"{grown[1][-1]} enumerated")
     write_section(
         f"loss-{args.device}",
         f"Distillation losses, forward and backward ({args.device})",
