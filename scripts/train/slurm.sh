@@ -22,6 +22,9 @@ if [ $# -eq 0 ]; then
     exit 1
 fi
 
+# Set before anything is started: a signal without a trap would end this script, and the run would write no checkpoint.
+trap '[ -z "${!:-}" ] || kill -USR1 "$!" 2>/dev/null' USR1 TERM
+
 if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
     export LAUNCHER=torchrun NNODES="$SLURM_JOB_NUM_NODES"
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
@@ -32,8 +35,6 @@ else
     bash "$@" &
 fi
 run=$!
-
-trap 'kill -USR1 "$run" 2>/dev/null' USR1 TERM
 
 while kill -0 "$run" 2>/dev/null; do # a signal ends the wait, not the run
     wait "$run"
