@@ -1,6 +1,6 @@
 """Answers a second of the evaluation, side by side with one question at a time.
 
-    python -m benchmarks.eval_throughput [--sizes tiny small] [--batch-sizes 1 4 16 32] [--questions 240] [--device cpu]
+    python -m benchmarks.eval_throughput [--sizes tiny small] [--batch_sizes 1 4 16 32] [--questions 240] [--device cpu]
 
 The questions are nine of the ten benchmarks in proportion (VQAv2, 69 % of all, is GQA's kind): as many about a picture,
 as many repeated pairs, as long a text, JPEGs of 640 x 480. The model is random, of the shape named, and biased so that
@@ -28,6 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.eval.answers import AnswerFolder
 from tinyllava_switchkd.eval.batches import Prefetched, in_order, open_image, tasks_of
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
@@ -230,9 +231,9 @@ def measure(size: str, args: argparse.Namespace, root: Path) -> tuple[list[list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32])
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16, 32])
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=3, help="rounds after a warm-up; medians are printed")
     parser.add_argument("--device", default="cpu")

@@ -1,6 +1,6 @@
 """Time to first token and tokens a second, teacher beside student: what distillation buys.
 
-    python -m benchmarks.inference [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--new-tokens 64]
+    python -m benchmarks.inference [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--new_tokens 64]
 
 Models are built from their configurations with random weights and answer one question about one image, greedily, to a
 fixed length. Every model and way of generating runs in turn in one process, so that the ratios are of one run; medians
@@ -26,6 +26,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks._table import machine, write_section
 from benchmarks.step import SIZES, make_batch, model
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.model.compiled import compile_generation
 
 WAYS = {"eager": None, "static": None, "compiled": "default", "graphs": "reduce-overhead"}
@@ -131,11 +132,11 @@ def table(found: dict[tuple[str, str], tuple[float, float, float]], ways: list[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt, the image's mark included")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--new_tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=5, help="answers after the first; medians are printed")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="ways of generating besides eager (default: all)")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """One optimiser step, side by side: what Switch-KD costs beside SFT and beside the bare passes it needs.
 
-    python -m benchmarks.step [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--batch-size 2]
+    python -m benchmarks.step [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--batch_size 2]
 
 Models are built from their configurations with random weights. The variants run in turn in one process (medians of
 repeats after a warm-up); peak memory is the allocator's (CUDA) or what a process of its own grows by (CPU).
@@ -33,6 +33,7 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks._memory import peak_resident, resident
 from benchmarks._table import machine, write_section
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import Distiller, build_distiller, register_loss
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
@@ -337,9 +338,9 @@ def predicted(variant: str, args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--text", type=int, default=None, help="text tokens of a sample; default by size")
     parser.add_argument(
         "--lengths", choices=("equal", "mixed"), default="equal", help="of the texts; mixed ones leave padding"

@@ -65,7 +65,7 @@ else
 fi
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
-arguments=(--model-path "${paths[0]}")
+arguments=(--model_path "${paths[0]}")
 if [ "${#paths[@]}" -gt 1 ]; then
     arguments+=(--compare "${paths[@]:1}")
 fi

@@ -1,4 +1,4 @@
-"""Downloads that resume, archives, and files that are whole or not there."""
+"""Downloads that resume, archives, and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 
 from tinyllava_switchkd.fetch import (
-    HubDataset,
     SourceError,
-    atomic_file,
     download,
     extract,
+    hub_folder,
     image_problem,
-    open_hub_dataset,
     parquet_rows,
-    write_jsonl,
+    split_files,
 )
 
-from .eval.fake_hub import FakeHub, serve
+from .eval.fake_hub import COMMIT, FakeHub, serve
 
 DATA = bytes(range(256)) * 40
 
@@ -85,20 +83,6 @@ def test_missing_file_and_dead_server(site: FakeHub, tmp_path: Path) -> None:
         download("http://127.0.0.1:9/b.bin", tmp_path / "b.bin")
 
 
-def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_jsonl_keeps_text_readable(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "图"}, {"text": "a\nb"}])
-    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"text": "图"}\n{"text": "a\\nb"}\n'
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_extract_takes_what_is_wanted(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{kind}"
@@ -144,9 +128,8 @@ def test_damaged_archives(tmp_path: Path) -> None:
     assert not wanted["1.txt"].exists()
 
 
-def test_parquet_files_of_a_split() -> None:
+def test_parquet_files_of_a_split(tmp_path: Path) -> None:
     files = (
-        "README.md",
         "data/test-00000-of-00002.parquet",
         "data/test-00001-of-00002.parquet",
         "data/testdev-00000-of-00001.parquet",
@@ -154,33 +137,38 @@ def test_parquet_files_of_a_split() -> None:
         "en/dev-00000-of-00001.parquet",
         "ScienceQA-FULL/test/0000.parquet",
     )
-    dataset = HubDataset("a/b", "1", files)
-    assert dataset.parquet("test") == list(files[1:3])
-    assert dataset.parquet("testdev") == [files[3]]
-    assert dataset.parquet("dev", "cn") == [files[4]]
-    assert dataset.parquet("dev", "*") == list(files[4:6])
-    assert dataset.parquet("test", "ScienceQA-FULL") == [files[6]]
-    with pytest.raises(SourceError, match="a/b has no parquet files for configuration 'cn', split 'test'"):
-        dataset.parquet("test", "cn")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*arguments: str) -> list[str]:
+        paths = {path for pattern in split_files(*arguments) for path in tmp_path.glob(pattern)}
+        return sorted(path.relative_to(tmp_path).as_posix() for path in paths)
+
+    assert found("test") == [*files[:2]]
+    assert found("testdev") == [files[2]]
+    assert found("dev", "cn") == [files[3]]
+    assert found("dev", "*") == [*files[3:5]]
+    assert found("test", "ScienceQA-FULL") == [files[5]]
+    assert found("test", "cn") == []
 
 
 def test_hub_without_a_connection_gives_the_cached_copy(site: FakeHub, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", site.url)
-    (site.folder("a/b") / "data.txt").write_text("text")
-    online = open_hub_dataset(["a/none", "a/b"])
-    assert online.repo_id == "a/b" and online.fetch("data.txt").read_text() == "text"
-    with pytest.raises(SourceError, match=r"other\.txt of a/b can't be downloaded"):
-        online.fetch("other.txt")
+    for name in ("data.txt", "more.txt"):
+        (site.folder("a/b") / name).write_text("text")
+    name, folder = hub_folder(["a/none", "a/b"], ["data.*"])
+    assert (name, folder.name) == ("a/b", COMMIT)
+    assert (folder / "data.txt").read_text() == "text" and not (folder / "more.txt").exists()
+    _, own = hub_folder(["a/b"], ["more.txt"], to=tmp_path / "own")
+    assert own == tmp_path / "own" and (own / "more.txt").read_text() == "text"
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    (tmp_path / "cache" / "datasets--a--b" / "refs").mkdir(exist_ok=True)
-    (tmp_path / "cache" / "datasets--a--b" / "refs" / "main").write_text(online.revision)
-    cached = open_hub_dataset(["a/b"])
-    assert cached.revision == online.revision and cached.fetch("data.txt").read_text() == "text"
+    assert hub_folder(["a/b"], ["data.*"]) == (name, folder)
     with pytest.raises(SourceError, match="the hub can't be reached"):
-        open_hub_dataset(["a/none"])
+        hub_folder(["a/none"], ["*"])
 
 
 def test_data_set_that_is_nowhere(site: FakeHub, monkeypatch) -> None:
@@ -189,7 +177,7 @@ def test_data_set_that_is_nowhere(site: FakeHub, monkeypatch) -> None:
     with pytest.raises(
         SourceError, match=r"a/none: not on the hub, or not for your account \(404\); no such folder/x/y"
     ):
-        open_hub_dataset(["a/none", "no such folder/x/y"])
+        hub_folder(["a/none", "no such folder/x/y"], ["*"])
 
 
 def test_damaged_parquet_file_and_image(tmp_path: Path) -> None:

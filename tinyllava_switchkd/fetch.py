@@ -1,4 +1,4 @@
-"""Files from elsewhere: downloads that resume, archives, data sets on the Hugging Face hub, and atomic writes.
+"""Files from elsewhere: downloads that resume, archives, and data sets on the Hugging Face hub.
 
 Evaluation data (`eval.prepare`) and training data (`data.download`) come through here. Nothing below knows what a file
 is about. Two rules hold throughout: a file under its final name is complete (everything is written beside it first and
@@ -7,12 +7,9 @@ then moved), and work that was interrupted continues where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import logging
 import os
-import re
 import shutil
 import tarfile
 import time
@@ -21,12 +18,13 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
+
+from .io import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,41 +36,6 @@ IDLE_ATTEMPTS = 3
 
 class SourceError(OSError):
     """A primary source can't be reached or doesn't have what is asked of it; another source may."""
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only if the block ends without an exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file in one step."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = None) -> None:
-    """Write one JSON document (UTF-8, text left readable)."""
-    write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode())
-
-
-def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    with atomic_file(path) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def image_problem(image: bytes | Path) -> str | None:
@@ -245,112 +208,72 @@ class _Archive:
 # ------------------------------------------------------------------------------------------------ hub data sets
 
 
-@dataclass(frozen=True)
-class HubDataset:
-    """A data set repository at one commit, or a local folder with the same files."""
+def hub_folder(
+    candidates: Sequence[str], files: Sequence[str], revision: str | None = None, to: Path | None = None
+) -> tuple[str, Path]:
+    """Files of a data set on this machine; a download continues where an earlier one broke off.
 
-    repo_id: str
-    revision: str
-    """Commit of the repository; "local" for a folder."""
-    files: tuple[str, ...]
-    folder: Path | None = None
+    Without a connection, the copy in the hub's cache is used.
 
-    def parquet(self, split: str, config: str | None = None) -> list[str]:
-        """The parquet files of a split, in order.
+    Args:
+        candidates: names under which the data set goes, in order: local folders, or repositories of the hub.
+        files: which files of a repository, as patterns of `fnmatch`.
+        revision: commit, tag or branch.
+        to: where to, in place of the hub's cache.
 
-        Both layouts of the hub are read: ``<folder>/<split>-00000-of-00001.parquet`` and the automatic conversion's
-        ``<config>/<split>/0000.parquet``. Without a config, files lie in ``data/``, ``default/`` or the root; with "*"
-        in any folder.
-
-        Raises:
-            SourceError: the data set has none.
-        """
-        folder = "(?:(?:data|default)/)?" if config is None else f"{re.escape(config)}/"
-        folder = "(?:[^/]+/)?" if config == "*" else folder
-        pattern = re.compile(rf"{folder}{re.escape(split)}(?:-[^/]*|/[^/]*)?\.parquet")
-        names = sorted(name for name in self.files if pattern.fullmatch(name))
-        if not names:
-            where = f"configuration {config!r}, " if config else ""
-            raise SourceError(f"{self.repo_id} has no parquet files for {where}split {split!r}.")
-        return names
-
-    def fetch(self, name: str, folder: Path | None = None) -> Path:
-        """A file of the data set on the local disk; hub files are downloaded, or an earlier download is continued.
-
-        Args:
-            folder: where to, in place of the hub's cache.
-
-        Raises:
-            SourceError: the hub can't be reached or doesn't have the file.
-        """
-        if self.folder is not None:
-            return self.folder / name
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-        try:
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    repo_type="dataset",
-                    revision=self.revision,
-                    local_dir=folder,
-                    endpoint=_hub_endpoint(),
-                )
-            )
-        except (HTTPError, EntryNotFoundError, ConnectionError) as error:
-            raise SourceError(f"{name} of {self.repo_id} can't be downloaded: {_first_line(error)}") from error
-
-
-def open_hub_dataset(candidates: Sequence[str], revision: str | None = None) -> HubDataset:
-    """The first of several names under which a data set is found: a local folder, or a repository of the hub.
-
-    Without a connection, a copy in the hub's cache is used.
+    Returns:
+        the candidate's name and its folder; in the hub's cache the folder is called by the commit.
 
     Raises:
-        SourceError: none of them can be had.
+        SourceError: none of the candidates can be had.
     """
     problems = []
-    for repo_id in candidates:
-        folder = Path(repo_id).expanduser()
-        if folder.is_dir():
-            files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-            return HubDataset(repo_id, "local", tuple(files), folder)
+    for name in candidates:
+        if Path(name).expanduser().is_dir():
+            return name, Path(name).expanduser()
         try:
-            return _hub_dataset(repo_id, revision)
+            return name, _snapshot(name, files, revision, to)
         except SourceError as error:
-            problems.append(f"{repo_id}: {error}")
+            problems.append(f"{name}: {error}")
     raise SourceError("; ".join(problems))
 
 
-def _hub_dataset(repo_id: str, revision: str | None) -> HubDataset:
-    from huggingface_hub import HfApi, snapshot_download
+def _snapshot(name: str, files: Sequence[str], revision: str | None, to: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
-        info = HfApi(endpoint=_hub_endpoint()).dataset_info(repo_id, revision=revision, timeout=TIMEOUT_SECONDS)
+        folder = snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[*files],
+            local_dir=to,
+            endpoint=os.environ.get("HF_ENDPOINT") or None,  # read now: the library reads it when it is imported
+        )
     except HFValidationError as error:
         raise SourceError(f"neither a folder nor the name of a data set ({_first_line(error)})") from error
+    except LocalEntryNotFoundError as error:
+        raise SourceError(f"the hub can't be reached ({_first_line(error.__cause__ or error)})") from error
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             raise SourceError(f"not on the hub, or not for your account ({status})") from error
         raise SourceError(_first_line(error)) from error
-    except (HTTPError, OSError) as error:
-        try:
-            folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise SourceError(f"the hub can't be reached ({_first_line(error)})") from error
-        logger.warning("The hub can't be reached; %s is read from the cache.", repo_id)
-        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-        return HubDataset(repo_id, folder.name, tuple(files), folder)
-    return HubDataset(repo_id, info.sha, tuple(sibling.rfilename for sibling in info.siblings or ()))
+    except (HTTPError, ConnectionError) as error:
+        raise SourceError(f"the download broke off ({_first_line(error)}); run again to continue") from error
+    return Path(folder)
 
 
-def _hub_endpoint() -> str | None:
-    """Read at the time of the call: huggingface_hub itself reads HF_ENDPOINT only once, when it is imported."""
-    return os.environ.get("HF_ENDPOINT") or None
+def split_files(split: str, config: str | None = None) -> list[str]:
+    """Patterns of the parquet files of a split, in the hub's two layouts.
+
+    These are ``<folder>/<split>-00000-of-00001.parquet`` and the automatic conversion's
+    ``<config>/<split>/0000.parquet``. Without a config, files lie in ``data/``, ``default/`` or the root; with "*" in
+    any folder.
+    """
+    folders = ("", "data/", "default/") if config is None else (f"{config}/",)
+    return [folder + split + end for folder in folders for end in (".parquet", "-*.parquet", "/*.parquet")]
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,4 +14,4 @@ export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 case "${1:-}" in
     "" | -*) set -- all "$@" ;;
 esac
-exec "$PYTHON" -m tinyllava_switchkd.eval.prepare "$@" --eval-dir "${EVAL_DIR:-$REPO/playground/data/eval}"
+exec "$PYTHON" -m tinyllava_switchkd.eval.prepare "$@" --eval_dir "${EVAL_DIR:-$REPO/playground/data/eval}"

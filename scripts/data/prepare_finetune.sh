@@ -5,10 +5,10 @@
 #   PYTHON      the interpreter
 #   HF_ENDPOINT a mirror of the Hugging Face hub
 #
-# About 75 GB are downloaded; an archive is deleted when all its images are unpacked (--keep-archives keeps it).
+# About 75 GB are downloaded; an archive is deleted when all its images are unpacked (--keep_archives keeps it).
 # Interrupted? Run it again. One part at a time: --only coco. Only verify: --check.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m tinyllava_switchkd.data.download finetune --data-dir "${DATA_DIR:-$REPO/playground/data}" "$@"
+exec "$PYTHON" -m tinyllava_switchkd.data.download finetune --data_dir "${DATA_DIR:-$REPO/playground/data}" "$@"

@@ -10,4 +10,4 @@ set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m tinyllava_switchkd.data.download pretrain --data-dir "${DATA_DIR:-$REPO/playground/data}" "$@"
+exec "$PYTHON" -m tinyllava_switchkd.data.download pretrain --data_dir "${DATA_DIR:-$REPO/playground/data}" "$@"

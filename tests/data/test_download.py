@@ -165,9 +165,9 @@ def test_check_without_data_and_unknown_folder(hub: FakeHub, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("script", "command"),
     [
-        ("prepare_pretrain", "-m tinyllava_switchkd.data.download pretrain --data-dir {} --check"),
-        ("prepare_finetune", "-m tinyllava_switchkd.data.download finetune --data-dir {} --check"),
-        ("prepare_eval", "-m tinyllava_switchkd.eval.prepare all --check --eval-dir {}"),
+        ("prepare_pretrain", "-m tinyllava_switchkd.data.download pretrain --data_dir {} --check"),
+        ("prepare_finetune", "-m tinyllava_switchkd.data.download finetune --data_dir {} --check"),
+        ("prepare_eval", "-m tinyllava_switchkd.eval.prepare all --check --eval_dir {}"),
     ],
 )
 def test_scripts_call_the_commands(script: str, command: str, tmp_path: Path) -> None:

@@ -250,8 +250,8 @@ def test_benchmark(plugin, bases, tmp_path, capsys):
 
     model, tokenizer, processor = build_model(bases["llm"], bases["tower"])
     save_pretrained_model(model, tokenizer, processor, checkpoint, conv_version="qwen2_base")
-    command = ["colours", "--model-path", checkpoint, "--data-dir", data, "--output-dir", tmp_path / "out"]
-    command += ["--score", tmp_path / "score.json", "--max-new-tokens", 2, "--device", "cpu"]
+    command = ["colours", "--model_path", checkpoint, "--data_dir", data, "--output_dir", tmp_path / "out"]
+    command += ["--score", tmp_path / "score.json", "--max_new_tokens", 2, "--device", "cpu"]
     assert eval_run.main([str(word) for word in command]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "score.json").read_text())["answered"] == 3
 
@@ -267,7 +267,7 @@ def test_package_with_an_entry_point(tmp_path):
     (tmp_path / "questions.jsonl").write_text('{"question_id": 7, "image": "0.png", "text": "?", "answer": "red"}\n')
     (tmp_path / "answers.jsonl").write_text('{"question_id": 7, "text": "Red"}\n')
     path = os.pathsep.join(map(str, (tmp_path, tmp_path / "metadata", ROOT)))
-    command = ["-m", "tinyllava_switchkd.eval.score", "colours", "--data-dir", ".", "--answers-file", "answers.jsonl"]
+    command = ["-m", "tinyllava_switchkd.eval.score", "colours", "--data_dir", ".", "--answers_file", "answers.jsonl"]
     scored = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )

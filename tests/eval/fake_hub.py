@@ -1,8 +1,8 @@
 """A server on the loopback that stands in for the Hugging Face hub and for the authors' download sites.
 
 Just enough of the hub's interface for huggingface_hub's look-up and download: ``/api/datasets/<id>`` with the commit
-and the file list, and ``/datasets/<id>/resolve/<revision>/<file>`` with commit, ETag and byte ranges. Other paths are
-plain files. `cuts` makes an answer break off, as a bad line does.
+and the file list, ``.../tree/<revision>`` with the files' sizes, and ``/datasets/<id>/resolve/<revision>/<file>`` with
+commit, ETag and byte ranges. Other paths are plain files. `cuts` makes an answer break off, as a bad line does.
 """
 
 from __future__ import annotations
@@ -64,9 +64,12 @@ def serve(root: Path) -> Iterator[FakeHub]:
             path = unquote(self.path.split("?")[0])
             hub.requests.append((self.command, path, self.headers.get("Range")))
             info = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path)
+            tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+", path)
             file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
             if info:
                 self._info(info[1])
+            elif tree:
+                self._tree(tree[1])
             else:
                 self._file(hub.root / "datasets" / file[1] / file[2] if file else hub.root / path.lstrip("/"), body)
 
@@ -77,6 +80,20 @@ def serve(root: Path) -> Iterator[FakeHub]:
                 return
             names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             answer = {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+        def _tree(self, repo_id: str) -> None:
+            folder = hub.root / "datasets" / repo_id
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            answer = [
+                {
+                    "type": "file",
+                    "path": file.relative_to(folder).as_posix(),
+                    "size": file.stat().st_size,
+                    "oid": hashlib.sha256(file.read_bytes()).hexdigest(),
+                }
+                for file in files
+            ]
             self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         def _file(self, path: Path, body: bool) -> None:

@@ -67,7 +67,7 @@ def test_scienceqa_image_only(tmp_path):
     run_file(folder, "scienceqa", split="test", options={"image_only": True})
     part = score_file("scienceqa", folder, folder / "answers.jsonl")
     assert part.score == whole.score and part.total == len(asked) and part.asked["image_only"] is True
-    with pytest.raises(ValueError, match="POPE has no option --image-only"):
+    with pytest.raises(ValueError, match="POPE has no option --image_only"):
         BenchmarkFactory("pope").configure({"image_only": True})
 
 

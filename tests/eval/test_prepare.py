@@ -59,7 +59,7 @@ def publish(hub: FakeHub, name: str, repo_id: str | None = None) -> None:
 
 
 def prepare(tmp_path: Path, *arguments: str) -> int:
-    return main([*arguments, "--eval-dir", str(tmp_path / "eval"), "--any-count"])
+    return main([*arguments, "--eval_dir", str(tmp_path / "eval"), "--any_count"])
 
 
 def assert_same_score(name: str, folder: Path, answers: Path) -> None:
@@ -161,8 +161,8 @@ def test_textvqa_prompt_keeps_its_three_lines() -> None:
 def test_old_name_of_the_data_set_is_tried_after_the_new_one(hub: FakeHub, tmp_path: Path) -> None:
     publish(hub, "vizwiz", "lmms-lab/VizWiz-VQA")
     assert prepare(tmp_path, "vizwiz", "--source", "hf") == 0
-    looked_up = [path for _, path, _ in hub.requests if path.startswith("/api/")]
-    assert looked_up == ["/api/datasets/lmms-lab-encoder/VizWiz-VQA", "/api/datasets/lmms-lab/VizWiz-VQA"]
+    looked_up = [path.split("/")[3:5] for _, path, _ in hub.requests if path.startswith("/api/")]
+    assert looked_up[:2] == [["lmms-lab-encoder", "VizWiz-VQA"], ["lmms-lab", "VizWiz-VQA"]]
 
 
 def test_another_data_set_and_a_local_folder(hub: FakeHub, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_vizwiz_test_split_has_no_answers(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_doctor_lists_what_is_missing_and_where_to_get_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["all", "--check", "--eval-dir", str(tmp_path)]) == 1
+    assert main(["all", "--check", "--eval_dir", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert text.count("NOT COMPLETE") == 10
     assert "missing     llava_gqa_testdev_balanced.jsonl      expected 12,578 rows" in text
@@ -417,17 +417,17 @@ def test_doctor_lists_what_is_missing_and_where_to_get_it(tmp_path: Path, capsys
 
 def test_doctor_compares_counts(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     publish(hub, "vizwiz")
-    arguments = ["vizwiz", "--eval-dir", str(tmp_path / "eval")]
+    arguments = ["vizwiz", "--eval_dir", str(tmp_path / "eval")]
     assert main(arguments) == 1  # 73 questions are not VizWiz
     assert "count       llava_val.jsonl  73 rows, officially 4,319" in capsys.readouterr().out
-    assert main([*arguments, "--check", "--any-count"]) == 0
+    assert main([*arguments, "--check", "--any_count"]) == 0
 
 
 def test_doctor_names_a_file_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "pope"
     folder.mkdir()
     (folder / "llava_pope_test.jsonl").write_text('{"question_id": 1}\noops\n')
-    assert main(["pope", "--check", "--eval-dir", str(tmp_path)]) == 1
+    assert main(["pope", "--check", "--eval_dir", str(tmp_path)]) == 1
     output = capsys.readouterr().out
     assert "unreadable  llava_pope_test.jsonl" in output and "line 2: not valid JSON" in output
 

@@ -81,9 +81,9 @@ def test_val_scores_enter_averages_only_with_the_flag(student: Path, capsys: pyt
     text = run(capsys, student)
     assert cells(text, "student")[-2:] == ["– (6/7)", "– (8/10)"]
     assert "74.7 val" in text and "28.8 val" in text and "left out of the averages" in text
-    text = run(capsys, student, "--include-val")
+    text = run(capsys, student, "--include_val")
     assert cells(text, "student")[-2:] == ["52.8 val", "56.4 val"]
-    assert "--include-val: they are in the averages here" in text
+    assert "--include_val: they are in the averages here" in text
 
 
 def test_test_score_takes_the_place_of_val(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -111,7 +111,7 @@ def test_scores_of_different_checkpoints_are_no_model(student: Path, capsys: pyt
 
 
 def test_paper_rows_beside(student: Path, capsys: pytest.CaptureFixture) -> None:
-    text = run(capsys, student, "--with-paper")
+    text = run(capsys, student, "--with_paper")
     assert cells(text, "Switch-KD (Qwen2.5-0.5B)")[1:] == (
         ["66.8", "63.5", "57.8", "79.6", "61.6", "57.9", "29.8", "52.3", "44.9", "87.3", "57.8", "60.1"]
     )
@@ -135,7 +135,7 @@ def test_files_of_a_report(student: Path, tmp_path: Path, capsys: pytest.Capture
         write_score(student, benchmark, run=settings)
     write_score(student, "vizwiz", split="val", total=4_319, answered=4_319, run=settings)
     out = tmp_path / "out"
-    text = run(capsys, student, "--with-paper", "--output-dir", out)
+    text = run(capsys, student, "--with_paper", "--output_dir", out)
     assert text.startswith("Model ")
     names = ["radar.png", "radar.svg", "report.csv", "report.md", "report.tex"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -163,7 +163,7 @@ def test_files_of_a_report(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert "<!-- student_1 -->" in drawing and "<!-- Switch-KD (Qwen2.5-0.5B), paper -->" in drawing
     assert "No axis Domain-specific: VizWiz (student_1: val" in drawing  # it enters only with the flag
 
-    run(capsys, student, "--include-val", "--output-dir", out, "--format", "markdown")
+    run(capsys, student, "--include_val", "--output_dir", out, "--format", "markdown")
     assert "<!-- VizWiz: val split -->" in (out / "radar.svg").read_text(encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def test_few_benchmarks_make_a_table_but_no_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_score(tmp_path / "a", "pope")
-    text = run(capsys, tmp_path / "a", "--output-dir", tmp_path / "out", "--format", "terminal")
+    text = run(capsys, tmp_path / "a", "--output_dir", tmp_path / "out", "--format", "terminal")
     assert text.splitlines()[0].split() == ["Model", "POPE", "Avg7", "Avg10"]
     assert cells(text, "a") == ["a", "85.6", "– (0/7)", "– (1/10)"]
     assert "No radar chart: A radar chart needs three axes" in caplog.text and not (tmp_path / "out").exists()

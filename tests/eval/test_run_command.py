@@ -33,8 +33,8 @@ def pope(tmp_path_factory):
 
 
 def command(checkpoint, name, data, out, *more) -> list[str]:
-    common = [name, "--model-path", str(checkpoint), "--data-dir", str(data), "--output-dir", str(out)]
-    return [*common, "--max-new-tokens", "4", *more]
+    common = [name, "--model_path", str(checkpoint), "--data_dir", str(data), "--output_dir", str(out)]
+    return [*common, "--max_new_tokens", "4", *more]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -119,7 +119,7 @@ def test_default_name(path, name):
 
 
 def test_a_differing_flag_warns(checkpoint, pope, tmp_path, caplog):
-    flags = ("--conv-mode", "llama", "--image-aspect-ratio", "pad", "--limit", "2")
+    flags = ("--conv_mode", "llama", "--image_aspect_ratio", "pad", "--limit", "2")
     assert main(command(checkpoint, "pope", pope, tmp_path / "out", *flags)) == 0
     assert "trained with the conversation template 'phi' and is asked with 'llama'" in caplog.text
     assert "trained with image_aspect_ratio 'square' and is shown images with 'pad'" in caplog.text
@@ -128,7 +128,7 @@ def test_a_differing_flag_warns(checkpoint, pope, tmp_path, caplog):
 
 
 def test_an_agreeing_flag_does_not(checkpoint, pope, tmp_path, caplog):
-    flags = ("--conv-mode", "phi", "--image-aspect-ratio", "square", "--limit", "2")
+    flags = ("--conv_mode", "phi", "--image_aspect_ratio", "square", "--limit", "2")
     assert main(command(checkpoint, "pope", pope, tmp_path / "out", *flags)) == 0
     assert "trained with" not in caplog.text
 
@@ -137,8 +137,8 @@ def test_a_checkpoint_without_a_template(pope, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "v1", conv_version=None)
     assert main(command(checkpoint, "pope", pope, tmp_path / "out")) == 1
     assert "does not name its conversation template" in capsys.readouterr().err
-    assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--conv-mode", "phi", "--limit", "1")) == 0
-    assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--conv-mode", "vicuna_v1")) == 1
+    assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--conv_mode", "phi", "--limit", "1")) == 0
+    assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--conv_mode", "vicuna_v1")) == 1
     assert "Unknown conversation template 'vicuna_v1'" in capsys.readouterr().err
 
 
@@ -188,7 +188,7 @@ def test_a_broken_image_costs_its_own_questions_only(checkpoint, broken_pope, tm
     error = capsys.readouterr().err
     assert "9 of 27 questions of POPE have no answer" in error
     assert str(broken_pope / "val2014" / "1.png") in error
-    assert "--skip-bad-images" in error
+    assert "--skip_bad_images" in error
     assert len(read_lines(out / "answers.part-0.jsonl")) == 18
     picture(broken_pope / "val2014" / "1.png", 1)  # repaired
     assert main(command(checkpoint, "pope", broken_pope, out)) == 0
@@ -197,7 +197,7 @@ def test_a_broken_image_costs_its_own_questions_only(checkpoint, broken_pope, tm
 
 def test_a_broken_image_may_be_left_out(checkpoint, broken_pope, tmp_path, caplog):
     out, score = tmp_path / "out", tmp_path / "score.json"
-    flags = ("--skip-bad-images", "--score", str(score))
+    flags = ("--skip_bad_images", "--score", str(score))
     assert main(command(checkpoint, "pope", broken_pope, out, *flags)) == 0
     assert "An image cannot be read" in caplog.text
     assert "9 of 27 questions have no answer and count as wrong" in caplog.text
@@ -215,7 +215,7 @@ def test_absent_images_are_noticed_before_the_model_is_loaded(checkpoint, tmp_pa
         assert main(command(checkpoint, "pope", data, tmp_path / "out")) == 1
     error = capsys.readouterr().err
     assert f"1 of 3 images of POPE do not exist, the first is {data / 'val2014' / '2.png'}" in error
-    assert main(command(checkpoint, "pope", data, tmp_path / "out", "--skip-bad-images")) == 0
+    assert main(command(checkpoint, "pope", data, tmp_path / "out", "--skip_bad_images")) == 0
     assert "1 of 3 images of POPE do not exist" in caplog.text
     assert len(read_lines(tmp_path / "out" / "answers.jsonl")) == 18
 
@@ -239,16 +239,16 @@ def test_pictures_in_the_table_may_be_broken_too(checkpoint, tmp_path, capsys):
     ("change", "message"),
     [
         ({"benchmark": "popo"}, "Unknown benchmark 'popo'. Registered: gqa, "),
-        ({"--data-dir": "/nonexistent"}, "The data folder /nonexistent does not exist"),
-        ({"--model-path": "/nonexistent"}, "There is no folder '/nonexistent'"),
+        ({"--data_dir": "/nonexistent"}, "The data folder /nonexistent does not exist"),
+        ({"--model_path": "/nonexistent"}, "There is no folder '/nonexistent'"),
         ({"--split": "dev"}, "POPE has no split 'dev', only test."),
         ({"--device": "tpu7"}, "The device 'tpu7' is none that torch knows"),
         ({"--device": "cuda:99"}, "The device is 'cuda:99', but torch sees "),
-        ({"--output-dir": "/dev/null"}, "The output folder /dev/null is a file; name a folder."),
+        ({"--output_dir": "/dev/null"}, "The output folder /dev/null is a file; name a folder."),
     ],
 )
 def test_one_clear_sentence(change, message, checkpoint, pope, tmp_path, capsys):
-    flags = {"--data-dir": str(pope), "--model-path": checkpoint, "--output-dir": str(tmp_path / "out")} | change
+    flags = {"--data_dir": str(pope), "--model_path": checkpoint, "--output_dir": str(tmp_path / "out")} | change
     name = flags.pop("benchmark", "pope")
     assert main([name, *(part for flag in flags.items() for part in flag)]) == 1
     error = capsys.readouterr().err.strip()
@@ -288,11 +288,11 @@ def test_another_kind_of_model(pope, tmp_path, capsys):
     assert "is the configuration of a 'qwen2' model, not of a TinyLLaVA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", "0"), ("--limit", "-1"), ("--dtype", "int4"), ()])
+@pytest.mark.parametrize("flags", [("--batch_size", "0"), ("--limit", "-1"), ("--dtype", "int4"), ()])
 def test_wrong_flags_are_refused_by_the_parser(flags, capsys):
-    output = ("--output-dir", "o") if flags else ()
+    output = ("--output_dir", "o") if flags else ()
     with pytest.raises(SystemExit):
-        main(["pope", "--model-path", "m", "--data-dir", "d", *output, *flags])
+        main(["pope", "--model_path", "m", "--data_dir", "d", *output, *flags])
     assert "error:" in capsys.readouterr().err
 
 

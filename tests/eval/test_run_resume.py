@@ -29,8 +29,8 @@ def setting(tmp_path_factory):
 
 
 def arguments(checkpoint, data, out, *more) -> list[str]:
-    common = ["pope", "--model-path", checkpoint, "--data-dir", str(data), "--output-dir", str(out)]
-    return [*common, "--max-new-tokens", "8", "--batch-size", "2", *more]
+    common = ["pope", "--model_path", checkpoint, "--data_dir", str(data), "--output_dir", str(out)]
+    return [*common, "--max_new_tokens", "8", "--batch_size", "2", *more]
 
 
 def texts_of(rows) -> dict[int, str]:
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_where_it_was(setting, tmp_path, generated, sabotag
 def test_a_killed_run_with_workers_can_be_resumed_at_once(setting, tmp_path):
     checkpoint, data, texts = setting
     out = tmp_path / "out"
-    more = ("--num-workers", "2")
+    more = ("--num_workers", "2")
     process = forked.start(arguments(checkpoint, data, out, *more), tmp_path / "log", sabotage="kill", after=1)
     forked.wait_until_gone(process)
     assert main(arguments(checkpoint, data, out)) == 0  # orphaned workers hold no lock
@@ -255,10 +255,10 @@ def test_answers_of_another_checkpoint_are_not_mixed_in(setting, tmp_path, capsy
     assert main(arguments(other, data, out)) == 1
     error = capsys.readouterr().err
     assert "were made with checkpoint_digest = 'sha256:" in error
-    assert main(arguments(checkpoint, data, out, "--max-new-tokens", "9")) == 1
+    assert main(arguments(checkpoint, data, out, "--max_new_tokens", "9")) == 1
     assert "were made with decoding = " in capsys.readouterr().err
     assert len(read_lines(out / "answers.jsonl")) == 3
-    assert main(arguments(checkpoint, data, out, "--batch-size", "7")) == 0  # changes nothing in the answers
+    assert main(arguments(checkpoint, data, out, "--batch_size", "7")) == 0  # changes nothing in the answers
     assert texts_of(read_lines(out / "answers.jsonl")) == texts
 
 

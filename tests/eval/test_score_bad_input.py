@@ -23,7 +23,7 @@ def fail(capsys, *arguments) -> str:
 
 def score_lines(capsys, name, path, *lines: str) -> str:
     path.write_text("\n".join(lines), encoding="utf-8")
-    return fail(capsys, name, "--data-dir", data_dir(name), "--answers-file", path)
+    return fail(capsys, name, "--data_dir", data_dir(name), "--answers_file", path)
 
 
 @pytest.fixture
@@ -37,24 +37,24 @@ def copy_of(tmp_path):
 
 
 def test_unknown_benchmark(capsys):
-    message = fail(capsys, "mmvet", "--data-dir", ".", "--answers-file", "a.jsonl")
+    message = fail(capsys, "mmvet", "--data_dir", ".", "--answers_file", "a.jsonl")
     assert "Unknown benchmark 'mmvet'" in message and "pope" in message
 
 
 def test_missing_files(capsys, tmp_path):
     answers = data_dir("pope") / "answers.jsonl"
     assert "nowhere.jsonl does not exist" in fail(
-        capsys, "pope", "--data-dir", data_dir("pope"), "--answers-file", tmp_path / "nowhere.jsonl"
+        capsys, "pope", "--data_dir", data_dir("pope"), "--answers_file", tmp_path / "nowhere.jsonl"
     )
     assert "nowhere does not exist" in fail(
-        capsys, "pope", "--data-dir", tmp_path / "nowhere", "--answers-file", answers
+        capsys, "pope", "--data_dir", tmp_path / "nowhere", "--answers_file", answers
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_data_folder(name, capsys, tmp_path):
     answers = data_dir(name) / "answers.jsonl"
-    message = fail(capsys, name, "--data-dir", tmp_path, "--answers-file", answers)
+    message = fail(capsys, name, "--data_dir", tmp_path, "--answers_file", answers)
     assert str(tmp_path) in message and "expected" in message
 
 
@@ -82,7 +82,7 @@ def test_empty_answers_file(capsys, tmp_path):
 def test_answers_in_another_encoding(capsys, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b'{"question_id": 1, "text": "caf\xe9"}')
-    assert "is not UTF-8" in fail(capsys, "pope", "--data-dir", data_dir("pope"), "--answers-file", path)
+    assert "is not UTF-8" in fail(capsys, "pope", "--data_dir", data_dir("pope"), "--answers_file", path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_unknown_question(name, capsys, tmp_path):
     rows = answer_rows(name)
     rows[1] = rows[1] | {"question_id": "no/such.jpg"}
     path = write_rows(tmp_path / "answers.jsonl", rows)
-    message = fail(capsys, name, "--data-dir", data_dir(name), "--answers-file", path)
+    message = fail(capsys, name, "--data_dir", data_dir(name), "--answers_file", path)
     assert f"{path}, line 2" in message and "no/such.jpg" in message and "unknown" in message
 
 
@@ -98,7 +98,7 @@ def test_unknown_question(name, capsys, tmp_path):
 def test_second_answer(name, capsys, tmp_path):
     rows = answer_rows(name)
     path = write_rows(tmp_path / "answers.jsonl", [*rows, rows[3]])
-    message = fail(capsys, name, "--data-dir", data_dir(name), "--answers-file", path)
+    message = fail(capsys, name, "--data_dir", data_dir(name), "--answers_file", path)
     assert f"{path}, line {len(rows) + 1}" in message
     assert "second answer" in message or "one answer too many" in message
 
@@ -106,7 +106,7 @@ def test_second_answer(name, capsys, tmp_path):
 def test_ground_truth_that_is_no_json(capsys, copy_of):
     folder = copy_of("gqa")
     (folder / "data" / "testdev_balanced_questions.json").write_text('{"1": {}\n"2"', encoding="utf-8")
-    message = fail(capsys, "gqa", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "gqa", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert "testdev_balanced_questions.json, line 2: not valid JSON" in message
 
 
@@ -114,7 +114,7 @@ def test_ground_truth_without_its_fields(capsys, copy_of):
     folder = copy_of("vizwiz")
     (folder / "val.json").write_text(json.dumps([{"image": "VizWiz_val_00000000.jpg"}]), encoding="utf-8")
     rows = write_rows(folder / "answers.jsonl", answer_rows("vizwiz")[:1])
-    message = fail(capsys, "vizwiz", "--data-dir", folder, "--answers-file", rows)
+    message = fail(capsys, "vizwiz", "--data_dir", folder, "--answers_file", rows)
     assert "val.json, image VizWiz_val_00000000.jpg: no 'answers'" in message
 
 
@@ -124,7 +124,7 @@ def test_vqa_accuracy_needs_ten_annotators(capsys, copy_of):
     data = json.loads(path.read_text(encoding="utf-8"))
     data["data"][0]["answers"].pop()
     path.write_text(json.dumps(data), encoding="utf-8")
-    message = fail(capsys, "textvqa", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "textvqa", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert "needs the answers of 10 annotators" in message
 
 
@@ -132,7 +132,7 @@ def test_pope_labels_of_another_version_are_noticed(capsys, copy_of):
     folder = copy_of("pope")
     path = folder / "coco" / "coco_pope_random.json"
     path.write_text("\n".join(path.read_text(encoding="utf-8").splitlines()[1:]), encoding="utf-8")
-    message = fail(capsys, "pope", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "pope", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert "different versions of POPE" in message
 
 
@@ -140,7 +140,7 @@ def test_pope_answers_of_another_version_are_noticed(capsys, tmp_path):
     rows = answer_rows("pope")
     rows[0]["prompt"] = "Is there a unicorn in the image?"
     path = write_rows(tmp_path / "answers.jsonl", rows)
-    message = fail(capsys, "pope", "--data-dir", data_dir("pope"), "--answers-file", path)
+    message = fail(capsys, "pope", "--data_dir", data_dir("pope"), "--answers_file", path)
     assert f"{path}, line 1" in message and "another version" in message
 
 
@@ -158,7 +158,7 @@ def test_mme_ground_truth_line(capsys, copy_of):
     folder = copy_of("mme")
     path = folder / "MME_Benchmark_release_version" / "position" / "0020.txt"
     path.write_text("Is it left? Please answer yes or no. Yes\n", encoding="utf-8")
-    message = fail(capsys, "mme", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "mme", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert f"{path}, line 1: not a question, a tab and Yes or No" in message
 
 
@@ -190,7 +190,7 @@ def test_mmbench_table(old, new, complaint, capsys, copy_of):
     folder = copy_of("mmbench")
     path = folder / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
-    message = fail(capsys, "mmbench", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "mmbench", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert f"{path}, {complaint}" in message
 
 
@@ -205,7 +205,7 @@ def test_mmbench_test_table_has_an_upload_but_no_score(capsys, copy_of, tmp_path
         writer.writeheader()
         writer.writerows(rows)
     table.unlink()
-    arguments = ("mmbench", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    arguments = ("mmbench", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert "has no answers" in fail(capsys, *arguments)
     assert "xlsx" in fail(capsys, *arguments, "--submission", tmp_path / "upload.json")
     score = score_file(arguments[0], folder, folder / "answers.jsonl", submission=tmp_path / "upload.xlsx")
@@ -219,7 +219,7 @@ def test_scienceqa_answer_beyond_the_choices(capsys, copy_of):
     problems = json.loads(path.read_text(encoding="utf-8"))
     problems["11"]["answer"] = 4
     path.write_text(json.dumps(problems), encoding="utf-8")
-    message = fail(capsys, "scienceqa", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "scienceqa", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert "problem 11: the answer 4 is none of its 2 choices" in message
 
 
@@ -230,7 +230,7 @@ def test_vqav2_test_dev_has_an_upload_but_no_score(capsys, tmp_path):
     answered = {row["question_id"] for row in answer_rows("vqav2")}
     asked = [row for row in listed if row["question_id"] in answered]
     write_rows(tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl", asked)
-    arguments = ("vqav2", "--data-dir", tmp_path, "--answers-file", source / "answers.jsonl")
+    arguments = ("vqav2", "--data_dir", tmp_path, "--answers_file", source / "answers.jsonl")
     assert "scored by the server only" in fail(capsys, *arguments)
     upload = tmp_path / "upload.json"
     assert "llava_vqav2_mscoco_test2015.jsonl" in fail(capsys, *arguments, "--submission", upload)
@@ -244,7 +244,7 @@ def test_vizwiz_test_has_an_upload_but_no_score(capsys, tmp_path):
     rows = [json.loads(line) for line in (data_dir("vizwiz") / "llava_val.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "llava_test.jsonl", rows)
     answers = data_dir("vizwiz") / "answers.jsonl"
-    arguments = ("vizwiz", "--data-dir", tmp_path, "--answers-file", answers)
+    arguments = ("vizwiz", "--data_dir", tmp_path, "--answers_file", answers)
     assert "No ground truth for the test answers" in fail(capsys, *arguments)
     score = score_file("vizwiz", tmp_path, answers, submission=tmp_path / "upload.json")
     assert (score.score, score.split, score.total) == (None, "test", len(rows))
@@ -322,7 +322,7 @@ def test_a_value_of_the_wrong_kind_is_named(name, file, place, value, complaint,
         inner = inner[key]
     inner[place[-1]] = value
     (folder / file).write_text(json.dumps(data), encoding="utf-8")
-    message = fail(capsys, name, "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, name, "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert str(folder / file) in message and complaint in message
 
 
@@ -335,7 +335,7 @@ def test_a_value_of_the_wrong_kind_is_named_by_line(file, key, value, capsys, co
     first, second, *others = (folder / file).read_text(encoding="utf-8").split("\n")
     second = json.dumps(json.loads(second) | {key: value})
     (folder / file).write_text("\n".join([first, second, *others]), encoding="utf-8")
-    message = fail(capsys, "pope", "--data-dir", folder, "--answers-file", folder / "answers.jsonl")
+    message = fail(capsys, "pope", "--data_dir", folder, "--answers_file", folder / "answers.jsonl")
     assert f"{folder / file}, line 2: {key!r} is {value}, not a string." in message
 
 
@@ -345,13 +345,13 @@ def test_answers_that_only_their_prompts_tell_apart_need_one(name, prompt, capsy
     rows = answer_rows(name)
     rows[1] |= {"prompt": prompt}
     path = write_rows(tmp_path / "answers.jsonl", rows)
-    message = fail(capsys, name, "--data-dir", data_dir(name), "--answers-file", path)
+    message = fail(capsys, name, "--data_dir", data_dir(name), "--answers_file", path)
     assert f"{path}, line 2: no 'prompt'" in message
 
 
 def test_files_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    arguments = ("gqa", "--data-dir", data_dir("gqa"), "--answers-file", data_dir("gqa") / "answers.jsonl")
+    arguments = ("gqa", "--data_dir", data_dir("gqa"), "--answers_file", data_dir("gqa") / "answers.jsonl")
     assert fail(capsys, *arguments, "--output", tmp_path) == f"error: {tmp_path}: Is a directory.\n"
     message = fail(capsys, *arguments, "--submission", tmp_path / "file" / "upload.json")
     assert message.startswith(f"error: {tmp_path / 'file'}: ") and "Errno" not in message

@@ -265,7 +265,7 @@ def test_benchmarks_without_a_server_say_so(name, tmp_path):
 def test_a_submission_with_holes_is_refused(name, tmp_path):
     answers = write_rows(tmp_path / "answers.jsonl", answer_rows(name)[:-2])
     path = tmp_path / ("upload.xlsx" if name == "mmbench" else "upload.json")
-    with pytest.raises(ValueError, match=r"2 of \d+ questions have no answer .*--allow-missing"):
+    with pytest.raises(ValueError, match=r"2 of \d+ questions have no answer .*--allow_missing"):
         score_file(name, data_dir(name), answers, submission=path)
     assert not path.exists()
     score_file(name, data_dir(name), answers, submission=path, allow_missing=True)
@@ -276,7 +276,7 @@ def test_a_submission_with_holes_is_refused(name, tmp_path):
 def test_command_prints_one_json_object(name, tmp_path, capsys):
     output = tmp_path / "results" / f"{name}.json"
     folder = data_dir(name)
-    arguments = [name, "--data-dir", str(folder), "--answers-file", str(folder / "answers.jsonl")]
+    arguments = [name, "--data_dir", str(folder), "--answers_file", str(folder / "answers.jsonl")]
     status = main([*arguments, "--output", str(output)])
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
@@ -294,7 +294,7 @@ def test_command_imports_no_torch_and_writes_only_json_on_stdout():
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     folder = data_dir("mmbench")
-    arguments = ["mmbench", "--data-dir", str(folder), "--answers-file", str(folder / "answers.jsonl")]
+    arguments = ["mmbench", "--data_dir", str(folder), "--answers_file", str(folder / "answers.jsonl")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["benchmark"] == "mmbench"

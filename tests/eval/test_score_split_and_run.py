@@ -67,7 +67,7 @@ def test_mmbench_answers_that_fit_both_splits(tmp_path, capsys):
     assert score_file("mmbench", folder, folder / "answers.jsonl").details["table"] == dev  # dev alone has them all
     first = {int(row["index"]) for row in csv.DictReader((folder / test).open(newline=""), delimiter="\t")}
     few = write_rows(tmp_path / "few.jsonl", [row for row in rows if row["question_id"] in first][:-1])
-    arguments = ["mmbench", "--data-dir", str(folder), "--answers-file", str(few)]
+    arguments = ["mmbench", "--data_dir", str(folder), "--answers_file", str(few)]
     assert main(arguments) == 1
     assert f"The answers fit {dev} and {test} in {folder}; say which with --split." in capsys.readouterr().err
     assert main([*arguments, "--split", "dev"]) == 0
@@ -92,7 +92,7 @@ def test_a_score_carries_the_run_that_stands_beside_its_answers(tmp_path, capsys
     folder = tmp_path / "answers"
     folder.mkdir()
     shutil.copy(data_dir("gqa") / "answers.jsonl", folder)
-    arguments = ["gqa", "--data-dir", str(data_dir("gqa")), "--answers-file", str(folder / "answers.jsonl")]
+    arguments = ["gqa", "--data_dir", str(data_dir("gqa")), "--answers_file", str(folder / "answers.jsonl")]
     run = {"benchmark": "gqa", "split": "testdev", "model_name": "tiny-vlm", "decoding": {"do_sample": False}}
     (folder / "run.json").write_text(json.dumps(run))
     assert main([*arguments, "--output", str(tmp_path / "score.json")]) == 0

@@ -80,31 +80,31 @@ def test_each_script_runs_its_benchmark(script, bash, tmp_path):
     [call] = calls
     assert call[1:4] == ["-m", "tinyllava_switchkd.eval.run", name]
     assert flags_of(call) == {
-        "--model-path": "models/my-vlm/",
-        "--model-name": "my-vlm",
-        "--data-dir": str(tmp_path / "eval" / folder),
-        "--output-dir": str(tmp_path / "eval" / folder / answers / "my-vlm"),
+        "--model_path": "models/my-vlm/",
+        "--model_name": "my-vlm",
+        "--data_dir": str(tmp_path / "eval" / folder),
+        "--output_dir": str(tmp_path / "eval" / folder / answers / "my-vlm"),
         "--score": str(tmp_path / "results" / "my-vlm" / f"{name}.json"),
-        "--batch-size": "16",
+        "--batch_size": "16",
         "--device": "cpu",
     }
 
 
 def test_the_environment_decides(bash, tmp_path):
-    settings = {"BATCH_SIZE": "3", "LIMIT": "9", "CONV_MODE": "phi", "EXTRA_ARGS": "--dtype float32 --num-workers 2"}
+    settings = {"BATCH_SIZE": "3", "LIMIT": "9", "CONV_MODE": "phi", "EXTRA_ARGS": "--dtype float32 --num_workers 2"}
     _, [call] = bash("gqa", "org/vlm", "other name", **settings)
     flags = flags_of(call)
-    assert {key: flags[key] for key in ("--batch-size", "--limit", "--conv-mode", "--dtype", "--num-workers")} == {
-        "--batch-size": "3",
+    assert {key: flags[key] for key in ("--batch_size", "--limit", "--conv_mode", "--dtype", "--num_workers")} == {
+        "--batch_size": "3",
         "--limit": "9",
-        "--conv-mode": "phi",
+        "--conv_mode": "phi",
         "--dtype": "float32",
-        "--num-workers": "2",
+        "--num_workers": "2",
     }
-    assert flags["--model-name"] == "other name"
+    assert flags["--model_name"] == "other name"
     assert flags["--score"] == str(tmp_path / "results" / "other name" / "gqa.json")
     _, [call] = bash("gqa", "runs/vlm/checkpoint-40")
-    assert flags_of(call)["--model-name"] == "vlm_checkpoint-40"
+    assert flags_of(call)["--model_name"] == "vlm_checkpoint-40"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_another_split_has_files_of_its_own(script, split, upload, bash, tmp_pat
     flags = flags_of(call)
     name, folder = SCRIPTS[script]
     assert flags["--split"] == split
-    assert flags["--output-dir"] == str(tmp_path / "eval" / folder / "answers" / "vlm" / split)
+    assert flags["--output_dir"] == str(tmp_path / "eval" / folder / "answers" / "vlm" / split)
     assert flags["--score"] == str(tmp_path / "results" / "vlm" / f"{name}-{split}.json")
     assert flags.get("--submission") == (upload and str(tmp_path / "eval" / upload))
 
@@ -203,7 +203,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [call[3] for call in calls[:-1]] == ["pope", "mme", "scienceqa"]
     results = str(tmp_path / "results" / "vlm")
-    assert calls[-1][1:] == ["-m", "tinyllava_switchkd.eval.report", results, "--output-dir", results]
+    assert calls[-1][1:] == ["-m", "tinyllava_switchkd.eval.report", results, "--output_dir", results]
     assert "No data in" in done.stderr
     assert "mmbench mmbench_cn gqa textvqa mmmu vizwiz vqav2 textvqa_noocr" in done.stderr
 
@@ -269,7 +269,7 @@ def test_an_interruption_stops_all_that_was_to_come(tmp_path):
 def test_pope_in_two_processes_for_real(bash, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny-vlm")
     write_pope(tmp_path / "eval" / "pope")
-    done, _ = bash("pope", checkpoint, PYTHON=sys.executable, GPUS="2", EXTRA_ARGS="--max-new-tokens 4")
+    done, _ = bash("pope", checkpoint, PYTHON=sys.executable, GPUS="2", EXTRA_ARGS="--max_new_tokens 4")
     assert done.returncode == 0, done.stderr
     rows = read_lines(tmp_path / "eval" / "pope" / "answers" / "tiny-vlm" / "answers.jsonl")
     assert [row["question_id"] for row in rows] == list(range(36))

@@ -7,6 +7,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from tests.tiny import tiny_config, tiny_llava
 from tinyllava_switchkd.model import ConnectorFactory
+from tinyllava_switchkd.model.weights import load_connector_weights
 
 QFORMER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 
@@ -158,13 +159,12 @@ def test_every_parameter_gets_a_gradient(name):
     )
 
 
-def test_load_model_reads_v1s_folder_and_freezes(tmp_path):
+def test_v1s_folder_of_a_connector(tmp_path):
     source, target = connector("mlp2x_gelu"), connector("mlp2x_gelu")
     torch.save({k: v + 1 for k, v in source.state_dict().items()}, tmp_path / "pytorch_model.bin")
-    target.load_model(pretrained_connector_path=str(tmp_path))
+    load_connector_weights(target, tmp_path)
     assert torch.equal(target._connector[0].weight, source._connector[0].weight + 1)
-    assert not any(p.requires_grad for p in target.parameters())
     with pytest.raises(ValueError, match="missing"):
-        connector("linear").load_model(pretrained_connector_path=str(tmp_path))
+        load_connector_weights(connector("linear"), tmp_path)
     with pytest.raises(FileNotFoundError, match="no connector"):
-        connector("linear").load_model(pretrained_connector_path=str(tmp_path.parent))
+        load_connector_weights(connector("linear"), tmp_path.parent)

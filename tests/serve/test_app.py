@@ -344,7 +344,7 @@ class TestPool:
 class TestCommandLine:
     def test_safe_by_default(self, monkeypatch, tmp_path):
         (tmp_path / "config.json").touch()
-        args = app.build_parser().parse_args(["--model-path", str(tmp_path)])
+        args = app.build_parser().parse_args(["--model_path", str(tmp_path)])
         assert (args.host, args.share) == ("127.0.0.1", False)
         seen = {}
         page = app.build_page(args)
@@ -369,7 +369,7 @@ class TestCommandLine:
         monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            assert app.main(["--model-path", str(tmp_path)]) == 0
+            assert app.main(["--model_path", str(tmp_path)]) == 0
         finally:
             signal.signal(signal.SIGTERM, before)
             os.environ.pop("GRADIO_TEMP_DIR", None)
@@ -378,10 +378,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--model-path", "./nowhere"], "There is no checkpoint './nowhere'."),
-            (["--model-path", "/tmp", "--compare", "/no/where/at/all"], "/no/where/at/all"),
-            (["--model-path", "/tmp", "--names", "a", "b"], "--names takes one distinct name"),
-            (["--model-path", "/tmp", "--temperature", "9"], "temperature is a number"),
+            (["--model_path", "./nowhere"], "There is no checkpoint './nowhere'."),
+            (["--model_path", "/tmp", "--compare", "/no/where/at/all"], "/no/where/at/all"),
+            (["--model_path", "/tmp", "--names", "a", "b"], "--names takes one distinct name"),
+            (["--model_path", "/tmp", "--temperature", "9"], "temperature is a number"),
         ],
     )
     def test_bad_options_are_one_sentence(self, argv, message, capsys):

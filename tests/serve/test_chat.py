@@ -59,7 +59,7 @@ def test_a_session_through_stdin(folder):
         "/quit",
         "never asked",
     ]
-    options = ["--model-path", str(folder / "student"), "--image", str(folder / "one.png"), "--max-new-tokens", "8"]
+    options = ["--model_path", str(folder / "student"), "--image", str(folder / "one.png"), "--max_new_tokens", "8"]
     done = subprocess.run(
         [sys.executable, "-c", AS_MODULE, *options, "--device", "cpu"],
         input="\n".join(lines),
@@ -74,7 +74,7 @@ def test_a_session_through_stdin(folder):
     assert len([line for line in out if line]) <= 6 and "never asked" not in done.stdout
     assert "student: 0.1 million parameters on cpu, template qwen2_base, 63 tokens an image" in err
     assert "nowhere.png is not there" in err and "There is no command /dance; /help lists them." in err
-    assert err.count("[cut at --max-new-tokens]") + err.count("first token after") >= 1
+    assert err.count("[cut at --max_new_tokens]") + err.count("first token after") >= 1
     assert "Traceback" not in err and "unwanted: []" in err
 
 
@@ -105,7 +105,7 @@ def test_figures_on_request(session, capsys):
     session.command("/stats")
     session.ask("One?")
     error = capsys.readouterr().err
-    assert "cut at --max-new-tokens" in error and "first token after" in error and "6 tokens" in error
+    assert "cut at --max_new_tokens" in error and "first token after" in error and "6 tokens" in error
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys):
@@ -131,7 +131,7 @@ def test_control_characters_do_not_reach_the_terminal():
 
 class TestCommandLine:
     def run(self, folder, *extra, model="student"):
-        return chat.main(["--model-path", str(folder / model), "--device", "cpu", "--max-new-tokens", "5", *extra])
+        return chat.main(["--model_path", str(folder / model), "--device", "cpu", "--max_new_tokens", "5", *extra])
 
     def test_single_question(self, folder, capsys):
         assert self.run(folder, "--image", str(folder / "one.png"), "--question", "What?") == 0
@@ -149,7 +149,7 @@ class TestCommandLine:
             (["--question", "What?", "--load-4bit"], "load_4bit"),
             (["--question", "What?", "--load-8bit"], "load_8bit"),
             (["--question", "What?", "--temperature", "-1"], "temperature is a number from 0 to 5, not -1.0."),
-            (["--question", "What?", "--conv-mode", "nonsense"], "nonsense"),
+            (["--question", "What?", "--conv_mode", "nonsense"], "nonsense"),
             (["--question", "  "], "The question is empty."),
             (["--question", "What?", "--device", "nonsense"], "--device nonsense cannot be used here"),
         ],

@@ -49,7 +49,7 @@ def test_the_quickstart_s_models(run, tmp_path):
     )
     lines = run("--port", "8000").stdout.splitlines()
     assert lines == [
-        *("-m", "tinyllava_switchkd.serve.app", "--model-path", f"{folder}/{STUDENT}-distill"),
+        *("-m", "tinyllava_switchkd.serve.app", "--model_path", f"{folder}/{STUDENT}-distill"),
         *("--compare", f"{folder}/{STUDENT}-finetune", f"{folder}/{TEACHER}"),
         *("--names", "Switch-KD student", "SFT student", "Teacher"),
         *("--port", "8000"),
@@ -59,11 +59,11 @@ def test_the_quickstart_s_models(run, tmp_path):
 def test_half_a_quickstart(run, tmp_path):
     folder = checkpoints(tmp_path, f"{STUDENT}-distill")
     assert run().stdout.splitlines()[2:] == [
-        *("--model-path", f"{folder}/{STUDENT}-distill", "--names", "Switch-KD student"),
+        *("--model_path", f"{folder}/{STUDENT}-distill", "--names", "Switch-KD student"),
     ]
 
 
 def test_other_models(run):
     lines = run(STUDENT="my/student", COMPARE="one two/three").stdout.splitlines()
-    assert lines[2:] == ["--model-path", "my/student", "--compare", "one", "two/three"]
-    assert run(STUDENT="my/student").stdout.splitlines()[2:] == ["--model-path", "my/student"]
+    assert lines[2:] == ["--model_path", "my/student", "--compare", "one", "two/three"]
+    assert run(STUDENT="my/student").stdout.splitlines()[2:] == ["--model_path", "my/student"]

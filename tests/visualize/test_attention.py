@@ -212,7 +212,7 @@ class TestCommand:
         output = tmp_path / "new" / "figure.png"
         models = [str(paths / name) for name in ("teacher", "sft", "switch_kd")]
         arguments = ["--image", str(paths / "image.png"), "--question", "What $is$ it?", "--output", str(output)]
-        assert main(["--model-path", *models, *arguments, "--max-new-tokens", "4", *extra]) == 0
+        assert main(["--model_path", *models, *arguments, "--max_new_tokens", "4", *extra]) == 0
         with Image.open(output) as figure:
             assert figure.width > 800 and np.asarray(figure.convert("RGB")).std() > 10
         assert "switch_kd:" in capsys.readouterr().out
@@ -246,24 +246,24 @@ class TestCommand:
             ({"--data": "none.json"}, "none.json"),
             ({"--image": "none.png"}, "none.png is no image"),
             ({"--names": "one two"}, "2 names for 1 models"),
-            ({"--conv-mode": "nonsense"}, "nonsense"),
-            ({"--model-path": "nowhere/at/all"}, "nowhere/at/all"),
+            ({"--conv_mode": "nonsense"}, "nonsense"),
+            ({"--model_path": "nowhere/at/all"}, "nowhere/at/all"),
         ],
     )
     def test_bad_input_is_one_sentence(self, paths, tmp_path, capsys, change, message):
         options = {
-            "--model-path": str(paths / "sft"),
+            "--model_path": str(paths / "sft"),
             "--image": str(paths / "image.png"),
             "--question": "What?",
             "--output": str(tmp_path / "figure.png"),
             **change,
         }
         if "--data" in change:
-            options["--model-path"] = " ".join([str(paths / "sft")] * 2)
+            options["--model_path"] = " ".join([str(paths / "sft")] * 2)
         argv = [
             part
             for key, value in options.items()
-            for part in (key, *(value.split() if key in ("--names", "--model-path") else [value]))
+            for part in (key, *(value.split() if key in ("--names", "--model_path") else [value]))
         ]
         assert main(argv) == 1
         error = capsys.readouterr().err

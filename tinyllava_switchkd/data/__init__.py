@@ -14,7 +14,6 @@ _HOMES = {
     "ImagePreprocess": "image",
     "LazySupervisedDataset": "dataset",
     "LengthGroupedSampler": "sampler",
-    "Message": "text",
     "Records": "records",
     "SampleError": "errors",
     "Template": "template",

@@ -23,7 +23,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..fetch import SourceError, download, extract, image_problem, open_hub_dataset, write_bytes
+from ..cli import CommandParser
+from ..fetch import SourceError, download, extract, hub_folder, image_problem
+from ..io import write_bytes
 from .records import images_of, scan
 
 logger = logging.getLogger(__name__)
@@ -177,8 +179,10 @@ def get_images(source: ImageSource, names: Iterable[str], data_dir: Path, downlo
 
 def _get(archive: str | HubFile, downloads: Path) -> Path:
     if isinstance(archive, HubFile):
-        folder = downloads / archive.repo_id.replace("/", "--")
-        return open_hub_dataset((archive.repo_id,)).fetch(archive.name, folder)
+        _, folder = hub_folder([archive.repo_id], [archive.name], to=downloads / archive.repo_id.replace("/", "--"))
+        if not (folder / archive.name).is_file():
+            raise SourceError(f"{archive.repo_id} has no file {archive.name}.")
+        return folder / archive.name
     # images.zip is the name of three archives: the address tells them apart.
     return download(archive, downloads / archive.split("://", 1)[1].replace("/", "_"))
 
@@ -199,19 +203,19 @@ def _problem(path: Path) -> str | None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tinyllava_switchkd.data.download",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("training_set", choices=tuple(TRAINING_SETS), help="LLaVA-558K or LLaVA-Mix-665K")
-    parser.add_argument("--data-dir", type=Path, default=Path("playground/data"), help="root of the tree (%(default)s)")
-    parser.add_argument("--download-dir", type=Path, help="where archives are kept (DATA_DIR/.downloads)")
+    parser.add_argument("--data_dir", type=Path, default=Path("playground/data"), help="root of the tree (%(default)s)")
+    parser.add_argument("--download_dir", type=Path, help="where archives are kept (DATA_DIR/.downloads)")
     parser.add_argument("--only", nargs="+", metavar="FOLDER", help="only these folders of images, e.g. coco gqa")
     parser.add_argument("--check", action="store_true", help="download nothing, only verify what is there")
-    parser.add_argument("--no-decode", action="store_true", help="trust that images which are there decode")
-    parser.add_argument("--any-count", action="store_true", help="accept a JSON with another number of records")
-    parser.add_argument("--keep-archives", action="store_true", help="keep archives whose images are all there")
+    parser.add_argument("--no_decode", action="store_true", help="trust that images which are there decode")
+    parser.add_argument("--any_count", action="store_true", help="accept a JSON with another number of records")
+    parser.add_argument("--keep_archives", action="store_true", help="keep archives whose images are all there")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (%(default)s)")
     return parser.parse_args(argv)
 
@@ -245,7 +249,7 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
     count, names = named_images(path, sources)
     if count != training_set.records and not arguments.any_count:
         raise ValueError(
-            f"{path} has {count:,} records, not {training_set.records:,}; delete it and run again, or pass --any-count "
+            f"{path} has {count:,} records, not {training_set.records:,}; delete it and run again, or pass --any_count "
             f"if it is meant to be another."
         )
     print(f"{training_set.title}: {count:,} records in {path}")

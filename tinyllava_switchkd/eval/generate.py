@@ -44,7 +44,7 @@ def template_of(config: TinyLlavaConfig, conv_mode: str | None, where: str | Pat
     if conv_mode is None and own is None:
         raise ValueError(
             f"The checkpoint {where} does not name its conversation template, as those of TinyLLaVA v1 do not: pass "
-            f"--conv-mode (phi for its Phi-2, StableLM and Qwen2 models, llama for TinyLlama and OpenELM, gemma)."
+            f"--conv_mode (phi for its Phi-2, StableLM and Qwen2 models, llama for TinyLlama and OpenELM, gemma)."
         )
     chosen = TemplateFactory.name_of(conv_mode or own)
     if own is not None and chosen != TemplateFactory.name_of(own):

@@ -132,7 +132,7 @@ def check_images(job: Job) -> None:
     """Look for the image files before the model is loaded.
 
     Raises:
-        FileNotFoundError: some are not there (only a warning with ``--skip-bad-images``).
+        FileNotFoundError: some are not there (only a warning with ``--skip_bad_images``).
     """
     paths = {image for question in job.wanted for image in question.images if isinstance(image, Path)}
     absent = sorted(path for path in paths if not path.is_file())
@@ -143,7 +143,7 @@ def check_images(job: Job) -> None:
     )
     if not job.arguments.skip_bad_images:
         hint = prepare_hint(job.benchmark.name)
-        raise FileNotFoundError(f"{message}. {hint}, or pass --skip-bad-images to leave their questions unanswered.")
+        raise FileNotFoundError(f"{message}. {hint}, or pass --skip_bad_images to leave their questions unanswered.")
     logger.warning("%s.", message)
 
 
@@ -341,7 +341,7 @@ def note_missing(job: Job, missing: Sequence[Question], unreadable: Mapping[str,
         name, reason = next(iter(unreadable.items()))
         return message + (
             f"{len(unreadable)} image(s) cannot be read, the first is {name} ({reason}). The other answers are kept: "
-            f"repair the images and repeat the command, or pass --skip-bad-images to leave these questions unanswered."
+            f"repair the images and repeat the command, or pass --skip_bad_images to leave these questions unanswered."
         )
     return message + "A process has ended early. The other answers are kept: repeat the command to go on."
 

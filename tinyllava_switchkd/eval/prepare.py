@@ -18,13 +18,13 @@ from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.fetch import (
-    HubDataset,
     SourceError,
     download,
     extract,
+    hub_folder,
     image_problem,
-    open_hub_dataset,
     parquet_rows,
+    split_files,
 )
 from tinyllava_switchkd.io import read_json, write_bytes, write_json
 
@@ -58,7 +58,6 @@ class Job:
     revision: str | None = None
     undecodable: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-    _dataset: HubDataset | None = None
 
     def rows(
         self, split: str, config: str | None = None, columns: Collection[str] = (), optional: Collection[str] = ()
@@ -69,17 +68,20 @@ class Job:
             SourceError: the data set cannot be had.
             ValueError: it has no column of one of these names.
         """
-        if self._dataset is None:
-            self._dataset = open_hub_dataset(self.repos, self.revision)
-            self.provenance |= {"repo_id": self._dataset.repo_id, "revision": self._dataset.revision}
-        dataset = self._dataset
-        logger.info("Reading %s (%s).", dataset.repo_id, f"{config}, {split}" if config else split)
-        paths = (dataset.fetch(name) for name in dataset.parquet(split, config))
+        patterns = split_files(split, config)
+        name, folder = hub_folder(self.repos, patterns, self.revision)
+        commit = "local" if Path(name).expanduser() == folder else folder.name
+        self.provenance |= {"repo_id": name, "revision": commit}
+        paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+        which = f"{config}, {split}" if config else split
+        if not paths:
+            raise SourceError(f"{name} has no parquet files ({which}).")
+        logger.info("Reading %s (%s).", name, which)
         for number, row in enumerate(parquet_rows(paths, {*columns, *optional})):
             lacking = [column for column in columns if column not in row]
             if lacking:
                 raise ValueError(
-                    f"{dataset.repo_id}, split {split!r}, row {number} has no column {', '.join(lacking)}; it has "
+                    f"{name}, split {split!r}, row {number} has no column {', '.join(lacking)}; it has "
                     f"{', '.join(row)}. Pass another data set with --repo_id."
                 )
             yield row

@@ -1,6 +1,6 @@
 """Models by benchmarks::
 
-    python -m tinyllava_switchkd.eval.report RESULTS... [--with-paper] [--include-val]
+    python -m tinyllava_switchkd.eval.report RESULTS... [--with_paper] [--include_val]
         [--format terminal,markdown,csv,latex] [--output_dir DIR] [--compare A B]
 
 RESULTS are score files (`tinyllava_switchkd.eval.score --output`) or folders of them, as playground/results/MODEL, each
@@ -73,9 +73,9 @@ class Report:
         if any(result.stand_in for _, result in results):
             named = " and ".join(f"{COLUMNS[name]} ({split})" for name, split in SERVER_SPLITS.items())
             used = (
-                "--include-val: they are in the averages here."
+                "--include_val: they are in the averages here."
                 if self.include_val
-                else "They are left out of the averages (--include-val takes them in)."
+                else "They are left out of the averages (--include_val takes them in)."
             )
             notes.append(
                 f"val: a score on the validation split, where the paper has the server's score: {named}. {used}"

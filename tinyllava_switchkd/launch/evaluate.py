@@ -105,8 +105,8 @@ def evaluation(name: str, request: Request) -> list[str]:
     variables, benchmark = request.variables, BenchmarkFactory(name)
     data = request.eval_dir / benchmark.folder
     answers, score = data / benchmark.answers_folder / request.model_name, name
-    words = [name, "--model-path", request.model_path, "--model-name", request.model_name, "--data-dir", str(data)]
-    words += ["--batch-size", variables.get("BATCH_SIZE", "16")]
+    words = [name, "--model_path", request.model_path, "--model_name", request.model_name, "--data_dir", str(data)]
+    words += ["--batch_size", variables.get("BATCH_SIZE", "16")]
     split = variables.get("SPLIT", "")
     if split:
         answers, score = answers / split, f"{name}-{split}"
@@ -119,8 +119,8 @@ def evaluation(name: str, request: Request) -> list[str]:
     if benchmark.upload is not None and split.startswith("test"):
         upload = data / "answers_upload" / split / f"{request.model_name}.{benchmark.upload}"
         words += ["--submission", str(upload)]
-    words += ["--output-dir", str(answers), "--score", str(request.results / f"{score}.json")]
-    for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--conv-mode")):
+    words += ["--output_dir", str(answers), "--score", str(request.results / f"{score}.json")]
+    for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--conv_mode")):
         if variable in variables:
             words += [flag, variables[variable]]
     words += [*variables.get("EXTRA_ARGS", "").split(), *request.flags]
@@ -134,7 +134,7 @@ def evaluation(name: str, request: Request) -> list[str]:
 def report(request: Request) -> list[str]:
     """The command that puts the model's scores into a table."""
     results = str(request.results)
-    return [request.python, "-m", "tinyllava_switchkd.eval.report", results, "--output-dir", results]
+    return [request.python, "-m", "tinyllava_switchkd.eval.report", results, "--output_dir", results]
 
 
 def shown(command: list[str]) -> str:

@@ -58,23 +58,23 @@ def run_benchmarks(experiment: Experiment, checkpoints: Mapping[str, Path]) -> s
                 answers = data / name / "answers" / label
                 shutil.rmtree(answers, ignore_errors=True)
                 flags = [
-                    "--model-path",
+                    "--model_path",
                     checkpoint,
-                    "--model-name",
+                    "--model_name",
                     label,
-                    "--data-dir",
+                    "--data_dir",
                     data / name,
                     "--device",
                     "cpu",
                 ]
-                flags += ["--output-dir", answers, "--score", folder / f"{name}.json", "--batch-size", 64]
+                flags += ["--output_dir", answers, "--score", folder / f"{name}.json", "--batch_size", 64]
                 call(f"{name} of {label}", eval_run.main, [name, *flags], log)
 
         once(results / label, [digest(checkpoint / MADE), digest(data / MADE)], make)
     arguments = [f"{label}={results / label}" for label in checkpoints]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = eval_report.main([*arguments, "--include-val", "--output-dir", str(results)])
+        code = eval_report.main([*arguments, "--include_val", "--output_dir", str(results)])
     if code != 0:
         raise StageError(f"The report over {results} failed.")
     return output.getvalue().rstrip()

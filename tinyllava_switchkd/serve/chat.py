@@ -41,7 +41,7 @@ HELP = """\
 /help             print this
 /quit             leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
-_ENDINGS = {"length": "cut at --max-new-tokens", "time": "cut at --time-limit", "stopped": "stopped"}
+_ENDINGS = {"length": "cut at --max_new_tokens", "time": "cut at --time_limit", "stopped": "stopped"}
 
 
 class Chat:

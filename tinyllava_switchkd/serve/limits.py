@@ -200,7 +200,7 @@ class Gate:
         """Status and sentence of why a request is refused."""
         hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(hosts) != 1 or not self.hosts.know(hosts[0]):
-            return 421, "The demo is not known under this name: start it with --allow-host NAME if it should be."
+            return 421, "The demo is not known under this name: start it with --allow_host NAME if it should be."
         origins = [value.decode("latin-1") for value in headers.get(b"origin", [])]
         if scope["method"] not in ("GET", "HEAD") and not all(map(self._is_own, origins)):
             return 403, "Requests from the pages of other sites are not taken."

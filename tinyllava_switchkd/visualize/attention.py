@@ -1,6 +1,6 @@
 """Where models look while they answer, drawn on one image side by side (Switch-KD, Figure 3)::
 
-python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model-path A B C --output FIGURE
+python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model_path A B C --output FIGURE
 
 Over a set of images it says how alike each model's map is to that of the first, the teacher's::
 

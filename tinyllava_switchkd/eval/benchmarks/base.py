@@ -223,7 +223,7 @@ class Option:
     """A setting of how a benchmark is asked, which becomes a flag of `eval.run`.
 
     Attributes:
-        name: with underscores; the flag has hyphens.
+        name: its flag without the hyphens.
         help: one line.
         choices: the values, the default first; none of them for a switch that is off by default.
     """
@@ -335,7 +335,7 @@ class Benchmark(ABC):
         for name, value in settings.items():
             if value is None or (name not in known and value is False):
                 continue
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{name}"
             if name not in known:
                 raise ValueError(f"{self.title} has no option {flag}; drop it.")
             if value not in (known[name].choices or (False, True)):
@@ -611,7 +611,7 @@ def refuse_missing(missing: Sequence[Any], total: int, allow_missing: bool) -> N
         named = ", ".join(str(item) for item in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"{len(missing)} of {total} questions have no answer ({named}), so no submission is written; "
-            f"finish the generation, or pass --allow-missing."
+            f"finish the generation, or pass --allow_missing."
         )
 
 

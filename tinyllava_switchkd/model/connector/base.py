@@ -41,12 +41,3 @@ class Connector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[I, N, vision_hidden_size] -> [I, K, hidden_size]."""
         return self._connector(x)
-
-    def load_model(self, **kwargs: Any) -> None:
-        """Load the weights in `pretrained_connector_path` if given, then freeze the connector (v1's contract)."""
-        from ..weights import load_connector_weights
-
-        path = kwargs.get("pretrained_connector_path")
-        if path is not None:
-            load_connector_weights(self, path)
-        self.requires_grad_(False)

@@ -183,20 +183,6 @@ class VisionTower(nn.Module):
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Switch checkpointing of encoders that transformers does not manage; nothing to do for the others."""
 
-    def load_model(self, vision_tower_name: str, **kwargs: Any) -> None:
-        """Load pretrained weights and freeze the tower (v1's contract).
-
-        Args:
-            vision_tower_name: base model, with its prefix if it has one.
-            kwargs: `pretrained_vision_tower_path`, a folder written by the pre-training stage, takes precedence;
-                `model_name_or_path2`, the second tower of ``mof``.
-        """
-        from ..weights import load_tower_weights
-
-        source = kwargs.get("pretrained_vision_tower_path") or vision_tower_name
-        load_tower_weights(self, source, kwargs.get("model_name_or_path2") or "")
-        self._vision_tower.requires_grad_(False)
-
 
 def flatten_images(images: Tensor | list[Tensor]) -> Tensor:
     """[I, 3, H, W] from a tensor of 4 or 5 dimensions (samples x images) or a list of images or of stacks of images.
