@@ -156,6 +156,17 @@ def test_a_dry_run_at_quickstart_scale_builds_everything(capsys, monkeypatch, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_counts_with_stored_seconds(tmp_path, trained):
+    """All stages of the methods' table, tuned or not, from runs of seed 2: 8 trainings of 1 s for 1 seed."""
+    machine = toy.Toy(Experiment(tmp_path / "made", SMALL))
+    toy.run_tables(machine, ["methods"], [2], lambda line: None)
+    for stage in machine.stored["stages"].values():
+        stage["seconds"] = 1.0
+    planned = toy.plan(["methods"], machine.stored, tmp_path)
+    assert [training.seconds for training in planned] == [1.0] * 8
+    assert [training.seconds for training in toy.plan(["methods"], {}, tmp_path)] == [None] * 8
+
+
 TINY_QWEN = {
     "model_type": "qwen2",
     "hidden_size": 16,

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from tinyllava_switchkd.visualize.curves import (
-    draw_gradients,
-    draw_knees,
+    draw_inside,
     draw_losses,
     main,
     read_history,
@@ -61,13 +60,13 @@ def test_held_out_values_and_shares_of_the_gradient_are_drawn(tmp_path):
     pictures = []
     for scale in (1.0, 10.0):  # shares, not norms
         scaled = [{k: v * scale if k.startswith("gradient/") else v for k, v in row.items()} for row in rows]
-        pictures.append(draw_gradients(scaled, tmp_path / f"{scale}.png").read_bytes())
+        pictures.append(draw_inside(scaled, tmp_path / f"{scale}.png").read_bytes())
     assert pictures[0] == pictures[1]
     with pytest.raises(ValueError, match="--log_gradient_shares"):
-        draw_gradients(plain[:0], tmp_path / "none.png")
+        draw_inside(plain[:0], tmp_path / "none.png")
     state(tmp_path / "run", rows)
     assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "gradients_run.png").is_file()
+    assert (tmp_path / "out" / "inside_run.png").is_file()
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -98,13 +97,13 @@ def test_pictures(tmp_path):
         assert losses.width > 2 * losses.height  # three panels: cross-entropy, align, visual switch
     with Image.open(draw_losses({"SFT": runs["SFT"]}, tmp_path / "one.png")) as one:
         assert one.width < losses.width / 2
-    with Image.open(draw_knees(runs["Switch-KD"], tmp_path / "knees.png", vocabulary=53, title="t")) as knees:
+    with Image.open(draw_inside(runs["Switch-KD"], tmp_path / "knees.png", vocabulary=53, title="t")) as knees:
         assert knees.width > knees.height
 
 
 def test_nothing_to_draw_is_said():
-    with pytest.raises(ValueError, match="no knee"):
-        draw_knees(history(3, False), "never.png")
+    with pytest.raises(ValueError, match="no knee and no gradient"):
+        draw_inside(history(3, False), "never.png")
     with pytest.raises(ValueError, match="None of the runs"):
         draw_losses({"empty": []}, "never.png")
     with pytest.raises(ValueError, match="one to 7 runs, not 8"):
@@ -115,6 +114,6 @@ def test_command(tmp_path, capsys):
     state(tmp_path / "sft", history(10, False))
     state(tmp_path / "switch", history(10, True))
     assert main([str(tmp_path / "sft"), str(tmp_path / "switch"), "--output", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"losses.png", "knees_switch.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"losses.png", "inside_switch.png"}
     assert main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err

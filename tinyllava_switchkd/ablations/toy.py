@@ -47,8 +47,8 @@ SCENES_LOOKED_AT = 200
 MEMORY_STEPS = 20
 
 RESTS_ON = (
-    "Hours of one core. They rest on the seconds of fine-tuning in docs/ablation_runs.json; pre-training, answering, "
-    "the search on validation scenes, and base models that are not shipped come on top."
+    "Hours of one core. They rest on the seconds in docs/ablation_runs.json; answering, the search on validation "
+    "scenes, and base models that are not shipped come on top."
 )
 
 
@@ -91,14 +91,23 @@ class Toy:
             if len(values):
                 row[name] = fmean(values)
         self._store("runs", f"{way.key}/{seed}", {"way": way.key, "seed": seed, **row})
+        for stage in list(self._noted(way, seed))[:-1]:
+            spent = read_json(self.experiment.root / "checkpoints" / stage / MADE)["seconds"]
+            self._store("stages", stage.replace(f"-seed{seed}-", "-seed1-"), {"seconds": spent})
         return row
+
+    def _noted(self, way: Way, seed: int) -> dict[str, dict[str, object]]:
+        """Name -> flags of all trainings of a run, the last stage last."""
+        noting = NotingExperiment(self.experiment.root, self.experiment.plan, self.experiment.bases)
+        Toy(noting).train(way, seed)
+        return noting.trainings
 
     def memory(self, way: Way, seed: int) -> None:
         """MiB that a few steps of a way take at most, in a process of its own."""
         if way.key in self.stored.setdefault("memory", {}):
             return
-        noting = NotingExperiment(self.experiment.root, self.experiment.plan, self.experiment.bases)
-        flags = {**noting.flags_of(way, seed), "max_steps": MEMORY_STEPS}
+        *_, last = self._noted(way, seed).values()
+        flags = {**last, "max_steps": MEMORY_STEPS}
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "tinyllava_switchkd.ablations.memory", *words, "--output_dir", folder]
@@ -138,7 +147,7 @@ class Toy:
         self._store("attention", str(seed), {"of": source, **values})
 
     def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
-        self.stored[part][key] = dict(value)
+        self.stored.setdefault(part, {})[key] = dict(value)
         write_json(self.file, self.stored, indent=1)
 
 
@@ -152,10 +161,6 @@ class NotingExperiment(Experiment):
     def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
         self.trainings.setdefault(name, {**COMMON, **flags})
         return self.root / "checkpoints" / name
-
-    def flags_of(self, way: Way, seed: int) -> dict[str, object]:
-        """Flags of the last stage of a way."""
-        return self.trainings[Toy(self).train(way, seed).name]
 
 
 class DryExperiment(NotingExperiment):
@@ -197,7 +202,9 @@ def plan(names: Sequence[str], stored: Mapping[str, Any], root: Path) -> list[dr
             check_command_line([*words, "--output_dir", name])
             stage = "finetune" if flags["tune_type_llm"] == "full" else "pretrain"
             teacher = "handwriting" in name
-            seconds = [run["seconds"] for run in stored.get("runs", {}).values() if run["way"] == key and name == last]
+            runs = stored.get("runs", {}).values() if name == last else ()
+            seconds = [run["seconds"] for run in runs if run["way"].partition("-rate")[0] == key]  # tuned or not
+            seconds = seconds or [stage["seconds"] for stage in [stored.get("stages", {}).get(name)] if stage]
             found[name] = dry.Planned(
                 f"teacher {MODELS[way.teacher]}, {stage}" if teacher else f"{way.student}, {name.split('-seed1-')[1]}",
                 stage,

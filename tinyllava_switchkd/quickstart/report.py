@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tinyllava_switchkd.visualize.bars import draw_bars
-from tinyllava_switchkd.visualize.curves import draw_knees, draw_losses, read_history
+from tinyllava_switchkd.visualize.curves import draw_inside, draw_losses, read_history
 from tinyllava_switchkd.visualize.paper import paper_tables
 from tinyllava_switchkd.visualize.predictions import Prediction, draw_predictions
 
@@ -110,7 +110,7 @@ def draw(
     """Draw ``losses.png``, ``knees.png``, ``scores.png`` and ``predictions.png`` of the first seed's models."""
     seed = results["seeds"][0]
     draw_losses({METHODS[way]: read_history(checkpoints[way][0]) for way in STUDENTS}, folder / "losses.png")
-    draw_knees(read_history(checkpoints["switch_kd"][0]), folder / "knees.png", title=f"Switch-KD, seed {seed}")
+    draw_inside(read_history(checkpoints["switch_kd"][0]), folder / "knees.png", title=f"Switch-KD, seed {seed}")
     draw_scores(results, folder / "scores.png")
     answers = {way: runs[way][0]["answers"] for way in METHODS if way != "sft_equal_time"}
     draw_answers(experiment.questions("test"), answers, folder / "predictions.png", seed)

@@ -8,6 +8,7 @@ fragments and the CUDA context take comes on top.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -252,7 +253,7 @@ def _saved(
 
     hooks = [keeper.register_forward_pre_hook(keep_input) for keeper in keeping]
     if checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(module, True)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run()
@@ -261,6 +262,16 @@ def _saved(
         for hook in hooks:
             hook.remove()
         if checkpointing:
+            _checkpoint(module, False)
+
+
+def _checkpoint(module: nn.Module, on: bool) -> None:
+    """Turn checkpointing on or off by the names that all supported versions of transformers understand."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
+        if on:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
             module.gradient_checkpointing_disable()
 
 

@@ -1,4 +1,4 @@
-"""Curves of training runs from the log that the trainer keeps: losses, knees, overlap.
+"""Curves of training runs from the log that the trainer keeps: losses, knees, overlap, shares of the gradient.
 
 As a command it draws the runs it is given into one picture each:
 
@@ -18,7 +18,7 @@ import numpy as np
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.registry import checkpoint_name
 
-from .radar import COLOURS, INK
+from .radar import COLOURS, INK, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,8 +140,16 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
         return _save(figure, path)
 
 
-def draw_knees(history: History, path: str | Path, vocabulary: int | None = None, title: str = "") -> Path:
-    """The mean knee of both leaders, and how far their top-k agree, over the steps of a distilled run.
+GRADIENT = "gradient/"
+"""What the names of logged gradient norms begin with: gradient/PLACE/TERM."""
+
+
+def draw_inside(history: History, path: str | Path, vocabulary: int | None = None, title: str = "") -> Path:
+    """What goes on inside a distilled run, over its steps, in one picture.
+
+    Its panels, as far as they were logged: the mean knee of both leaders; how far their top-k agree; and, for each
+    place of the student, the share of each weighted term in the gradient. A share is the norm of a term's gradient
+    there over the sum of all terms' norms.
 
     Args:
         history: log of the run.
@@ -150,75 +158,65 @@ def draw_knees(history: History, path: str | Path, vocabulary: int | None = None
         title: of the picture.
 
     Raises:
-        ValueError: the run has logged no knee.
+        ValueError: the run has logged none of it.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    _, knees = titles()
-    lines = {name: series(history, name) for name in knees}
-    if not any(len(steps) for steps, _ in lines.values()):
-        raise ValueError("The run has logged no knee; only distillation with a loss that ranks logits does.")
-    overlap = series(history, "topk_overlap")
+    terms, knees = titles()
+    lines = {name: found for name in knees if len((found := series(history, name))[0])}
+    overlap, places = series(history, "topk_overlap"), _gradients(history)
+    count = bool(lines) + bool(len(overlap[0])) + len(places)
+    if not count:
+        raise ValueError(
+            "The run has logged no knee and no gradient; knees come from distillation with a loss that ranks logits, "
+            "gradients from --log_gradient_shares N."
+        )
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.6 if len(overlap[0]) else 4.0, 3.1), layout="constrained")
-        panels = figure.subplots(1, 2 if len(overlap[0]) else 1, squeeze=False)[0]
-        for order, (name, (steps, values)) in enumerate(lines.items()):
-            if len(steps):
-                _line(panels[0], steps, values, COLOURS[order], knees[name])
-        size = f" of {vocabulary:,}" if vocabulary else ""
-        panels[0].set(title=f"logits up to the knee (mean k{size})", xlabel="step", ylabel="k")
-        panels[0].set_ylim(bottom=0)
-        panels[0].legend(loc="best")
+        columns = min(count, 3)
+        rows = -(-count // columns)
+        figure = Figure(figsize=(3.6 * columns + 0.4, 3.1 * rows), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for panel in panels[count:]:
+            panel.set_axis_off()
+        left = iter(panels)
+        if lines:
+            panel = next(left)
+            for order, (name, (steps, values)) in enumerate(lines.items()):
+                _line(panel, steps, values, COLOURS[order], knees[name])
+            size = f" of {vocabulary:,}" if vocabulary else ""
+            panel.set(title=f"logits up to the knee (mean k{size})", ylabel="k")
+            panel.set_ylim(bottom=0)
+            panel.legend(loc="best")
         if len(overlap[0]):
-            _line(panels[1], overlap[0], 100 * overlap[1], COLOURS[2], "")
-            panels[1].set(title="overlap of the two top-k sets", xlabel="step", ylabel="%", ylim=(0, 100))
-        for panel in panels:
+            panel = next(left)
+            _line(panel, overlap[0], 100 * overlap[1], COLOURS[2], "")
+            panel.set(title="overlap of the two top-k sets", ylabel="%", ylim=(0, 100))
+        for number, (place, norms) in enumerate(places.items()):
+            panel = next(left)
+            total = np.maximum(sum(values for _, values in norms.values()), 1e-30)
+            for order, (term, (steps, values)) in enumerate(norms.items()):
+                colour, mark = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
+                label = terms.get(term, term)
+                panel.plot(steps, 100 * values / total, color=colour, marker=mark, markersize=2.5, label=label)
+            panel.set(title=f"gradient at {place.replace('_', ' ')}", ylabel="share, %", ylim=(0, 100))
+            if not number:
+                panel.legend(loc="best")
+        for panel in panels[:count]:
+            panel.set_xlabel("step")
             panel.grid(axis="y")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
         return _save(figure, path)
 
 
-GRADIENT = "gradient/"
-"""What the names of logged gradient norms begin with: gradient/PLACE/TERM."""
-
-
-def draw_gradients(history: History, path: str | Path, title: str = "") -> Path:
-    """Share of each weighted term in the gradient over the steps, a panel a place of the student.
-
-    A share is the norm of a term's gradient there over the sum of all terms' norms.
-
-    Raises:
-        ValueError: the run has logged none (``--log_gradient_shares``).
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    names = [name for row in history for name in row if name.startswith(GRADIENT)]
+def _gradients(history: History) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Place of the student -> weighted term -> steps and norms of its gradient."""
     places: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(name for row in history for name in row if name.startswith(GRADIENT)):
         _, place, term = name.split("/")
         places.setdefault(place, {})[term] = series(history, name)
-    if not places:
-        raise ValueError("The run has logged no gradients; train with --log_gradient_shares N.")
-    terms, _ = titles()
-    with rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * len(places) + 0.4, 3.1), layout="constrained")
-        panels = figure.subplots(1, len(places), squeeze=False)[0]
-        for panel, (place, lines) in zip(panels, places.items(), strict=True):
-            total = np.maximum(sum(values for _, values in lines.values()), 1e-30)
-            for order, (term, (steps, values)) in enumerate(lines.items()):
-                panel.plot(
-                    steps, 100 * values / total, color=COLOURS[order % len(COLOURS)], label=terms.get(term, term)
-                )
-            panel.set(title=place.replace("_", " "), xlabel="step", ylim=(0, 100))
-            panel.grid(axis="y")
-        panels[0].set_ylabel("share of the gradient, %")
-        panels[0].legend(loc="best")
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-        return _save(figure, path)
+    return places
 
 
 def _line(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
@@ -247,21 +245,18 @@ def _save(figure: Any, path: str | Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = CommandParser(
-        prog="python -m tinyllava_switchkd.visualize.curves", description="Draw the losses and knees of training runs."
+        prog="python -m tinyllava_switchkd.visualize.curves",
+        description="Draw the losses of training runs, and knees, overlap and shares of the gradient of each.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs")
-    parser.add_argument(
-        "--output", default=".", help="folder for losses.png, knees_<run>.png, gradients_<run>.png (default: here)"
-    )
+    parser.add_argument("--output", default=".", help="folder for losses.png and inside_<run>.png (default: here)")
     args = parser.parse_args(argv)
     try:
         runs = {checkpoint_name(Path(run).resolve()): read_history(run) for run in args.runs}
         files = [draw_losses(runs, Path(args.output, "losses.png"))]
         for label, history in runs.items():
-            if any(len(series(history, name)[0]) for name in titles()[1]):
-                files.append(draw_knees(history, Path(args.output, f"knees_{label}.png"), title=label))
-            if any(name.startswith(GRADIENT) for row in history for name in row):
-                files.append(draw_gradients(history, Path(args.output, f"gradients_{label}.png"), title=label))
+            if _gradients(history) or any(len(series(history, name)[0]) for name in titles()[1]):
+                files.append(draw_inside(history, Path(args.output, f"inside_{label}.png"), title=label))
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
