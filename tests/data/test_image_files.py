@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import pickle
 from types import SimpleNamespace
@@ -27,7 +29,12 @@ from tinyllava_switchkd.data import (
     to_rgb,
 )
 from tinyllava_switchkd.data.image_files import ImageFolder, look_at
+from tinyllava_switchkd.eval.batches import open_image
+from tinyllava_switchkd.model.chat import _open as chat_image
+from tinyllava_switchkd.model.export.questions import Question
 from tinyllava_switchkd.serve.images import read_image as read_upload
+from tinyllava_switchkd.visualize.attention import _open as attention_image
+from tinyllava_switchkd.visualize.mistakes import thumbnail
 
 GREY = NOISE[..., 0]
 RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
@@ -253,9 +260,33 @@ class TestShape:
         assert "crop" not in caplog.text
 
 
-def test_grey_of_sixteen_bits_is_seen_at_every_door(tmp_path):
+DOORS = {
+    "training": read_image,
+    "the demo and the terminal": read_upload,
+    "chat": chat_image,
+    "evaluation": open_image,
+    "attention": attention_image,
+    "the export's questions": lambda path: Question("", path).open(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "dark.pgm", "float.tif"])
+def test_wide_grey_values_are_seen_at_every_door(tmp_path, door, name):
+    """Also dark ones of 16 bits, whose range a file's format tells and their values do not."""
+    levels = GREY.astype(np.uint16) * (1 if name == "dark.pgm" else 257)
+    if name.endswith(".pgm"):
+        (tmp_path / name).write_bytes(b"P5\n64 48\n65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(GREY.astype(np.float32) / 255 if name == "float.tif" else levels).save(tmp_path / name)
+    processor = SiglipImageProcessor(size={"height": 48, "width": 64}, do_normalize=False)
+    seen = (ImagePreprocess(processor)(DOORS[door](tmp_path / name)) * 255).round().numpy()[0]
+    assert np.abs(seen - (GREY if levels.max() > 255 else GREY / 257)).max() <= 1
+
+
+def test_a_page_of_mistakes_shows_them_too(tmp_path):
+    """A reader of these wants to see what the model saw."""
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    pad = ImagePreprocess(SiglipImageProcessor(size={"height": 48, "width": 64}, do_normalize=False))
-    for image in (read_upload(tmp_path / "16.png"), Image.open(tmp_path / "16.png")):
-        seen = (pad(image) * 255).round().numpy()[0]
-        assert np.abs(seen - GREY).max() <= 1
+    _, _, data = thumbnail(tmp_path / "16.png").partition("base64,")
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")).astype(int)
+    assert np.abs(seen - GREY).mean() < 20 and np.abs(255 - GREY.astype(int)).mean() > 100

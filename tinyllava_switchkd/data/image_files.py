@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 LEAST_SHARE = 0.75
 """Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
@@ -31,6 +31,23 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     with _opened(path) as image:
         return to_rgb(image)
+
+
+def read_upright(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to RGB, turned as its camera noted (EXIF): what is shown to people, not what is trained on.
+
+    Raises:
+        FileNotFoundError, BadImageError: as `read_image`.
+    """
+    with _opened(path) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB (see `to_rgb`), turned as its camera noted (EXIF)."""
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # which a copy loses, and the range of wide grey values depends on
+    return to_rgb(turned)
 
 
 def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:

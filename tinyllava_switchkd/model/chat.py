@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 
@@ -123,7 +123,7 @@ def _fetch_own(model: Any) -> None:
 
 
 def _open(path: str | Path) -> Image.Image:
-    from tinyllava_switchkd.data.image_files import to_rgb
+    from tinyllava_switchkd.data.image_files import BadImageError, read_upright
 
     if not isinstance(path, str | Path):
         raise ValueError(f"An image is a PIL image or the path of one, not a {type(path).__name__}.")
@@ -131,7 +131,6 @@ def _open(path: str | Path) -> Image.Image:
     if not file.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
-        with Image.open(file) as image:
-            return to_rgb(ImageOps.exif_transpose(image))  # upright, as the demo and the terminal show it
-    except UnidentifiedImageError:
-        raise ValueError(f"{str(path)!r} is no image that Pillow can read.") from None
+        return read_upright(file)  # as the demo and the terminal show it
+    except BadImageError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}.") from None

@@ -6,12 +6,15 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from tinyllava_switchkd.data.image_files import to_rgb
+from tinyllava_switchkd.data.image_files import upright
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The decoders that are tried; formats that need an outside program, such as EPS, are never opened."""
+"""What visitors may send; formats that need an outside program, such as EPS, are never opened."""
+
+OWN_FORMATS = (*FORMATS, "TIFF", "PPM")
+"""What is read of the own disk besides."""
 
 MAX_SCANS = 100
 """Passes of a progressive JPEG. Encoders write about ten; each goes over all pixels, whatever the file's size."""
@@ -26,11 +29,13 @@ class ImageLimits:
         max_pixels: width times height; checked from the header, before anything is decoded, because a file of a few
             kilobytes can unfold into gigabytes.
         max_side: larger images are reduced to this many pixels on the longer side; None keeps them as they are.
+        formats: the decoders that are tried.
     """
 
     max_bytes: int = 200 * 2**20
     max_pixels: int = 100_000_000
     max_side: int | None = None
+    formats: tuple[str, ...] = FORMATS
 
 
 def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | None = None) -> Image.Image:
@@ -38,7 +43,7 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
 
     Args:
         path: the file.
-        limits: see `ImageLimits`.
+        limits: see `ImageLimits`; None for a file of one's own, of which `OWN_FORMATS` are read.
         name: what to call the file in messages; the path if None.
 
     Returns:
@@ -48,7 +53,7 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
         FileNotFoundError: there is no such file.
         ValueError: it is no image, is damaged, or is over a limit.
     """
-    path, limits = Path(path), limits or ImageLimits()
+    path, limits = Path(path), limits or ImageLimits(formats=OWN_FORMATS)
     name = str(path) if name is None else name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not there, or is no file.")
@@ -58,11 +63,11 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            opened = Image.open(path, formats=FORMATS)
+            opened = Image.open(path, formats=limits.formats)
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has too many pixels; at most {_millions(limits.max_pixels)} are taken.") from None
     except (OSError, ValueError, SyntaxError):
-        raise ValueError(f"{name} is no image that can be read here ({', '.join(FORMATS)}).") from None
+        raise ValueError(f"{name} is no image that can be read here ({', '.join(limits.formats)}).") from None
     with opened:
         pixels = opened.width * opened.height
         if pixels > limits.max_pixels:
@@ -78,7 +83,7 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
                 opened.draft("RGB", side)  # JPEG: decoded at a reduced size, never smaller
                 if opened.mode in ("RGB", "L", "RGBA"):  # reduced before anything is copied; others are no more bytes
                     opened.thumbnail(side, Image.Resampling.LANCZOS, reducing_gap=2.0)
-            image = to_rgb(ImageOps.exif_transpose(opened))
+            image = upright(opened)
         except Exception as error:  # decoders raise whatever they like on damaged files
             raise ValueError(f"{name} is damaged and cannot be decoded ({type(error).__name__}).") from error
     if limits.max_side is not None and max(image.size) > limits.max_side:

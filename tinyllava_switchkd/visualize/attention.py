@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.image_files import read_upright, to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
@@ -148,7 +149,7 @@ def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: boo
 
     from tinyllava_switchkd.visualize.overlay import fit, overlay
 
-    plain = fit(image.convert("RGB"))
+    plain = fit(to_rgb(image))
     rows: list[list[tuple[str, Image.Image]]] = [[("", plain)]]
     if by_token:
         rows = []
@@ -282,12 +283,9 @@ def read_questions(path: str) -> list[dict[str, str]]:
 
 
 def _open(path: str | Path) -> Image.Image:
-    from tinyllava_switchkd.data import to_rgb
-
     try:
-        with Image.open(path) as opened:
-            return to_rgb(ImageOps.exif_transpose(opened))
-    except OSError as error:
+        return read_upright(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no image that can be opened ({error}).") from error
 
 

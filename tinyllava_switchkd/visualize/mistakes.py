@@ -18,9 +18,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.data.image_files import upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
 from tinyllava_switchkd.io import write_text
@@ -91,7 +92,7 @@ def thumbnail(image: Path | bytes) -> str:
     """A picture as a data address, shrunk; a grey one where it cannot be read."""
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = upright(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         picture = Image.new("RGB", (SIDE, SIDE // 2), "#dddddd")
     picture.thumbnail((SIDE, SIDE))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from tinyllava_switchkd.data.image_files import to_rgb
+
 _SMALLEST, _LARGEST = 448, 1024  # pixels of the longer side of what is drawn
 _TOP = 0.995  # quantile drawn as the hottest: a few outliers do not blacken the rest
 _COLOURS = "turbo"
@@ -26,7 +28,7 @@ def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None 
     """
     import matplotlib
 
-    shown = fit(image.convert("RGB"))
+    shown = fit(to_rgb(image))
     width, height = image.size
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     rows, columns = heat.shape

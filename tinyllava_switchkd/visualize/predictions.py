@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from tinyllava_switchkd.data.image_files import to_rgb
+
 from .curves import STYLE
 from .radar import INK
 
@@ -124,7 +126,7 @@ def card_text(prediction: Prediction) -> list[tuple[str, str, str]]:
 
 def _enlarged(image: Image.Image, least: int = 256) -> Image.Image:
     """Tiny images grow by whole pixels first, so that the smoothing of the page does not blur them."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     factor = max(1, -(-least // max(image.size)))
     return (
         image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) if factor > 1 else image

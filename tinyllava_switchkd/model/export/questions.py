@@ -26,8 +26,9 @@ class Question:
         """The image in RGB."""
         if isinstance(self.image, Image.Image):
             return self.image
-        with Image.open(self.image) as image:
-            return image.convert("RGB")
+        from tinyllava_switchkd.data.image_files import read_image
+
+        return read_image(self.image)
 
 
 def read_questions(
