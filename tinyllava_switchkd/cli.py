@@ -12,6 +12,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
+def table(rows: Sequence[Sequence[str]], text_columns: int = 1, rule: str = "-") -> list[str]:
+    """Rows of cells as lines of text with aligned columns, below the first of them a rule.
+
+    Args:
+        rows: the header, then the rest.
+        text_columns: how many columns, from the left, are aligned on the left; the others on the right.
+        rule: what the rule is made of.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], rule * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
+
+
 class CommandParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` for which ``-`` and ``_`` in the name of a long option are the same.
 

@@ -116,6 +116,14 @@ def digest(path: StrPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
+def digest_of_files(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of several files of a folder, their places in it and their contents."""
+    total = hashlib.sha256()
+    for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
+        total.update(f"{name} {digest(file)}\n".encode())
+    return total.hexdigest()
+
+
 def _digest(file: BinaryIO) -> str:  # Python 3.10
     total = hashlib.sha256()
     while block := file.read(1 << 20):

@@ -238,8 +238,6 @@ def test_dtype_device_and_attention(tmp_path):
     assert torch.equal(
         mixed.language_model.model.rotary_emb.inv_freq, tiny_llava().language_model.model.rotary_emb.inv_freq
     )
-    with pytest.raises(ValueError, match="load_type"):
-        load_pretrained_model(tmp_path, load_type="onnx")
 
 
 def test_device_map(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from tinyllava_switchkd import cli
 from tinyllava_switchkd.eval.statistics import mean_interval
 
 from .tables import Table
@@ -118,11 +119,8 @@ def text_of(stored: Stored, table: Table) -> str:
     count = len(seeds_of(stored, table))
     if not count:
         return f"{table.title}: no seed is complete yet."
-    rows = lines(stored, table)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    printed = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     head = f"{table.title}; {count} seed{'s' * (count > 1)}, mean and standard deviation"
-    return "\n".join([head, "", printed[0], "-" * len(printed[0]), *printed[1:], "", *sentences(stored, table)])
+    return "\n".join([head, "", *cli.table(lines(stored, table)), "", *sentences(stored, table)])
 
 
 def markdown(stored: Stored, table: Table) -> str:

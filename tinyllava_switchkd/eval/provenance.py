@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd import __version__
+from tinyllava_switchkd.io import digest_of_files
 from tinyllava_switchkd.model.weights import SPLIT_PARTS
 
 PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
@@ -36,14 +36,7 @@ def checkpoint_digest(folder: str | Path) -> str:
     folder = Path(folder)
     places = ("", *(f"{part}/" for part in SPLIT_PARTS))
     found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
-    total = hashlib.sha256()
-    for file in sorted(found, key=lambda file: file.relative_to(folder).as_posix()):
-        digest = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 24):
-                digest.update(block)
-        total.update(f"{file.relative_to(folder).as_posix()} {digest.hexdigest()}\n".encode())
-    return f"sha256:{total.hexdigest()}"
+    return f"sha256:{digest_of_files(folder, found)}"
 
 
 def package_versions() -> dict[str, str]:

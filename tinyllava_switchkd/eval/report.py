@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd import cli
 from tinyllava_switchkd.io import write_text
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
 
@@ -164,18 +164,10 @@ def terminal(report: Report) -> str:
     """Aligned columns, for a terminal of any width."""
     header = ["Model", *report.columns, *AVERAGES]
     own, paper = _with_errors(report, report.rows, MARKS), _lines(report, report.paper, MARKS)
-    widths = [max(map(len, column)) for column in zip(header, *own, *paper, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = cells
-        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        return "  ".join([first.ljust(widths[0]), *aligned]).rstrip()
-
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    parts = [line(header), rule, *map(line, own)]
-    if paper:
-        parts += [rule] * bool(own) + [line(cells) for cells in paper]
-    return "\n".join([*parts, rule, *report.notes()]) + "\n"
+    head, rule, *lines = cli.table([header, *own, *paper], rule="─")
+    between = [rule] if own and paper else []
+    parts = [head, rule, *lines[: len(own)], *between, *lines[len(own) :], rule]
+    return "\n".join([*parts, *report.notes()]) + "\n"
 
 
 def markdown(report: Report) -> str:
@@ -368,15 +360,12 @@ def comparison(first: str, second: str, output_dir: Path | None) -> str:
             [names, "", _markdown_table(HEADER, table), *(f"- {_escape_markdown(note)}" for note in NOTES)]
         )
         write_text(output_dir / "compare.md", text + "\n")
-    widths = [max(map(len, column)) for column in zip(HEADER, *table, strict=True)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    head = "  ".join(cell.ljust(width) for cell, width in zip(HEADER, widths, strict=True)).rstrip()
-    return "\n".join([names, "", head, "─" * len(head), *rows, "", *NOTES])
+    return "\n".join([names, "", *cli.table([HEADER, *table], len(HEADER), "─"), "", *NOTES])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = CommandParser(
+    parser = cli.CommandParser(
         prog="python -m tinyllava_switchkd.eval.report",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,

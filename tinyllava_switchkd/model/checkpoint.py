@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -12,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.runtime import default_device
 
 from .card import CARD, facts_of, write_model_card
 from .compiled import compile_generation
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 def load_pretrained_model(
     model_name_or_path: str | os.PathLike,
-    load_type: str = "hf",
     load_8bit: bool = False,
     load_4bit: bool = False,
     device_map: Any = None,
@@ -47,7 +48,6 @@ def load_pretrained_model(
 
     Args:
         model_name_or_path: a folder (full, split or LoRA layout) or a hub repository.
-        load_type: only ``hf`` (v1's argument).
         load_8bit: quantise the language model to 8 bits (bitsandbytes); tower, connector and head stay as they are.
         load_4bit: quantise it to 4 bits (NF4).
         device_map: as in transformers; None puts the whole model on `device`.
@@ -66,12 +66,10 @@ def load_pretrained_model(
         FileNotFoundError: there is no such checkpoint, or it lacks weights or a tokenizer.
         ValueError: its weights do not fit its configuration, or quantisation is impossible here.
     """
-    if load_type != "hf":
-        raise ValueError(f"load_type is 'hf', not {load_type!r}: v1 knew no other either.")
     kwargs: dict[str, Any] = {"dtype": dtype, "config": config}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    device = device if device is not None else _default_device()
+    device = device if device is not None else default_device()
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization_config(load_8bit, load_4bit, device, dtype)
     if device_map is None and "quantization_config" in kwargs:
@@ -86,10 +84,6 @@ def load_pretrained_model(
     model.tokenizer = tokenizer_of(folder, model.config)
     model.image_processor = image_processor_of(folder, model)
     return model, model.tokenizer, model.image_processor, model.config.tokenizer_model_max_length
-
-
-def _default_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _quantization_config(load_8bit: bool, load_4bit: bool, device: str | torch.device, dtype: Any) -> Any:
@@ -158,9 +152,9 @@ def save_image_processor(image_processor: Any, output_dir: Path) -> None:
     """Write ``preprocessor_config.json`` under the class name that every version of transformers knows."""
     image_processor.save_pretrained(output_dir)
     file = output_dir / "preprocessor_config.json"
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields = read_json(file)
     fields["image_processor_type"] = fields["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(file, fields, sort_keys=True)
 
 
 def build_model(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tinyllava_switchkd import cli
 from tinyllava_switchkd.visualize.bars import draw_bars
 from tinyllava_switchkd.visualize.curves import draw_inside, draw_losses, read_history
 from tinyllava_switchkd.visualize.paper import paper_tables
@@ -205,15 +206,7 @@ def score_table(results: Mapping[str, Any]) -> list[str]:
         values.append((row["probe"], std and std["probe"]))
         cells = [f"{value:.1f}" + (f" +-{spread:.1f}" if spread is not None else "") for value, spread in values]
         rows.append([label, *cells, f"{row['steps']:.0f}", f"{row['seconds']:.0f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    return cli.table(rows)
 
 
 def paper_lines() -> list[str]:

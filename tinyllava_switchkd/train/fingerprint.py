@@ -8,7 +8,6 @@ long as the batch of an optimiser step stays what it was.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import transformers
 
 from tinyllava_switchkd.distill import MethodFactory
-from tinyllava_switchkd.io import digest, read_json
+from tinyllava_switchkd.io import digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
@@ -97,12 +96,11 @@ def teacher_digest(path: str, cache_dir: str | None = None) -> str:
     """One digest of a checkpoint's weights and configuration, whatever its folder is called."""
     folder = resolve_folder(path, cache_dir=cache_dir)
     files = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in folder.rglob(pattern)]
-    inner = {file.relative_to(folder) for file in files if "training_args.bin" not in file.name}
-    kept = sorted(path for path in inner if not any(part.startswith("checkpoint-") for part in path.parts))
-    total = hashlib.sha256()
-    for file in kept:
-        total.update(f"{file.as_posix()} {digest(folder / file)}\n".encode())
-    return total.hexdigest()
+    of_run = ("training_args.bin", "checkpoint-")  # what a training keeps there beside the model
+    return digest_of_files(
+        folder,
+        {f for f in files if not any(part.startswith(of_run) for part in f.relative_to(folder).parts)},
+    )
 
 
 def read(checkpoint: str | Path) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from tinyllava_switchkd.io import read_json
+
 from . import checkpoints, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -144,7 +146,7 @@ def remove_checkpoints(output_dir: str | Path) -> None:
 
 def _read_state(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return read_json(folder / "trainer_state.json")
     except (OSError, ValueError):
         return None
 
@@ -153,7 +155,7 @@ def _weights_complete(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError):
             return False
         return all(_safetensors_complete(folder / name) for name in names)
