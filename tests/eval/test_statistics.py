@@ -55,6 +55,13 @@ def test_questions_of_one_picture_are_one_cluster():
     assert standard_error(units([1]), MEAN) is None
 
 
+def test_a_picture_may_be_number_zero():
+    """VQAv2's rows carry numbers of pictures; without one, a question stands alone."""
+    rows = [{"question_id": str(n), "value": 1.0, "cluster": c} for n, c in enumerate([0, 0, 7, None, ""])]
+    clusters = [cluster for cluster, *_ in BenchmarkFactory("vqav2").units(rows)]
+    assert clusters == [0, 0, 7, "3", "4"]
+
+
 @pytest.mark.parametrize("name", ["pope", "mme"])
 def test_the_linearised_error_is_that_of_resampling(name):
     result = score_file(name, data_dir(name), data_dir(name) / "answers.jsonl")

@@ -63,6 +63,11 @@ def test_a_missing_axis_says_why(tmp_path: Path) -> None:
         "Perception & Understanding without MMB (SFT: no score).",
         "No axis Hallucination: POPE (SFT: not yet scored).",
     ]
+    both = absences({"A": part, "B": part}, {("B", "MMB"): "not asked"})
+    assert both == [
+        "Perception & Understanding without MMB (A: no score; B: not asked).",
+        "No axis Hallucination: POPE (A, B: no score).",
+    ]
     [file] = draw_radar(models, tmp_path / "radar", formats=("svg",), reasons={("SFT", "POPE"): "not yet scored"})
     assert "No axis Hallucination: POPE (SFT: not yet scored)." in file.read_text(encoding="utf-8")
 

@@ -335,13 +335,14 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
         for column in row.scores.keys() - row.comparable(report.include_val).keys()
     }
     dashed = models.keys() - own if own else ()
+    try:
+        files = draw_radar(models, output_dir / "radar", note=note, dashed=dashed, reasons=reasons)
+    except (ValueError, ModuleNotFoundError) as error:
+        logger.warning("No radar chart: %s", error)  # says which axes are missing, too
+        return []
     for sentence in absences(models, reasons):
         logger.warning("Radar chart: %s", sentence)
-    try:
-        return draw_radar(models, output_dir / "radar", note=note, dashed=dashed, reasons=reasons)
-    except (ValueError, ModuleNotFoundError) as error:
-        logger.warning("No radar chart: %s", error)
-        return []
+    return files
 
 
 def comparison(first: str, second: str, output_dir: Path | None) -> str:

@@ -59,17 +59,20 @@ def absences(
     """
     sentences = []
     for title, columns in figure1_axes().items():
-        lacking: dict[str, list[str]] = {}
+        lacking = []
         for column in columns:
+            without: dict[str, list[str]] = {}
             for label, scores in models.items():
                 if scores.get(column) is None:
-                    why = (reasons or {}).get((label, column), "no score")
-                    lacking.setdefault(f"{column} ({label}: {why})", [])
-        absent = {text.partition(" (")[0] for text in lacking}
+                    without.setdefault((reasons or {}).get((label, column), "no score"), []).append(label)
+            if without:
+                whys = "; ".join(f"{', '.join(labels)}: {why}" for why, labels in without.items())
+                lacking.append((column, f"{column} ({whys})"))
+        absent, texts = {column for column, _ in lacking}, [text for _, text in lacking]
         if absent == set(columns):
-            sentences.append(f"No axis {title}: {'; '.join(lacking)}.")
+            sentences.append(f"No axis {title}: {', '.join(texts)}.")
         elif absent:
-            sentences.append(f"{title} without {'; '.join(lacking)}.")
+            sentences.append(f"{title} without {', '.join(texts)}.")
     return sentences
 
 

@@ -393,8 +393,8 @@ class Benchmark(ABC):
             rows: of a score.
         """
         for row in rows:
-            unit = row["question_id"]
-            yield row.get("cluster") or unit, unit, {"value": row["value"], "count": 1.0}
+            unit, cluster = row["question_id"], row.get("cluster")  # a picture may be number 0
+            yield unit if cluster in (None, "") else cluster, unit, {"value": row["value"], "count": 1.0}
 
     def headline(self, sums: Mapping[str, Any]) -> Any:
         """The score (0-100) from sums over `units`: of numbers, or of arrays for many resamples at once."""
