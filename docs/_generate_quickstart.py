@@ -2,13 +2,15 @@
 
 python docs/_generate_quickstart.py                              # write the tables and draw the pictures
 python docs/_generate_quickstart.py --add playground/quickstart  # take over what a quickstart found, then write
-python docs/_generate_quickstart.py --check                      # exit status 1 if a text is not what would be written
+python docs/_generate_quickstart.py --check                      # exit status 1 if a text or picture is out of date
 
 The results are in quickstart_runs.json: one run a combination of versions and threads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RUNS = DOCS / "quickstart_runs.json"
+IMAGES = DOCS / "images"
 TEXTS = (ROOT / "README.md", DOCS / "quickstart.md")
 VERSIONS = ("torch", "transformers", "threads")
 """What tells the runs apart."""
@@ -149,17 +152,67 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
     return text
 
 
+def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """File name of a picture -> the part of the stored results that it shows."""
+    from tinyllava_switchkd.quickstart.report import METHODS, summary
+
+    results = {method: summary(pooled(stored["runs"], method)) for method in METHODS}
+    return {
+        "quickstart.png": {**results, "questions": stored["questions"]},
+        "predictions.png": {"answers": stored["answers"], "questions": stored["questions"]},
+    }
+
+
 def draw(stored: Mapping[str, Any]) -> None:
     """Draw docs/images/quickstart.png and predictions.png."""
-    from tinyllava_switchkd.quickstart.report import METHODS, draw_answers, draw_scores, summary
+    from tinyllava_switchkd.quickstart.report import draw_answers, draw_scores
     from tinyllava_switchkd.quickstart.scenes import question_set
 
-    results: dict[str, Any] = {method: summary(pooled(stored["runs"], method)) for method in METHODS}
-    draw_scores({**results, "questions": stored["questions"]}, DOCS / "images" / "quickstart.png")
+    results = sources(stored)["quickstart.png"]
+    draw_scores(results, IMAGES / "quickstart.png")
     answers = {method: {int(row): text for row, text in rows.items()} for method, rows in stored["answers"].items()}
     number = stored["questions"] // len(results["teacher"]["by_type"])
     asked = question_set("handwriting", "test", number, seed=0)
-    draw_answers(asked, answers, DOCS / "images" / "predictions.png", seed=1)
+    draw_answers(asked, answers, IMAGES / "predictions.png", seed=1)
+    mark(sources(stored))
+
+
+MARK = "results"
+"""The PNG text that tells which results a picture shows."""
+
+
+def digest(shown: Any) -> str:
+    """What stands for the results that a picture shows; the same on every machine, unlike its pixels."""
+    rounded = json.loads(json.dumps(shown), parse_float=lambda text: round(float(text), 6))
+    return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
+
+
+def mark(pictures: Mapping[str, Any]) -> None:
+    """Note in each picture which results it shows."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    for name, shown in pictures.items():
+        note = PngInfo()
+        note.add_text(MARK, digest(shown))
+        with Image.open(IMAGES / name) as picture:
+            picture.load()
+            picture.save(IMAGES / name, pnginfo=note, dpi=picture.info.get("dpi"), optimize=True)
+
+
+def stale_pictures(pictures: Mapping[str, Any]) -> list[str]:
+    """Those that show other results, or are not there."""
+    from PIL import Image
+
+    found = []
+    for name, shown in pictures.items():
+        if not (IMAGES / name).is_file():
+            found.append(name)
+            continue
+        with Image.open(IMAGES / name) as picture:
+            if picture.text.get(MARK) != digest(shown):
+                found.append(name)
+    return found
 
 
 def _listing(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -193,8 +246,8 @@ def main() -> int:
             if not arguments.check:
                 write_text(path, wanted)
     if arguments.check:
-        if stale:
-            print("A text is out of date; run python docs/_generate_quickstart.py", file=sys.stderr)
+        if stale := stale or bool(stale_pictures(sources(stored))):
+            print("A text or picture is out of date; run python docs/_generate_quickstart.py", file=sys.stderr)
         return int(stale)
     draw(stored)
     return 0

@@ -3,7 +3,7 @@
 python docs/_generate_results.py                              # write the tables and draw the pictures
 python docs/_generate_results.py --add playground/ablations   # take over the runs of a folder, then write
 python docs/_generate_results.py --costs                      # count the costs at full scale anew, then write
-python docs/_generate_results.py --check                      # exit status 1 if a text is not what would be written
+python docs/_generate_results.py --check                      # exit status 1 if a text or picture is out of date
 
 The runs are in ablation_runs.json: every score, seed, second and version.
 """
@@ -21,6 +21,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RUNS = DOCS / "ablation_runs.json"
+IMAGES = DOCS / "images"
 TEXTS = (DOCS / "results.md", DOCS / "reproduce.md")
 TABLE1 = ("switch", "sizes")
 """The tables whose trainings make the paper's Table 1: both pairs of teacher and student."""
@@ -32,7 +33,7 @@ def add(folder: Path) -> None:
     from tinyllava_switchkd.quickstart.report import versions
 
     stored, found = (read_json(path) if path.is_file() else {} for path in (RUNS, folder / "ablations.json"))
-    for part in ("runs", "search", "memory"):
+    for part in ("runs", "search", "memory", "stages", "inside"):
         stored[part] = {**stored.get(part, {}), **found.get(part, {})}
     for run in stored["runs"].values():
         run.pop("peak_mib", None)
@@ -167,24 +168,41 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def draw(stored: Mapping[str, Any]) -> None:
-    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes."""
+def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """File name of a picture -> what it shows."""
     from tinyllava_switchkd.ablations import summary
     from tinyllava_switchkd.ablations.tables import TABLES
     from tinyllava_switchkd.quickstart.report import TYPE_TITLES
+
+    table, found = TABLES["methods"], {}
+    if seeds := summary.seeds_of(stored, table):
+        models = {}
+        for key in table.ways:
+            rows = summary.values(stored, table, key, "by_type")
+            models[table.label(key)] = {
+                title: round(fmean(row[kind] for row in rows), 3) for kind, title in TYPE_TITLES.items()
+            }
+        found["methods.png"] = {"models": models, "seeds": seeds}
+    if stored.get("inside"):
+        found["inside.png"] = stored["inside"]
+    return found
+
+
+def draw(stored: Mapping[str, Any]) -> None:
+    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes; and
+    inside.png: knees, overlap and shares of the gradient during a run of Switch-KD."""
+    from tinyllava_switchkd.visualize.curves import draw_inside
     from tinyllava_switchkd.visualize.radar import draw_radar
 
-    table = TABLES["methods"]
-    seeds = summary.seeds_of(stored, table)
-    if not seeds:
-        return
-    models = {}
-    for key in table.ways:
-        rows = summary.values(stored, table, key, "by_type")
-        models[table.label(key)] = {kind: fmean(row[kind] for row in rows) for kind in TYPE_TITLES}
-    axes = {title: [kind] for kind, title in TYPE_TITLES.items()}
-    note = f"Quickstart scale, per cent of test questions; mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    draw_radar(models, DOCS / "images" / "methods", axes=axes, formats=("png",), note=note)
+    pictures = sources(stored)
+    if shown := pictures.get("methods.png"):
+        axes = {title: [title] for title in next(iter(shown["models"].values()))}
+        count = len(shown["seeds"])
+        note = f"Quickstart scale, per cent of test questions; mean of {count} seed{'s' * (count > 1)}"
+        draw_radar(shown["models"], IMAGES / "methods", axes=axes, formats=("png",), note=note)
+    if shown := pictures.get("inside.png"):
+        draw_inside(shown["history"], IMAGES / "inside.png", shown["vocabulary"])
+    _quickstart().mark(pictures)
 
 
 def _quickstart() -> Any:
@@ -217,8 +235,8 @@ def main() -> int:
             if not arguments.check:
                 write_text(path, wanted)
     if arguments.check:
-        if stale:
-            print("A text is out of date; run python docs/_generate_results.py", file=sys.stderr)
+        if stale := stale or bool(_quickstart().stale_pictures(sources(stored))):
+            print("A text or picture is out of date; run python docs/_generate_results.py", file=sys.stderr)
         return int(stale)
     draw(stored)
     return 0

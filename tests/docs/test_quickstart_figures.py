@@ -32,6 +32,15 @@ def test_texts_are_in_sync(generator):
     assert ROOT / "README.md" in generator.TEXTS
 
 
+def test_pictures_show_the_stored_results(generator):
+    """A picture says which results it shows; other results are told."""
+    shown = generator.sources(read_json(generator.RUNS))
+    assert generator.stale_pictures(shown) == [], "run python docs/_generate_quickstart.py"
+    shown["quickstart.png"]["sft"]["score"] += 0.1
+    assert generator.stale_pictures(shown) == ["quickstart.png"]
+    assert generator.stale_pictures({"none.png": {}}) == ["none.png"]
+
+
 def test_figures_are_those_of_the_runs(generator):
     """The README's row of Switch-KD, computed here from the file."""
     stored = read_json(generator.RUNS)

@@ -33,6 +33,12 @@ def test_pages_are_in_sync(generator):
     assert all(f"results-{name}" in parts for name in TABLES)
 
 
+def test_pictures_show_the_stored_results(generator):
+    shown = generator.sources(read_json(generator.RUNS))
+    assert "methods.png" in shown
+    assert generator._quickstart().stale_pictures(shown) == [], "run python docs/_generate_results.py"
+
+
 def test_a_difference_is_that_of_the_stored_scores(generator):
     """The row "with the switch", computed here from the file."""
     runs = read_json(generator.RUNS)["runs"]

@@ -247,7 +247,7 @@ def _draw_titles(axis: Axes, axes: Mapping[str, Sequence[str]], rows: Sequence[S
         x, y = _point(number, len(axes), 1.05 if number == 0 else 1.11)  # the first has its figures beside it
         side = 0.5 if abs(x) < 0.2 else 0.0 if x > 0 else 1.0
         align = {0.0: "left", 0.5: "center", 1.0: "right"}[side]
-        vertical = 0.0 if y > 0.9 else 1.0 if y < -0.5 else 0.5
+        vertical = 0.0 if y > 0.9 else 1.0 if y < -0.7 else 0.5
         if vertical == 1.0:
             side = 0.5  # below a corner there is room on both sides
             align = "center"
