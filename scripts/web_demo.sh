@@ -58,10 +58,15 @@ if [ ! -f "$web/vendor/transformers.min.js" ]; then
     cp "$web"/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.{mjs,wasm} "$web/vendor/"
 fi
 
-rm -rf "$web/models/student"
 mkdir -p "$web/models"
 read -r -a dtypes <<< "${DTYPES:-fp32 int8 q4}"
-"$python" -m tinyllava_switchkd.model.export --to onnx "$student" "$web/models/student" --dtype "${dtypes[@]}"
+new="$(mktemp -d "$web/models/.new.XXXXXX")" # an export that fails leaves the student that is there
+trap 'rm -rf "$new"' EXIT
+"$python" -m tinyllava_switchkd.model.export --to onnx "$student" "$new/student" --dtype "${dtypes[@]}"
+rm -rf "$web/models/student"
+mv "$new/student" "$web/models/student"
+rm -rf "$new"
+trap - EXIT
 if [ -z "${STUDENT:-}" ]; then
     "$python" "$root/scripts/export/web_samples.py" "$web/models"
 else

@@ -1,7 +1,7 @@
 // The student's answers in Node, as JSON lines: node check_node.mjs MODEL_FOLDER QUESTIONS.jsonl IMAGE_FOLDER [DTYPE]
 //
 // Each line is {image, text, answer, pixels: the sum of all pixel values, milliseconds: ...}. Compare with Python's:
-// tests/playground/test_web.py does.
+// tests/model/test_export_web.py does.
 
 import { readFileSync } from 'node:fs';
 import path from 'node:path';

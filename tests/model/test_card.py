@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from tests.model.checkpoints import save
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.model.card import MARK, write_model_card
-from tinyllava_switchkd.model.export import to_hf_llava
+from tinyllava_switchkd.model.export import from_hf_llava, to_hf_llava
 
 
 @pytest.fixture
@@ -49,7 +49,17 @@ def test_an_export_carries_what_was_known(trained, tmp_path):
     assert card.data.library_name == "transformers" and "hf-llava" in card.data.tags
     assert card.data.license == "mit" and "me/teacher" in card.data.base_model
     assert "Exported from `student`" in card.text and "`dbild`" in card.text and "`600`" in card.text
-    assert "image-text-to-text" in card.text.split("## Run it")[1]
+    assert all(place in card.text.split("## Run it")[1] for place in ("image-text-to-text", "vllm", "OpenVINO"))
+    from_hf_llava(tmp_path / "export", tmp_path / "returned")
+    card = ModelCard.load(tmp_path / "returned" / "README.md")
+    assert card.data.library_name == "tinyllava_switchkd" and "me/teacher" in card.data.base_model
+    assert "Exported from `export`" in card.text and "`600`" in card.text
+
+
+def test_the_tag_is_the_methods(trained):
+    assert "switch-kd" in ModelCard.load(write_model_card(trained)).data.tags
+    tags = ModelCard.load(write_model_card(trained, {"settings": {"distill_method": "llava_kd"}})).data.tags
+    assert "llava-kd" in tags and "distillation" in tags and "switch-kd" not in tags
 
 
 def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
@@ -60,6 +70,8 @@ def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
     card = ModelCard.load(tmp_path / "export" / "README.md")
     assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base"] and card.data.library_name == "gguf"
     assert "# export\n" in card.text and "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
+    assert "Approximate: llama.cpp's graph takes all" in card.text and "Images: square ones are read" in card.text
+    assert "of 4 answers are the checkpoint's" in card.text
 
 
 def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -25,6 +26,7 @@ from tinyllava_switchkd.model import load_pretrained_model, save_pretrained_mode
 from tinyllava_switchkd.model.export import from_hf_llava, jinja_template, to_hf_llava, verify_export
 from tinyllava_switchkd.model.export.__main__ import main
 from tinyllava_switchkd.model.export.chat_template import PROBES, conv_version_of, messages_of
+from tinyllava_switchkd.model.export.files import whole_folder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 UPSTREAM = FIXTURES / "upstream"
@@ -414,6 +416,43 @@ def test_command(tmp_path, capsys):
         assert exit_.value.code == 1 and message in lines[-1]
 
 
+def test_nothing_is_written_where_the_export_answers_otherwise(tmp_path, monkeypatch, capsys):
+    def differs(source, folder):
+        assert (folder / "model.safetensors").is_file()
+        raise ValueError("The export answers otherwise.")
+
+    monkeypatch.setattr("tinyllava_switchkd.model.export.hf_llava.verify_export", differs)
+    with pytest.raises(SystemExit):
+        main(["--to", "hf-llava", str(write(tmp_path / "ours")), str(tmp_path / "new" / "theirs")])
+    assert "answers otherwise" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").is_file() and (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+    (tmp_path / "here").mkdir()  # it stays the same folder: a shell may be in it, or a disk be mounted there
+    same = (tmp_path / "here").stat().st_ino
+    monkeypatch.chdir(tmp_path / "here")
+    with whole_folder(".") as folder:
+        (folder / "file").touch()
+        assert not Path("file").exists()
+    assert [path.name for path in Path.cwd().iterdir()] == ["file"] and Path.cwd().stat().st_ino == same
+
+    full = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
+    for error in full:
+        with pytest.raises(OSError, match="MB are free"), whole_folder(tmp_path / "x" / "y") as folder:
+            (folder / "half").touch()
+            raise error
+        assert not (tmp_path / "x").exists()
+    with pytest.raises(NotADirectoryError, match=r"cannot be made: .* is no folder"), whole_folder("file/out"):
+        pass
+
+
 def test_v1s_full_layout_from_its_split_one(tmp_path):
     model = tiny_llava(text={"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})
     write_v1_split(model, tmp_path / "split")
@@ -432,7 +471,7 @@ def test_verification_sees_a_difference(tmp_path):
     tensors = load_file(theirs / "model.safetensors")
     tensors["multi_modal_projector.linear_2.bias"] = tensors["multi_modal_projector.linear_2.bias"] + 0.1
     save_file(tensors, theirs / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"logits of .* differ .* do not use it"):
+    with pytest.raises(ValueError, match=r"logits differ .* do not use it"):
         verify_export(ours, theirs)
     template = (theirs / "chat_template.jinja").read_text()
     (theirs / "chat_template.jinja").write_text(template.replace("USER: ", "User: "))

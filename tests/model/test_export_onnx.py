@@ -87,7 +87,7 @@ def test_smaller_precisions_are_measured_and_smaller(exported):
 
 
 def test_transformers_js_finds_what_it_reads(exported):
-    """Names, free axes and files; tests/playground runs it itself."""
+    """Names, free axes and files; test_export_web.py runs it itself."""
     _, folder = exported
     student = OnnxStudent(folder)
     decoder = student.sessions["decoder_model_merged"]

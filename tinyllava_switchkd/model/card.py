@@ -64,10 +64,10 @@ print(model.chat("What is in this picture?", "cat.jpg"))
 ```
 
 For other places, export it: `python -m tinyllava_switchkd.model.export --to TARGET {name} OUT` with the target
-`hf-llava` (transformers, vLLM), `onnx` (onnxruntime, browsers) or another that `--help` lists.
+`hf-llava` (transformers, vLLM, OpenVINO), `onnx` (onnxruntime, Node, browsers) or `gguf` (llama.cpp).
 """,
     "hf-llava": """\
-In transformers, without another package; vLLM and SGLang read the same folder.
+In transformers, without another package:
 
 ```python
 from transformers import pipeline
@@ -77,6 +77,21 @@ content = [{{"type": "image", "url": "cat.jpg"}}, {{"type": "text", "text": "Wha
 answer = ask(text=[{{"role": "user", "content": content}}], max_new_tokens=64, return_full_text=False)
 print(answer[0]["generated_text"])
 ```
+
+In vLLM:
+
+```python
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+image = {{"type": "image_pil", "image_pil": Image.open("cat.jpg").convert("RGB")}}
+content = [image, {{"type": "text", "text": "What is in this picture?"}}]
+found = LLM("{name}").chat([{{"role": "user", "content": content}}], SamplingParams(temperature=0.0, max_tokens=64))
+print(found[0].outputs[0].text)
+```
+
+In OpenVINO, `optimum.intel.OVModelForVisualCausalLM.from_pretrained("{name}", export=True)` takes the place of
+transformers' model.
 """,
     "onnx": """\
 In onnxruntime:
@@ -112,6 +127,19 @@ In llama.cpp:
 
 ```bash
 llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p "What is in this picture?"
+```
+
+In llama-cpp-python:
+
+```python
+from llama_cpp import Llama
+from llama_cpp.llama_chat_format import MTMDChatHandler
+
+llama = Llama("{model}", chat_handler=MTMDChatHandler("{mmproj}"), n_ctx=2048)
+content = [{{"type": "image_url", "image_url": {{"url": "file:///path/to/cat.jpg"}}}}]
+content += [{{"type": "text", "text": "What is in this picture?"}}]
+found = llama.create_chat_completion([{{"role": "user", "content": content}}], temperature=0.0, repeat_penalty=1.0)
+print(found["choices"][0]["message"]["content"])
 ```
 """,
 }
@@ -170,7 +198,7 @@ def model_card(folder: str | os.PathLike) -> str:
     }
     distilled = bool(settings.get("teacher_path") or facts.get("teacher"))
     sections = [
-        _front_matter(kind, facts, bases, distilled),
+        _front_matter(kind, facts, bases, distilled, settings.get("distill_method") or "switch_kd"),
         MARK,
         f"# {name}",
         f"A small vision-language model ({_what(kind)}), "
@@ -198,10 +226,24 @@ def model_card(folder: str | os.PathLike) -> str:
             mmproj=next((file for file in files if "mmproj" in file), "mmproj.gguf"),
         )
         .rstrip(),
+        *_cautions(record),
         "## Licence",
         _licence(facts, bases),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _cautions(record: Mapping[str, Any]) -> list[str]:
+    """What whoever runs an export has to know: where it is approximate, and what to do with images."""
+    found = [f"Approximate: {part}" for part in record.get("approximate") or ()]
+    if measured := record.get("every_patch"):
+        found.append(
+            f"With every patch, {measured['equal']} of {measured['questions']} answers are the checkpoint's; the first "
+            f"token's logits differ by up to {measured['logits']:.2g}."
+        )
+    if record.get("images"):
+        found.append(f"Images: {record['images']}")
+    return found
 
 
 def kind_of(folder: Path, config: Mapping[str, Any]) -> str:
@@ -226,7 +268,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 
-def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any], distilled: bool) -> str:
+def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any], distilled: bool, method: str) -> str:
     """The hub's metadata. Only names that a hub may know are given as base models."""
     library = {"onnx": "transformers.js", "hf-llava": "transformers", "gguf": "gguf"}.get(kind, "tinyllava_switchkd")
     names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
@@ -237,7 +279,7 @@ def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any],
         lines += ["base_model:", *(f"- {name}" for name in hub)]
     tags = [
         "tinyllava",
-        *(["distillation", "switch-kd"] if distilled else []),
+        *(["distillation", method.replace("_", "-")] if distilled else []),
         *([] if kind == "tinyllava" else [kind]),
     ]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])

@@ -2,24 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tinyllava_switchkd.io import read_json, write_json
 
 from ..card import facts_of, write_model_card
 
+RECORD = "tinyllava"
+"""Key of an export's ``config.json`` for what its own fields do not say; it makes the way back exact."""
+
+_FULL = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|Errno (28|122)\b")
+
 
 def empty_folder(output_dir: str | os.PathLike) -> Path:
-    """The folder as a path.
+    """The folder as a path; asked before a model is read, so that a long export does not end in vain.
 
     Raises:
         FileExistsError: there is something in it.
+        OSError: it cannot be made or written.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if os.path.lexists(output_dir) and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that nothing is mixed.")
+    place = next(folder for folder in (output_dir, *output_dir.absolute().parents) if os.path.lexists(folder))
+    if not place.is_dir():
+        raise NotADirectoryError(f"{output_dir} cannot be made: {place} is no folder; name another.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{output_dir} cannot be made: {place} may not be written; name another folder.")
     return output_dir
+
+
+@contextlib.contextmanager
+def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+    """A folder whose files appear in `output_dir` only if the block ends without an exception.
+
+    It lies beside `output_dir`, or in it where that is there already (it may be the current folder or a mounted disk).
+
+    Raises:
+        FileExistsError: there is something in `output_dir`.
+        OSError: the disk is full or may not be written.
+    """
+    output_dir = empty_folder(output_dir)
+    exists = output_dir.is_dir()
+    parent = output_dir.absolute() if exists else output_dir.absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]  # the innermost first
+    unfinished = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.absolute().name}.", dir=parent))
+        yield unfinished
+        if exists:
+            for file in unfinished.iterdir():
+                file.rename(output_dir / file.name)
+        else:
+            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+            unfinished.rename(output_dir)
+    except BaseException as error:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if not isinstance(error, Exception) or not _FULL.search(f"{error} {error.__cause__ or ''}"):
+            raise
+        free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free
+        raise OSError(
+            f"{output_dir} cannot be written: {free / 1e6:.0f} MB are free on its disk, and that is too little; make "
+            f"room or name a folder on another disk."
+        ) from error
+    finally:
+        if unfinished is not None and exists:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def card_of_export(source: str | os.PathLike, folder: str | os.PathLike, name: str) -> None:

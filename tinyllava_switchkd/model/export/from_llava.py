@@ -20,7 +20,7 @@ from ..configuration import TinyLlavaConfig
 from ..modeling import TinyLlavaForConditionalGeneration
 from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
 from .chat_template import conv_version_of
-from .files import empty_folder, read_by_older_versions
+from .files import card_of_export, empty_folder, read_by_older_versions, whole_folder
 from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
 
 # transformers 5's names -> the hub's -> v1's.
@@ -57,7 +57,7 @@ def from_hf_llava(
     Raises:
         ValueError: TinyLLaVA cannot express the model, or its chat template is none of ours.
     """
-    output_dir = empty_folder(output_dir)
+    empty_folder(output_dir)
     folder = resolve_folder(source)
     fields = read_json(folder / "config.json")
     reason = why_not_tinyllava(fields)
@@ -83,10 +83,12 @@ def from_hf_llava(
     image_processor = type(model.vision_tower.default_image_processor())(**settings)
     tokenizer.chat_template = record.get("chat_template", tokenizer.chat_template)
     tokenizer.padding_side = config.tokenizer_padding_side
-    save_pretrained_model(model, tokenizer, image_processor, output_dir)
-    if record.get("adds_image_token"):
-        _forget_image_token(output_dir)
-    read_by_older_versions(output_dir)
+    with whole_folder(output_dir) as returned:
+        save_pretrained_model(model, tokenizer, image_processor, returned)
+        if record.get("adds_image_token"):
+            _forget_image_token(returned)
+        read_by_older_versions(returned)
+        card_of_export(folder, returned, Path(output_dir).resolve().name)
 
 
 def why_not_tinyllava(fields: dict[str, Any]) -> str | None:

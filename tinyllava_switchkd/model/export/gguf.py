@@ -32,10 +32,10 @@ from tinyllava_switchkd.io import write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model
 from .chat_template import jinja_template
-from .files import card_of_export, empty_folder
+from .files import card_of_export, empty_folder, whole_folder
 from .hf_llava import _add_image_token, _generation_config, _record
 from .questions import default_questions
-from .targets import GgufTarget, whole_folder
+from .targets import GgufTarget
 
 logger = logging.getLogger(__name__)
 

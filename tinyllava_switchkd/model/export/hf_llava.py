@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from tinyllava_switchkd.io import write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import card_of_export, empty_folder, read_by_older_versions
+from .files import RECORD, card_of_export, empty_folder, read_by_older_versions, whole_folder
+from .verify import verify_export
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,6 @@ TOWERS = ("siglip_vision_model", "clip_vision_model")
 CONNECTORS = {"mlp2x_gelu": "gelu", "linear": "linear", "mlp1x_gelu": "linear"}
 """Connectors that LLaVA's two linear layers can be, and the activation between them."""
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-RECORD = "tinyllava"
-"""Key of ``config.json`` for what LLaVA's own fields do not say; it makes the way back exact."""
 
 
 def to_hf_llava(
@@ -42,7 +42,8 @@ def to_hf_llava(
     output_dir: str | os.PathLike,
     conv_version: str | None = None,
     dtype: torch.dtype | str | None = None,
-) -> None:
+    verify: bool = False,
+) -> float | None:
     """Write a TinyLLaVA checkpoint as transformers' LLaVA.
 
     The visual tokens are the same: LLaVA's strategy ``default`` drops a tower's first token whatever it is, as v1's
@@ -51,14 +52,19 @@ def to_hf_llava(
 
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
-        output_dir: a folder that is empty or does not exist.
+        output_dir: a folder that is empty or does not exist; it appears whole or not at all.
         conv_version: conversation template; the checkpoint's own if None.
         dtype: of the weights; None keeps the checkpoint's own.
+        verify: ask both the same before the folder takes its place, see `verify_export`.
+
+    Returns:
+        the largest difference between two logits; None without `verify`.
 
     Raises:
-        ValueError: LLaVA cannot express the model, its conversation template or its image processing.
+        ValueError: LLaVA cannot express the model, its conversation template or its image processing, or what was
+            written computes something else.
     """
-    output_dir = empty_folder(output_dir)
+    empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
     reason = why_not_llava(model)
     if reason is not None:
@@ -70,14 +76,18 @@ def to_hf_llava(
     tensors = _tensors(model, image_token)
     rows = len(tensors["language_model.model.embed_tokens.weight"])
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, output_dir)
-    write_json(output_dir / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
-    _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    save_image_processor(processor.image_processor, output_dir)
-    read_by_older_versions(output_dir)
-    card_of_export(source, output_dir, output_dir.resolve().name)
+    with whole_folder(output_dir) as folder:
+        save_torch_state_dict(tensors, folder)
+        write_json(folder / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
+        _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_image_processor(processor.image_processor, folder)
+        read_by_older_versions(folder)
+        card_of_export(source, folder, Path(output_dir).resolve().name)
+        if verify:
+            del model, tensors  # the room for them is needed again
+            return verify_export(source, folder)
+    return None
 
 
 def why_not_llava(model: Any) -> str | None:

@@ -24,7 +24,7 @@ from tinyllava_switchkd.io import read_json, write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import card_of_export, empty_folder
+from .files import card_of_export, empty_folder, whole_folder
 from .hf_llava import RECORD, _add_image_token, _generation_config, _record
 from .onnx_dtypes import quantise, suffix
 from .onnx_graphs import (
@@ -42,7 +42,7 @@ from .onnx_graphs import (
 )
 from .onnx_student import OnnxStudent
 from .questions import Question, default_questions
-from .targets import OnnxTarget, whole_folder
+from .targets import OnnxTarget
 
 logger = logging.getLogger(__name__)
 
@@ -310,9 +310,9 @@ class _Original:
             ids = student.prompt_ids(question.text)
             ours = [i for piece in prompt for i in ([token] * count if piece == IMAGE_TOKEN_INDEX else [piece])]
             if ids != ours:
-                raise ValueError(f"{student.folder} reads the prompt {question.text!r} as other tokens.")
+                raise ValueError(f"The export reads the prompt {question.text!r} as other tokens.")
             if not np.array_equal(student.pixels([question.open()]), pixels):
-                raise ValueError(f"{student.folder} reads the image of {question.text!r} as other pixels.")
+                raise ValueError(f"The export reads the image of {question.text!r} as other pixels.")
             if index == 0:
                 logits = student.logits([ids], pixels)[0]
                 difference = float(np.abs(logits - self.logits).max())

@@ -6,16 +6,9 @@ Each imports the file that does its work when it is run, so that the command lin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 from tinyllava_switchkd.registry import Registry
-
-from .files import empty_folder
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +77,9 @@ class HfLlavaTarget(ExportTarget):
 
     def export(self, args: argparse.Namespace) -> None:
         from .hf_llava import to_hf_llava
-        from .verify import verify_export
 
-        to_hf_llava(args.model, args.out, args.conv_version, args.dtype)
-        if not args.no_verify:
-            difference = verify_export(args.model, args.out)
+        difference = to_hf_llava(args.model, args.out, args.conv_version, args.dtype, not args.no_verify)
+        if difference is not None:
             logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
 
 
@@ -142,23 +133,3 @@ class V1Target(ExportTarget):
 
         write = from_hf_llava if is_hf_llava(resolve_folder(args.model)) else to_v1
         write(args.model, args.out, args.conv_version, args.dtype)
-
-
-@contextlib.contextmanager
-def whole_folder(output_dir: str | Path) -> Iterator[Path]:
-    """A folder that takes its place as `output_dir` only if the block ends without an exception.
-
-    Raises:
-        FileExistsError: there is something in `output_dir`.
-    """
-    output_dir = empty_folder(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
-        if output_dir.exists():
-            output_dir.rmdir()
-        unfinished.rename(output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
