@@ -25,6 +25,8 @@ from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, JudgeFactory, R
 from tinyllava_switchkd.eval.prepare import main as prepare
 from tinyllava_switchkd.eval.report import main as report
 from tinyllava_switchkd.eval.score import main as score_command
+from tinyllava_switchkd.launch import evaluate
+from tinyllava_switchkd.launch.devices import Devices
 from tinyllava_switchkd.model import (
     ConnectorFactory,
     LLMFactory,
@@ -291,6 +293,10 @@ def test_a_complete_benchmark(plugin, tmp_path, capsys):
     data = tmp_path / "realworldqa"
     questions = list(BenchmarkFactory("realworldqa").questions(data))
     assert [question.image.is_file() for question in questions] == [True] * 4
+    variables = {"EVAL_DIR": str(tmp_path), "RESULTS_DIR": str(tmp_path)}
+    request = evaluate.Request("model", "A", variables, Devices((), 1), "python", tmp_path)
+    assert "realworldqa" in evaluate.every_benchmark() and evaluate.has_data("realworldqa", request)
+    assert str(tmp_path / "A" / "realworldqa.json") in evaluate.evaluation("realworldqa", request)
     for model, texts in (("A", "0123"), ("B", "01xx")):
         answers = tmp_path / f"{model}.jsonl"
         lines = [

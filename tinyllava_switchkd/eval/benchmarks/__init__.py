@@ -1,7 +1,7 @@
 """The benchmarks: one module each, registered by name, none of which imports torch.
 
-`names()` lists them in the order of the paper's tables, others after them; a benchmark says itself what its script,
-its column and its upload file are (see `Benchmark`).
+`names()` lists them in the order of the paper's tables, others after them; a benchmark says itself what its
+column and its upload file are (see `Benchmark`).
 """
 
 from .base import (

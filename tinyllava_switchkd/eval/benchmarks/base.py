@@ -282,7 +282,6 @@ class Benchmark(ABC):
         folder: its folder's name under LLaVA's playground/data/eval.
         metric: the headline's name.
         column: its column's name in the report; by default the title.
-        script: base name of its script in scripts/eval; by default the registered name.
         upload: suffix of its server's file ("json", "xlsx"); None where there is no server.
         answers_folder: where below its folder the scripts keep answers; two benchmarks may share a folder of data.
         paper_split: the split behind the paper's number; a score on another split is a stand-in.
@@ -300,7 +299,6 @@ class Benchmark(ABC):
     folder: ClassVar[str]
     metric: ClassVar[str]
     column: ClassVar[str | None] = None
-    script: ClassVar[str | None] = None
     upload: ClassVar[str | None] = None
     answers_folder: ClassVar[str] = "answers"
     paper_split: ClassVar[str] = "test"

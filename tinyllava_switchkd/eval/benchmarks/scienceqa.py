@@ -55,7 +55,7 @@ class ScienceQA(Benchmark):
     """
 
     name, title, folder = "scienceqa", "ScienceQA-IMG", "scienceqa"
-    column, script = "SciQA", "sqa"
+    column = "SciQA"
     metric = "image_accuracy"
     max_new_tokens = 1024
     options = (Option("image_only", "ScienceQA: ask only the questions that have a picture, which make the headline"),)
