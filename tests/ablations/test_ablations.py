@@ -203,7 +203,13 @@ def test_a_dry_run_at_the_papers_scale(capsys, monkeypatch, tiny_configs):
     monkeypatch.setenv("SEEDS", "2")
     assert command.main(list(tables.TABLES)) == 0
     out = capsys.readouterr().out
-    for words in ("DPT, Qwen2.5-0.5B", "bridge_switch, Qwen2.5-0.5B and siglip-base", "for 2 seeds", "No GPU has been"):
+    for words in (
+        "DPT, Qwen2.5-0.5B",
+        "bridge_switch, Qwen2.5-0.5B and siglip-base",
+        "for 2 seeds",
+        "No GPU has been",
+        "mix665k.json (665,298",
+    ):
         assert words in out
     assert out.count("larger-teacher: finetune") == 1  # shared by two rows
 

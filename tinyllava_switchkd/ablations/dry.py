@@ -202,7 +202,8 @@ def hours(planned: Planned) -> float | None:
 
 
 def report(trainings: Iterable[Planned], seeds: int, rests_on: str) -> str:
-    """A line a training, and the sum over all seeds; what belongs to the teacher is trained once."""
+    """A line a training, the sum over all seeds, and the data; what belongs to the teacher is trained once."""
+    trainings = list(trainings)
     rows = [(planned.name, memory(planned).peak / 2**30, hours(planned)) for planned in trainings]
     width = max(len(name) for name, *_ in rows)
     lines = [f"{'training':<{width}}  GiB a device     hours"]
@@ -211,9 +212,10 @@ def report(trainings: Iterable[Planned], seeds: int, rests_on: str) -> str:
     each = sum(spent or 0 for *_, spent in rows) - once
     total = f"Teachers once, the rest for {seeds} seed{'s' * (seeds > 1)}: {_hours(once + seeds * each)} hours"
     missing = sum(spent is None for *_, spent in rows)
-    return "\n".join(
-        [*lines, "", total + (f", without {missing} that nobody has timed." if missing else "."), rests_on]
-    )
+    total += f", without {missing} that nobody has timed." if missing else "."
+    read = {Path(str(planned.flags["data_path"])).name: planned.samples for planned in trainings if planned.samples}
+    data = [f"Data, each seen once: {', '.join(f'{name} ({count:,} samples)' for name, count in read.items())}."]
+    return "\n".join([*lines, "", total, *(data if read else []), rests_on])
 
 
 def _hours(value: float | None) -> str:
