@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks._table import machine, write_section
-from benchmarks.step import SIZES, make_batch, model
+from benchmarks.step import SIZES, Shape, make_batch, model
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.model.compiled import compile_generation
 
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, ways: list[str]) -> dict[tuple[str, str], 
         "teacher": model(teacher, vision, 1, args.device, dtype).eval(),
         "student": model(student, vision, 0, args.device, dtype).eval(),
     }
-    batch = make_batch(1, args.text, vision, student.vocab, args.device, mixed=False)
+    batch = make_batch(Shape(args.size, args.device, 1, args.text))
     length = args.text + models["student"].num_image_tokens + args.new_tokens
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     warm_up: dict[tuple[str, str], float] = {}

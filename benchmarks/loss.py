@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -320,7 +320,7 @@ def _range(values: list[int]) -> str:
     return f"{values[0]:,} to {values[-1]:,}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="tokens at once (default 64)")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 49_152, 151_936], help="vocabulary sizes")
@@ -332,7 +332,7 @@ def main() -> None:
         metavar="FILE",
         help="only DBiLD over reverse KL, for this torch and these threads, into this JSON file",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.ratios:

@@ -1,9 +1,12 @@
 """One optimiser step, side by side: what Switch-KD costs beside SFT and beside the bare passes it needs.
 
-    python -m benchmarks.step [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--batch_size 2]
+    python -m benchmarks.step [--size tiny|small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--batch_size 2]
+    python -m benchmarks.step --teacher_cache [--vocab 4096]     what a filled teacher cache saves
+    python -m benchmarks.step --growth [--vocab 4096]            how a step grows with visual and supervised tokens
 
 Models are built from their configurations with random weights. The variants run in turn in one process (medians of
-repeats after a warm-up); peak memory is the allocator's (CUDA) or what a process of its own grows by (CPU).
+repeats after a warm-up). Time is the process's own on one thread of a CPU, else the wall clock; peak memory is the
+allocator's (CUDA) or what a process of its own grows by (CPU).
 
     SFT                     cross-entropy alone
     align only              teacher pass, no switch
@@ -15,6 +18,7 @@ repeats after a warm-up); peak memory is the allocator's (CUDA) or what a proces
                             memory is in the peak)
     heads, trivial loss     ours with a sum of logits for a loss: what passes and heads cost
     passes, no heads        the three passes with a sum of hidden states for a loss
+    ..., cached             with a teacher cache that holds the batch: no pass of the teacher's own
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +38,11 @@ from torch.utils.flop_counter import flop_registry
 from transformers import CONFIG_MAPPING
 
 from benchmarks._memory import peak_resident, resident
-from benchmarks._table import machine, write_section
+from benchmarks._table import Table, machine, write_section
+from benchmarks.loss import slope
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.distill import Distiller, build_distiller, register_loss
+from tinyllava_switchkd.distill import Distiller, TeacherCache, build_distiller, register_loss
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.compiling import compile_layers
 from tinyllava_switchkd.train.estimate import estimate
@@ -75,6 +82,12 @@ QWEN2_5 = {
     "7b": Language(3584, 28, 28, 4, 18_944, 152_064, False),
 }
 SIZES = {
+    "tiny": (
+        Language(16, 1, 2, 1, 32, 512, True),
+        Language(32, 2, 2, 1, 64, 512, True),
+        Vision(16, 2, 2, 32, 28, 14),
+        16,
+    ),
     "small": (
         Language(128, 4, 4, 2, 384, 151_936, True),
         Language(256, 6, 4, 2, 768, 151_936, True),
@@ -85,6 +98,45 @@ SIZES = {
     "qwen2.5-1.5b-from-7b": (QWEN2_5["1.5b"], QWEN2_5["7b"], SO400M, 1280),
 }
 """Student, teacher, vision tower, and text tokens of a sample (with the 728 visual ones about 2,000 at real size)."""
+
+GROWN = {"images": (1, 2, 4, 8), "supervised tokens": (64, 128, 256, 512, 1024)}
+"""What `--growth` goes through."""
+
+PROMPT, ANSWER = 32, 128
+"""Tokens of the question, and of the answer while the images grow."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a measurement is of; picklable, for the processes that memory is measured in.
+
+    Attributes:
+        size: of `SIZES`.
+        device: cpu or cuda.
+        samples: of the batch.
+        text: text tokens of a sample, an image counting as one; None takes the size's.
+        vocab: of both models; None takes the size's.
+        mixed: whether the texts are of different lengths.
+        images: of a sample.
+        supervised: tokens of a sample; None takes half of the text.
+    """
+
+    size: str
+    device: str
+    samples: int = 2
+    text: int | None = None
+    vocab: int | None = None
+    mixed: bool = False
+    images: int = 1
+    supervised: int | None = None
+
+    @property
+    def parts(self) -> tuple[Language, Language, Vision, int]:
+        """Student, teacher, vision tower, text tokens."""
+        student, teacher, vision, text = SIZES[self.size]
+        if self.vocab is not None:
+            student, teacher = replace(student, vocab=self.vocab), replace(teacher, vocab=self.vocab)
+        return student, teacher, vision, self.text or text
 
 
 TRIVIAL = "benchmark_trivial"
@@ -121,11 +173,11 @@ class Dense(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         student, teacher, loss = self.distiller.student, self.distiller.teacher, self.distiller.loss
-        text = {key: value for key, value in batch.items() if key != "images"}
+        text = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
         features = student.vision_features(batch["images"])
         out = student(**text, image_features=student.connector(features))
         with torch.no_grad():
-            from_teacher = teacher(**{**batch, "labels": None}).logits
+            from_teacher = teacher(**{**text, "labels": None}, images=batch["images"]).logits
         switched = teacher(
             **{**text, "labels": None}, image_features=teacher.connector(features.to(teacher.dtype))
         ).logits
@@ -165,21 +217,23 @@ def model(language: Language, vision: Vision, seed: int, device: str, dtype: tor
         return TinyLlavaForConditionalGeneration(config).to(dtype)
 
 
-def make_batch(samples: int, text: int, vision: Vision, vocab: int, device: str, mixed: bool) -> dict[str, Tensor]:
-    """One image a sample, half of the text supervised (LLaVA-Mix-665K's share is of that order).
+def make_batch(shape: Shape) -> dict[str, Tensor]:
+    """Images in front, and unless said otherwise half of the text supervised (LLaVA-Mix-665K's share is of that order).
 
-    With `mixed` the samples' texts are evenly spread between a quarter of `text` and all of it.
+    If `mixed` the samples' texts are evenly spread between a quarter of the longest and all of it.
     """
+    student, _, vision, text = shape.parts
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (samples, text), generator=generator)
-    ids[:, 0] = IMAGE_TOKEN_INDEX
-    shortest = text // 4 if mixed else text
-    lengths = torch.linspace(text, shortest, samples).long()[:, None]
+    ids = torch.randint(0, student.vocab, (shape.samples, text), generator=generator)
+    ids[:, : shape.images] = IMAGE_TOKEN_INDEX
+    shortest = text // 4 if shape.mixed else text
+    lengths = torch.linspace(text, shortest, shape.samples).long()[:, None]
     is_token = torch.arange(text) < lengths
-    labels = ids.masked_fill(~is_token | (torch.arange(text) < lengths // 2), IGNORE_INDEX)
-    pixels = torch.randn(samples, 3, vision.image_size, vision.image_size, generator=generator)
+    prompt = lengths // 2 if shape.supervised is None else lengths - shape.supervised
+    labels = ids.masked_fill(~is_token | (torch.arange(text) < prompt), IGNORE_INDEX)
+    pixels = torch.randn(shape.samples * shape.images, 3, vision.image_size, vision.image_size, generator=generator)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": is_token.long(), "images": pixels}
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(shape.device) for key, value in batch.items()}
 
 
 VARIANTS = (
@@ -195,36 +249,51 @@ VARIANTS = (
 )
 
 
+CACHED = ("align only", "align only, cached", "align + switch", "align + switch, cached")
+"""What `--teacher_cache` compares."""
+
+
 class Bench:
     """The models, their optimiser and a batch; a variant is a task over them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        student, teacher, vision, text = SIZES[args.size]
-        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        self.device = args.device
+    def __init__(self, shape: Shape) -> None:
+        student, teacher, vision, _ = shape.parts
+        self.device = shape.device
+        self.dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
         self.compiled = False
         register_loss(TRIVIAL, override=True)(TrivialLoss)
-        self.student = model(student, vision, 0, args.device, dtype).train()
+        self.student = model(student, vision, 0, shape.device, self.dtype).train()
         self.student.freeze_unused_parameters()
-        self.teacher = model(teacher, vision, 1, args.device, dtype)
+        self.teacher = model(teacher, vision, 1, shape.device, self.dtype)
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=args.device == "cuda")
-        mixed = args.lengths == "mixed"
-        self.batch = make_batch(args.batch_size, args.text or text, vision, student.vocab, args.device, mixed)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=shape.device == "cuda")
+        self.batch = make_batch(shape)
+        self._tasks: dict[str, nn.Module] = {}
+        self._folder = tempfile.TemporaryDirectory()
 
     def task(self, variant: str) -> nn.Module:
+        if variant not in self._tasks:
+            self._tasks[variant] = self._make_task(variant)
+        return self._tasks[variant]
+
+    def _make_task(self, variant: str) -> nn.Module:
         if variant == "SFT":
             return SupervisedTask(self.student)
-        loss = TRIVIAL if variant == "heads, trivial loss" else "dbild"
         distiller = build_distiller(
             self.student,
             self.teacher,
-            loss=loss,
-            switch_weight=0.0 if variant == "align only" else 1.0,
+            loss=TRIVIAL if variant == "heads, trivial loss" else "dbild",
+            switch_weight=0.0 if variant.startswith("align only") else 1.0,
             packing=variant == "+ packing",
         )
         if variant == "align + switch, dense":
             return Dense(distiller)
+        if variant.endswith(", cached"):
+            distiller.teacher_cache = TeacherCache(self._folder.name, variant, self.dtype)
+            self.batch["digests"] = [f"{number:032x}" for number in range(len(self.batch["input_ids"]))]
+            with torch.no_grad():
+                distiller(self.batch)
+            distiller.teacher_cache.sync()
         return BarePasses(distiller) if variant == "passes, no heads" else distiller
 
     def step(self, variant: str) -> None:
@@ -295,72 +364,75 @@ def matrix_rate(device: str) -> float:
     return 2 * size**3 / statistics.median(once() for _ in range(7))
 
 
-def _peak_of_process(variant: str, args: argparse.Namespace) -> float:
+def clock(device: str) -> float:
+    """Seconds, of the process on one thread of a CPU, else of the wall."""
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def seconds_of(bench: Bench, variants: Sequence[str], repeats: int) -> dict[str, float]:
+    """Medians, the variants in turn."""
+    found: dict[str, list[float]] = {variant: [] for variant in variants}
+    for repeat in range(repeats + 1):
+        for variant in variants:
+            bench.task(variant)
+            start = clock(bench.device)
+            bench.step(variant)
+            if repeat:  # the first round warms up
+                found[variant].append(clock(bench.device) - start)
+    return {variant: statistics.median(values) for variant, values in found.items()}
+
+
+def _peak_of_process(variant: str, shape: Shape) -> float:
+    torch.set_num_threads(1)
     before = resident()
-    bench = Bench(args)
+    bench = Bench(shape)
     bench.step(variant)  # the optimiser makes its state
     return peak_resident(lambda: bench.step(variant))[0] - before
 
 
-def peak_memory(bench: Bench, variant: str, args: argparse.Namespace) -> float:
-    if args.device == "cuda":
+def peak_memory(bench: Bench, variant: str, shape: Shape) -> float:
+    if shape.device == "cuda":
         return bench.peak(variant)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_process, (variant, args))
+    context = multiprocessing.get_context("forkserver")  # everything is imported once, and nothing computed there
+    context.set_forkserver_preload(["benchmarks.step"])
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_of_process, (variant, shape))
 
 
-def predicted(variant: str, args: argparse.Namespace) -> str:
+def predicted(variant: str, shape: Shape) -> str:
     """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train.
 
     It speaks of samples at their longest, so nothing is said of mixed lengths.
     """
     ways = ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile")
-    if variant not in ways or args.lengths == "mixed":
+    if variant not in ways or shape.mixed:
         return ""
-    student, teacher, vision, text = SIZES[args.size]
+    student, teacher, vision, text = shape.parts
     learner = model(student, vision, 0, "meta", torch.float32).train()
     learner.freeze_unused_parameters()
     guide = None if variant == "SFT" else model(teacher, vision, 1, "meta", torch.float32).requires_grad_(False)
     result = estimate(
         learner,
         guide,
-        batch_size=args.batch_size,
-        text_tokens=(args.text or text) - 1,
-        supervised_tokens=(args.text or text) // 2,
+        batch_size=shape.samples,
+        text_tokens=text - 1,
+        supervised_tokens=text // 2,
         master_weights=False,
-        mixed_precision=args.device == "cuda",
+        mixed_precision=shape.device == "cuda",
         checkpointing=variant == "+ checkpointing",
         switch=variant != "align only",
     )
     # The models of all variants are loaded, whichever of them runs.
     unused = 0 if guide else sum(p.numel() for p in model(teacher, vision, 1, "meta", torch.float32).parameters())
-    return f"{(result.peak + unused * (2 if args.device == 'cuda' else 4)) / 2**30:.2f}"
+    return f"{(result.peak + unused * (2 if shape.device == 'cuda' else 4)) / 2**30:.2f}"
 
 
-def main() -> None:
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--text", type=int, default=None, help="text tokens of a sample; default by size")
-    parser.add_argument(
-        "--lengths", choices=("equal", "mixed"), default="equal", help="of the texts; mixed ones leave padding"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    args = parser.parse_args()
-
-    bench = Bench(args)
-    rate = matrix_rate(args.device)
-    seconds: dict[str, list[float]] = {variant: [] for variant in args.variants}
-    for repeat in range(args.repeats + 1):
-        for variant in args.variants:
-            start = time.perf_counter()
-            bench.step(variant)
-            if repeat:
-                seconds[variant].append(time.perf_counter() - start)
-    tokens = int(bench.batch["attention_mask"].sum()) + args.batch_size * (bench.student.num_image_tokens - 1)
-    medians = {variant: statistics.median(values) for variant, values in seconds.items()}
+def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table, str]:
+    """The variants side by side, and what is to be said of them."""
+    bench = Bench(shape)
+    rate = matrix_rate(shape.device)
+    tokens = int(bench.batch["attention_mask"].sum()) + shape.samples * (bench.student.num_image_tokens - 1)
+    medians = seconds_of(bench, variants, repeats)
     rows = []
     for variant, median in medians.items():
         achieved = bench.flops(variant) / median
@@ -371,23 +443,112 @@ def main() -> None:
                 f"{median / medians.get('SFT', median):.2f}",
                 f"{median / medians.get('passes, no heads', median):.2f}",
                 f"{tokens / median:,.0f}",
-                f"{peak_memory(bench, variant, args) / 2**30:.2f}",
-                predicted(variant, args),
+                f"{peak_memory(bench, variant, shape) / 2**30:.2f}",
+                predicted(variant, shape),
                 f"{100 * achieved / rate:.0f} %",
             ]
         )
-    note = f"{args.size}, {args.batch_size} samples of {args.lengths} lengths, {tokens:,} tokens a step"
+    lengths = "mixed" if shape.mixed else "equal"
+    note = f"{shape.size}, {shape.samples} samples of {lengths} lengths, {tokens:,} tokens a step"
     if {"align + switch", "heads, trivial loss"} <= medians.keys():
         share = 1 - medians["heads, trivial loss"] / medians["align + switch"]
         note += f"; the loss, heads excluded, takes {100 * share:.1f} % of the align + switch step"
     header = ["step", "seconds", "x SFT", "x passes", "tokens/s", "peak GiB", "estimated", "of matrix rate"]
-    write_section(
-        f"step-{args.size}-{args.device}" + ("-mixed" if args.lengths == "mixed" else ""),
-        f"One optimiser step, {args.size}, {args.lengths} lengths ({args.device})",
-        [(header, rows)],
-        machine(),
-        note=note + ".",
+    return (header, rows), note + "."
+
+
+def savings(shape: Shape, repeats: int) -> Table:
+    """What a teacher cache that holds the batch takes off a step."""
+    bench = Bench(shape)
+    medians = seconds_of(bench, CACHED, repeats)
+    flops = {variant: bench.flops(variant) for variant in CACHED}
+    rows = []
+    for variant in CACHED:
+        plain = variant.removesuffix(", cached")
+        saved = ["", ""]
+        if variant != plain:
+            saved = [
+                f"{100 * (1 - medians[variant] / medians[plain]):.0f} %",
+                f"{100 * (1 - flops[variant] / flops[plain]):.0f} %",
+            ]
+        rows.append([variant, f"{medians[variant]:.3g}", saved[0], f"{flops[variant] / 1e9:.1f}", saved[1]])
+    return ["step", "seconds", "time saved", "GFLOP", "FLOPs saved"], rows
+
+
+def growth(shape: Shape, repeats: int) -> list[Table]:
+    """Time, memory and operations of an align + switch step of one sample, point by point, and their log-log slopes."""
+    points, slopes = [], []
+    for what, values in GROWN.items():
+        found = []
+        for value in values:
+            images, answer = (value, ANSWER) if what == "images" else (1, value)
+            one = replace(shape, samples=1, text=images + PROMPT + answer, images=images, supervised=answer)
+            bench = Bench(one)
+            seconds = seconds_of(bench, ["align + switch"], repeats)["align + switch"]
+            flops, peak = bench.flops("align + switch"), peak_memory(bench, "align + switch", one)
+            visual = images * bench.student.num_image_tokens
+            found.append((visual if what == "images" else answer, seconds, peak, flops))
+            points.append([f"{visual:,}", f"{answer:,}", f"{seconds:.3g}", f"{peak / 2**30:.2f}", f"{flops / 1e9:.0f}"])
+        counts, *measured = (list(column) for column in zip(*found, strict=True))
+        name = "visual tokens" if what == "images" else what
+        whole = [f"{slope(counts, ys):.2f}" for ys in measured]
+        last = [f"{slope(counts[-2:], ys[-2:]):.2f}" for ys in measured]
+        slopes.append([name, f"{counts[0]:,} to {counts[-1]:,}", *whole])
+        slopes.append([name, f"{counts[-2]:,} to {counts[-1]:,}", *last])
+    return [
+        (["visual tokens", "supervised tokens", "seconds", "peak GiB", "GFLOP"], points),
+        (["log-log slope with", "range", "of time", "of memory", "of FLOPs"], slopes),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--text", type=int, default=None, help="text tokens of a sample; default by size")
+    parser.add_argument("--vocab", type=int, default=None, help="vocabulary of both models; default by size")
+    parser.add_argument(
+        "--lengths", choices=("equal", "mixed"), default="equal", help="of the texts; mixed ones leave padding"
     )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *CACHED), default=VARIANTS)
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--teacher_cache", action="store_true", help="only what a filled one saves")
+    way.add_argument("--growth", action="store_true", help="only how a step grows with visual and supervised tokens")
+    args = parser.parse_args(argv)
+
+    shape = Shape(args.size, args.device, args.batch_size, args.text, args.vocab, args.lengths == "mixed")
+    student, _, _, text = shape.parts
+    vocab = f"a vocabulary of {student.vocab:,}"
+    end = f"{args.size}-{args.device}" + (f"-{args.vocab}" if args.vocab else "")
+    if args.teacher_cache:
+        write_section(
+            f"step-cache-{end}",
+            f"What a filled teacher cache saves, {args.size}, {vocab} ({args.device})",
+            [savings(shape, args.repeats)],
+            machine(),
+            note=f"{shape.samples} samples of one image and {text - 1} tokens of text, half of them supervised. The "
+            "operations are those of matrix products and attention.",
+        )
+    elif args.growth:
+        write_section(
+            f"step-growth-{end}",
+            f"How an align + switch step grows, {args.size}, {vocab} ({args.device})",
+            growth(shape, args.repeats),
+            machine(),
+            note=f"One sample; {PROMPT} tokens of the question and {ANSWER} of the answer while the images grow, one "
+            "image while the answer grows. Weights and optimiser are in the memory. A slope of 1 is linear growth.",
+        )
+    else:
+        table, note = compare(shape, args.variants, args.repeats)
+        write_section(
+            f"step-{end}" + ("-mixed" if shape.mixed else ""),
+            f"One optimiser step, {args.size}, {args.lengths} lengths ({args.device})",
+            [table],
+            machine(),
+            note=note,
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,19 @@ UNEVEN = {
 
 def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, Mapping[str, Any]]:
     """Weights of the student after training, by the names of `settings` (see `train_once`), from rank 0."""
+    _run(world, _rank, dict(settings), folder)
+    return {name: np.load(f"{folder}/{name}.npz") for name in settings}
+
+
+def main_on_ranks(world: int, lines: Sequence[Sequence[str]]) -> None:
+    """The entry point on ranks, for one command line after the other."""
+    _run(world, _main, lines)
+
+
+def _run(world: int, target: Callable[..., None], *args: Any) -> None:
     from tests.eval.forked import ranks
 
-    processes = [CONTEXT.Process(target=_rank, args=(each, dict(settings), folder)) for each in ranks(world)]
+    processes = [CONTEXT.Process(target=target, args=(each, *args)) for each in ranks(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -37,7 +48,6 @@ def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder
             process.kill()
     if any(process.exitcode for process in processes):
         raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
-    return {name: np.load(f"{folder}/{name}.npz") for name in settings}
 
 
 def train_once(
@@ -60,6 +70,19 @@ def train_once(
         task = build_distiller(TrainingRecipeFactory("lora")(args)(task.student), task.teacher)
     toy_trainer(args, task, size=size).train(resume_from_checkpoint=resume)
     return {name: p.detach().numpy().copy() for name, p in task.named_parameters() if p.requires_grad}
+
+
+def _main(environment: Mapping[str, str], lines: Sequence[Sequence[str]]) -> None:
+    os.environ.update(environment)
+    import torch
+
+    from tinyllava_switchkd.train.train import main
+
+    torch.set_num_threads(1)
+    for line in lines:
+        code = main(line)
+        if code:
+            sys.exit(code)
 
 
 def _rank(environment: Mapping[str, str], settings: dict[str, dict[str, Any]], folder: str) -> None:

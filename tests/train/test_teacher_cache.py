@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.ranks import main_on_ranks
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.distill import Distiller
+from tinyllava_switchkd.distill import Distiller, teacher_cache
 from tinyllava_switchkd.train.train import main
 
 
@@ -49,6 +50,44 @@ def test_a_run_is_the_same_and_the_next_runs_no_teacher(world, tmp_path, monkeyp
     assert same(tmp_path / "other", tmp_path / "other plain")
 
 
+def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world, tmp_path, monkeypatch, capsys):
+    """Held-out samples too; filling once more runs nothing."""
+    passes = []
+    run, look = Distiller._run_teacher, teacher_cache.look
+    monkeypatch.setattr(Distiller, "_run_teacher", lambda *args: passes.append("own") or run(*args))
+    monkeypatch.setattr(teacher_cache, "look", lambda *args, **kwargs: passes.append("fill") or look(*args, **kwargs))
+    settings = {"num_train_epochs": 1, "eval_share": 0.4, "eval_strategy": "epoch"}
+    cache = {"teacher_cache": tmp_path / "cache"}
+    assert main(line(world, tmp_path / "filled", **settings, **cache, fill_teacher_cache=True)) == 0
+    assert passes == ["fill"] * 6 and not (tmp_path / "filled").exists()
+    assert "holds 6 samples" in capsys.readouterr().err
+    assert main(line(world, tmp_path / "filled", **settings, **cache, fill_teacher_cache=True)) == 0
+    assert main(line(world, tmp_path / "filled", **settings, **cache)) == 0
+    assert passes == ["fill"] * 6
+    assert main(line(world, tmp_path / "plain", **settings)) == 0
+    assert same(tmp_path / "plain", tmp_path / "filled")
+    half = {**settings, "bf16": True}  # under torch's autocast, as the trainer computes
+    assert main(line(world, tmp_path / "half", **half, **cache, fill_teacher_cache=True)) == 0
+    passes.clear()
+    assert main(line(world, tmp_path / "half", **half, **cache)) == 0 and not passes
+    assert main(line(world, tmp_path / "plain half", **half)) == 0
+    assert same(tmp_path / "plain half", tmp_path / "half")
+
+
+def test_two_ranks_fill_and_share_it(world, tmp_path):
+    """The ranks fill it together and then train, each reading what the other wrote; as two ranks without a cache."""
+    cache = {"teacher_cache": tmp_path / "cache", "max_steps": 3, "ddp_backend": "gloo"}
+    lines = [
+        line(world, tmp_path / "plain", **{**cache, "teacher_cache": None}),
+        line(world, tmp_path / "shared", **cache, fill_teacher_cache=True),
+        line(world, tmp_path / "shared", **cache),
+    ]
+    main_on_ranks(2, lines)
+    stored = [load_file(file) for file in (tmp_path / "cache").rglob("*.safetensors")]
+    assert sorted(len(one["rows"]) for one in stored) == [3, 3]  # none was computed by both, or once more
+    assert same(tmp_path / "plain", tmp_path / "shared")
+
+
 def test_resuming_does_not_ask_about_a_cache_that_rounds_nothing(world, tmp_path, capsys):
     cache = {"teacher_cache": tmp_path / "cache"}
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
@@ -67,6 +106,7 @@ def test_resuming_does_not_ask_about_a_cache_that_rounds_nothing(world, tmp_path
     [
         ({"distill_method": "align_kd"}, ["--teacher_cache keeps", "align_kd also reads its projected, attention"]),
         ({"teacher_cache": None, "teacher_cache_dtype": "bf16"}, ["does nothing without --teacher_cache"]),
+        ({"teacher_cache": None, "fill_teacher_cache": True}, ["--fill_teacher_cache True names no folder"]),
         ({"teacher_cache_dtype": "int4"}, ["--teacher_cache_dtype is 'int4'"]),
         ({"teacher_path": None}, ["--teacher_cache", "give --teacher_path as well"]),
         ({"teacher_cache": "FILE"}, ["cannot be made"]),

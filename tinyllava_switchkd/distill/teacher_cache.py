@@ -15,7 +15,7 @@ import logging
 import shutil
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.io import write_bytes
 
 from .methods.base import Method
-from .trace import BLIND
+from .teacher import FrozenTeacher
+from .trace import BLIND, batch_images, look, placeholders, splice_batch, supervised_positions
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,31 @@ def tell_size(cache: TeacherCache, dataset: Any, collator: Any, width: int, prob
         f"The teacher cache {cache.folder} takes about {_readable(size)} for {len(dataset)} samples; it holds "
         f"{len(cache)} samples ({_readable(there)}), and the disk has {_readable(free)} left."
     )
+
+
+@torch.no_grad()
+def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Mapping[str, Any], packing: bool = False) -> None:
+    """Keep what the teacher says of a batch's samples, unless all of them are known.
+
+    Args:
+        cache: to be filled.
+        guide: holds the teacher.
+        batch: as for a distiller, with `digests`.
+        packing: as in the training.
+    """
+    supervised = (batch["labels"] != IGNORE_INDEX).any(1).tolist()
+    wanted = [digest for digest, learned in zip(batch["digests"], supervised, strict=True) if learned]
+    if all(digest in cache for digest in wanted):
+        return
+    teacher, visual = guide.module, None
+    if placeholders(batch).any():
+        key = "images" if batch.get("teacher_images") is None else "teacher_images"
+        visual = guide.connect(teacher.vision_features(batch_images(batch, teacher, key)))
+    spliced = splice_batch(teacher, batch, visual)
+    positions = supervised_positions(batch["input_ids"], spliced)
+    view = look(teacher, spliced, positions, packing=packing)
+    for digest, hidden in split(view.hidden, positions.rows, batch["digests"]).items():
+        cache.add(digest, hidden)
 
 
 def split(hidden: Tensor, rows: Tensor, digests: Sequence[str]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ _FLAG_OF = {
 
 DISTILLATION = (
     *("distill_method", "distill_loss", "temperature", "align_weight", "switch_weight", "teacher_bits"),
-    *("teacher_cache", "teacher_cache_dtype"),
+    *("teacher_cache", "teacher_cache_dtype", "fill_teacher_cache"),
 )
 """Settings that mean something only to a stage that has a teacher."""
 

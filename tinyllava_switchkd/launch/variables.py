@@ -103,6 +103,7 @@ TRAINING = {
     "TEACHER_BITS": Variable(one_of("16", "8", "4"), "teacher_bits"),
     "TEACHER_CACHE": Variable(setting="teacher_cache"),
     "TEACHER_CACHE_DTYPE": Variable(one_of("bf16", "fp32"), "teacher_cache_dtype"),
+    "FILL_TEACHER_CACHE": Variable(boolean, "fill_teacher_cache"),
     "DISTILL_METHOD": Variable(word, "distill_method"),
     "DISTILL_LOSS": Variable(word, "distill_loss"),
     "TEMPERATURE": Variable(number(0, strictly=True), "temperature"),

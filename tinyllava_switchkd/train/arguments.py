@@ -143,6 +143,10 @@ class TeacherArguments:
     teacher_cache_dtype: str | None = field(
         default=None, metadata={"help": "bf16 or fp32; by default what the teacher computes in, which loses nothing."}
     )
+    fill_teacher_cache: bool = field(
+        default=False,
+        metadata={"help": "Fill --teacher_cache with every sample, on all ranks, and stop; nothing is trained."},
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -154,6 +158,8 @@ class TeacherArguments:
                 raise ValueError(
                     f"--teacher_cache_dtype {self.teacher_cache_dtype} does nothing without --teacher_cache."
                 )
+        if self.fill_teacher_cache and self.teacher_cache is None:
+            raise ValueError("--fill_teacher_cache True names no folder to fill; give --teacher_cache as well.")
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
             changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]

@@ -56,7 +56,8 @@ _WITHOUT_EFFECT = {
     # where things are, how much is in memory at once, what is done once; chunks and attention change rounding alone
     *("cache_dir", "attn_implementation", "image_folder", "model_name_or_path", "tokenizer_name_or_path"),
     *("vision_tower", "vision_tower2", "chunk_size", "pretrained_model_path", "overwrite_output_dir", "estimate"),
-    *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache", DATA, TEACHER),
+    *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache"),
+    *("fill_teacher_cache", DATA, TEACHER),
 }
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _NEW_RUN = "begin anew with --overwrite_output_dir True"

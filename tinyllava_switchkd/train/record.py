@@ -26,6 +26,7 @@ OF_THE_MACHINE = (
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "estimate",
+    "fill_teacher_cache",
 )
 """Flags that say how it is computed rather than what; another machine has others."""
 

@@ -37,6 +37,7 @@ from .adapters import begin_adapters
 from .arguments import Arguments
 from .attention import attention_of
 from .estimate import estimate_run
+from .filling import Filling
 from .guard import NON_FINITE, NonFiniteError
 from .locking import LockedError, OutputLock
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
@@ -100,7 +101,7 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     finally:
-        run.lock.release()
+        run.release()
     return 0
 
 
@@ -130,6 +131,10 @@ class Run:
     lock: OutputLock
     """Of the output folder."""
 
+    def release(self) -> None:
+        """Let others have the output folder."""
+        self.lock.release()
+
     def __call__(self) -> None:
         """Train, and write the student.
 
@@ -153,8 +158,10 @@ class Run:
         logger.info("The trained model is in %s.", self.trainer.args.output_dir)
 
 
-def prepare(arguments: Arguments) -> Run | None:
+def prepare(arguments: Arguments) -> Run | Filling | None:
     """Check everything, then load everything; None if the run is finished already.
+
+    With ``--fill_teacher_cache`` what is prepared fills the teacher cache, and the output folder is left alone.
 
     Raises:
         ValueError, OSError, ImportError: something is wrong with the arguments or the files they name.
@@ -180,6 +187,8 @@ def prepare(arguments: Arguments) -> Run | None:
             )
         )
         return None
+    if arguments.distill.fill_teacher_cache:
+        return _prepare_filling(arguments, plan)
     lock = OutputLock(training.output_dir)
     try:
         return _prepare(arguments, plan, lock)
@@ -211,6 +220,16 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
     return Run(recipe, model, trainer, checkpoint, lock)
+
+
+def _prepare_filling(arguments: Arguments, plan: Plan) -> Filling:
+    training = arguments.training
+    chosen = on_main(lambda: fingerprint.describe(arguments, training.world_size))
+    cache = _teacher_cache(arguments, plan, chosen)
+    assert cache is not None, "the arguments have been checked"
+    teacher, *_ = load_teacher(arguments, plan.recipe)
+    data = [plan.data_module[name] for name in ("train_dataset", "eval_dataset") if name in plan.data_module]
+    return Filling(cache, teacher, data, plan.data_module["data_collator"], training)
 
 
 def _teacher_cache(arguments: Arguments, plan: Plan, chosen: dict[str, Any]) -> TeacherCache | None:
@@ -321,15 +340,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
     distill = arguments.distill
     if distill.teacher_path is None:
         return SupervisedTask(model, chunk_size=distill.chunk_size, packing=arguments.training.packing)
-    teacher, tokenizer, image_processor, _ = load_pretrained_model(
-        distill.teacher_path,
-        device=arguments.training.device,
-        dtype=recipe.compute_dtype(),  # frozen, it needs no float32 copy: on a GPU usually bfloat16
-        attn_implementation=attention_of(arguments),
-        load_8bit=distill.teacher_bits == 8,
-        load_4bit=distill.teacher_bits == 4,
-        cache_dir=arguments.model.cache_dir,
-    )
+    teacher, tokenizer, image_processor = load_teacher(arguments, recipe)
     return build_distiller(
         model,
         teacher,
@@ -342,6 +353,21 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
         teacher_image_processor=image_processor,
         bridge=distill.bridge,
     )
+
+
+def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> tuple[nn.Module, Any, Any]:
+    """The teacher on this rank's device, its tokenizer and its image processor."""
+    distill = arguments.distill
+    assert distill.teacher_path is not None, "the arguments have been checked"
+    return load_pretrained_model(
+        distill.teacher_path,
+        device=arguments.training.device,
+        dtype=recipe.compute_dtype(),  # frozen, it needs no float32 copy: on a GPU usually bfloat16
+        attn_implementation=attention_of(arguments),
+        load_8bit=distill.teacher_bits == 8,
+        load_4bit=distill.teacher_bits == 4,
+        cache_dir=arguments.model.cache_dir,
+    )[:3]
 
 
 def _where_to_resume(arguments: Arguments) -> str | None:

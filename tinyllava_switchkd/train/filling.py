@@ -1,0 +1,93 @@
+"""``--fill_teacher_cache``: the teacher reads every sample once, on all ranks, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tinyllava_switchkd.distill import TeacherCache
+from tinyllava_switchkd.distill.teacher import FrozenTeacher
+from tinyllava_switchkd.distill.teacher_cache import fill
+
+from . import signals
+from .arguments import TrainingArguments
+from .validation import Part
+
+logger = logging.getLogger(__name__)
+
+PARTS = 10
+"""How often the main process says how far it is."""
+
+
+@dataclass
+class Filling:
+    """A teacher cache that is ready to be filled.
+
+    Attributes:
+        cache: to be filled.
+        teacher: whole on each rank.
+        data: data sets, of the training and of what is held out.
+        collator: makes batches, with digests.
+        training: read are the batch size, the workers, the precision and packing.
+    """
+
+    cache: TeacherCache
+    teacher: nn.Module
+    data: Sequence[Any]
+    collator: Any
+    training: TrainingArguments
+
+    def __call__(self) -> None:
+        """Fill it, each rank with its share of the samples; those that are there already cost no pass.
+
+        Raises:
+            SampleError: a sample cannot be read.
+            InterruptedRunError: a signal ended it; what was computed is kept.
+        """
+        guide = FrozenTeacher(self.teacher)
+        for dataset in self.data:
+            self._fill(guide, dataset)
+        self.cache.sync()
+        if dist.is_initialized():
+            dist.barrier()
+            self.cache.sync()
+        logger.info("The teacher cache %s holds %d samples.", self.cache.folder, len(self.cache))
+
+    def release(self) -> None:
+        """There is no output folder to let go of."""
+
+    def _fill(self, guide: FrozenTeacher, dataset: Any) -> None:
+        training = self.training
+        lengths = dataset.lengths  # batches of equal lengths have little padding
+        longest_first = sorted(range(len(dataset)), key=lambda index: -lengths[index])
+        share = longest_first[training.process_index :: training.world_size]
+        loader = DataLoader(
+            Part(dataset, share),
+            batch_size=training.per_device_train_batch_size,
+            collate_fn=self.collator,
+            num_workers=training.dataloader_num_workers,
+        )
+        device, dtype = training.device, training.compute_dtype
+        half = dtype != torch.float32 and not training.deepspeed  # as the trainer computes
+        for number, batch in enumerate(loader):
+            if signals.received():
+                self.cache.sync()
+                raise signals.InterruptedRunError(
+                    f"{signals.received()} has ended the filling of {self.cache.folder}; what is there is kept, and "
+                    f"the same command goes on."
+                )
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+            }
+            with torch.autocast(device.type, dtype) if half else nullcontext():
+                fill(self.cache, guide, batch, training.packing)
+            if number * PARTS // len(loader) != (number + 1) * PARTS // len(loader):
+                logger.info("The teacher has read %d of %d batches.", number + 1, len(loader))
