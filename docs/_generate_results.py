@@ -11,6 +11,7 @@ The runs are in ablation_runs.json: every score, seed, second and version.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def add(folder: Path) -> None:
     from tinyllava_switchkd.quickstart.report import versions
 
     stored, found = (read_json(path) if path.is_file() else {} for path in (RUNS, folder / "ablations.json"))
-    for part in ("runs", "search", "memory", "stages", "inside"):
+    for part in ("runs", "search", "memory", "stages", "inside", "figure"):
         stored[part] = {**stored.get(part, {}), **found.get(part, {})}
     for run in stored["runs"].values():
         run.pop("peak_mib", None)
@@ -184,13 +185,15 @@ def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
             }
         found["methods.png"] = {"models": models, "seeds": seeds}
     if stored.get("inside"):
-        found["inside.png"] = stored["inside"]
+        found["inside.png"] = stored["inside"]["switch_kd"]
+    if stored.get("figure"):
+        found["attention.png"] = stored["figure"]["scenes"]
     return found
 
 
 def draw(stored: Mapping[str, Any]) -> None:
-    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes; and
-    inside.png: knees, overlap and shares of the gradient during a run of Switch-KD."""
+    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes;
+    inside.png: knees, overlap and shares of the gradient during a run of Switch-KD; attention.png: as Figure 3."""
     from tinyllava_switchkd.visualize.curves import draw_inside
     from tinyllava_switchkd.visualize.radar import draw_radar
 
@@ -202,7 +205,37 @@ def draw(stored: Mapping[str, Any]) -> None:
         draw_radar(shown["models"], IMAGES / "methods", axes=axes, formats=("png",), note=note)
     if shown := pictures.get("inside.png"):
         draw_inside(shown["history"], IMAGES / "inside.png", shown["vocabulary"])
+    if shown := pictures.get("attention.png"):
+        draw_attention(shown["by_question"], IMAGES / "attention.png")
     _quickstart().mark(pictures)
+
+
+def draw_attention(shown: Mapping[str, Any], path: Path) -> None:
+    """Scenes one below the other; where teacher and students look, side by side."""
+    import numpy as np
+    from PIL import Image
+
+    from tinyllava_switchkd.quickstart.scenes import question_set
+    from tinyllava_switchkd.visualize.attention import Look, draw
+    from tinyllava_switchkd.visualize.attention_map import AttentionMap
+
+    asked, strips = question_set("handwriting", "test", 400, seed=0), []
+    for number, scene in shown.items():
+        picture = Image.fromarray(asked.scenes[asked.scene_of[int(number)]].pixels)
+        looks = []
+        for label, found in scene["maps"].items():
+            cells = None if found["cells"] is None else np.array(found["cells"])[None, None]
+            attention = None if cells is None else AttentionMap((found["answer"],), cells)
+            looks.append(Look(label, found["answer"], attention, (0, 0, *picture.size)))
+        file = io.BytesIO()
+        draw(picture, scene["question"].splitlines()[0], looks).savefig(file, dpi=110)
+        strips.append(Image.open(file).convert("RGB"))
+    size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for strip in strips:
+        whole.paste(strip, (0, top))
+        top += strip.height
+    whole.save(path)
 
 
 def _quickstart() -> Any:

@@ -18,6 +18,8 @@ from tinyllava_switchkd.eval.statistics import mean_interval
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.launch.processes import Commands
 from tinyllava_switchkd.quickstart.experiment import Experiment, Plan
+from tinyllava_switchkd.visualize.attention import Look
+from tinyllava_switchkd.visualize.attention_map import AttentionMap
 
 ROOT = Path(__file__).parents[2]
 SMALL = Plan(teacher_scenes=4, student_scenes=4, teacher_pt_steps=2, teacher_steps=2, student_pt_steps=2)
@@ -43,7 +45,8 @@ def trained(monkeypatch):
 
     monkeypatch.setattr("tinyllava_switchkd.train.train.main", main)
     monkeypatch.setattr(Experiment, "scores", scores)
-    monkeypatch.setattr(toy.Toy, "attention", lambda self, seed: None)
+    for name in ("attention", "figure", "inside"):
+        monkeypatch.setattr(toy.Toy, name, lambda self, seed: None)
     monkeypatch.setattr(toy.Toy, "memory", lambda self, way, seed: None)
     return made
 
@@ -130,6 +133,50 @@ def test_every_row_has_a_reference_and_papers_rows_are_there():
     published = {row["method"] for row in read_json(ROOT / "tinyllava_switchkd/visualize/paper_tables.json")["table4"]}
     losses = tables.TABLES["losses"]
     assert {losses.label(key) for key in losses.ways} - {"SFT"} == published
+
+
+def test_maps_of_the_figure_are_those_of_each_model(tmp_path, monkeypatch):
+    """Each model's answer and cells are kept under its name, for the same few scenes."""
+    monkeypatch.setattr(Experiment, "train", lambda self, title, name, flags: Path(name))
+    monkeypatch.setattr(toy, "load_pretrained_model", lambda path, device: (path.name, None, None, None))
+
+    def look(model, _tokenizer, _processor, picture, question, max_new_tokens):
+        empty = model.endswith("sft")
+        weights = np.full((1, 1, 2, 2), float(len(model)))
+        found = None if empty else AttentionMap(("4",), weights)
+        return Look("", "" if empty else f"{model}: {question.split()[-1]}", found, ())
+
+    monkeypatch.setattr(toy, "look", look)
+    machine = toy.Toy(Experiment(tmp_path, Plan(test_scenes=12)))
+    machine.figure(3)
+    stored = read_json(tmp_path / toy.RESULTS)["figure"]["scenes"]
+    assert stored["seed"] == 3 and len(stored["by_question"]) == toy.SCENES_DRAWN
+    for scene in stored["by_question"].values():
+        assert list(scene["maps"]) == ["Teacher", "SFT", "Switch-KD"] and scene["question"].startswith("What digit")
+        assert scene["maps"]["SFT"] == {"answer": "", "cells": None}
+        name = "tiny-llava-base-qwen2-student-base-siglip-seed3-switch_kd"
+        assert scene["maps"]["Switch-KD"]["cells"] == [[float(len(name))] * 2] * 2
+
+
+def test_what_goes_on_inside_is_kept(tmp_path, monkeypatch):
+    asked = []
+
+    def train(self, title, name, flags):
+        asked.append(flags)
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        row = {"step": 20, "ce": 1.0, "knee_teacher": 7.00001, "gradient/tower/ce": 0.5, "learning_rate": 1.0}
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": [row, {"step": 20, "loss": 1.0}]}))
+        (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 300}}))
+        return folder
+
+    monkeypatch.setattr(Experiment, "train", train)
+    machine = toy.Toy(Experiment(tmp_path, SMALL))
+    machine.inside(2)
+    found = machine.stored["inside"]["switch_kd"]
+    kept = [{"step": 20, "knee_teacher": 7.0, "gradient/tower/ce": 0.5}, {"step": 20}]
+    assert found == {"seed": 2, "vocabulary": 300, "history": kept}
+    assert asked[-1]["log_gradient_shares"] == toy.GRADIENTS_EVERY and asked[-1]["switch_weight"] == 1.0
 
 
 SCRIPTS = {table.script: table.key for table in tables.TABLES.values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_to
 from tinyllava_switchkd.quickstart.bases import BasePlan
 from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError
 from tinyllava_switchkd.train.argv import check_command_line
-from tinyllava_switchkd.visualize.attention import likeness, look
-from tinyllava_switchkd.visualize.curves import read_history, series
+from tinyllava_switchkd.visualize.attention import Look, likeness, look
+from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
 
 from . import dry
 from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_of
@@ -43,7 +44,8 @@ TUNING_SEED = 100
 RESULTS = "ablations.json"
 
 LOOKING = ("sft", "switch_kd")
-SCENES_LOOKED_AT = 200
+SCENES_LOOKED_AT, SCENES_DRAWN = 200, 3
+GRADIENTS_EVERY = 20
 MEMORY_STEPS = 20
 
 RESTS_ON = (
@@ -135,20 +137,52 @@ class Toy:
         source = [read_json(path / MADE)["mark"] for path in models]
         if self.stored.setdefault("attention", {}).get(str(seed), {}).get("of") == source:
             return
-        asked = self.experiment.questions("test")
-        rows = [row for row in asked.questions if row["type"] in ("position", "colour")][:SCENES_LOOKED_AT]
-        scene_of = {row["question_id"]: asked.scenes[asked.scene_of[row["question_id"]]] for row in rows}
-        looks = []
-        for path in models:
-            model, tokenizer, processor, _ = load_pretrained_model(path, device="cpu")
-            pictures = ((Image.fromarray(scene_of[row["question_id"]].pixels), row["question"]) for row in rows)
-            looks.append([look(model, tokenizer, processor, *pair, max_new_tokens=8) for pair in pictures])
+        looks = [[found for _, found in self._looks(path, SCENES_LOOKED_AT)] for path in models]
         values = dict(zip(LOOKING, likeness(looks), strict=True))
         self._store("attention", str(seed), {"of": source, **values})
+
+    def figure(self, seed: int) -> None:
+        """The first scenes' maps of teacher and students, to be drawn beside one another (Figure 3)."""
+        students = {WAYS[key].label: self.train(WAYS[key], seed) for key in LOOKING}
+        scenes: dict[int, dict[str, Any]] = {}
+        for label, path in {"Teacher": self.experiment.teacher(), **students}.items():
+            for row, found in self._looks(path, SCENES_DRAWN):
+                cells = None if found.attention is None else found.attention.of().round(4).tolist()
+                scene = scenes.setdefault(row["question_id"], {"question": row["question"], "maps": {}})
+                scene["maps"][label] = {"answer": found.answer, "cells": cells}
+        self._store("figure", "scenes", {"seed": seed, "by_question": scenes})
+
+    def _looks(self, path: Path, number: int) -> list[tuple[dict[str, Any], Look]]:
+        """Test questions for a digit, each with what a checkpoint answers and where it looks."""
+        asked = self.experiment.questions("test")
+        rows = [row for row in asked.questions if row["type"] in ("position", "colour")][:number]
+        model, tokenizer, processor, _ = load_pretrained_model(path, device="cpu")
+        pictures = [Image.fromarray(asked.scenes[asked.scene_of[row["question_id"]]].pixels) for row in rows]
+        asking = zip(pictures, (row["question"] for row in rows), strict=True)
+        return list(
+            zip(rows, (look(model, tokenizer, processor, *one, max_new_tokens=8) for one in asking), strict=True)
+        )
+
+    def inside(self, seed: int) -> None:
+        """Switch-KD of a seed once more, with the shares of the gradient logged beside knees and overlap."""
+        way = WAYS["switch_kd"]
+        settings = {**way.settings, "log_gradient_shares": GRADIENTS_EVERY}
+        checkpoint = self.train(dataclasses.replace(way, key=f"{way.key}-inside", settings=settings), seed)
+        kept = [
+            {name: value if name == "step" else round(value, 4) for name, value in row.items() if _is_inside(name)}
+            for row in read_history(checkpoint)
+        ]
+        vocabulary = read_json(checkpoint / "config.json")["text_config"]["vocab_size"]
+        self._store("inside", way.key, {"seed": seed, "vocabulary": vocabulary, "history": kept})
 
     def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
         self.stored.setdefault(part, {})[key] = dict(value)
         write_json(self.file, self.stored, indent=1)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a logged measure is shown by `draw_inside`."""
+    return name == "step" or name in KNEE_MEASURES or name.startswith(GRADIENT)
 
 
 class NotingExperiment(Experiment):
@@ -235,6 +269,9 @@ def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callab
                 say(f"    {key}: {row['score']:.1f}")
         if "switch" in names:
             toy.attention(seed)
+    if "switch" in names:
+        toy.figure(seeds[0])
+        toy.inside(seeds[0])
     for table in tables:
         for key in table.ways if table.memory else ():
             toy.memory(chosen.get(key, WAYS[key]), seeds[0])
