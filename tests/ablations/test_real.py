@@ -204,7 +204,7 @@ def test_words_in_common():
 def test_a_plan_fits_its_minutes_and_stays(tmp_path):
     for seeds in (1, 3):
         plan = real.Plan.within(90, seeds)
-        assert plan.minutes(seeds) == pytest.approx(90, rel=0.05)
+        assert sum(plan.seconds(seeds)) == pytest.approx(5400, rel=0.05)
     assert real.plan_of(tmp_path, plan, hub=False) == plan
     assert real.plan_of(tmp_path, real.Plan(), hub=False) == plan  # a second call goes on with the first one's
 

@@ -56,50 +56,61 @@ class Plan:
     Attributes:
         student_layers: how many of the language model's layers a student keeps; None for all.
         held_out: held-out pictures of every kind.
+        turns: of a training sample, at most.
         converge: steps are the most that are made; validation ends a stage.
     """
 
-    teacher_pt_steps: int = 40
-    teacher_steps: int = 60
-    student_pt_steps: int = 30
-    student_steps: int = 60
-    adapt_steps: int = 15
-    batch_size: int = 8
-    image_size: int = 112
+    teacher_pt_steps: int = 24
+    teacher_steps: int = 48
+    student_pt_steps: int = 24
+    student_steps: int = 48
+    adapt_steps: int = 12
+    batch_size: int = 4
+    image_size: int = 84
     student_layers: int | None = 11
-    held_out: int = 12
+    held_out: int = 8
+    turns: int = 2
     converge: bool = False
 
     @classmethod
     def within(cls, minutes: float, seeds: int) -> Plan:
-        """As many steps as `minutes` of one core bear, evaluation counted."""
+        """As many steps as `minutes` of one core bear, what does not depend on steps counted first."""
         whole = cls()
-        factor = minutes / whole.minutes(seeds)
+        steps, rest = whole.seconds(seeds)
+        factor = (60 * minutes - rest) / steps
         names = [field.name for field in dataclasses.fields(cls) if field.name.endswith("steps")]
         return dataclasses.replace(whole, **{name: max(2, round(factor * getattr(whole, name))) for name in names})
 
-    def minutes(self, seeds: int) -> float:
-        """Minutes that one core takes about, by `SECONDS`."""
-        teacher = (
-            self.teacher_pt_steps * SECONDS["teacher_pt"] + (self.teacher_steps + self.adapt_steps) * SECONDS["teacher"]
-        )
-        student = self.student_pt_steps * SECONDS["student_pt"]
-        student += self.student_steps * (SECONDS["sft"] + SECONDS["switch_kd"]) + 2 * SECONDS["scores"]
-        return (teacher + seeds * student + SECONDS["scores"] + 6 * SECONDS["terms"]) / 60
+    def seconds(self, seeds: int) -> tuple[float, float]:
+        """Seconds of one core that all steps take about, and all the rest, by `SECONDS`."""
+        steps = self.teacher_pt_steps * SECONDS["teacher_pt"]
+        steps += (self.teacher_steps + self.adapt_steps) * SECONDS["teacher"]
+        steps += seeds * self.student_pt_steps * SECONDS["student_pt"]
+        steps += seeds * self.student_steps * (SECONDS["sft"] + SECONDS["switch_kd"])
+        return steps, 2 * seeds * SECONDS["scores"] + SECONDS["teacher_scores"] + 9 * SECONDS["terms"]
 
 
 SECONDS = {
-    "teacher_pt": 9.0,
-    "teacher": 14.0,
-    "student_pt": 5.0,
-    "sft": 6.0,
-    "switch_kd": 18.0,
-    "scores": 90.0,
-    "terms": 60.0,
+    "teacher_pt": 3.0,
+    "teacher": 5.0,
+    "student_pt": 1.5,
+    "sft": 2.5,
+    "switch_kd": 6.5,
+    "scores": 60.0,
+    "teacher_scores": 120.0,
+    "terms": 15.0,
 }
-"""Seconds of one core: of a step of eight pictures, of scoring a checkpoint, of comparing the terms at one state."""
+"""Seconds of one core: of a step of four pictures, of scoring a checkpoint, of comparing terms at one temperature."""
 
-UNTIL_CONVERGED = Plan(*(400, 2000, 400, 2000, 400), batch_size=16, image_size=224, student_layers=None, converge=True)
+UNTIL_CONVERGED = Plan(
+    *(400, 2000, 400, 2000, 400),
+    batch_size=16,
+    image_size=224,
+    student_layers=None,
+    held_out=12,
+    turns=4,
+    converge=True,
+)
 """Where there is a GPU."""
 
 

@@ -315,8 +315,14 @@ def absent_things(pictures: Sequence[Picture], seed: int) -> list[str]:
     raise ValueError(f"{len(pictures)} pictures cannot be paired with pictures of another kind.")
 
 
-def conversations(pictures: Sequence[Picture], seed: int) -> list[dict]:
-    """Training samples in LLaVA's format: caption, kind, and what is there or not, in an order of their own each."""
+def conversations(pictures: Sequence[Picture], seed: int, most: int = 4) -> list[dict]:
+    """Training samples in LLaVA's format: caption, kind, and what is there or not, in an order of their own each.
+
+    Args:
+        pictures: what is asked about.
+        seed: of absent things, choice and order.
+        most: turns of a sample; the caption is one, the others are drawn.
+    """
     rng = random.Random(seed)
     named = [one for one in pictures if one.thing]
     absent = dict(zip((one.name for one in named), absent_things(named, seed), strict=True))
@@ -328,6 +334,7 @@ def conversations(pictures: Sequence[Picture], seed: int) -> list[dict]:
         if one.thing:
             asked = [(one.thing, "Yes"), (absent[one.name], "No")]
             turns += [(f"{is_there(thing)}\n{SINGLE_WORD_SUFFIX}", answer) for thing, answer in asked]
+        turns = [turns[0], *rng.sample(turns[1:], min(most, len(turns)) - 1)]
         rng.shuffle(turns)
         samples.append(_sample(f"{number}", one, turns))
     return samples

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data import DataCollatorForSupervisedDataset, TextPreprocess
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.losses.knee import leading
@@ -60,10 +62,10 @@ CONVERGE = {
 }
 """Flags of stages that train until a tenth of the training pictures is no longer learned better."""
 
-STATED, TEMPERATURES = 16, (1.0, 3.0, 10.0)
+STATED, TEMPERATURES = 8, (1.0, 3.0, 10.0)
 """Held-out pictures that terms are compared on, and the temperatures."""
 
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 12
 
 
 class Real(Experiment):
@@ -109,10 +111,10 @@ class Real(Experiment):
 
         def make(folder: Path) -> None:
             write_json(folder / "captions.json", parts.captions(self.pictures))
-            write_json(folder / "questions.json", parts.conversations(self.pictures, seed))
+            write_json(folder / "questions.json", parts.conversations(self.pictures, seed, self.real.turns))
 
         folder = self.root / "data" / f"seed{seed}"
-        once(folder, [self.pictures, seed, digest(parts.__file__)], make)
+        once(folder, [self.pictures, seed, self.real.turns, digest(parts.__file__)], make)
         return folder
 
     def stage(self, title: str, name: str, who: str, seed: int, flags: Mapping[str, object], steps: int) -> Path:
@@ -310,45 +312,44 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     teacher, *_ = load_pretrained_model(teacher_path, device=device, dtype=torch.float32)
     student.requires_grad_(True)
     pixels = Answerer(student, tokenizer, processor, TEMPLATE).pixels_of
-    kinds = list(parts.KINDS)
-    chosen = sorted(
-        experiment.held, key=lambda one: [o.name for o in experiment.held if o.kind == one.kind].index(one.name)
-    )
-    samples = parts.conversations(chosen[:STATED] if len(chosen) > STATED else chosen, 0)
-    batches = [
-        experiment.batch(samples[start : start + len(kinds)], student, tokenizer, pixels)
-        for start in range(0, len(samples), len(kinds))
-    ]
+    one_of_each = {one.kind: one for one in reversed(experiment.held)}
+    samples = parts.conversations(list(one_of_each.values())[:STATED], 0)
+    batch = experiment.batch(samples, student, tokenizer, pixels)
     found: dict[str, Any] = {"pictures": len(samples), "temperatures": {}}
     logits = None
     for temperature in temperatures:
         distiller = build_distiller(student, teacher, "switch_kd", temperature=temperature)
         if logits is None:
-            logits = [distiller.pathway_logits(batch) for batch in batches]
-            of_teacher, of_student = (
-                torch.cat([getattr(one, name) for one in logits]) for name in ("teacher", "student")
-            )
-            orders = leading(of_teacher), leading(of_student)
-            found["tokens"] = len(of_teacher)
+            logits = distiller.pathway_logits(batch)
+            orders = leading(logits.teacher), leading(logits.student)
+            found["tokens"] = len(logits.teacher)
             for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
                 found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
-        losses = []
-        with torch.no_grad():
-            losses = [{key: float(value) for key, value in distiller(batch).items()} for batch in batches]
-        gradients = [distiller.gradients(batch)["vision_features"] for batch in batches]
-        weights = [one["supervised_tokens"] for one in losses]
-        names = ("ce", "align", "visual_switch")
-        found["overlap"] = _mean([one["topk_overlap"] for one in losses], weights)
-        shares = pair_shares(of_teacher, orders[0], temperature, (1, 100))
+            found["overlap"] = float(overlap(logits.student, *orders).mean())
+            labels = batch["labels"][:, 1:]
+            labels = labels[labels != IGNORE_INDEX]
+            ce = float(F.cross_entropy(logits.student.float(), labels))
+        pull = distiller.gradients(batch)["vision_features"]
+        shares = pair_shares(logits.teacher, orders[0], temperature, (1, 100))
         found["temperatures"][f"{temperature:g}"] = {
-            "means": {name: _mean([one[name] for one in losses], weights) for name in names},
-            "norms": {name: fmean(_norm(one[name]) for one in gradients) for name in names},
-            "cosine": _cosines([(one["visual_switch"], one["ce"]) for one in gradients]),
-            "cosine_align": _cosines([(one["align"], one["ce"]) for one in gradients]),
+            "means": {
+                "ce": ce,
+                "align": float(distiller.loss(logits.student, logits.teacher).mean()),
+                "visual_switch": float(distiller.loss(logits.visual_switch, logits.teacher).mean()),
+            },
+            "norms": {name: _norm(pull[name]) for name in ("ce", "align", "visual_switch")},
+            "cosine": _cosine(pull["visual_switch"], pull["ce"]),
+            "cosine_align": _cosine(pull["align"], pull["ce"]),
             "top_1": float(shares[:, 0].median()),
             "top_100": float(shares[:, 1].median()),
         }
     return found
+
+
+def overlap(student_logits: Tensor, teacher_order: Any, student_order: Any) -> Tensor:
+    """Share of the teacher's leading tokens that are among the student's leading tokens [tokens]."""
+    theirs = student_logits.gather(1, teacher_order.indices) >= student_order.threshold[:, None]
+    return (theirs & teacher_order.mask).sum(1) / teacher_order.k
 
 
 def pair_shares(logits: Tensor, order: Any, temperature: float, sizes: Sequence[int]) -> Tensor:
@@ -371,22 +372,15 @@ def pair_shares(logits: Tensor, order: Any, temperature: float, sizes: Sequence[
     return torch.stack([rows[:, :size].sum(1) for size in sizes], 1)
 
 
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return float(np.average(values, weights=weights))
-
-
 def _norm(gradient: Tensor | None) -> float:
     return 0.0 if gradient is None else float(gradient.double().norm())
 
 
-def _cosines(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> float | None:
-    """Mean cosine of pairs of gradients; None where one of them is nothing."""
-    found = []
-    for first, second in pairs:
-        if first is None or second is None or not _norm(first) > 1e-12:
-            return None
-        found.append(float((first.double() * second.double()).sum() / (_norm(first) * _norm(second))))
-    return fmean(found)
+def _cosine(first: Tensor | None, second: Tensor | None) -> float | None:
+    """None where one of them is nothing."""
+    if first is None or second is None or min(_norm(first), _norm(second)) < 1e-12:
+        return None
+    return float((first.double() * second.double()).sum() / (_norm(first) * _norm(second)))
 
 
 # The runs
@@ -423,7 +417,7 @@ def prepare(root: Path, plan: Plan, packages: Path, hub: bool) -> tuple[dict[str
 
 
 def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None:
-    """Teacher, then seed by seed every way; the terms with the first seed, and last with an adapted teacher.
+    """Teacher, then seed by seed every way; the terms with the first seed, with an adapted teacher too.
 
     Raises:
         OutOfTimeError: the time is used up; what is made is stored.
@@ -434,8 +428,8 @@ def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None
             experiment.run(way, seed)
         if number == 0:
             experiment.states(seed, ways)
-            experiment.score_teacher()
             experiment.apart(seed)
+    experiment.score_teacher()
 
 
 def hub_is_reached() -> bool:
