@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
 
+import pytest
 from PIL import Image
 
 from tests.eval.scorers import answer_rows, data_dir, write_rows
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 from tinyllava_switchkd.eval.score import score_file
 from tinyllava_switchkd.eval.score import write_rows as write_verdicts
-from tinyllava_switchkd.visualize.mistakes import main
+from tinyllava_switchkd.visualize.mistakes import SIDE, main, thumbnail
 
 
 def test_the_page(tmp_path, capsys):
@@ -48,3 +51,16 @@ def test_the_page(tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text(json.dumps({"benchmark": "gqa", "question_id": 1, "value": 1, "truth": "a"}))
     assert main([files[0], str(tmp_path / "other.jsonl"), "--data_dir", str(data), "--output", str(page)]) == 1
     assert "has verdicts of pope, and" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*files, "--data_dir", str(data), "--output", str(page), "--limit", "0"])
+    assert "--limit is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((900, 40), (SIDE, 14)), ((32, 32), (SIDE, SIDE)), ((200, 50), (200, 50)), ((1, 3), (106, 318))]
+)
+def test_pictures_are_shrunk_and_tiny_ones_enlarged(size, shown):
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG")
+    with Image.open(io.BytesIO(base64.b64decode(thumbnail(file.getvalue()).partition(",")[2]))) as picture:
+        assert picture.size == shown

@@ -89,13 +89,15 @@ def pair(
 
 
 def thumbnail(image: Path | bytes) -> str:
-    """A picture as a data address, shrunk; a grey one where it cannot be read."""
+    """A picture as a data address, shrunk, or enlarged where it is tiny; a grey one where it cannot be read."""
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             picture = upright(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         picture = Image.new("RGB", (SIDE, SIDE // 2), "#dddddd")
     picture.thumbnail((SIDE, SIDE))
+    if (times := SIDE // max(picture.size)) > 1:
+        picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -240,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="PAGE.html", help="the page to write")
     parser.add_argument("--limit", type=int, default=300, metavar="N", help="questions on the page (%(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.limit < 1:
+        parser.error(f"--limit is {arguments.limit}; a page has at least one question.")
     try:
         count = run(arguments.first, arguments.second, arguments.data_dir, arguments.output, arguments.limit)
     except (ValueError, OSError) as error:
