@@ -144,13 +144,17 @@ def attention_block(stored: Mapping[str, Any]) -> str:
 
     if not stored["attention"]:
         return "Not measured yet."
-    lines = ["| seed | SFT | Switch-KD | Switch-KD minus SFT | scenes |", "|---:|---:|---:|---:|---:|"]
+    lines, verdicts = ["| seed | SFT | Switch-KD | Switch-KD minus SFT | scenes |", "|---:|---:|---:|---:|---:|"], []
     for seed, row in sorted(stored["attention"].items()):
         pairs = [(a, b) for a, b in zip(row["sft"], row["switch_kd"], strict=True) if None not in (a, b)]
         columns = [[a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]]
-        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*mean_interval(column)) for column in columns]
+        intervals = [mean_interval(column) for column in columns]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval) for interval in intervals]
+        verdicts.append("nearer" if intervals[2][1] > 0 else "farther" if intervals[2][2] < 0 else "not told apart")
         lines.append(f"| {seed} | {' | '.join(cells)} | {len(pairs)} |")
-    return "\n".join(lines)
+    said = ", ".join(f"{name} in {verdicts.count(name)}" for name in ("nearer", "not told apart", "farther"))
+    count = f"{len(verdicts)} pair{'s' * (len(verdicts) > 1)} of students"
+    return "\n".join([*lines, "", f"Switch-KD's maps beside SFT's, of {count}: {said}."])
 
 
 def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
