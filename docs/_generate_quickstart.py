@@ -83,12 +83,16 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
         for other in ("sft", "sft_equal_time")
     }
     students = len(ahead["sft"])
+    spent = [sum(mean(row["seconds"] for row in run[method]) for method in METHODS) for run in runs]
+    shortest, longest = (f"{seconds:.0f}" for seconds in (min(spent), max(spent)))
+    took = shortest if shortest == longest else f"{shortest} to {longest}"
     spread_of = "Mean and standard deviation of" if students > 1 else "One run:"
     summary = (
         f"{spread_of} {students} student{'s' * (students > 1)} of each kind and {len(runs)} "
         f"teacher{'s' * (len(runs) > 1)} ({_listing(runs)}). Switch-KD is ahead of SFT by {figure(ahead['sft'])} "
         f"points (in {sum(value > 0 for value in ahead['sft'])} of {students}), and of SFT of twice the steps by "
-        f"{figure(ahead['sft_equal_time'])} ({sum(value > 0 for value in ahead['sft_equal_time'])} of {students})."
+        f"{figure(ahead['sft_equal_time'])} ({sum(value > 0 for value in ahead['sft_equal_time'])} of {students}). "
+        f"The four trainings of the table took {took} seconds of one core in all, by the machine."
     )
     kinds = list(newest["teacher"][0]["by_type"])
     head = ["torch", "transformers", "threads", "model", "overall", *(TYPE_TITLES[kind] for kind in kinds), "probe"]
