@@ -11,3 +11,6 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """What ``--dtype`` takes of torch's, by name: torch itself is slow to import."""
+
+TEMPLATE_FLAGS = ("--template", "--conv_mode", "--conv_version")
+"""How commands take the name of a conversation template: our name first, then LLaVA's and TinyLLaVA v1's."""

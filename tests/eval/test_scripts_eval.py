@@ -94,10 +94,10 @@ def test_the_environment_decides(bash, tmp_path):
     settings = {"BATCH_SIZE": "3", "LIMIT": "9", "CONV_MODE": "phi", "EXTRA_ARGS": "--dtype float32 --num_workers 2"}
     _, [call] = bash("gqa", "org/vlm", "other name", **settings)
     flags = flags_of(call)
-    assert {key: flags[key] for key in ("--batch_size", "--limit", "--conv_mode", "--dtype", "--num_workers")} == {
+    assert {key: flags[key] for key in ("--batch_size", "--limit", "--template", "--dtype", "--num_workers")} == {
         "--batch_size": "3",
         "--limit": "9",
-        "--conv_mode": "phi",
+        "--template": "phi",
         "--dtype": "float32",
         "--num_workers": "2",
     }

@@ -1,8 +1,11 @@
 """What the output folder may not be, and numbers that no run can be made of."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.train.world import command_line, write_world
+from tinyllava_switchkd.train.checks import few_steps
 from tinyllava_switchkd.train.train import main
 
 
@@ -47,3 +50,29 @@ def test_numbers_that_no_run_can_be_made_of(world, tmp_path, capsys, changes):
 def test_parts_in_each_others_place(world, tmp_path, capsys):
     line = refused(capsys, command_line(world, tmp_path / "out", model_name_or_path=world["tower"]))
     assert world["tower"] in line and "no language model" in line
+
+
+@pytest.mark.parametrize(
+    ("samples", "changes", "steps"),
+    [
+        (1000, {}, 8),
+        (1000, {"num_train_epochs": 7}, None),
+        (1000, {"max_steps": 3}, None),
+        (6273, {}, None),
+        (6272, {}, 49),
+    ],
+)
+def test_a_run_of_a_few_steps_is_told(samples, changes, steps):
+    """By hand: ceil(1000 / 128) = 8 steps an epoch; 49 x 128 = 6,272."""
+    training = SimpleNamespace(
+        **{
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "world_size": 4,
+            "num_train_epochs": 1,
+            "max_steps": -1,
+            **changes,
+        }
+    )
+    told = few_steps(training, samples)
+    assert told is None if steps is None else f"make {steps} optimiser steps of 128" in told

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.constants import TEMPLATE_FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,13 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("data_path", help="LLaVA JSON or JSON lines")
     parser.add_argument("--image_folder", help="folder that the images' names start from")
-    parser.add_argument(
-        "--template",
-        "--conv_version",
-        "--conv_mode",
-        default="phi",
-        help="conversation template (default: %(default)s)",
-    )
+    parser.add_argument(*TEMPLATE_FLAGS, default="phi", help="conversation template (default: %(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer to check the template against and to measure lengths with")
     parser.add_argument("--model_path", help="checkpoint whose tokenizer, visual tokens and image processor are taken")
     parser.add_argument("--vision_tower", help="vision tower whose image processor and visual tokens are taken")

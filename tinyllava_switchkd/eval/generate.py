@@ -29,24 +29,24 @@ logger = logging.getLogger(__name__)
 DTYPES = ("auto", *FLOAT_DTYPES)
 
 
-def template_of(config: TinyLlavaConfig, conv_mode: str | None, where: str | Path) -> str:
+def template_of(config: TinyLlavaConfig, wanted: str | None, where: str | Path) -> str:
     """The conversation template to ask a checkpoint with: its own, unless the user insists on another.
 
     Args:
         config: of the checkpoint.
-        conv_mode: the user's wish, or None.
+        wanted: the user's wish, or None.
         where: the checkpoint, for messages.
 
     Raises:
         ValueError: neither names a template, or the name is unknown.
     """
     own = config.conv_version
-    if conv_mode is None and own is None:
+    if wanted is None and own is None:
         raise ValueError(
             f"The checkpoint {where} does not name its conversation template, as those of TinyLLaVA v1 do not: pass "
-            f"--conv_mode (phi for its Phi-2, StableLM and Qwen2 models, llama for TinyLlama and OpenELM, gemma)."
+            f"--template (phi for its Phi-2, StableLM and Qwen2 models, llama for TinyLlama and OpenELM, gemma)."
         )
-    chosen = TemplateFactory.name_of(conv_mode or own)
+    chosen = TemplateFactory.name_of(wanted or own)
     if own is not None and chosen != TemplateFactory.name_of(own):
         logger.warning(
             "The checkpoint was trained with the conversation template %r and is asked with %r: expect lower scores.",
@@ -116,7 +116,7 @@ class Setting:
         *,
         device: str | torch.device | None = None,
         dtype: str = "auto",
-        conv_mode: str | None = None,
+        template: str | None = None,
         image_aspect_ratio: str | None = None,
         attn_implementation: str | None = None,
     ) -> Setting:
@@ -126,7 +126,7 @@ class Setting:
             model_path: a folder or a hub repository.
             device: this process's GPU if there is one, else the CPU.
             dtype: one of `DTYPES`, see `dtype_of`.
-            conv_mode: conversation template; the checkpoint's own if None.
+            template: conversation template; the checkpoint's own if None.
             image_aspect_ratio: "square" or "pad"; the checkpoint's own if None.
             attn_implementation: as in transformers.
 
@@ -141,7 +141,7 @@ class Setting:
             folder,
             str(model_path),
             config,
-            template_of(config, conv_mode, model_path),
+            template_of(config, template, model_path),
             image_policy_of(config, image_aspect_ratio),
             dtype_of(config, dtype, device),
             device,

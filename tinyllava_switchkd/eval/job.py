@@ -83,7 +83,7 @@ class Job:
             arguments.model_path,
             device=arguments.device,
             dtype=arguments.dtype,
-            conv_mode=arguments.conv_mode,
+            template=arguments.template,
             image_aspect_ratio=arguments.image_aspect_ratio,
             attn_implementation=arguments.attn_implementation,
         )

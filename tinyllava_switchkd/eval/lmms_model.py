@@ -65,7 +65,7 @@ class TinyLlavaSwitchKD(lmms):
             pretrained,
             device=own,
             dtype=dtype,
-            conv_mode=conv_mode,
+            template=conv_mode,
             image_aspect_ratio=image_aspect_ratio,
             attn_implementation=attn_implementation,
         )

@@ -37,7 +37,7 @@ PROVENANCE_FILE = "prepared.json"
 
 
 @dataclass
-class Job:
+class Build:
     """One benchmark, one split, one source: what a benchmark works with while it builds its folder.
 
     Attributes:
@@ -143,17 +143,17 @@ class Job:
         return SourceError(message)
 
 
-def build(benchmark: Benchmark, job: Job) -> None:
-    """Build a benchmark's folder from the job's source and record where it came from.
+def make_folder(benchmark: Benchmark, build: Build) -> None:
+    """Build a benchmark's folder from the build's source and record where it came from.
 
     Raises:
         SourceError: the source cannot be had.
         ValueError: the source is not what it should be.
     """
-    (benchmark.from_hf if job.source == "hf" else benchmark.from_official)(job)
-    path = job.root / PROVENANCE_FILE
+    (benchmark.from_hf if build.source == "hf" else benchmark.from_official)(build)
+    path = build.root / PROVENANCE_FILE
     known = read_json(path) if path.is_file() else {}
-    write_json(path, known | {job.split: {"source": job.source, **job.provenance}}, indent=1)
+    write_json(path, known | {build.split: {"source": build.source, **build.provenance}}, indent=1)
 
 
 # ------------------------------------------------------------------------------------------------------- checking
@@ -312,7 +312,7 @@ def _prepare(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
     if arguments.repo_id and arguments.source == "auto":
         order = ("hf",)
     for source in order:
-        job = Job(
+        build = Build(
             root=root,
             split=split,
             source=source,
@@ -322,16 +322,16 @@ def _prepare(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
         )
         logger.info("%s (%s): building from %s.", benchmark.title, split, source)
         try:
-            build(benchmark, job)
+            make_folder(benchmark, build)
             break
         except SourceError as error:
             logger.warning("%s: %s can't be used: %s", benchmark.title, source, error)
     else:
         print(f"{benchmark.title}: no source could be used. By hand: {benchmark.by_hand}", file=sys.stderr)
         return False
-    for image, problem in job.undecodable.items():
+    for image, problem in build.undecodable.items():
         print(f"{benchmark.title}: {image} doesn't decode and is left out: {problem}", file=sys.stderr)
-    return _check(benchmark, arguments) and not job.undecodable
+    return _check(benchmark, arguments) and not build.undecodable
 
 
 def _check(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:

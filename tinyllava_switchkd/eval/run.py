@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.constants import FLOAT_DTYPES
+from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
 from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.registry import checkpoint_name
 
@@ -122,7 +122,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_workers", type=int, metavar="N", help="processes that read images (GPU: 4, CPU: 0)")
     parser.add_argument("--max_new_tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
-    parser.add_argument("--conv_mode", metavar="NAME", help="conversation template; by default the checkpoint's own")
+    parser.add_argument(*TEMPLATE_FLAGS, metavar="NAME", help="conversation template; by default the checkpoint's own")
     parser.add_argument("--image_aspect_ratio", choices=("square", "pad"), help="by default the checkpoint's own")
     parser.add_argument(
         "--dtype", choices=("auto", *FLOAT_DTYPES), default="auto", help="auto: half precision on a GPU, else float32"

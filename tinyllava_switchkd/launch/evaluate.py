@@ -120,7 +120,7 @@ def evaluation(name: str, request: Request) -> list[str]:
         upload = data / "answers_upload" / split / f"{request.model_name}.{benchmark.upload}"
         words += ["--submission", str(upload)]
     words += ["--output_dir", str(answers), "--score", str(request.results / f"{score}.json")]
-    for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--conv_mode")):
+    for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--template")):
         if variable in variables:
             words += [flag, variables[variable]]
     words += [*variables.get("EXTRA_ARGS", "").split(), *request.flags]

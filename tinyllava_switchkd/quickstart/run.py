@@ -42,8 +42,8 @@ def quickstart(
         StageError: a stage failed.
     """
     from . import report
+    from .as_benchmarks import run_benchmarks
     from .base_models import SHIPPED
-    from .benchmarks import run_benchmarks
     from .experiment import Experiment, once
 
     experiment = Experiment(root, plan, bases or SHIPPED, say)

@@ -110,7 +110,7 @@ def build_page(args: argparse.Namespace) -> Page:
         seconds=args.time_limit,
         upload_bytes=int(args.all_uploads_mb * 2**20),
     )
-    pool = ModelPool.of_paths(paths, names, conv_version=args.conv_mode, **loading_kwargs(args))
+    pool = ModelPool.of_paths(paths, names, conv_version=args.template, **loading_kwargs(args))
     return Page(Demo(pool, limits), sampling)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tinyllava_switchkd.constants import FLOAT_DTYPES
+from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.runtime import check_device
 from tinyllava_switchkd.serve.conversation import Sampling
@@ -16,7 +16,7 @@ from tinyllava_switchkd.serve.conversation import Sampling
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """How checkpoints are loaded."""
     group = parser.add_argument_group("loading")
-    group.add_argument("--conv_mode", help="conversation template; default: the one the checkpoint names")
+    group.add_argument(*TEMPLATE_FLAGS, help="conversation template; default: the one the checkpoint names")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     group.add_argument(
         "--dtype",
@@ -40,8 +40,8 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.device is not None:
         _check_device(args.device)
-    if args.conv_mode is not None:
-        TemplateFactory.name_of(args.conv_mode)
+    if args.template is not None:
+        TemplateFactory.name_of(args.template)
     kernel, kernels = args.attn_implementation, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if kernel is not None and kernel not in kernels:
         raise ValueError(f"--attn_implementation {kernel} is none that transformers knows: {', '.join(kernels)}.")

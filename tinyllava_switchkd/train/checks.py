@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from tinyllava_switchkd.distill import check_compatible
 from tinyllava_switchkd.model import ConnectorFactory, VisionTowerFactory
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
 
-from .arguments import Arguments
+from .arguments import Arguments, TrainingArguments
 from .attention import attention_of
 from .compiling import check_compile
 from .recipes import TrainingRecipeFactory
@@ -176,3 +177,25 @@ def check_metric(arguments: Arguments, metric: str) -> None:
         raise ValueError(
             f"--metric_for_best_model is {metric!r}; this run reports {', '.join(f'eval_{name}' for name in names)}."
         )
+
+
+FEW_STEPS = 50
+"""Fewer than so many optimiser steps are hardly meant: warm-up and decay take them all."""
+
+
+def few_steps(training: TrainingArguments, samples: int) -> str | None:
+    """What to say of a run that ends after a few steps because its batch is large for its data; None if it isn't so.
+
+    Args:
+        training: its arguments; where they say ``max_steps``, that is meant.
+        samples: of the training data.
+    """
+    of_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps = math.ceil(training.num_train_epochs * math.ceil(samples / of_step))
+    if training.max_steps > 0 or steps >= FEW_STEPS:
+        return None
+    return (
+        f"{samples:,} samples make {steps} optimiser steps of {of_step} in {training.num_train_epochs:g} epoch(s), "
+        f"hardly enough; a smaller batch (--gradient_accumulation_steps, in the scripts GLOBAL_BATCH_SIZE) or more "
+        f"epochs (--num_train_epochs, EPOCHS) makes more."
+    )

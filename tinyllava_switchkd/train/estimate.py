@@ -23,7 +23,7 @@ from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 
 from .arguments import Arguments, TeacherArguments, TrainingArguments
 from .recipes import TrainingRecipeFactory
-from .skeleton import checkpoint_skeleton, student_skeleton
+from .skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
 
 LOGIT_COPIES = (3, 5, 6)
 """Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
@@ -168,7 +168,7 @@ def estimate_run(arguments: Arguments) -> str:
         lines.append(f"{'device':12s} {there / 2**30:8.2f} GiB")
         if result.peak > there:
             lines.append(f"It will not fit: {_remedy(result, training, distill)}.")
-    return "\n".join(lines)
+    return "\n".join([f"An image takes {visual_tokens(student)}.", *lines])
 
 
 def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArguments) -> str:

@@ -19,7 +19,7 @@ from tinyllava_switchkd.distill.teacher_cache import fill
 
 from . import signals
 from .arguments import TrainingArguments
-from .validation import Part
+from .validation import Subset
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Filling:
         longest_first = sorted(range(len(dataset)), key=lambda index: -lengths[index])
         share = longest_first[training.process_index :: training.world_size]
         loader = DataLoader(
-            Part(dataset, share),
+            Subset(dataset, share),
             batch_size=training.per_device_train_batch_size,
             collate_fn=self.collator,
             num_workers=training.dataloader_num_workers,

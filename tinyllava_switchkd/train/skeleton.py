@@ -134,6 +134,13 @@ def apply_run_settings(model: nn.Module, tokenizer: Any, arguments: Arguments) -
     tokenizer.padding_side = config.tokenizer_padding_side
 
 
+def visual_tokens(model: nn.Module) -> str:
+    """How many visual tokens an image takes, and of which tower and connector, in words."""
+    config = model.config
+    name = config.vision_model_name_or_path or config.vision_config.model_type
+    return f"{model.num_image_tokens:,} visual tokens ({name}, {config.connector_type})"
+
+
 def _on_meta(config: TinyLlavaConfig) -> nn.Module:
     with torch.device("meta"):
         return TinyLlavaForConditionalGeneration(config)

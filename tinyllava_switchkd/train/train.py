@@ -48,6 +48,7 @@ from .skeleton import (
     checkpoint_skeleton,
     model_settings,
     student_skeleton,
+    visual_tokens,
 )
 from .task import SupervisedTask
 from .trainer import LLaVATrainer
@@ -328,7 +329,11 @@ def check(arguments: Arguments) -> Plan | None:
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
+    logger.info("An image takes %s.", visual_tokens(skeleton.model))
     data_module = _data_module(arguments, skeleton, teacher)
+    few = checks.few_steps(training, len(data_module["train_dataset"]))
+    if few is not None and is_main_process():
+        logger.warning(few)
     metric = training.metric_for_best_model
     if training.load_best_model_at_end and metric is not None:
         checks.check_metric(arguments, metric)

@@ -14,7 +14,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.distill import Task
 
 
-class Part(Dataset):
+class Subset(Dataset):
     """Some samples of a data set, with their lengths.
 
     Args:
@@ -52,7 +52,7 @@ class Part(Dataset):
         return getattr(self.whole, name)
 
 
-def hold_out(dataset: Any, share: float, seed: int) -> tuple[Part, Part]:
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Subset, Subset]:
     """Split a data set by the ids of its samples: the same id is always on the same side, whatever the order.
 
     Args:
@@ -74,7 +74,7 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Part, Part]:
             f"--eval_share {share} of {len(dataset)} samples leaves {len(rest)} to train on and {len(held)} held out; "
             f"choose another share, or give --eval_data_path."
         )
-    return Part(dataset, rest), Part(dataset, held)
+    return Subset(dataset, rest), Subset(dataset, held)
 
 
 def _place(name: str, seed: int) -> float:
@@ -100,7 +100,7 @@ def held_out_means(trainer: Any, model: nn.Module, dataset: Any, batch_size: int
     rounds = -(-len(dataset) // ranks)
     indices = [index if (index := number * ranks + rank) < len(dataset) else -1 for number in range(rounds)]
     loader = DataLoader(
-        Part(dataset, indices),
+        Subset(dataset, indices),
         batch_size=batch_size,
         collate_fn=trainer.data_collator,
         num_workers=trainer.args.dataloader_num_workers,

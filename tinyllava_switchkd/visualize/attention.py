@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, TEMPLATE_FLAGS
 from tinyllava_switchkd.data.image_files import read_upright, to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by_token", action="store_true", help="one map per token of the answer")
     parser.add_argument("--layers", type=parse_layers, help="decoder layers to average, such as 8:16; default: all")
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--conv_mode", help="conversation template; default: the checkpoint's")
+    parser.add_argument(*TEMPLATE_FLAGS, help="conversation template; default: the checkpoint's")
     parser.add_argument("--device", help="default: a GPU if there is one")
     return parser
 
@@ -245,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
                     _open(image),
                     question,
                     name=name,
-                    conv_version=args.conv_mode,
+                    conv_version=args.template,
                     max_new_tokens=args.max_new_tokens,
                     layers=args.layers,
                 )

@@ -20,7 +20,7 @@ from tinyllava_switchkd.registry import Registry
 from .files import ID, find_file, missing_file, read_jsonl, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -467,13 +467,13 @@ class Benchmark(ABC):
         """Sources in the order in which ``--source auto`` tries them."""
         return self.sources
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         """Build the folder from the hub's data set."""
-        raise job.unavailable(f"{self.title} is not on the hub.")
+        raise build.unavailable(f"{self.title} is not on the hub.")
 
-    def from_official(self, job: Job) -> None:
+    def from_official(self, build: Build) -> None:
         """Build the folder from the authors' own files."""
-        raise job.unavailable(f"{self.title} has no official download.")
+        raise build.unavailable(f"{self.title} has no official download.")
 
 
 class QuestionFileBenchmark(Benchmark):

@@ -28,7 +28,7 @@ from .base import (
 from .files import need_file, require, write_upload
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/"
 QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -135,29 +135,29 @@ class GQA(QuestionFileBenchmark):
     def images(self, root: Path, split: str) -> Iterable[str]:
         return question_images(root, QUESTION_FILE, "data/images")
 
-    def from_hf(self, job: Job) -> None:
-        for row in job.rows("testdev", "testdev_balanced_images", columns=("id", "image")):
-            job.write_image(f"data/images/{row['id']}.jpg", row["image"])
+    def from_hf(self, build: Build) -> None:
+        for row in build.rows("testdev", "testdev_balanced_images", columns=("id", "image")):
+            build.write_image(f"data/images/{row['id']}.jpg", row["image"])
         needed = ("id", "imageId", "question", "answer", "types")
         kept = ("fullAnswer", "isBalanced", "groups", "entailed", "equivalent", "annotations", "semantic")
-        rows = job.rows("testdev", "testdev_balanced_instructions", columns=needed, optional=(*kept, "semanticStr"))
-        self._write(job, {row.pop("id"): row for row in rows})
+        rows = build.rows("testdev", "testdev_balanced_instructions", columns=needed, optional=(*kept, "semanticStr"))
+        self._write(build, {row.pop("id"): row for row in rows})
 
-    def from_official(self, job: Job) -> None:
-        path = job.downloads / "gqa" / TRUTH_FILE
-        job.extract(f"{GQA_URL}questions1.2.zip", {TRUTH_FILE: path})
+    def from_official(self, build: Build) -> None:
+        path = build.downloads / "gqa" / TRUTH_FILE
+        build.extract(f"{GQA_URL}questions1.2.zip", {TRUTH_FILE: path})
         truth = read_json(path)
         names = {f"{row['imageId']}.jpg" for row in truth.values()}
-        job.extract(f"{GQA_URL}images.zip", {name: job.root / "data" / "images" / name for name in names})
-        self._write(job, truth)
+        build.extract(f"{GQA_URL}images.zip", {name: build.root / "data" / "images" / name for name in names})
+        self._write(build, truth)
 
-    def _write(self, job: Job, truth: dict[str, dict[str, Any]]) -> None:
-        write_json(job.root / "data" / TRUTH_FILE, truth, indent=None)
+    def _write(self, build: Build, truth: dict[str, dict[str, Any]]) -> None:
+        write_json(build.root / "data" / TRUTH_FILE, truth, indent=None)
         lines = (
             question_line(key, f"{row['imageId']}.jpg", f"{row['question']}\n{SINGLE_WORD_SUFFIX}")
             for key, row in truth.items()
         )
-        write_jsonl(job.root / QUESTION_FILE, lines)
+        write_jsonl(build.root / QUESTION_FILE, lines)
 
 
 def prediction(text: str) -> str:

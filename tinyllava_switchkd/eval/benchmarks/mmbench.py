@@ -37,7 +37,7 @@ from .choices import match_exactly, read_choice
 from .files import missing_file, read_tsv
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 logger = logging.getLogger(__name__)
 
@@ -328,26 +328,26 @@ class _MMBench(Benchmark):
     def files(self, split: str) -> list[ExpectedFile]:
         return [ExpectedFile(self.file_name, (self.rows_of_table,), self.tables["dev"][1:2])]
 
-    def from_official(self, job: Job) -> None:
-        path = job.official(OFFICIAL_URL + self.file_name)
+    def from_official(self, build: Build) -> None:
+        path = build.official(OFFICIAL_URL + self.file_name)
         read_tsv(path, ("index", "question", "A", "B", "answer", "image"))  # refuse an error page under its name
-        with open(path, "rb") as source, atomic_file(job.root / self.file_name) as target:
+        with open(path, "rb") as source, atomic_file(build.root / self.file_name) as target:
             shutil.copyfileobj(source, target)
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         letters = LETTERS[:4]
         columns = ("index", "question", "hint", *letters, "answer", "category", "image", "source", "comment")
         # The English set has "l2-category", the Chinese one "L2-category"; "split" is the same for all.
         wanted = ("dev", self.config)
-        rotations = Counter(int(row["index"]) % ROTATION for row in job.rows(*wanted, columns=("index",)))
+        rotations = Counter(int(row["index"]) % ROTATION for row in build.rows(*wanted, columns=("index",)))
         recovered = 0
-        with atomic_file(job.root / self.file_name) as file:
+        with atomic_file(build.root / self.file_name) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
             writer = csv.DictWriter(text, (*_COLUMNS, "split"), delimiter="\t", lineterminator="\n")
             writer.writeheader()
-            for row in job.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
+            for row in build.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
                 index = int(row["index"])
-                job.check_image(f"{self.file_name}, index {index}", row["image"])
+                build.check_image(f"{self.file_name}, index {index}", row["image"])
                 line = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
                 for position, letter in enumerate(letters):
                     if not line[letter] and position < rotations[index % ROTATION]:

@@ -24,7 +24,7 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 PERCEPTION = (
     "existence",
@@ -143,28 +143,28 @@ class MME(QuestionFileBenchmark):
             yield image
             yield answer_file(image)
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         pairs: dict[str, list[str]] = {}
         questions = []
-        for row in job.rows("test", columns=("question_id", "image", "question", "answer", "category")):
+        for row in build.rows("test", columns=("question_id", "image", "question", "answer", "category")):
             category, file = row["category"], row["question_id"].rsplit("/", 1)[-1]
             image = f"{category}/images/{file}" if category in IN_FOLDERS else f"{category}/{file}"
-            job.write_image(f"{RELEASE}/{image}", row["image"])
+            build.write_image(f"{RELEASE}/{image}", row["image"])
             pairs.setdefault(image, []).append(f"{row['question']}\t{row['answer']}")
             questions.append(_question(image, row["question"]))
         _check_pairs(pairs)
         for image, lines in pairs.items():
-            write_text(job.inside(answer_file(f"{RELEASE}/{image}")), "\n".join(lines) + "\n")
-        write_jsonl(job.root / "llava_mme.jsonl", questions)
+            write_text(build.inside(answer_file(f"{RELEASE}/{image}")), "\n".join(lines) + "\n")
+        write_jsonl(build.root / "llava_mme.jsonl", questions)
 
-    def from_official(self, job: Job) -> None:
-        release = job.root / RELEASE
+    def from_official(self, build: Build) -> None:
+        release = build.root / RELEASE
         if not release.is_dir():
-            raise job.unavailable(f"MME's release is not unpacked at {release}; {self.by_hand}")
+            raise build.unavailable(f"MME's release is not unpacked at {release}; {self.by_hand}")
         pairs = {image: _answer_lines(release / answer_file(image)) for image in _release_images(release)}
         _check_pairs(pairs)
         questions = (_question(image, line.split("\t")[0]) for image, lines in pairs.items() for line in lines)
-        write_jsonl(job.root / "llava_mme.jsonl", questions)
+        write_jsonl(build.root / "llava_mme.jsonl", questions)
 
     @staticmethod
     def _key(answer: Answer, truth: Mapping[tuple[str, str, str], str]) -> tuple[str, str, str]:

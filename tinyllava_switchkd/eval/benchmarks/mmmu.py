@@ -33,7 +33,7 @@ from .base import (
 from .files import ID, find_file, need_file, require, write_upload
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 QUESTION_FILE = "anns_for_eval.json"
 ANSWER_FILE = "eval/answer_dict_val.json"
@@ -234,22 +234,22 @@ class MMMU(Benchmark):
         for row in read_json(root / QUESTION_FILE, list):
             yield from (f"all_images/{name}" for name in pictures_of(row, QUESTION_FILE))
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         samples, answers = [], {}
         columns = ("id", "question", "options", "answer", "question_type", "image_1")
         more = tuple(f"image_{number}" for number in range(2, MOST_IMAGES + 1))
-        for row in job.rows("validation", "*", columns, optional=more):
+        for row in build.rows("validation", "*", columns, optional=more):
             names = []
             for number, column in enumerate(("image_1", *more), start=1):
                 if number == 1 or row.get(column):
                     names.append(f"{row['id']}_{number}.png")
-                    job.write_image(f"all_images/{names[-1]}", row[column])
+                    build.write_image(f"all_images/{names[-1]}", row[column])
             pictures = {"image": names[0], "img_path": names if len(names) > 1 else names[0]}
             samples.append(question_of(row) | pictures)
             kind = MULTIPLE_CHOICE if row["question_type"] == MULTIPLE_CHOICE else "short-answer"
             answers[row["id"]] = {"question_type": kind, "ground_truth": _listed(row["answer"])}
-        write_json(job.root / ANSWER_FILE, answers, indent=1)
-        write_json(job.root / QUESTION_FILE, samples, indent=1)
+        write_json(build.root / ANSWER_FILE, answers, indent=1)
+        write_json(build.root / QUESTION_FILE, samples, indent=1)
 
 
 def question_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .base import (
 from .files import missing_file, read_jsonl, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 CATEGORIES = ("random", "popular", "adversarial")
 YES_NO = {"yes": "yes", "no": "no"}
@@ -142,25 +142,25 @@ class POPE(QuestionFileBenchmark):
     def images(self, root: Path, split: str) -> Iterable[str]:
         return question_images(root, "llava_pope_test.jsonl", "val2014")
 
-    def from_official(self, job: Job) -> None:
+    def from_official(self, build: Build) -> None:
         labels = {}
         for name in sorted(CATEGORIES):
-            labels[name] = [row for _, row in read_jsonl(job.official(f"{POPE_URL}coco_pope_{name}.json"))]
+            labels[name] = [row for _, row in read_jsonl(build.official(f"{POPE_URL}coco_pope_{name}.json"))]
         wanted = {row["image"] for rows in labels.values() for row in rows}
-        if not all((job.root / "val2014" / image).is_file() for image in wanted):
-            for row in job.rows("test", columns=("image_source", "image")):
+        if not all((build.root / "val2014" / image).is_file() for image in wanted):
+            for row in build.rows("test", columns=("image_source", "image")):
                 if (image := _coco_file(row["image_source"])) in wanted:
-                    job.write_image(f"val2014/{image}", row["image"])
-        self._write(job, labels)
+                    build.write_image(f"val2014/{image}", row["image"])
+        self._write(build, labels)
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         labels: dict[str, list[dict]] = {name: [] for name in sorted(CATEGORIES)}
         columns = ("question_id", "question", "answer", "image_source", "image", "category")
-        for row in job.rows("test", columns=columns):
+        for row in build.rows("test", columns=columns):
             if row["category"] not in labels:
                 raise ValueError(f"POPE has no category {row['category']!r}; it has {', '.join(labels)}.")
             image = _coco_file(row["image_source"])
-            job.write_image(f"val2014/{image}", row["image"])
+            build.write_image(f"val2014/{image}", row["image"])
             labels[row["category"]].append(
                 {
                     "question_id": int(row["question_id"]),
@@ -169,18 +169,18 @@ class POPE(QuestionFileBenchmark):
                     "label": row["answer"].strip().lower(),
                 }
             )
-        self._write(job, labels)
+        self._write(build, labels)
 
-    def _write(self, job: Job, labels: dict[str, list[dict]]) -> None:
+    def _write(self, build: Build, labels: dict[str, list[dict]]) -> None:
         for name, rows in labels.items():
-            write_jsonl(job.root / "coco" / f"coco_pope_{name}.json", rows)
+            write_jsonl(build.root / "coco" / f"coco_pope_{name}.json", rows)
         everything = [(row, name) for name, rows in labels.items() for row in rows]
         lines = (
             # Ids restart in every category file; LLaVA numbers the questions through.
             question_line(number, row["image"], f"{row['text']}\n{SINGLE_WORD_SUFFIX}", name)
             for number, (row, name) in enumerate(everything, start=1)
         )
-        write_jsonl(job.root / "llava_pope_test.jsonl", lines)
+        write_jsonl(build.root / "llava_pope_test.jsonl", lines)
 
 
 def _coco_file(name: str) -> str:

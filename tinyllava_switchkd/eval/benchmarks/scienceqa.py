@@ -28,7 +28,7 @@ from .base import (
 from .files import ID, need_file, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 SCIENCEQA_URL = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/"
 SCIENCEQA_IMAGES_URL = "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip"
@@ -154,28 +154,28 @@ class ScienceQA(Benchmark):
     def images(self, root: Path, split: str) -> Iterable[str]:
         return (f"images/test/{row['image']}" for row in read_json(root / QUESTION_FILE, list) if "image" in row)
 
-    def from_official(self, job: Job) -> None:
-        problems = read_json(job.official(f"{SCIENCEQA_URL}problems.json"))
-        splits = read_json(job.official(f"{SCIENCEQA_URL}pid_splits.json"))
+    def from_official(self, build: Build) -> None:
+        problems = read_json(build.official(f"{SCIENCEQA_URL}problems.json"))
+        splits = read_json(build.official(f"{SCIENCEQA_URL}pid_splits.json"))
         names = {f"{pid}/{problems[pid]['image']}" for pid in splits["test"] if problems[pid]["image"]}
-        job.extract(SCIENCEQA_IMAGES_URL, {name: job.root / "images" / "test" / name for name in names})
-        self._write(job, problems, splits)
+        build.extract(SCIENCEQA_IMAGES_URL, {name: build.root / "images" / "test" / name for name in names})
+        self._write(build, problems, splits)
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         problems = {}
-        rows = job.rows("test", "ScienceQA-FULL", columns=_KEPT[:4], optional=("image", *_KEPT[4:]))
+        rows = build.rows("test", "ScienceQA-FULL", columns=_KEPT[:4], optional=("image", *_KEPT[4:]))
         for number, row in enumerate(rows, start=1):
             pid = str(number)
             if row.get("image"):
-                job.write_image(f"images/test/{pid}/image.png", row["image"])
+                build.write_image(f"images/test/{pid}/image.png", row["image"])
             problems[pid] = {key: row[key] for key in _KEPT if key in row}
             problems[pid] |= {"image": "image.png" if row.get("image") else None, "split": "test"}
-        self._write(job, problems, {"test": list(problems)})
+        self._write(build, problems, {"test": list(problems)})
 
-    def _write(self, job: Job, problems: dict[str, dict[str, Any]], splits: dict[str, list[str]]) -> None:
-        write_json(job.root / "problems.json", problems, indent=None)
-        write_json(job.root / "pid_splits.json", splits, indent=None)
-        write_json(job.root / QUESTION_FILE, [sample(pid, problems[pid]) for pid in splits["test"]], indent=1)
+    def _write(self, build: Build, problems: dict[str, dict[str, Any]], splits: dict[str, list[str]]) -> None:
+        write_json(build.root / "problems.json", problems, indent=None)
+        write_json(build.root / "pid_splits.json", splits, indent=None)
+        write_json(build.root / QUESTION_FILE, [sample(pid, problems[pid]) for pid in splits["test"]], indent=1)
 
 
 def sample(pid: str, problem: dict[str, Any]) -> dict[str, Any]:

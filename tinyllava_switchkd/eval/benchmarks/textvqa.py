@@ -26,7 +26,7 @@ from .files import ID, need_file, require
 from .vqa import annotator_answers, m4c_accuracy, score_row, summarise
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 OCR_MARK = "Reference OCR token:"
 TEXTVQA_URL = "https://dl.fbaipublicfiles.com/textvqa/"
@@ -127,33 +127,33 @@ class TextVQA(QuestionFileBenchmark):
     def images(self, root: Path, split: str) -> Iterable[str]:
         return question_images(root, QUESTION_FILE, "train_images")
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         truth, tokens = [], []
         needed = ("question", "image_id", "question_id", "answers", "ocr_tokens", "image")
-        for row in job.rows("validation", columns=needed, optional=_KEPT):
-            job.write_image(f"train_images/{row['image_id']}.jpg", row["image"])
+        for row in build.rows("validation", columns=needed, optional=_KEPT):
+            build.write_image(f"train_images/{row['image_id']}.jpg", row["image"])
             tokens.append(row["ocr_tokens"] or [])
             truth.append({key: row[key] for key in _KEPT if key in row})
         head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-        self._write(job, {**head, "data": truth}, tokens)
+        self._write(build, {**head, "data": truth}, tokens)
 
-    def from_official(self, job: Job) -> None:
-        document = read_json(job.official(f"{TEXTVQA_URL}data/{TRUTH_FILE}"))
-        ocr = read_json(job.official(f"{TEXTVQA_URL}data/{OCR_FILE}"))["data"]
+    def from_official(self, build: Build) -> None:
+        document = read_json(build.official(f"{TEXTVQA_URL}data/{TRUTH_FILE}"))
+        ocr = read_json(build.official(f"{TEXTVQA_URL}data/{OCR_FILE}"))["data"]
         names = {f"{row['image_id']}.jpg" for row in document["data"]}
-        images = {name: job.root / "train_images" / name for name in names}
-        job.extract(f"{TEXTVQA_URL}images/train_val_images.zip", images)
+        images = {name: build.root / "train_images" / name for name in names}
+        build.extract(f"{TEXTVQA_URL}images/train_val_images.zip", images)
         tokens = {row["image_id"]: row["ocr_tokens"] for row in ocr}
-        self._write(job, document, [tokens.get(row["image_id"], []) for row in document["data"]])
+        self._write(build, document, [tokens.get(row["image_id"], []) for row in document["data"]])
 
-    def _write(self, job: Job, document: dict[str, Any], tokens: Sequence[Sequence[str]]) -> None:
-        write_json(job.root / TRUTH_FILE, document, indent=None)
+    def _write(self, build: Build, document: dict[str, Any], tokens: Sequence[Sequence[str]]) -> None:
+        write_json(build.root / TRUTH_FILE, document, indent=None)
         lines = (
             # LLaVA's id is the image's, so it repeats; its scorer joins by image and question.
             question_line(row["image_id"], f"{row['image_id']}.jpg", prompt_of(row["question"], ocr))
             for row, ocr in zip(document["data"], tokens, strict=True)
         )
-        write_jsonl(job.root / QUESTION_FILE, lines)
+        write_jsonl(build.root / QUESTION_FILE, lines)
 
 
 @register_benchmark("textvqa_noocr")

@@ -35,7 +35,7 @@ from .vqa import (
 )
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 VIZWIZ_URL = "https://vizwiz.cs.colorado.edu/VizWiz_final/"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -144,34 +144,34 @@ class VizWiz(QuestionFileBenchmark):
     def images(self, root: Path, split: str) -> Iterable[str]:
         return question_images(root, f"llava_{split}.jsonl", split)
 
-    def from_hf(self, job: Job) -> None:
+    def from_hf(self, build: Build) -> None:
         truth = []
-        for row in job.rows(job.split, columns=("question_id", "image", "question", "answers", "category")):
+        for row in build.rows(build.split, columns=("question_id", "image", "question", "answers", "category")):
             image = f"{row['question_id'].removesuffix('.jpg')}.jpg"
-            job.write_image(f"{job.split}/{image}", row["image"])
+            build.write_image(f"{build.split}/{image}", row["image"])
             truth.append({"image": image, "question": row["question"]})
-            if job.split == "val":
+            if build.split == "val":
                 truth[-1] |= {
                     # The hub's copy leaves out how sure the annotators were; no scorer asks for it.
                     "answers": [{"answer": answer} for answer in row["answers"]],
                     "answer_type": row["category"],
                     "answerable": int(row["category"] != "unanswerable"),
                 }
-        self._write(job, truth)
+        self._write(build, truth)
 
-    def from_official(self, job: Job) -> None:
-        path = job.downloads / "vizwiz" / f"{job.split}.json"
-        job.extract(f"{VIZWIZ_URL}vqa_data/Annotations.zip", {path.name: path})
+    def from_official(self, build: Build) -> None:
+        path = build.downloads / "vizwiz" / f"{build.split}.json"
+        build.extract(f"{VIZWIZ_URL}vqa_data/Annotations.zip", {path.name: path})
         truth = read_json(path, list)
-        images = {row["image"]: job.root / job.split / row["image"] for row in truth}
-        job.extract(f"{VIZWIZ_URL}images/{job.split}.zip", images)
-        self._write(job, truth)
+        images = {row["image"]: build.root / build.split / row["image"] for row in truth}
+        build.extract(f"{VIZWIZ_URL}images/{build.split}.zip", images)
+        self._write(build, truth)
 
-    def _write(self, job: Job, truth: list[dict[str, Any]]) -> None:
-        write_json(job.root / f"{job.split}.json", truth, indent=None)
+    def _write(self, build: Build, truth: list[dict[str, Any]]) -> None:
+        write_json(build.root / f"{build.split}.json", truth, indent=None)
         suffix = f"{UNANSWERABLE}\n{SINGLE_WORD_SUFFIX}"
         lines = (question_line(row["image"], row["image"], f"{row['question']}\n{suffix}") for row in truth)
-        write_jsonl(job.root / f"llava_{job.split}.jsonl", lines)
+        write_jsonl(build.root / f"llava_{build.split}.jsonl", lines)
 
 
 def unanswerability(annotations: Mapping[str, dict], joined: Mapping[str, Answer]) -> dict[str, float | None]:

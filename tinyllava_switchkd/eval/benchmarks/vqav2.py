@@ -26,7 +26,7 @@ from .files import ID, find_file, read_jsonl, require, write_upload
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Job
+    from tinyllava_switchkd.eval.prepare import Build
 
 VQA_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
 COCO_URL = "http://images.cocodataset.org/zips/"
@@ -196,50 +196,50 @@ class VQAv2(QuestionFileBenchmark):
         split = "val" if split == "val" else "test-dev"
         return question_images(root, self.question_files[split][0], self.image_folders[split][0])
 
-    def from_hf(self, job: Job) -> None:
-        if job.split == "test":
+    def from_hf(self, build: Build) -> None:
+        if build.split == "test":
             for part, name in (("testdev", "test-dev2015"), ("test", "test2015")):
                 with_image = ("image",) if part == "testdev" else ()  # test's other images are never looked at
                 rows = []
-                for row in job.rows(part, columns=("question_id", "image_id", "question", *with_image)):
+                for row in build.rows(part, columns=("question_id", "image_id", "question", *with_image)):
                     if with_image:
-                        job.write_image(f"test2015/{coco_image('test2015', row['image_id'])}", row["image"])
+                        build.write_image(f"test2015/{coco_image('test2015', row['image_id'])}", row["image"])
                     rows.append(row)
-                self._write_questions(job, name, "test2015", rows)
+                self._write_questions(build, name, "test2015", rows)
             return
         questions, annotations = [], []
         keys = ("question_type", "multiple_choice_answer", "answers", "image_id", "answer_type", "question_id")
-        for row in job.rows("validation", columns=(*keys, "question", "image")):
-            job.write_image(f"val2014/{coco_image('val2014', row['image_id'])}", row["image"])
+        for row in build.rows("validation", columns=(*keys, "question", "image")):
+            build.write_image(f"val2014/{coco_image('val2014', row['image_id'])}", row["image"])
             annotations.append({key: row[key] for key in keys})
             questions.append({key: row[key] for key in ("image_id", "question", "question_id")})
         head = {"data_type": "mscoco", "data_subtype": "val2014"}
-        write_json(job.root / ANNOTATIONS, {**head, "annotations": annotations}, indent=None)
-        write_json(job.root / QUESTIONS.format("val2014"), {**head, "questions": questions}, indent=None)
-        self._write_questions(job, "val2014", "val2014", questions)
+        write_json(build.root / ANNOTATIONS, {**head, "annotations": annotations}, indent=None)
+        write_json(build.root / QUESTIONS.format("val2014"), {**head, "questions": questions}, indent=None)
+        self._write_questions(build, "val2014", "val2014", questions)
 
-    def from_official(self, job: Job) -> None:
-        kind = "Val" if job.split == "val" else "Test"
-        parts = ("val2014",) if job.split == "val" else ("test-dev2015", "test2015")
-        members = {name: job.root / name for name in map(QUESTIONS.format, parts)}
-        job.extract(f"{VQA_URL}v2_Questions_{kind}_mscoco.zip", members)
-        if job.split == "val":
-            job.extract(f"{VQA_URL}v2_Annotations_Val_mscoco.zip", {ANNOTATIONS: job.root / ANNOTATIONS})
+    def from_official(self, build: Build) -> None:
+        kind = "Val" if build.split == "val" else "Test"
+        parts = ("val2014",) if build.split == "val" else ("test-dev2015", "test2015")
+        members = {name: build.root / name for name in map(QUESTIONS.format, parts)}
+        build.extract(f"{VQA_URL}v2_Questions_{kind}_mscoco.zip", members)
+        if build.split == "val":
+            build.extract(f"{VQA_URL}v2_Annotations_Val_mscoco.zip", {ANNOTATIONS: build.root / ANNOTATIONS})
         folder = parts[-1]
-        questions = {name: read_json(job.root / QUESTIONS.format(name))["questions"] for name in parts}
+        questions = {name: read_json(build.root / QUESTIONS.format(name))["questions"] for name in parts}
         images = {coco_image(folder, row["image_id"]) for row in questions[parts[0]]}
-        job.extract(f"{COCO_URL}{folder}.zip", {image: job.root / folder / image for image in images})
+        build.extract(f"{COCO_URL}{folder}.zip", {image: build.root / folder / image for image in images})
         for name in parts:
-            self._write_questions(job, name, folder, questions[name])
+            self._write_questions(build, name, folder, questions[name])
 
-    def _write_questions(self, job: Job, name: str, folder: str, rows: list[dict[str, Any]]) -> None:
+    def _write_questions(self, build: Build, name: str, folder: str, rows: list[dict[str, Any]]) -> None:
         lines = (
             question_line(
                 row["question_id"], coco_image(folder, row["image_id"]), f"{row['question']}\n{SINGLE_WORD_SUFFIX}"
             )
             for row in rows
         )
-        write_jsonl(job.root / f"llava_vqav2_mscoco_{name}.jsonl", lines)
+        write_jsonl(build.root / f"llava_vqav2_mscoco_{name}.jsonl", lines)
 
 
 def coco_image(folder: str, image_id: int) -> str:

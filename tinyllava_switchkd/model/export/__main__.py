@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.constants import TEMPLATE_FLAGS
 
 from .targets import ExportTargetFactory
 
@@ -33,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint (for v1 also of a LLaVA)")
     parser.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
-    parser.add_argument("--conv_version", help="conversation template, if the checkpoint does not name the right one")
+    parser.add_argument(*TEMPLATE_FLAGS, help="conversation template, if the checkpoint does not name the right one")
     parser.add_argument("--no_verify", action="store_true", help="do not compare the export with the checkpoint")
     parser.add_argument(
         "--allow_approximate",

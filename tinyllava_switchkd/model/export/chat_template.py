@@ -92,7 +92,7 @@ def jinja_template(version: str, tokenizer: Any) -> str:
     if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(template, probe) for probe in PROBES):
         raise ValueError(
             f"The conversation template {version!r} does not write one question and answer after the other, so no chat "
-            f"template can be made of it; pass --conv_version with the one to converse in."
+            f"template can be made of it; pass --template with the one to converse in."
         )
     # In training, the text after an image is tokenised by itself. Tokenizers of the SentencePiece kind begin every text
     # with a space, but (Llama's) not the text after a special token: there the space has to be written.

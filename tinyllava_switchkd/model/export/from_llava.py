@@ -71,7 +71,7 @@ def from_hf_llava(
     if conv_version is None:
         raise ValueError(
             f"The chat template of {source} is none of ours ({', '.join(TemplateFactory.list())}); register a "
-            f"conversation template that writes the same, or pass --conv_version with one that comes close."
+            f"conversation template that writes the same, or pass --template with one that comes close."
         )
     settings = _image_settings(folder)
     tensors = read_weights(folder)

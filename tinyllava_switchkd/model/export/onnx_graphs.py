@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..caches import cache_of, with_cache
 from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
 
 VISION_ENCODER, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -101,11 +102,11 @@ class Decoder(nn.Module):
             inputs_embeds=inputs_embeds.to(dtype),
             attention_mask=attention_masks(self.language_model.config, attention_mask, past[0].shape[2], length, dtype),
             position_ids=position_ids,
-            past_key_values=cache,
+            **with_cache(cache),
             use_cache=True,
             logits_to_keep=torch.arange(count) + (length - count),
         )
-        present = [tensor for layer in outputs.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = [tensor for layer in cache_of(outputs).layers for tensor in (layer.keys, layer.values)]
         return (outputs.logits.float(), *present)
 
 

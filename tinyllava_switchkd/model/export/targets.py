@@ -25,7 +25,7 @@ class ExportTarget:
     """What ``--dtype`` may be."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The target's own arguments; MODEL, OUT, ``--conv_version``, ``--no_verify`` and ``--allow_approximate`` are
+        """The target's own arguments; MODEL, OUT, ``--template``, ``--no_verify`` and ``--allow_approximate`` are
         everybody's."""
         parser.add_argument("--dtype", choices=self.dtypes, help="of the weights (default: as is)")
 
@@ -57,9 +57,7 @@ class GgufTarget(ExportTarget):
     def export(self, args: argparse.Namespace) -> None:
         from .gguf import to_gguf
 
-        record = to_gguf(
-            args.model, args.out, args.dtype, args.conv_version, args.allow_approximate, not args.no_verify
-        )
+        record = to_gguf(args.model, args.out, args.dtype, args.template, args.allow_approximate, not args.no_verify)
         logger.info("%s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record["bytes"].items()))
         for part in record.get("approximate", []):
             logger.warning("Approximate: %s", part)
@@ -78,7 +76,7 @@ class HfLlavaTarget(ExportTarget):
     def export(self, args: argparse.Namespace) -> None:
         from .hf_llava import to_hf_llava
 
-        difference = to_hf_llava(args.model, args.out, args.conv_version, args.dtype, not args.no_verify)
+        difference = to_hf_llava(args.model, args.out, args.template, args.dtype, not args.no_verify)
         if difference is not None:
             logger.info("Checked: same prompt, same answer, logits within %.2g.", difference)
 
@@ -113,7 +111,7 @@ class OnnxTarget(ExportTarget):
             args.model,
             args.out,
             args.dtype,
-            args.conv_version,
+            args.template,
             args.allow_approximate,
             not args.no_verify,
             questions,
@@ -132,4 +130,4 @@ class V1Target(ExportTarget):
         from .v1 import to_v1
 
         write = from_hf_llava if is_hf_llava(resolve_folder(args.model)) else to_v1
-        write(args.model, args.out, args.conv_version, args.dtype)
+        write(args.model, args.out, args.template, args.dtype)

@@ -10,7 +10,7 @@ from PIL import Image
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 from tinyllava_switchkd.eval.score import score_file
 from tinyllava_switchkd.quickstart import scenes
-from tinyllava_switchkd.quickstart.benchmarks import BENCHMARKS, write_benchmarks
+from tinyllava_switchkd.quickstart.as_benchmarks import BENCHMARKS, write_benchmarks
 from tinyllava_switchkd.quickstart.scenes import QuestionSet
 
 
