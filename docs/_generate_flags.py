@@ -33,6 +33,7 @@ COMMANDS = (
     "serve.app",
     "serve.chat",
     "model.export",
+    "model.card",
     "visualize.attention",
     "visualize.curves",
     "visualize.mistakes",

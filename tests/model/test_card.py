@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from tests.model.checkpoints import save
 from tests.tiny import tiny_llava
-from tinyllava_switchkd.model.card import MARK, write_model_card
+from tinyllava_switchkd.model.card import MARK, main, write_model_card
 from tinyllava_switchkd.model.export import from_hf_llava, to_hf_llava
 
 
@@ -99,3 +99,26 @@ def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):
     text = sent["README.md"].decode()
     assert "# me/student" in text and "me/teacher" in text and "`dbild`" in text
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= sent.keys()
+
+
+def test_the_command_adds_what_no_file_says(trained, tmp_path, capsys):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "pope.json").write_text('{"benchmark": "pope", "score": 86.44, "split": "test"}')
+    (tmp_path / "scores" / "made.json").write_text('["another"]')
+    arguments = ["--license", "apache-2.0", "--teacher", "me/teacher", "--data", "mix665k", "TextCaps"]
+    main([str(trained), *arguments, "--results", str(tmp_path / "scores")])
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.license == "apache-2.0" and "me/teacher" in card.data.base_model
+    assert "| pope (test) | 86.4 |" in card.text and "| data | mix665k, TextCaps |" in card.text
+    for folder, more, message in (
+        (trained, ["--results", str(trained)], "holds no score file"),
+        (trained, ["--results", str(tmp_path / "none.json")], "does not exist"),
+        (tmp_path / "scores", [], "is no model's folder"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(folder), *more])
+        assert message in capsys.readouterr().err
+    (trained / "README.md").write_text("# Mine\n")
+    with pytest.raises(SystemExit):
+        main([str(trained), "--license", "mit"])
+    assert "stays as it is" in capsys.readouterr().err and (trained / "README.md").read_text() == "# Mine\n"

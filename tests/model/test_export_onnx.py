@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from tests.tiny import VOCAB_SIZE
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.model.export.__main__ import main
-from tinyllava_switchkd.model.export.onnx import to_onnx
+from tinyllava_switchkd.model.export.onnx import _Original, to_onnx
 from tinyllava_switchkd.model.export.onnx_graphs import attention_masks
 from tinyllava_switchkd.model.export.onnx_student import OnnxStudent
+from tinyllava_switchkd.model.export.questions import Question
 
 QUESTIONS = ("What is this?", "Is there a dog in this picture, or anything else that lives?")
 NEW_TOKENS = 12
@@ -273,3 +275,19 @@ def test_a_wrong_graph_is_noticed_and_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="compute something else"):
         to_onnx(tmp_path / "ours", tmp_path / "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_precision_that_cannot_hold_the_models_numbers_is_named():
+    original = object.__new__(_Original)
+    zeros = np.zeros((1, 3, 4, 4), np.float32)
+    original.questions, original.prompts = [Question("What is this?", picture())], [[1, -200]]
+    original.pixels, original.answers, original.stops = [zeros], [[1]], set()
+    original.logits = np.zeros((2, 8), np.float32)
+    student = SimpleNamespace(
+        config={"image_token_index": 9, "image_seq_length": 1},
+        prompt_ids=lambda text: [1, 9],
+        pixels=lambda images: zeros,
+        logits=lambda rows, pixels: np.full((1, 2, 8), np.nan, np.float32),
+    )
+    with pytest.raises(ValueError, match=r"numbers that fp16 cannot hold.* leave fp16 out"):
+        original.compare(student, "fp16", exact=True)

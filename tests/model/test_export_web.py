@@ -125,8 +125,9 @@ def test_the_same_answers_in_chromium_and_offline(site, expected, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     address, server = site
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=240_000)
         page = browser.new_page(viewport={"width": 390, "height": 844})  # a phone's
+        page.set_default_timeout(240_000)
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
@@ -143,7 +144,7 @@ def test_the_same_answers_in_chromium_and_offline(site, expected, tmp_path):
             page.wait_for_function("document.getElementById('turns').children.length === 0")
             page.fill("#question", text)
             page.click("#ask")
-            page.wait_for_function("document.querySelector('.answer small')?.textContent", timeout=60_000)
+            page.wait_for_function("document.querySelector('.answer small')?.textContent", timeout=240_000)
             rates.append(page.inner_text(".answer small"))
             return page.text_content(".answer span")
 

@@ -22,7 +22,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 playwright_api = pytest.importorskip("playwright.sync_api", reason="no browser tests: playwright is not installed")
 expect = playwright_api.expect
-expect.set_options(timeout=30_000)  # on a busy machine the page alone takes seconds
+PATIENCE = 180_000  # milliseconds: on a busy machine Chromium alone takes half a minute; what passes waits for nothing
+expect.set_options(timeout=PATIENCE)
 
 pytestmark = [
     pytest.mark.browser,
@@ -46,7 +47,7 @@ EVIL = "<img src=x onerror=alert(1)> <b>bold</b> **bold** ${alert(2)} {{construc
 @pytest.fixture(scope="module")
 def browser():
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -71,7 +72,7 @@ class User:
     def __init__(self, browser, url: str, **context) -> None:
         self.url, self.problems, self.elsewhere = url, [], []
         self.context = browser.new_context(**{"viewport": DESKTOP, **context})
-        self.context.set_default_timeout(30_000)
+        self.context.set_default_timeout(PATIENCE)
         self.page = self.context.new_page()
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))

@@ -1,6 +1,7 @@
 """Model cards: a README.md filled from what a checkpoint's folder knows, in the hub's form.
 
 Every folder that this package trains or exports gets one. One that somebody else has written is left alone.
+``python -m tinyllava_switchkd.model.card FOLDER --license NAME --results SCORES`` adds what its files do not say.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import read_json, write_text
 
 CARD = "README.md"
@@ -340,3 +343,54 @@ def _code(value: Any) -> str:
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_scores(paths: Iterable[Path]) -> dict[str, str]:
+    """Benchmark -> score, of score files and of folders with such files.
+
+    Raises:
+        ValueError: there is none.
+    """
+    scores = {}
+    for path in paths:
+        count = len(scores)
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            found = json.loads(file.read_bytes()) if path.is_dir() else read_json(file, what="score file")
+            if isinstance(found, dict) and isinstance(found.get("score"), (int, float)) and "benchmark" in found:
+                split = f" ({found['split']})" if found.get("split") else ""
+                scores[f"{found['benchmark']}{split}"] = f"{found['score']:.1f}"
+        if len(scores) == count:
+            raise ValueError(f"{path} holds no score file; name what tinyllava_switchkd.eval has written.")
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Add facts to a folder's card."""
+    parser = CommandParser(
+        prog="python -m tinyllava_switchkd.model.card",
+        description="Write a folder's model card with what its files do not say; exports of it and the hub carry it.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a trained or an exported model")
+    parser.add_argument("--name", help="of the repository on the hub")
+    parser.add_argument("--license", help="of the weights, as the hub abbreviates it (apache-2.0)")
+    parser.add_argument("--teacher", help="name on the hub, or what it is called")
+    parser.add_argument("--data", nargs="+", help="names of the data sets")
+    parser.add_argument("--results", nargs="+", type=Path, metavar="SCORES", help="score files, or folders of them")
+    args = parser.parse_args(argv)
+    facts = {name: getattr(args, name) for name in ("name", "license", "teacher", "data") if getattr(args, name)}
+    try:
+        if not (args.folder / "config.json").is_file() and not any(args.folder.glob("*.gguf")):
+            raise FileNotFoundError(f"{args.folder} is no model's folder: it has no config.json.")
+        if args.results:
+            facts["results"] = read_scores(args.results)
+        file = write_model_card(args.folder, facts)
+        if MARK not in file.read_text(encoding="utf-8"):
+            raise ValueError(f"{file} is somebody's own text and stays as it is; {FACTS} beside it knows the rest.")
+    except (ValueError, OSError) as error:
+        print(f"python -m tinyllava_switchkd.model.card: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

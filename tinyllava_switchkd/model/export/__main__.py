@@ -50,7 +50,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)  # what other packages report is for their developers
     try:
         args.target.export(args)
     except (ValueError, OSError, ImportError) as error:

@@ -299,7 +299,8 @@ class _Original:
         """Ask an export the same.
 
         Raises:
-            ValueError: it reads other tokens or pixels, or is meant to be exact and is not.
+            ValueError: it reads other tokens or pixels, its logits are no numbers, or it is meant to be exact and is
+                not.
         """
         token, count = student.config["image_token_index"], student.config["image_seq_length"]
         equal = 0
@@ -315,6 +316,11 @@ class _Original:
                 raise ValueError(f"The export reads the image of {question.text!r} as other pixels.")
             if index == 0:
                 logits = student.logits([ids], pixels)[0]
+                if not np.isfinite(logits).all():
+                    raise ValueError(
+                        f"The model computes numbers that {dtype} cannot hold: its logits are NaN or infinite; leave "
+                        f"{dtype} out of --dtype."
+                    )
                 difference = float(np.abs(logits - self.logits).max())
             found = student.generate([ids], pixels, MAX_NEW_TOKENS)[0]
             equal += found == [i for i in answer if i not in self.stops | student.stops]
