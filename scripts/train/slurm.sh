@@ -30,6 +30,7 @@ if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
     export MASTER_ADDR
     # every node runs the script once, as the node that it is
+    # shellcheck disable=SC2016 # the bash of each node expands it
     srun --kill-on-bad-exit=0 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' bash "$@" &
 else
     bash "$@" &
