@@ -330,7 +330,7 @@ def test_a_llava_from_elsewhere(tmp_path):
     assert difference.abs().max() < 1e-5
 
     (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ValueError, match=r"none of ours \(chatml, .*--conv_version"):
+    with pytest.raises(ValueError, match=r"none of ours \(chatml, .*--template"):
         from_hf_llava(tmp_path / "theirs", tmp_path / "none")
     from_hf_llava(tmp_path / "theirs", tmp_path / "named", conv_version="phi")
     for change, reason in (

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd import cli
 from tinyllava_switchkd.eval.statistics import mean_interval
 from tinyllava_switchkd.io import read_json, write_json
 
@@ -207,14 +207,7 @@ def one_line(state: Mapping[str, Any]) -> str:
 def text_of(stored: Mapping[str, Any]) -> str:
     """Everything that is stored, as tables of text."""
     tables = [lines(stored), differences(stored), state_lines(stored), temperature_lines(stored)]
-    return "\n\n".join(_aligned(table) for table in tables if len(table) > 1)
-
-
-def _aligned(table: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
+    return "\n\n".join("\n".join(cli.table(table, len(table[0]))) for table in tables if len(table) > 1)
 
 
 # The command
@@ -222,7 +215,7 @@ def _aligned(table: list[list[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = CommandParser(prog="real_weights", description="Switch-KD beside SFT on real pretrained weights.")
+    parser = cli.CommandParser(prog="real_weights", description="Switch-KD beside SFT on real pretrained weights.")
     parser.add_argument(
         "--minutes",
         type=float,
