@@ -232,7 +232,7 @@ def draw_attention(shown: Mapping[str, Any], path: Path) -> None:
             attention = None if cells is None else AttentionMap((found["answer"],), cells)
             looks.append(Look(label, found["answer"], attention, (0, 0, *picture.size)))
         file = io.BytesIO()
-        draw(picture, scene["question"].splitlines()[0], looks).savefig(file, dpi=110)
+        draw(picture, scene["question"].splitlines()[0], looks).savefig(file, dpi=90, bbox_inches="tight")
         strips.append(Image.open(file).convert("RGB"))
     size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
     whole, top = Image.new("RGB", size, "white"), 0
