@@ -88,3 +88,11 @@ for name in ("train.train", "launch", *COMMANDS):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "from tinyllava_switchkd.cli import show; show('a line\\n' * 100_000)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout.readline() == b"a line\n"
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 0

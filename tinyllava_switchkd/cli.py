@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+
+def show(text: str) -> None:
+    """Print on the standard output; a reader that has seen enough (head, say) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: Sequence[Sequence[str]], text_columns: int = 1, rule: str = "-") -> list[str]:
@@ -66,6 +75,12 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown))
         return arguments
+
+    def print_help(self, file: Any = None) -> None:
+        if file is None:
+            show(self.format_help().rstrip())
+        else:
+            super().print_help(file)
 
     def _unknown(self, words: list[str]) -> str:
         options = [option for option in self._option_string_actions if option.startswith("--")]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -388,10 +387,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         formats = _formats(arguments.format, arguments.output_dir)
         if arguments.compare:
-            print(comparison(*arguments.compare, arguments.output_dir))
+            cli.show(comparison(*arguments.compare, arguments.output_dir))
             if not arguments.results and not arguments.with_paper:
                 return 0
-            print()
+            cli.show("")
         if not arguments.results and not arguments.with_paper:
             raise ValueError("Nothing to report: give score files or folders, or --with_paper, or --compare A B.")
         report = Report(
@@ -400,13 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in formats:
             text = FORMATS[name](report)
             if name == "terminal" or arguments.output_dir is None:
-                print(text, flush=True)
+                cli.show(text)
             else:
                 write_text(arguments.output_dir / FILES[name], text)
         if arguments.output_dir is not None:
             write_radar(report, arguments.output_dir)
-    except BrokenPipeError:  # the reader (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1

@@ -10,13 +10,12 @@ torch, so that it runs anywhere and at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.cli import CommandParser, show
 from tinyllava_switchkd.io import read_json, write_json, write_jsonl
 
 from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, NoGroundTruth, Score, names, read_answers
@@ -171,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
-    try:
-        print(json.dumps(score.to_dict(), indent=2, allow_nan=False), flush=True)
-    except BrokenPipeError:  # the reader (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(json.dumps(score.to_dict(), indent=2, allow_nan=False))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tinyllava_switchkd.cli import show
 from tinyllava_switchkd.runtime import is_main_process
 
 from .flags import REQUIRED, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
@@ -139,7 +140,7 @@ def answer_at_once(argv: Sequence[str]) -> None:
     """End the process where the command line is ``--help``, or certainly wrong, before anything heavy is imported."""
     if {"-h", "--help"} & set(argv):
         if is_main_process():
-            print(help_text())
+            show(help_text())
         sys.exit(0)
     try:
         check_command_line(argv)
