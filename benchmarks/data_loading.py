@@ -108,7 +108,7 @@ def opening(path: Path, workers: int) -> list[list[object]]:
     spawn = multiprocessing.get_context("spawn")
     figures = {}
     path.read_bytes()  # both read from the page cache
-    for name, load in (("list of dicts (v1)", _v1), ("ours", Records)):
+    for name, load in (("list of dicts (TinyLLaVA)", _v1), ("ours", Records)):
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_open_and_fork, args=(load, str(path), workers, theirs))
         process.start()
@@ -170,7 +170,7 @@ def padding(records: Records, batch: int = 4, ranks: int = 8, accumulation: int 
     settings = {"gradient_accumulation_steps": accumulation, "group_by_modality": True}
     orders = {
         "random": np.random.default_rng(0).permutation(len(lengths)),
-        "by modality, v1's": list(LengthGroupedSampler(batch, ranks, signed, **settings, pool=1)),
+        "by modality, TinyLLaVA's": list(LengthGroupedSampler(batch, ranks, signed, **settings, pool=1)),
         "by modality and length": list(LengthGroupedSampler(batch, ranks, signed, **settings)),
     }
     rows = []

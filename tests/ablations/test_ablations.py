@@ -313,3 +313,23 @@ def test_a_wrong_number_of_seeds_is_said(seeds, capsys):
     with pytest.raises(SystemExit):
         command.main(["switch", "--seeds", seeds])
     assert "takes at least one" in capsys.readouterr().err
+
+
+def test_runs_share_a_teacher_cache_where_it_serves_them(tmp_path, trained, monkeypatch):
+    """It changes no run's mark: with and without it a training is the same one."""
+    machine = toy.Toy(Experiment(tmp_path, SMALL), str(tmp_path / "cache"))
+    for key in ("switch_kd", "fkl", "llava_kd", "align_kd", "dpt_sft"):
+        machine.train(tables.WAYS[key], 1)
+    found = {flags["distill_method"]: flags.get("teacher_cache") for flags in trained if "teacher_path" in flags}
+    there = str(tmp_path / "cache")
+    assert found == {"switch_kd": there, "logit_kd": there, "llava_kd": None, "align_kd": None}
+    number = len(trained)
+    toy.Toy(Experiment(tmp_path, SMALL)).train(tables.WAYS["fkl"], 1)
+    assert len(trained) == number
+    environment = {"TEACHER_CACHE": there, "TEACHER_CACHE_DTYPE": "bf16", "DEVICE": "cpu"}
+    steps = {key: paper.Paper(environment).steps(tables.WAYS[key], 1) for key in ("fkl", "llava_kd", "align_kd")}
+    assert {key: all_[-1].flags.get("teacher_cache") for key, all_ in steps.items()} == {
+        **dict.fromkeys(("llava_kd", "align_kd")),
+        "fkl": there,
+    }
+    assert not any("teacher_cache" in step.flags for all_ in steps.values() for step in all_[:-1])

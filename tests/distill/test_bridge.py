@@ -1,5 +1,6 @@
 """Unequal vision towers: what the bridge computes, and every tower against every other."""
 
+import functools
 import itertools
 
 import pytest
@@ -18,16 +19,34 @@ TOWERS = {
     "clip, wide": {"tower": "clip", "vision": {"hidden": 48}},
     "clip with class token": {"tower": "clip", "vision_feature_select_strategy": "cls_patch"},
     "dinov2, coarse": {"tower": "dinov2", "vision": {"patch_size": 14}},
+    "mof": {"tower": "mof"},
+    "timm": {"tower": "timm"},
+    "open_clip": {"tower": "open_clip", "vision": {"hidden": 16}},
 }
+
+
+@functools.cache
+def student_of(name):
+    """Made once: a test leaves no gradients, and changes no weights."""
+    model = tiny_llava(seed=1, **TOWERS[name]).train().requires_grad_(True)
+    model.freeze_unused_parameters()
+    return model
+
+
+@functools.cache
+def teacher_of(name):
+    return tiny_llava(seed=2, text={"hidden": 48}, **TOWERS[name])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), itertools.product(TOWERS, TOWERS))
 def test_every_tower_learns_from_every_other(ours, theirs):
-    student = tiny_llava(seed=1, **TOWERS[ours]).train().requires_grad_(True)
-    student.freeze_unused_parameters()
-    teacher = tiny_llava(seed=2, text={"hidden": 48}, **TOWERS[theirs])
+    for name in {ours, theirs} & {"timm", "open_clip"}:
+        pytest.importorskip(name)
+    student, teacher = student_of(ours), teacher_of(theirs)
+    student.zero_grad()
     distiller = build_distiller(student, teacher, align_weight=0.0)
-    batch = make_batch("ippaa", "pippiaaa", "pppaa")
+    batch = make_batch("ippaa", "pippiaaa", "pppaa", image_size=student.image_size)
+    batch["teacher_images"] = make_batch("iii", image_size=teacher.image_size)["images"]
     if distiller.bridge is not None:
         explained = distiller.fit_bridge([batch])
         assert 0 < explained <= 1 + 1e-6

@@ -87,7 +87,7 @@ def _run(scale: str, names: Sequence[str], seeds: Sequence[int], root: Path) -> 
         from .toy import Toy, run_tables
 
         prepare_environment()
-        toy = Toy(Experiment(root, say=print))
+        toy = Toy(Experiment(root, say=print), os.environ.get("TEACHER_CACHE") or None)
         run_tables(toy, names, seeds)
         stored = toy.stored
     return "\n\n".join(summary.text_of(stored, TABLES[name]) for name in names)

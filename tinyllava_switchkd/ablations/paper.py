@@ -21,7 +21,7 @@ from tinyllava_switchkd.launch.variables import read
 from tinyllava_switchkd.quickstart.experiment import StageError
 
 from . import dry
-from .tables import SWITCH, TABLES, WAYS, Flags, Way
+from .tables import SWITCH, TABLES, WAYS, Flags, Way, cached
 
 RECIPE = "switchkd_qwen2.5_0.5b_from_3b"
 MODELS = {
@@ -116,6 +116,9 @@ class Paper:
         )
         variables = {**self.variables, "VISION_TOWER": models[1], "VERSION": version}
         variables |= {"TEACHER_PATH": guide[1]} if guide else {}
+        if guide and not cached({"distill_method": "switch_kd", **item.settings}):
+            variables.pop("TEACHER_CACHE", None)
+            variables.pop("TEACHER_CACHE_DTYPE", None)
         flags: Settings = {"seed": str(seed), **({"pretrained_model_path": start} if start else {})}
         (training,) = stages.whole_recipe(recipe, dataclasses.replace(self.request, variables=variables, flags=flags))
         return Step(name, item.stage, training, models, guide[0] if guide else None)

@@ -232,3 +232,11 @@ def weights_of(flags: Flags) -> dict[str, float]:
     names = [name for name in method.settings() if name.endswith("_weight")]
     own = method()
     return {name: float(str(flags.get(name, getattr(own, name)))) for name in names}
+
+
+def cached(flags: Flags) -> bool:
+    """Whether a teacher cache serves the method of these flags."""
+    from tinyllava_switchkd.distill.methods import MethodFactory
+    from tinyllava_switchkd.distill.trace import BLIND
+
+    return MethodFactory(str(flags["distill_method"]))().teacher_sight == BLIND

@@ -26,7 +26,7 @@ from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
 from . import dry
 from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_of
 from .memory import MARK
-from .tables import KNEE_MEASURES, TABLES, WAYS, Way, grid
+from .tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
 
 MODELS = {
     "teacher": "teacher",
@@ -59,10 +59,13 @@ class Toy:
 
     Args:
         experiment: of the quickstart, with a folder of its own.
+        teacher_cache: folder that all runs share whose method a teacher cache serves; their seconds then leave the
+            teacher's own pass out.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, teacher_cache: str | None = None) -> None:
         self.experiment, self.file = experiment, experiment.root / RESULTS
+        self.teacher_cache = teacher_cache
         self.stored: dict[str, Any] = read_json(self.file) if self.file.is_file() else {"runs": {}, "search": {}}
 
     def train(self, way: Way, seed: int) -> Path:
@@ -72,15 +75,21 @@ class Toy:
         guide = {"teacher_path": experiment.teacher(MODELS[way.teacher])} if way.distils else {}
         start = None
         if way.pretraining is not None:
-            start = experiment.student_start(seed, {**guide, **way.pretraining}, way="distilled-pretrain", **names)
+            start = experiment.student_start(
+                seed, {**guide, **self._distilled(way.pretraining)}, way="distilled-pretrain", **names
+            )
         flags = dict(way.settings)
         rate = float(str(flags.pop("rate", 1.0)))
         if rate != 1.0:
             for name in ("learning_rate", "vision_tower_lr"):
                 flags[name] = rate * float(str(FINETUNE[name]))
         if way.tuning is not None:
-            flags |= {**guide, **way.tuning}
+            flags |= {**guide, **self._distilled(way.tuning)}
         return experiment.student(way.key, seed, flags, start, **names)
+
+    def _distilled(self, flags: Flags) -> Flags:
+        """Flags of distillation, with the teacher cache where it serves the method."""
+        return {**flags, "teacher_cache": self.teacher_cache} if self.teacher_cache and cached(flags) else flags
 
     def run(self, way: Way, seed: int) -> dict[str, Any]:
         """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""

@@ -157,6 +157,48 @@ def save_image_processor(image_processor: Any, output_dir: Path) -> None:
     write_json(file, fields, sort_keys=True)
 
 
+def plan_model(
+    model_name_or_path: str,
+    vision_tower: str,
+    connector_type: str = "mlp2x_gelu",
+    *,
+    tokenizer_name_or_path: str | None = None,
+    vision_tower2: str = "",
+    cache_dir: str | None = None,
+    **config_fields: Any,
+) -> tuple[TinyLlavaConfig, Any]:
+    """Configuration and tokenizer of what `build_model` makes of the same arguments; no weights are read.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a part does not exist or the parts do not fit together.
+    """
+    config = TinyLlavaConfig(
+        llm_model_name_or_path=model_name_or_path,
+        tokenizer_name_or_path=tokenizer_name_or_path,
+        vision_model_name_or_path=vision_tower,
+        vision_model_name_or_path2=vision_tower2,
+        connector_type=connector_type,
+        cache_dir=cache_dir,
+        **config_fields,
+    )
+    resolve_vision_tower(vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
+    tokenizer = load_tokenizer(
+        config.tokenizer_name_or_path,
+        config.text_config,
+        llm=model_name_or_path,
+        model_max_length=config.tokenizer_model_max_length,
+        padding_side=config.tokenizer_padding_side,
+        cache_dir=cache_dir,
+    )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer {config.tokenizer_name_or_path!r} has {len(tokenizer)} tokens, but the language model "
+            f"{model_name_or_path!r} has embeddings for {config.vocab_size}; use the language model's own tokenizer."
+        )
+    config.pad_token, config.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
+    return config, tokenizer
+
+
 def build_model(
     model_name_or_path: str,
     vision_tower: str,
@@ -193,31 +235,16 @@ def build_model(
     Returns:
         (model in eval mode with every parameter trainable, tokenizer, image processor).
     """
-    config = TinyLlavaConfig(
-        llm_model_name_or_path=model_name_or_path,
+    config, tokenizer = plan_model(
+        model_name_or_path,
+        vision_tower,
+        connector_type,
         tokenizer_name_or_path=tokenizer_name_or_path,
-        vision_model_name_or_path=vision_tower,
-        vision_model_name_or_path2=vision_tower2,
-        connector_type=connector_type,
+        vision_tower2=vision_tower2,
         cache_dir=cache_dir,
         **config_fields,
     )
     tower_class = resolve_vision_tower(vision_tower, config.vision_config)
-    tower_class.complete_config(config.vision_config, None, {})
-    tokenizer = load_tokenizer(
-        config.tokenizer_name_or_path,
-        config.text_config,
-        llm=model_name_or_path,
-        model_max_length=config.tokenizer_model_max_length,
-        padding_side=config.tokenizer_padding_side,
-        cache_dir=cache_dir,
-    )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer {config.tokenizer_name_or_path!r} has {len(tokenizer)} tokens, but the language model "
-            f"{model_name_or_path!r} has embeddings for {config.vocab_size}; use the language model's own tokenizer."
-        )
-    config.pad_token, config.pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
     llm_source = pretrained_llm_path or model_name_or_path
     llm_weights = read_weights(resolve_folder(llm_source, cache_dir=cache_dir))
     if llm_weights is None:

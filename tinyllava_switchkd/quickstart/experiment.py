@@ -182,7 +182,7 @@ class Experiment:
             self.say(f"  {title:<38} {flags.get('max_steps', ''):>5} steps {seconds:6.1f} s")
             return {"seconds": seconds}
 
-        once(folder, {key: _content(value) for key, value in flags.items()}, make)
+        once(folder, {key: _content(value) for key, value in flags.items() if key != "teacher_cache"}, make)
         return folder
 
     def base(self, name: str) -> Path:

@@ -57,7 +57,8 @@ class ModelArguments:
     connector_type: str = field(default="linear", metadata={"help": "The connector, e.g. mlp2x_gelu or ldpv2."})
     mm_vision_select_layer: int = field(default=-1, metadata={"help": "Which hidden state of the tower is used."})
     mm_vision_select_feature: str = field(
-        default="patch", metadata={"help": "patch drops the first visual token (as v1 does), cls_patch keeps it."}
+        default="patch",
+        metadata={"help": "patch drops the first visual token (as TinyLLaVA does), cls_patch keeps it."},
     )
     resampler_hidden_size: int = field(default=768, metadata={"help": "Width of the resampler connector."})
     num_queries: int = field(default=128, metadata={"help": "Visual tokens of the resampler and qformer connectors."})

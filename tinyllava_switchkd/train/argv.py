@@ -32,9 +32,11 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
-    "connector_lr": "mm_projector_lr",
 }
 """Old name -> today's name, with the same meaning."""
+
+NEVER_WERE = {"connector_lr": "mm_projector_lr"}
+"""Names that one would guess -> what the argument is called."""
 
 TEMPLATE = dict.fromkeys(("template", "conv_mode"), "conv_version")
 """Other commands' names of the conversation template -> v1's in training; nobody need be told."""
@@ -118,6 +120,9 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     for name, values in split:
         value = " ".join(values) or "True"
         name = TEMPLATE.get(name.replace("-", "_"), name)
+        if name in NEVER_WERE and name not in known:
+            _warn("--%s is called --%s.", name, NEVER_WERE[name])
+            name = NEVER_WERE[name]
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
             preferred = BOTH_NAMES.get(name, name)
             translated += [f"--{preferred if preferred in known else name}", *values]

@@ -298,7 +298,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     return _FlashLike.apply(query, key, value).transpose(1, 2), None
 
 
-AttentionInterface.register("tinyllava_memory_estimate", _attention)
+_ATTENTION = "tinyllava_memory_estimate"
 
 
 @contextmanager
@@ -306,9 +306,10 @@ def _fused_attention(*models: nn.Module | None) -> Iterator[None]:
     """transformers' modules call `_attention`: on the meta device torch would otherwise keep whole score matrices."""
     configs = {id(m.config): m.config for model in models if model for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    AttentionInterface.register(_ATTENTION, _attention)
     try:
         for config in configs.values():
-            config._attn_implementation = "tinyllava_memory_estimate"
+            config._attn_implementation = _ATTENTION
         yield
     finally:
         for key, config in configs.items():

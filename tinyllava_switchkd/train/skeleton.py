@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.checkpoint import plan_model
 from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
-from tinyllava_switchkd.model.llm import load_tokenizer
-from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
@@ -68,22 +67,7 @@ def fresh_skeleton(settings: dict[str, Any]) -> Skeleton:
     Raises:
         FileNotFoundError, ValueError, OSError: a part does not exist or the parts do not fit together.
     """
-    renamed = {
-        "model_name_or_path": "llm_model_name_or_path",
-        "vision_tower": "vision_model_name_or_path",
-        "vision_tower2": "vision_model_name_or_path2",
-    }
-    fields = {renamed.get(name, name): value for name, value in settings.items() if name != "attn_implementation"}
-    config = TinyLlavaConfig(**fields)
-    resolve_vision_tower(settings["vision_tower"], config.vision_config).complete_config(config.vision_config, None, {})
-    tokenizer = load_tokenizer(
-        config.tokenizer_name_or_path,
-        config.text_config,
-        llm=settings["model_name_or_path"],
-        model_max_length=config.tokenizer_model_max_length,
-        padding_side=config.tokenizer_padding_side,
-        cache_dir=config.cache_dir,
-    )
+    config, tokenizer = plan_model(**{name: value for name, value in settings.items() if name != "attn_implementation"})
     model = _on_meta(config)
     return Skeleton(model, tokenizer, model.vision_tower.image_processor)
 

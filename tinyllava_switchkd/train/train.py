@@ -204,7 +204,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     recipe = plan.recipe
     cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
-    model = recipe.load(plan.skeleton.model, recipe.add_args(model_settings(arguments)))
+    model = recipe.load(recipe.add_args(model_settings(arguments)))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
     callbacks = []

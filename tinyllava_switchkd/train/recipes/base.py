@@ -54,11 +54,10 @@ class BaseTrainingRecipe:
         """What is computed in."""
         return self.training_arguments.compute_dtype
 
-    def load(self, model: nn.Module, model_args: dict[str, Any]) -> nn.Module:
+    def load(self, model_args: dict[str, Any]) -> nn.Module:
         """The model with its weights, tokenizer and image processor (attributes of it), on the CPU.
 
         Args:
-            model: the model that is wanted, without weights (on the meta device); a subclass may fill it itself.
             model_args: from `add_args`: a checkpoint in `pretrained_model_path`, or else the base models, as
                 `tinyllava_switchkd.model.build_model` takes them.
         """
