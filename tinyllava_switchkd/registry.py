@@ -14,9 +14,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 ENTRY_POINT_GROUP = "tinyllava_switchkd.plugins"
+
+Found = TypeVar("Found")
+Entry = TypeVar("Entry")
 
 _entry_points_loaded = False
 
@@ -58,8 +61,8 @@ def checkpoint_name(name_or_path: str | os.PathLike) -> str:
     return parts[-1]
 
 
-class Registry:
-    """A table of plugins of one kind, looked up by name.
+class Registry(Generic[Found]):
+    """A table of plugins of one kind, looked up by name; `Found` is what a look-up gives.
 
     Args:
         kind: what an entry is, in the words of an error message ("vision tower").
@@ -75,7 +78,7 @@ class Registry:
         *,
         fuzzy: bool = False,
         fallback: Callable[[str], str | None] | None = None,
-        resolve: Callable[[Any], Any] | None = None,
+        resolve: Callable[[Any], Found] | None = None,
     ) -> None:
         self.kind = kind
         self._fuzzy = fuzzy
@@ -83,7 +86,7 @@ class Registry:
         self._resolve = resolve
         self._entries: dict[str, Any] = {}
 
-    def register(self, *names: str, override: bool = False) -> Callable[[Any], Any]:
+    def register(self, *names: str, override: bool = False) -> Callable[[Entry], Entry]:
         """Decorator that enters an object under one or more names (case-insensitive).
 
         Raises:
@@ -92,7 +95,7 @@ class Registry:
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"A {self.kind} is registered under a name that is a non-empty string, not {names!r}.")
 
-        def decorator(entry: Any) -> Any:
+        def decorator(entry: Entry) -> Entry:
             for name in names:
                 key = name.lower()
                 if key in self._entries and self._entries[key] is not entry and not override:
@@ -164,7 +167,7 @@ class Registry:
             )
         return best[0]
 
-    def __call__(self, name: str) -> Any:
+    def __call__(self, name: str) -> Found:
         entry = self._entries[self.name_of(name)]
         return entry if self._resolve is None else self._resolve(entry)
 

@@ -70,7 +70,7 @@ class DataCollatorForSupervisedDataset:
         samples = [self.truncate(instance) for instance in instances]
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), longest)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.bool),
@@ -80,17 +80,17 @@ class DataCollatorForSupervisedDataset:
             batch["input_ids"][row, :length] = sample["input_ids"]
             batch["labels"][row, :length] = sample["labels"]
             batch["attention_mask"][row, :length] = True
-        for key, shape in self.image_shapes.items():
-            images = [sample[key] for sample in samples if key in sample]
-            sizes = {tuple(image.shape[1:]) for image in images}
+        for key, image_shape in self.image_shapes.items():
+            stacks = [sample[key] for sample in samples if key in sample]
+            sizes = {tuple(image.shape[1:]) for image in stacks}
             if len(sizes) > 1:
                 raise SampleError(
                     f"The images of a batch differ in size: {sorted(sizes)}; the image processor must fix it."
                 )
-            if images:
-                batch[key] = torch.cat(images)
-            elif shape is not None:
-                batch[key] = torch.zeros(1, *shape)
+            if stacks:
+                batch[key] = torch.cat(stacks)
+            elif image_shape is not None:
+                batch[key] = torch.zeros(1, *image_shape)
         if all("id" in sample for sample in samples):
             batch["ids"] = [sample["id"] for sample in samples]
         if self.digests:

@@ -80,7 +80,7 @@ class ImagePreprocess:
         if self.image_aspect_ratio == "pad" or not getattr(processor, "do_center_crop", False):
             return 1.0
         crop, scaled = _sides(processor.crop_size), _sides(processor.size)
-        width, height = size
+        width, height = map(float, size)
         if not getattr(processor, "do_resize", True):
             pass
         elif "shortest_edge" in scaled:
@@ -103,7 +103,7 @@ class ImagePreprocess:
     def _check_size(self, size: tuple[int, int]) -> None:
         scaled = _sides(getattr(self.image_processor, "size", None))
         if self.image_aspect_ratio == "pad":
-            pixels = max(size) ** 2
+            pixels: float = max(size) ** 2
         else:
             pixels = scaled.get("shortest_edge", 0) ** 2 * max(size) / max(min(size), 1)
         if min(size) < 1 or pixels > _MOST_PIXELS:

@@ -63,7 +63,9 @@ def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
             odd = "turned by their EXIF orientation, which is not applied (as in v1); turn them upright beforehand"
         elif Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             odd = f"of more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, which take seconds to decode"
-        elif "transparency" in image.info or ("A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255):
+        elif "transparency" in image.info or (
+            "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255)
+        ):
             odd = "with transparency, which is dropped (as in v1), so that the colours behind it are seen"
         return image.size, odd
 
@@ -178,11 +180,8 @@ class ImageFolder:
                 raise BadImageError(problem)
         return path
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root, "allow_outside": self.allow_outside}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type, tuple[str, bool]]:
+        return type(self), (self.root, self.allow_outside)
 
     def _outside(self, path: str) -> str | None:
         try:

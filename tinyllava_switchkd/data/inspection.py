@@ -59,7 +59,7 @@ class DataReport:
         warnings: what is probably not meant, by kind.
     """
 
-    counts: dict[str, int | str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, Cases] = field(default_factory=dict)
     warnings: dict[str, Cases] = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ class DataChecker:
                 "sample(s) whose first turn, not the human's, is left out (as in v1)",
                 f"{where}, from {turns[0]['from']!r}",
             )
-        if not any(answer.strip() for answer in answers):
+        if not any(answer and answer.strip() for answer in answers):
             self._without_answer += 1
             self.report.warning("sample(s) whose answers are all empty, which teach to say nothing", where)
         if len(questions) > 1 and not self._keeps_questions:
@@ -156,7 +156,7 @@ class DataChecker:
                 "pretrain)",
                 where,
             )
-        if any(DEFAULT_IMAGE_TOKEN in answer for answer in answers):
+        if any(answer and DEFAULT_IMAGE_TOKEN in answer for answer in answers):
             self.report.warning(f"sample(s) with {DEFAULT_IMAGE_TOKEN} in an answer; it is read as text", where)
 
     def _look_at_keys(self, record: dict[str, Any], names: list[str], where: str) -> None:
@@ -205,10 +205,12 @@ class DataChecker:
             else:
                 report.problem(OUTSIDE_IMAGES, f"{path}: {outside}")
         if decode != "none":
-            paths = (
-                os.path.join(folder.root, parent, file) for parent in sorted(self.names) for file in self._of(parent)
-            )
-            paths = [path for path in paths if path not in unreadable]
+            paths = [
+                path
+                for parent in sorted(self.names)
+                for file in self._of(parent)
+                if (path := os.path.join(folder.root, parent, file)) not in unreadable
+            ]
             if decode == "sample" and len(paths) > _DECODED:
                 paths = [paths[index * len(paths) // _DECODED] for index in range(_DECODED)]
             counts["images decoded"] = len(paths)

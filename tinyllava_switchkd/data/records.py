@@ -118,7 +118,7 @@ def images_of(record: dict[str, Any], where: str) -> list[str]:
 
 
 def _count_words(record: dict[str, Any], where: str) -> int:
-    turns = record.get("conversations")
+    turns: Any = record.get("conversations")
     try:
         return sum([len(turn["value"].split()) for turn in turns])
     except (TypeError, KeyError, AttributeError):
@@ -218,7 +218,9 @@ class _Text:
     def skip_space(self) -> str:
         """Move on to the next character that is no white space and return it, '' at the end of the file."""
         while True:
-            self.position = _SPACE.match(self.window, self.position).end()
+            space = _SPACE.match(self.window, self.position)
+            assert space is not None  # it may be empty
+            self.position = space.end()
             if self.position < len(self.window):
                 return self.window[self.position]
             if not self.grow():

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 RIDGE = 1e-4
 """Share of the features' mean variance that is added to the diagonal of the least-squares problem."""
@@ -44,7 +47,7 @@ class Layout(NamedTuple):
         return max(self.special - self.dropped, 0)
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: TinyLlava) -> Layout:
     """How the tokens of a model's vision tower lie.
 
     Raises:
@@ -65,7 +68,7 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(side, streams, special, total - kept)
 
 
-def differ(student: nn.Module, teacher: nn.Module) -> str | None:
+def differ(student: TinyLlava, teacher: TinyLlava) -> str | None:
     """How the features of two models' towers differ in shape, in words; None if the switch needs no bridge."""
     width, expected = student.config.vision_hidden_size, teacher.config.vision_hidden_size
     if width != expected:
@@ -91,10 +94,11 @@ class Bridge(nn.Module):
         ValueError: one of the towers gives no square grid.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: TinyLlava, teacher: TinyLlava) -> None:
         super().__init__()
         ours, theirs = layout_of(student), layout_of(teacher)
         weights = None if ours == theirs else resampling(ours, theirs)
+        self.resample: Tensor | None
         self.register_buffer("resample", weights, persistent=False)
         self.width = nn.Linear(student.config.vision_hidden_size, teacher.config.vision_hidden_size)
 
@@ -116,13 +120,9 @@ class Bridge(nn.Module):
         """
         size = self.width.in_features + 1
         device = self.width.weight.device
-        square, cross, power, mean, count = (
-            torch.zeros(size, size, dtype=torch.float64, device=device),
-            0.0,
-            0.0,
-            0.0,
-            0,
-        )
+        square = torch.zeros(size, size, dtype=torch.float64, device=device)
+        cross, power, mean = square.new_zeros(size, self.width.out_features), square.new_zeros(()), square.new_zeros(())
+        count = 0
         for ours, theirs in pairs:
             ours = self._resampled(ours).flatten(0, 1).double()
             theirs = theirs.flatten(0, 1).double()

@@ -7,13 +7,14 @@ the two would not fail but silently teach nonsense. Everything that must agree i
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .bridge import Bridge, differ, layout_of
 from .distiller import Distiller
 from .methods import Method, MethodFactory
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,8 @@ BRIDGES = ("auto", "none")
 
 
 def build_distiller(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: TinyLlava,
+    teacher: TinyLlava,
     method: str | Method = "switch_kd",
     *,
     chunk_size: int | None = None,
@@ -97,8 +98,8 @@ def build_distiller(
 
 
 def check_compatible(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: TinyLlava,
+    teacher: TinyLlava,
     method: Method,
     *,
     student_tokenizer: Any = None,
@@ -123,7 +124,7 @@ def check_compatible(
     _needs_bridge(student, teacher, method, bridge)
 
 
-def _needs_bridge(student: nn.Module, teacher: nn.Module, method: Method, bridge: str) -> bool:
+def _needs_bridge(student: TinyLlava, teacher: TinyLlava, method: Method, bridge: str) -> bool:
     """Whether the switch needs one.
 
     Raises:
@@ -185,12 +186,12 @@ def _check_templates(student: Any, teacher: Any) -> None:
         )
 
 
-def _head_rows(model: nn.Module) -> int:
+def _head_rows(model: TinyLlava) -> int:
     return model.language_model.get_output_embeddings().weight.shape[0]
 
 
 def pixel_difference(
-    student: nn.Module, teacher: nn.Module, student_image_processor: Any = None, teacher_image_processor: Any = None
+    student: TinyLlava, teacher: TinyLlava, student_image_processor: Any = None, teacher_image_processor: Any = None
 ) -> str | None:
     """How two models prepare the same picture differently, in words; None if they prepare it alike.
 
@@ -202,9 +203,8 @@ def pixel_difference(
         student_image_processor: a loaded model's own if not given; an unknown one is compared with nothing.
         teacher_image_processor: likewise.
     """
-    ours, theirs = student.image_size, teacher.image_size
-    if ours != theirs:
-        return f"images of {ours} pixels for the student and of {theirs} for the teacher"
+    if student.image_size != teacher.image_size:
+        return f"images of {student.image_size} pixels for the student and of {teacher.image_size} for the teacher"
     ours, theirs = (getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher))
     if None not in (ours, theirs) and ours != theirs:
         return f"image_aspect_ratio {ours!r} for the student and {theirs!r} for the teacher"

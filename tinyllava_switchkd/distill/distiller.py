@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from .trace import (
     splice_batch,
     supervised_positions,
 )
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
 """How many logits count when each side leads, of a loss that ranks them."""
@@ -78,8 +81,8 @@ class Distiller(Task):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: TinyLlava,
+        teacher: TinyLlava,
         method: Method,
         *,
         vocab_size: int,
@@ -94,7 +97,8 @@ class Distiller(Task):
         self.terms = tuple(method.terms)
         self.vocab_size = vocab_size
         trained = dict(adapters or {})
-        self._held: list[Held] = [FrozenTeacher(teacher)]
+        self.guide = FrozenTeacher(teacher)
+        self._held: list[Held] = [self.guide]
         for loss in {term.loss: term.name for term in self.terms if isinstance(term, LogitTerm)}:
             if any(True for _ in loss.parameters()):
                 trained.setdefault("loss", loss)
@@ -118,12 +122,7 @@ class Distiller(Task):
             return getattr(method, name)
 
     @property
-    def guide(self) -> FrozenTeacher:
-        """The holder of the teacher."""
-        return self._held[0]
-
-    @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> TinyLlava:
         return self.guide.module
 
     @property
@@ -146,7 +145,7 @@ class Distiller(Task):
         return next((term.loss for term in self.terms if isinstance(term, LogitTerm)), None)
 
     @property
-    def models(self) -> tuple[nn.Module, ...]:
+    def models(self) -> tuple[TinyLlava, ...]:
         return (self.student, self.teacher)
 
     @property
@@ -201,17 +200,13 @@ class Distiller(Task):
         student, teacher, switch, positions = self._views(batch)
         tokens = len(positions.labels)
         counts = self._divisors(batch, tokens, num_items_in_batch, step_counts)
-        result = {"loss": 0.0}
+        result: dict[str, Any] = {"loss": 0.0}
         self._add_logit_terms(
             result, "supervised", Tokens(student.hidden, positions.labels, teacher.hidden, switch), counts
         )
         if any(isinstance(term, LogitTerm) and term.tokens == "visual" for term in self.terms):
             self._add_logit_terms(result, "visual", Tokens(student.visual, None, teacher.visual), counts)
-        head, adapters = (
-            self.student.language_model.get_output_embeddings(),
-            self._modules.get("adapters", _NO_ADAPTERS),
-        )
-        views = Views(student, teacher, adapters, head, self.guide.head, self.vocab_size, self._kept)
+        views = self._seen_by_terms(student, teacher)
         for term in self.terms:
             if isinstance(term, DenseTerm):
                 value = term.compute(views) / counts[term.per]
@@ -276,9 +271,9 @@ class Distiller(Task):
                     value = term.compute(self._seen_by_terms(student, teacher)) / counts[term.per]
                 yield term.name, term.weight * value
             else:
-                tokens = Tokens(student.visual, None, teacher.visual)
-                if term.tokens == "supervised":
-                    tokens = supervised._replace(labels=None)
+                tokens = supervised._replace(labels=None)
+                if term.tokens == "visual":
+                    tokens = Tokens(student.visual, None, teacher.visual)
                 yield term.name, self._objective((term,))(tokens)[0] / counts[term.per]
 
     # From a batch to views
@@ -320,10 +315,9 @@ class Distiller(Task):
                 "The teacher cache knows samples by 'digests', which this batch lacks; set the collator's."
             )
         samples, counts = torch.unique_consecutive(positions.rows, return_counts=True)
-        known = [self._cache.get(batch["digests"][row]) for row in samples.tolist()]
-        if known and all(
-            hidden is not None and len(hidden) == count for hidden, count in zip(known, counts.tolist(), strict=True)
-        ):
+        found = [self._cache.get(batch["digests"][row]) for row in samples.tolist()]
+        known = [hidden for hidden in found if hidden is not None]
+        if known and [len(hidden) for hidden in known] == counts.tolist():
             like = self.guide.head.weight
             return View(torch.cat(known).to(like.device, self._teacher_dtype()))
         view = self._run_teacher(batch, features, student, positions)
@@ -352,8 +346,8 @@ class Distiller(Task):
         if sight.features:
             view.features = features if images else features[:0]
         if sight.projected:
-            width = teacher.config.hidden_size
-            view.projected = visual if images else features.new_zeros(0, teacher.num_image_tokens, width)
+            none = features.new_zeros(0, teacher.num_image_tokens, teacher.config.hidden_size)
+            view.projected = none if visual is None else visual
         return view
 
     def _teacher_images(self, batch: Mapping[str, Any]) -> Tensor:
@@ -381,10 +375,13 @@ class Distiller(Task):
             return decode(self.teacher, spliced, self.packing).at(rows, columns)
 
     @property
+    def _adapters(self) -> nn.ModuleDict:
+        return getattr(self, "adapters", _NO_ADAPTERS)
+
+    @property
     def bridge(self) -> Bridge | None:
         """What stands between the student's vision tower and the teacher's connector, if anything."""
-        adapters = self._modules.get("adapters", _NO_ADAPTERS)
-        return getattr(adapters, "bridge", None)
+        return getattr(self._adapters, "bridge", None)
 
     @torch.no_grad()
     def fit_bridge(self, batches: Iterable[Mapping[str, Any]]) -> float:
@@ -431,8 +428,7 @@ class Distiller(Task):
 
     def _seen_by_terms(self, student: View, teacher: View) -> Views:
         head = self.student.language_model.get_output_embeddings()
-        adapters = self._modules.get("adapters", _NO_ADAPTERS)
-        return Views(student, teacher, adapters, head, self.guide.head, self.vocab_size, self._kept)
+        return Views(student, teacher, self._adapters, head, self.guide.head, self.vocab_size, self._kept)
 
     def _objective(self, terms: Sequence[LogitTerm]) -> TokenObjective:
         return TokenObjective(

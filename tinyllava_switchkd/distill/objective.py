@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ class LogitTerm(NamedTuple):
         return (self.name, *RANKING) if self.ranking and ranks(self.loss) else (self.name,)
 
 
-def ranks(loss: nn.Module) -> bool:
+def ranks(loss: nn.Module) -> TypeGuard[LogitLoss]:
     """Whether a loss ranks logits, so that both sides have a leader and a knee."""
     return isinstance(loss, LogitLoss) and type(loss).order is not LogitLoss.order
 
@@ -139,7 +139,7 @@ class TokenObjective:
             ]
         else:
             return _GradientInForward.apply(self._chunk, tokens, chunks, tokens.student, tokens.switch, *parameters)
-        return sum(loss for loss, _ in results), sum(parts for _, parts in results)
+        return _summed(results)
 
     def _head_rows(self) -> int:
         weight = getattr(self.student_head, "weight", None)
@@ -155,6 +155,7 @@ class TokenObjective:
         if tokens.labels is not None:
             total = sums[CE] = F.cross_entropy(logits, tokens.labels[chunk], reduction="sum")
         if self.terms:
+            assert self.teacher_head is not None and tokens.teacher is not None
             with torch.no_grad():
                 teacher = self.teacher_head(tokens.teacher[chunk])[:, : self.vocab_size].to(logits.dtype)
             comparison = _Comparison(teacher)
@@ -167,7 +168,7 @@ class TokenObjective:
                 side = sides[term.pathway]
                 sums[term.name], order = comparison.of(term.loss, side)
                 total = total + term.weight * sums[term.name]
-                if len(term.reports) > 1:
+                if term.ranking and ranks(term.loss):
                     sums |= zip(RANKING, comparison.ranking(term.loss, side, order), strict=True)
         return total, torch.stack([value.detach().to(logits.dtype) for value in sums.values()])
 
@@ -189,7 +190,7 @@ class _Comparison:
             theirs = type(theirs)(*(part[: len(side)] for part in theirs))
         return loss(side, teacher, student_order=ours, teacher_order=theirs).sum(), ours
 
-    def ranking(self, loss: nn.Module, side: Tensor, order: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def ranking(self, loss: LogitLoss, side: Tensor, order: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of `RANKING` over the tokens."""
         theirs = self._order(loss)
         return theirs.k.sum(), order.k.sum(), _overlap(theirs, side, order)
@@ -213,31 +214,29 @@ class _GradientInForward(torch.autograd.Function):
         switch: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needs = [x is not None and x.requires_grad for x in (student, switch)]
-        hidden_grads = [torch.zeros_like(x) if need else None for x, need in zip((student, switch), needs, strict=True)]
+        hidden_grads = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in (student, switch)]
         # Sums over chunks would round in bfloat16 at every step.
         accumulate = [torch.promote_types(p.dtype, torch.float32) if len(chunks) > 1 else p.dtype for p in parameters]
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
-        total = parts = 0.0
+        results = []
         for chunk in chunks:
             with torch.enable_grad():
                 leaves = [
-                    _rows(x, chunk).detach().requires_grad_(need) if x is not None else None
-                    for x, need in zip((student, switch), needs, strict=True)
+                    None if x is None else x[chunk].detach().requires_grad_(x.requires_grad) for x in (student, switch)
                 ]
                 loss, chunk_parts = run_chunk(tokens, chunk, *leaves)
                 wanted = [x for x in (*leaves, *parameters) if x is not None and x.requires_grad]
                 grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ())
-            for leaf, out in zip(leaves, hidden_grads, strict=True):
-                grad = next(grads, None) if out is not None else None
-                if grad is not None:
-                    out[chunk][: len(leaf)] = grad
+            for out in hidden_grads:
+                if out is not None and (grad := next(grads, None)) is not None:
+                    out[chunk][: len(grad)] = grad
             for i, dtype in enumerate(accumulate):
                 grad = next(grads, None)
                 if grad is not None:
                     have = parameter_grads[i]
                     parameter_grads[i] = grad.to(dtype) if have is None else have.add_(grad)
-            total, parts = total + loss.detach(), parts + chunk_parts
+            results.append((loss.detach(), chunk_parts))
+        total, parts = _summed(results)
         ctx.dtypes = [None if x is None else x.dtype for x in (student, switch, *parameters)]
         ctx.save_for_backward(*hidden_grads, *parameter_grads)
         ctx.mark_non_differentiable(parts)
@@ -260,6 +259,11 @@ def _most_of_all_ranks(count: int, device: torch.device) -> int:
     most = torch.tensor(count, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
+
+
+def _summed(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    losses, parts = zip(*results, strict=True)
+    return sum(losses[1:], losses[0]), sum(parts[1:], parts[0])
 
 
 def _rows(hidden: Tensor | None, chunk: slice) -> Tensor | None:

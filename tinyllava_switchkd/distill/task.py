@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.model.splice import Spliced
 
 from .objective import CE
 from .trace import Positions, batch_images, placeholders, splice_batch, supervised_positions
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 class Measure(NamedTuple):
@@ -46,7 +50,7 @@ class Task(nn.Module):
         ValueError: the chunk size is below 1.
     """
 
-    def __init__(self, student: nn.Module, chunk_size: int | None = None, packing: bool = False) -> None:
+    def __init__(self, student: TinyLlava, chunk_size: int | None = None, packing: bool = False) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}.")
@@ -65,7 +69,7 @@ class Task(nn.Module):
         return next(self.student.parameters()).device
 
     @property
-    def models(self) -> tuple[nn.Module, ...]:
+    def models(self) -> tuple[TinyLlava, ...]:
         """Every model that runs in a step, the student first."""
         return (self.student,)
 
@@ -102,7 +106,7 @@ class Task(nn.Module):
             "images": images,
         }
 
-    def student_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any, Positions]:
+    def student_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Spliced, Positions]:
         """Vision features, visual tokens, the spliced batch and its supervised positions, of the student."""
         features = self.student.vision_features(batch_images(batch, self.student))  # [images, patches, vision width]
         visual = self.student.connector(features)  # [images, visual tokens, width]

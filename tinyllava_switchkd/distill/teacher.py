@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.model.quantized import is_quantized, keep_differentiable
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 class Held:
@@ -43,14 +46,16 @@ class FrozenTeacher(Held):
         ValueError: it is quantised in a way that no gradient passes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    module: TinyLlava
+
+    def __init__(self, model: TinyLlava) -> None:
         super().__init__(model)
         model.requires_grad_(False).eval()
         _remove_dropout(model)
         keep_differentiable(model)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """Hidden states -> logits."""
         return self.module.language_model.get_output_embeddings()
 
@@ -81,7 +86,7 @@ class FrozenTeacher(Held):
             kwargs = {**kwargs, "gradient_checkpointing_kwargs": chosen}
         self.module.language_model.gradient_checkpointing_enable(**kwargs)
 
-    def sees_as(self, student: nn.Module) -> bool:
+    def sees_as(self, student: TinyLlava) -> bool:
         """Whether both vision towers give the same features of an image, so that one pass serves both models."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if getattr(student.config, name) != getattr(self.module.config, name):

@@ -228,7 +228,7 @@ def _open(path: Path) -> Any:
 
 
 def _checksum(hidden: Tensor) -> int:
-    return zlib.crc32(hidden.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().data)
 
 
 def _readable(size: float) -> str:

@@ -9,8 +9,8 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.model.splice import Spliced, image_of_placeholder, splice
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 class Sight(NamedTuple):
@@ -49,28 +52,28 @@ BLIND = Sight()
 """Nothing is to be seen beside the supervised positions."""
 
 
-@dataclass
+@dataclass(repr=False)
 class View:
-    """What one pathway showed of a batch.
+    """What one pathway showed of a batch; what was not asked for is not there.
 
     Attributes:
         hidden: [supervised tokens, width] last hidden states that predict a supervised token; the tokens of samples
             with images come first.
-        visual: [visual tokens, width] last hidden states of visual tokens, sample by sample; None if not asked for.
+        visual: [visual tokens, width] last hidden states of visual tokens, sample by sample.
         sample_of_visual: [visual tokens] the sample that each belongs to.
-        features: [images, patches, vision width]; None if not asked for. A batch without images has none, but what
-            is here stays in the graph.
+        features: [images, patches, vision width]. A batch without images has none, but what is here stays in the
+            graph.
         projected: [images, visual tokens of one, width], likewise.
         attention: layer -> for each sample with images its `text_to_vision_attention`
-            [heads, text tokens, visual tokens], in order; empty if not asked for.
+            [heads, text tokens, visual tokens], in order.
     """
 
     hidden: Tensor
-    visual: Tensor | None = None
-    sample_of_visual: Tensor | None = None
-    features: Tensor | None = None
-    projected: Tensor | None = None
-    attention: Mapping[int, list[Tensor]] | None = None
+    visual: Tensor = field(init=False)
+    sample_of_visual: Tensor = field(init=False)
+    features: Tensor = field(init=False)
+    projected: Tensor = field(init=False)
+    attention: Mapping[int, list[Tensor]] = field(init=False)
 
 
 class Positions(NamedTuple):
@@ -96,7 +99,7 @@ def placeholders(batch: Mapping[str, Any]) -> Tensor:
     return found & batch["attention_mask"].bool() if batch.get("attention_mask") is not None else found
 
 
-def batch_images(batch: Mapping[str, Any], model: nn.Module, key: str = "images") -> Tensor:
+def batch_images(batch: Mapping[str, Any], model: TinyLlava, key: str = "images") -> Tensor:
     """The images that placeholders stand for, in order [images, 3, height, width]; one dummy if there are none.
 
     A dummy keeps the vision tower in every rank's graph. TinyLLaVA v1 gives each text-only sample one of its own
@@ -110,7 +113,7 @@ def batch_images(batch: Mapping[str, Any], model: nn.Module, key: str = "images"
     return images[chosen] if len(chosen) else images[:1]
 
 
-def splice_batch(model: nn.Module, batch: Mapping[str, Any], visual: Tensor | None) -> Spliced:
+def splice_batch(model: TinyLlava, batch: Mapping[str, Any], visual: Tensor | None) -> Spliced:
     """A batch as a model's decoder reads it, padded on the right."""
     return splice(
         batch["input_ids"],
@@ -151,7 +154,7 @@ class States:
         return self._last[0, self._starts[rows] + columns]
 
 
-def decode(model: nn.Module, spliced: Spliced, packing: bool = False) -> States:
+def decode(model: TinyLlava, spliced: Spliced, packing: bool = False) -> States:
     """Run a language model's decoder over a spliced batch.
 
     Padding stands on the right, so the causal mask alone keeps it out of what real tokens see, and attention takes its
@@ -177,7 +180,7 @@ def decode(model: nn.Module, spliced: Spliced, packing: bool = False) -> States:
 
 
 def look(
-    model: nn.Module, spliced: Spliced, positions: Positions, sight: Sight = BLIND, *, packing: bool = False
+    model: TinyLlava, spliced: Spliced, positions: Positions, sight: Sight = BLIND, *, packing: bool = False
 ) -> View:
     """Run a decoder once and keep what is asked for (features and projected tokens are the caller's to add)."""
     with recording(model, sight.attention) as recorded:
@@ -234,7 +237,7 @@ RECORDING = "tinyllava_recording"
 
 
 @contextmanager
-def recording(model: nn.Module, layers: tuple[int, ...]) -> Iterator[dict[int, tuple[Tensor, Tensor, float]]]:
+def recording(model: TinyLlava, layers: tuple[int, ...]) -> Iterator[dict[int, tuple[Tensor, Tensor, float]]]:
     """While inside, the chosen decoder layers keep their queries and keys; what they compute stays the same.
 
     Yields:
@@ -257,7 +260,7 @@ def recording(model: nn.Module, layers: tuple[int, ...]) -> Iterator[dict[int, t
             del attention._recording
 
 
-def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """An attention of transformers' interface that notes queries and keys, and has the usual one do the work."""
     found, number, config = module._recording
     scaling = kwargs.get("scaling")

@@ -234,13 +234,13 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     # The language model's embeddings and head are the model's.
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

@@ -29,8 +29,8 @@ _HUMAN = ("human", "user")
 _ASSISTANT = ("gpt", "assistant")
 
 
-def _disguise(text: str | None) -> str | None:
-    return text if text is None else text.replace(DEFAULT_IMAGE_TOKEN, _LITERAL_IMAGE_TOKEN)
+def _disguise(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, _LITERAL_IMAGE_TOKEN)
 
 
 def _reveal(text: str) -> str:
@@ -91,7 +91,7 @@ class Template:
             raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
         prompt, questions, answers = self._compose(messages, mode, num_images)
         if mode == "eval":
-            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            input_ids: Any = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
             return {"input_ids": input_ids, "prompt": _reveal(prompt)}
         if type(self).make_labels is not Template.make_labels:  # a third party's own labels
             input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
@@ -115,7 +115,7 @@ class Template:
         if mode == "train" and any(answer is None for answer in answers):
             raise ValueError("An answer is missing, and without it there is nothing to learn.")
         questions = self._mark_images(questions, num_images)
-        answers = [_disguise(answer) for answer in answers]
+        answers = [answer and _disguise(answer) for answer in answers]
         prompt = self.prompt(questions, answers)
         if num_images == 0:
             prompt = prompt.replace(DEFAULT_IMAGE_TOKEN, "")  # `pretrain` gives a place to every sample

@@ -13,7 +13,7 @@ from tinyllava_switchkd.registry import Registry
 
 from .knee import Order
 
-LossFactory = Registry("distillation loss")
+LossFactory: Registry[type[LogitLoss]] = Registry("distillation loss")
 """`LossFactory(name)(temperature=3.0, ...)(student_logits, teacher_logits) -> [tokens]`."""
 
 register_loss = LossFactory.register

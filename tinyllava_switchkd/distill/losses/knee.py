@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,10 @@ class Order(NamedTuple):
     threshold: Tensor
     low: Tensor
     high: Tensor
+
+
+Candidates = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Logits that may lead, as `candidates` gives them."""
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -133,10 +137,10 @@ def leading(
         return Order(indices, indices.bool(), indices[:, 0], none, none, none)
     settings = (k, 0 if window >= vocab else window, temperature)
     if kernels and settings == (None, 0, None) and vocab >= FULL_SORT_BELOW:
-        found = try_kernels("native", "knees", logits, logits)
-        if found:
-            return found
-        found = try_kernels("knee_triton", "above_knee", logits, logits)
+        order: Order | None = try_kernels("native", "knees", logits, logits)
+        if order:
+            return order
+        found: Candidates | None = try_kernels("knee_triton", "above_knee", logits, logits)
         if found:
             return cut(*found, logits)
     return cut(*candidates(logits, *settings), logits, *settings)
@@ -148,9 +152,7 @@ def as_order(columns: Tensor, k: Tensor, threshold: Tensor, low: Tensor, high: T
     return Order(torch.where(mask, columns, columns[:, :1]).long(), mask, k, threshold, low, high)
 
 
-def candidates(
-    logits: Tensor, k: int | None = None, window: int = 0, temperature: float | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def candidates(logits: Tensor, k: int | None = None, window: int = 0, temperature: float | None = None) -> Candidates:
     """The logits that may lead: all up to the knee, or the `k` largest, and a few more. They are not sorted yet.
 
     Args:
@@ -215,7 +217,7 @@ def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.masked_fill(broken, torch.nan), low, high
 
 
-def try_kernels(module: str, function: str, like: Tensor, *arguments: object) -> tuple | None:
+def try_kernels(module: str, function: str, like: Tensor, *arguments: object) -> Any:
     """What a function of Triton kernels returns; None, with one warning, where they cannot run.
 
     Before their first use on a device and for a dtype, the kernels, as compiled there, are compared with torch's
@@ -279,7 +281,7 @@ def _above_knee(
         columns = torch.arange(vocab, device=z.device).expand(tokens, vocab)
         return columns, torch.ones_like(columns, dtype=torch.bool)
     by_softmax = temperature is not None and not window
-    if by_softmax:  # whose normaliser cancels in Eq. 9
+    if temperature is not None and by_softmax:  # whose normaliser cancels in Eq. 9
         z = ((z - high) / temperature).exp()
         low, high = ((low - high) / temperature).exp(), torch.ones_like(high)
     scale = bin_scale(low, high)

@@ -24,6 +24,9 @@ from .knee import Order, as_order, leading
 COMPILER = os.environ.get("CC", "cc")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
+Value = Tensor | int | float | None
+"""What a kernel's job is made of: tensors by address (None: no tensor), int64 and double."""
+
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
@@ -81,8 +84,9 @@ def logit_difference_kl(
     gradients = [torch.empty(order.indices.shape) for order in orders] if needs_gradient else []
     leads = _leads([order.indices for order in orders], [order.k for order in orders], gradients or [None, None])
     strides = student.stride(0), teacher.stride(0)
-    sizes = vocab, int(reverse), *strides, student, teacher, *leads, bounds, float(temperature), float(most), loss
-    return (loss, gradients) if _run("pairs", tokens, *sizes) else None
+    sides = vocab, int(reverse), *strides, student, teacher
+    done = _run("pairs", tokens, *sides, *leads, bounds, float(temperature), float(most), loss)
+    return (loss, gradients) if done else None
 
 
 def spread(
@@ -95,20 +99,20 @@ def spread(
     return _run("spread", len(out), out.shape[1], *_leads(indices, ks, gradients), factors.contiguous(), out)
 
 
-def _leads(indices: Sequence[Tensor], ks: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[object]:
-    leads = []
+def _leads(indices: Sequence[Tensor], ks: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Value]:
+    leads: list[Value] = []
     for index, k, gradient in zip(indices, ks, gradients, strict=True):
         leads += [index.shape[1], index.contiguous(), k.contiguous(), gradient]
     return leads
 
 
-def _run(kernel: str, tokens: int, *values: Tensor | int | float | None) -> bool:
+def _run(kernel: str, tokens: int, *values: Value) -> bool:
     """Run a kernel over all tokens, on as many threads as torch uses. False where it hands the work back.
 
     Args:
         kernel: a function of native.c.
         tokens: the rows.
-        values: what follows the rows in the kernel's job: tensors by address (None: no tensor), int64 and double.
+        values: what follows the rows in the kernel's job.
     """
     kinds = {int: ctypes.c_int64, float: ctypes.c_double}
     fields = [(f"value{i}", kinds.get(type(value), ctypes.c_void_p)) for i, value in enumerate(values)]
@@ -158,9 +162,12 @@ def check(like: Tensor) -> None:
     if not all(torch.equal(a, b) for a, b in zip(knees(z), leading(z, kernels=False), strict=True)):
         raise RuntimeError("as compiled here, the knee's kernel finds other logits than torch's operations do")
     student, teacher = z[:2], z[:2].flip(1) * 1.5
-    orders = tuple(leading(side, kernels=False) for side in (student, teacher))
+    orders = leading(student, kernels=False), leading(teacher, kernels=False)
     for reverse in (True, False):
-        loss, gradients = logit_difference_kl(student, teacher, orders, 3.0, reverse, True, LINEAR_RANGE)
+        result = logit_difference_kl(student, teacher, orders, 3.0, reverse, True, LINEAR_RANGE)
+        if result is None:
+            raise RuntimeError("as compiled here, the loss's kernel refuses logits that are close together")
+        loss, gradients = result
         expected, slopes = by_blocks(student, teacher, orders, 3.0, reverse, True)
         agree = [torch.allclose(loss, expected, rtol=1e-9, atol=1e-12)]
         agree += [torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(gradients, slopes, strict=True)]

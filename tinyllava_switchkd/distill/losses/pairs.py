@@ -222,7 +222,7 @@ def by_blocks(
     gradients = []
     for order in orders:
         width = order.indices.shape[1]
-        gradients.append(student.new_empty(tokens, width) if needs_gradient else None)
+        gradients.append(student.new_empty(tokens, width if needs_gradient else 0))
         size = max(1, tokens if student.is_cuda else CACHED_ELEMENTS // width)
         for rows in (slice(start, start + size) for start in range(0, tokens, size)):
             raw = [side[rows].gather(1, order.indices[rows]) for side in (student, teacher)]  # [rows, k]
@@ -237,12 +237,15 @@ def by_blocks(
                 infinite = raw[0].isinf()
                 raw = [side.clamp(*bound) for side, bound in zip(raw, bounds, strict=True)]
                 tops = [side.amax(-1, keepdim=True) for side in raw]
-            shifted = [side.double().sub_(top.double()).div_(temperature) for side, top in zip(raw, tops, strict=True)]
+            mask = order.mask[rows]
+            ours, theirs = (
+                side.double().sub_(top.double()).div_(temperature) for side, top in zip(raw, tops, strict=True)
+            )
             value, slope = pair_kl(
-                *shifted, order.mask[rows], reverse=reverse, needs_gradient=needs_gradient, spread=spread, pairs=pairs
+                ours, theirs, mask, reverse=reverse, needs_gradient=needs_gradient, spread=spread, pairs=pairs
             )
             loss[rows] += value
-            if needs_gradient:
+            if slope is not None:
                 gradients[-1][rows] = slope.div_(temperature)
                 if not math.isfinite(spread):
                     gradients[-1][rows].masked_fill_(infinite, 0.0)
@@ -297,7 +300,7 @@ def pair_kl(
         loss [tokens] and its gradient by `student` [tokens, k] (zero at padding).
     """
     if student.numel() == 0:
-        return student.sum(-1), student.clone()
+        return student.sum(-1), student.clone() if needs_gradient else None
     if not math.isfinite(spread):
         spread = -float(torch.stack([side.amin(-1) for side in (student, teacher)]).nan_to_num_(nan=0.0).min())
     if pairs == "triangle" and spread <= LINEAR_RANGE:

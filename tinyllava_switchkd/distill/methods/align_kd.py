@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from ..losses import LossFactory
 from ..objective import LogitTerm
 from ..trace import Sight
 from .base import DenseTerm, Method, Term, Views, register_method, same_visual_tokens, setting
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 class HeadMap(nn.Module):
@@ -89,17 +93,17 @@ class AlignKD(Method):
         )
         return [logits, *(term for term in dense if term.weight)]
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def check(self, student: TinyLlava, teacher: TinyLlava) -> None:
         if self.features_weight or self.features_top_weight or self.attention_weight:
             same_visual_tokens(
                 self.name, student, teacher, "--features_weight 0 --features_top_weight 0 --attention_weight 0"
             )
 
-    def adapters(self, student: nn.Module, teacher: nn.Module) -> Mapping[str, nn.Module]:
+    def adapters(self, student: TinyLlava, teacher: TinyLlava) -> Mapping[str, nn.Module]:
         found: dict[str, nn.Module] = {}
         if self.attention_weight:
-            heads = (model.config.text_config.num_attention_heads for model in (teacher, student))
-            found["attention_heads"] = HeadMap(*heads)
+            theirs, ours = (model.config.text_config.num_attention_heads for model in (teacher, student))
+            found["attention_heads"] = HeadMap(theirs, ours)
         if self.features_weight or self.features_top_weight:
             widths = (model.config.hidden_size for model in (teacher, student))
             found["features"] = nn.Linear(*widths)
@@ -108,7 +112,7 @@ class AlignKD(Method):
     def _mapped(self, views: Views) -> Tensor:
         """f_v(v_T) [images, visual tokens, student width]."""
         adapter = views.adapters["features"]
-        return adapter(views.teacher.projected.to(adapter.weight.dtype))
+        return adapter(views.teacher.projected.to(next(adapter.parameters()).dtype))
 
     def _features(self, views: Views) -> Tensor:
         ours = views.student.projected
@@ -125,6 +129,7 @@ class AlignKD(Method):
 
     def _attention(self, views: Views) -> Tensor:
         adapter, hidden = views.adapters["attention_heads"], views.student.hidden
+        assert isinstance(adapter, HeadMap)
         theirs, ours = views.teacher.attention[0], views.student.attention[0]
         nothing = hidden.new_zeros(1, 0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         # One call whatever the number of samples: under ZeRO-3 all ranks call a module equally often.

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,14 +17,17 @@ from ..losses import LossFactory
 from ..objective import CE, LogitTerm
 from ..trace import Sight, View
 
-MethodFactory = Registry("distillation method")
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+
+MethodFactory: Registry[type[Method]] = Registry("distillation method")
 """``MethodFactory("switch_kd")`` is the class of a method."""
 
 
-def register_method(*names: str, override: bool = False) -> Callable[[type], type]:
+def register_method(*names: str, override: bool = False) -> Callable[[type[Method]], type[Method]]:
     """``@register_method("name")`` on a dataclass derived from `Method`; the first name becomes its `name`."""
 
-    def decorator(cls: type) -> type:
+    def decorator(cls: type[Method]) -> type[Method]:
         cls.name = names[0]
         return MethodFactory.register(*names, override=override)(cls)
 
@@ -58,8 +61,8 @@ class Views(NamedTuple):
     student: View
     teacher: View
     adapters: nn.ModuleDict
-    student_head: nn.Module
-    teacher_head: nn.Module
+    student_head: nn.Linear
+    teacher_head: nn.Linear
     vocab_size: int
     kept: dict[str, Any]
 
@@ -127,14 +130,14 @@ class Method:
         """The weighted terms beside cross-entropy."""
         raise NotImplementedError(f"{type(self).__name__} must define terms.")
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def check(self, student: TinyLlava, teacher: TinyLlava) -> None:
         """Refuse a pair of models that the method cannot compare; models may lie on the meta device.
 
         Raises:
             ValueError: one sentence with both sides' values.
         """
 
-    def adapters(self, student: nn.Module, teacher: nn.Module) -> Mapping[str, nn.Module]:
+    def adapters(self, student: TinyLlava, teacher: TinyLlava) -> Mapping[str, nn.Module]:
         """Modules of the method's own that train with the student and are no part of it; none by default."""
         return {}
 
@@ -163,7 +166,7 @@ class Method:
         return cls(**settings, **({"loss_settings": of_loss} if of_loss else {}))
 
 
-def same_visual_tokens(method: str, student: nn.Module, teacher: nn.Module, remedy: str) -> None:
+def same_visual_tokens(method: str, student: TinyLlava, teacher: TinyLlava, remedy: str) -> None:
     """Refuse a pair whose visual tokens cannot be compared one by one.
 
     Raises:

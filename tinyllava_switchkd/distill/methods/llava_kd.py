@@ -15,6 +15,7 @@ have cross-entropy and L_res alone. Several images of a sample have one R, of al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from ..losses import LossFactory
 from ..objective import LogitTerm
 from ..trace import Sight
 from .base import DenseTerm, Method, Term, Views, register_method, same_visual_tokens, setting
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 @register_method("llava_kd")
@@ -49,7 +53,7 @@ class LLaVAKD(Method):
             terms.append(DenseTerm("relation", relation, self.relation_weight, title="relation of visual tokens"))
         return terms
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
+    def check(self, student: TinyLlava, teacher: TinyLlava) -> None:
         if self.student_sight.visual:
             same_visual_tokens(self.name, student, teacher, "--visual_weight 0 --relation_weight 0")
 
@@ -70,7 +74,7 @@ def relation(views: Views) -> Tensor:
     return total
 
 
-def gram(head: nn.Module, vocab_size: int) -> Tensor:
+def gram(head: nn.Linear, vocab_size: int) -> Tensor:
     """W^T W of an output head over the shared vocabulary; with a bias b, of [W, b].
 
     Y Y^T = [H, 1] [W, b]^T [W, b] [H, 1]^T for logits Y = H W^T + b, so that a matrix of the width of the hidden states

@@ -9,7 +9,7 @@ from tinyllava_switchkd.registry import Registry, base_name
 from ..llm import read_model_type
 
 
-class _TowerRegistry(Registry):
+class _TowerRegistry(Registry["type[VisionTower]"]):
     """A prefix before ``:`` names the tower (``timm:vit_small_patch14_dinov2``); without one, the base name does."""
 
     def name_of(self, name: str) -> str:
@@ -35,7 +35,7 @@ VisionTowerFactory = _TowerRegistry("vision tower", fuzzy=True, fallback=_tower_
 register_vision_tower = VisionTowerFactory.register
 
 
-def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> type:
+def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> type[VisionTower]:
     """The tower class for a checkpoint: by its name, unless the configuration is of another kind than that tower's."""
     error: ValueError | None = None
     known = (name_or_path.split(":", 1)[0] if ":" in name_or_path else base_name(name_or_path)).lower()
