@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -186,23 +186,26 @@ class _Archive:
             raise FileNotFoundError(f"There is no archive {self.path}.")
         if not (zipfile.is_zipfile(self.path) or tarfile.is_tarfile(self.path)):
             raise ValueError(f"{self.path} is neither a zip nor a tar archive; delete it and run again.")
-        self._zip = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else None
-        self._tar = None if self._zip else tarfile.open(self.path)
+        self._archive = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else tarfile.open(self.path)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        (self._zip or self._tar).close()
+        self._archive.close()
         if isinstance(error, self.DAMAGE):
             raise ValueError(f"{self.path} is damaged ({error}); delete it and run again.") from error
 
     def members(self) -> Iterator[tuple[str, Any]]:
-        if self._zip:
-            yield from ((info.filename, info) for info in self._zip.infolist() if not info.is_dir())
+        if isinstance(self._archive, zipfile.ZipFile):
+            yield from ((info.filename, info) for info in self._archive.infolist() if not info.is_dir())
         else:
-            yield from ((info.name, info) for info in self._tar if info.isfile())
+            yield from ((info.name, info) for info in self._archive if info.isfile())
 
-    def open(self, member: Any) -> BinaryIO:
-        return self._zip.open(member) if self._zip else self._tar.extractfile(member)
+    def open(self, member: Any) -> IO[bytes]:
+        if isinstance(self._archive, zipfile.ZipFile):
+            return self._archive.open(member)
+        file = self._archive.extractfile(member)
+        assert file is not None  # `members` names files only
+        return file
 
 
 # ------------------------------------------------------------------------------------------------ hub data sets

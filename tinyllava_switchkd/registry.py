@@ -132,7 +132,7 @@ class Registry(Generic[Found]):
         load_entry_points()
         return sorted(name for name in self._entries if fnmatch(name, pattern.lower()))
 
-    def name_of(self, name: str) -> str:
+    def name_of(self, name: str | None) -> str:
         """The registered name that `name` (a name, a hub id or a path) stands for.
 
         Raises:
@@ -167,7 +167,7 @@ class Registry(Generic[Found]):
             )
         return best[0]
 
-    def __call__(self, name: str) -> Found:
+    def __call__(self, name: str | None) -> Found:
         entry = self._entries[self.name_of(name)]
         return entry if self._resolve is None else self._resolve(entry)
 

@@ -88,7 +88,7 @@ class Planned:
     seconds: float | None = None
 
 
-def build(models: tuple[str, str], flags: Flags) -> nn.Module:
+def build(models: tuple[str, str], flags: Flags) -> TinyLlavaForConditionalGeneration:
     """A model on the meta device."""
     llm, tower = (CONFIGS.get(name) or read_json(Path(name) / "config.json") for name in models)
     config = TinyLlavaConfig(

@@ -132,14 +132,16 @@ def _settings(flags: Flags | None) -> Settings:
     """A way's flags as a stage's settings; Switch-KD's that it does not have are taken out."""
     if flags is None:
         return {}
-    return {name: "null" for name in SWITCH if name not in flags} | {name: str(value) for name, value in flags.items()}
+    removed: Settings = {name: "null" for name in SWITCH if name not in flags}
+    return removed | {name: str(value) for name, value in flags.items()}
 
 
 def plan(names: Sequence[str], environment: Mapping[str, str], seed: int = 1) -> list[dry.Planned]:
     """What the tables train for one seed, each training once."""
     devices = find_devices(environment, sys.executable)
     devices = devices if devices.gpus else USUAL
-    paper, found = Paper(environment, devices), {}
+    paper = Paper(environment, devices)
+    found: dict[str, dry.Planned] = {}
     for key in _ways(names):
         for step in paper.steps(WAYS[key], seed):
             flags = {**step.flags, "per_device_train_batch_size": step.training.batch.per_device}

@@ -69,7 +69,7 @@ class Commands:
             self._child.send_signal(number)
 
     def _tell_ranks(self) -> None:
-        for rank in ranks_below(self._child.pid):
+        for rank in ranks_below(self._child.pid) if self._child else ():
             with contextlib.suppress(OSError):
                 os.kill(rank, signal.SIGUSR1)
 

@@ -33,7 +33,7 @@ def write_tiny_world(folder: Path) -> None:
         merges=[],
         eos_token=end,
         pad_token=end,
-        unk_token=None,  # type: ignore[arg-type]
+        unk_token=None,
         model_max_length=512,
     )
     for seed, (who, width) in enumerate((("student", 32), ("teacher", 48))):

@@ -294,9 +294,9 @@ def _training(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if data:
         rows.append(("data", ", ".join(data) if isinstance(data, (list, tuple)) else str(data)))
     elif settings.get("data_path"):
-        value = str(settings["data_path"])
-        is_digest = re.fullmatch(r"[0-9a-f]{64}", value) is not None
-        rows.append(("data", f"SHA-256 {_code(value)}" if is_digest else _code(Path(value).name)))
+        path = str(settings["data_path"])
+        is_digest = re.fullmatch(r"[0-9a-f]{64}", path) is not None
+        rows.append(("data", f"SHA-256 {_code(path)}" if is_digest else _code(Path(path).name)))
     distilled = bool(settings.get("teacher_path") or facts.get("teacher"))
     for key, words in SETTINGS.items():
         of_teacher = key.startswith(("distill_", "align_", "switch_")) or key == "temperature"
@@ -340,7 +340,7 @@ def _code(value: Any) -> str:
     return f"`{value}`"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -89,7 +89,7 @@ def chat(
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
-    paths_or_images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    paths_or_images: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     images = [item if isinstance(item, Image.Image) else _open(item) for item in paths_or_images]
     template = TextPreprocess(tokenizer, conv_version or conversation_template(model, tokenizer))
     messages = []

@@ -19,7 +19,7 @@ from .trust import CodeRefused, one_sentence, read_json, refuse_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
-LLMEntry = tuple[type, tuple[type, Callable[[Any], Any]]]
+LLMEntry = tuple[Any, tuple[Any, Callable[[Any], Any]]]
 
 
 def read_model_type(name_or_path: str) -> str | None:
@@ -64,7 +64,9 @@ def read_base_config(name_or_path: str, cache_dir: str | None = None) -> Pretrai
         ) from error
 
 
-LLMFactory = Registry("language model", fuzzy=True, fallback=read_model_type, resolve=lambda entry: entry())
+LLMFactory: Registry[LLMEntry] = Registry(
+    "language model", fuzzy=True, fallback=read_model_type, resolve=lambda entry: entry()
+)
 register_llm = LLMFactory.register
 
 
@@ -192,7 +194,7 @@ def load_tokenizer(
     if text_config is None:
         text_config = read_base_config(llm, cache_dir)
     tokenizer_class, post_load = resolve_llm(llm, text_config)[1]
-    kwargs = {} if model_max_length is None else {"model_max_length": model_max_length}
+    kwargs: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
     kwargs |= {"padding_side": padding_side, "cache_dir": cache_dir}
     tokenizer = post_load(open_tokenizer(name_or_path, tokenizer_class, **kwargs))
     if tokenizer.pad_token is None:
@@ -203,7 +205,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def open_tokenizer(name_or_path: str, tokenizer_class: type = AutoTokenizer, **kwargs: Any) -> Any:
+def open_tokenizer(name_or_path: str, tokenizer_class: Any = AutoTokenizer, **kwargs: Any) -> Any:
     """A tokenizer as its files say, without code of theirs; `kwargs` are those of `from_pretrained`.
 
     Raises:

@@ -98,8 +98,9 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights outside the language model and the tower's encoder: PyTorch's own initialisation."""
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     @classmethod
     def from_pretrained(
@@ -218,8 +219,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
                 **kwargs,
             )
         tied = set(model.all_tied_weights_keys)
-        shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in info["mismatched_keys"]]
-        refuse(source, set(info["missing_keys"]) - tied, info["unexpected_keys"], shapes)
+        wrong = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in info["mismatched_keys"]]
+        refuse(source, set(info["missing_keys"]) - tied, info["unexpected_keys"], wrong)
         model.vision_tower.restore_buffers()
         own_memory(model, tensors.values())
         model.config.name_or_path = model.name_or_path = str(source)
@@ -369,6 +370,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         """
         image_mask = None
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Pass input_ids, or inputs_embeds.")
             prepared = self.prepare_inputs(input_ids, attention_mask, labels, images, image_features)
             if past_key_values is None:
                 attention_mask, position_ids = prepared.attention_mask, prepared.position_ids

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pickle
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .trust import read_json, refuse_code
+
+if TYPE_CHECKING:
+    from .vision_tower.base import VisionTower
 
 # The parts of v1's split layout: folder -> prefix of its keys in the full layout.
 SPLIT_PARTS = {
@@ -36,7 +40,7 @@ LEGACY_NAMES = (
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def resolve_folder(name_or_path: str | Path, **hub: Any) -> Path:
+def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     """The local folder of a model: the path itself, or the hub's repository after download.
 
     Args:
@@ -254,7 +258,7 @@ def refuse(source: str | Path, missing: Iterable[str], unexpected: Iterable[str]
         raise ValueError(f"The weights of {source} do not fit the configuration: {'; '.join(parts)}.")
 
 
-def load_tower_weights(tower: nn.Module, source: str, source2: str = "") -> None:
+def load_tower_weights(tower: VisionTower, source: str, source2: str = "") -> None:
     """Fill a vision tower from its base model (or from a folder that the pre-training stage wrote)."""
     fill(tower.vision_tower, tower.base_state_dict(source, source2), source)
 
@@ -276,11 +280,12 @@ def read_connector(source: str | Path) -> dict[str, Tensor]:
         tensors = read_file(path)
     else:
         folder = resolve_folder(source)
-        tensors = read_weights(folder)
-        if tensors is None and (folder / "connector").is_dir():
-            tensors = read_weights(folder / "connector")
-        if tensors is None:
+        found = read_weights(folder)
+        if found is None and (folder / "connector").is_dir():
+            found = read_weights(folder / "connector")
+        if found is None:
             raise FileNotFoundError(f"{folder} holds no connector (model.safetensors or pytorch_model.bin).")
+        tensors = found
     named = normalise_keys(tensors)
     # v1 cuts everything up to "_connector.", so that both its own file and a whole checkpoint can be given.
     return {name[name.index("_connector.") :]: tensor for name, tensor in named.items() if "_connector." in name}

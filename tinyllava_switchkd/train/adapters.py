@@ -11,6 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.distill import Distiller, Task
+
 logger = logging.getLogger(__name__)
 
 BRIDGE_SAMPLES = 64
@@ -43,7 +45,7 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
     save_file(tensors, file)
 
 
-def begin_adapters(task: nn.Module, earlier: str | None, data: Mapping[str, Any]) -> None:
+def begin_adapters(task: Task, earlier: str | None, data: Mapping[str, Any]) -> None:
     """Start a run's adapters: from the stage before if it has them, a bridge else from least squares.
 
     Args:
@@ -54,7 +56,7 @@ def begin_adapters(task: nn.Module, earlier: str | None, data: Mapping[str, Any]
     Raises:
         ValueError: the earlier stage's do not fit.
     """
-    if not hasattr(task, "adapters"):
+    if not isinstance(task, Distiller) or not hasattr(task, "adapters"):
         return
     if earlier is not None and Path(earlier, FILE).is_file():
         read_adapters(task, earlier)
@@ -93,13 +95,14 @@ def read_adapters(task: nn.Module, folder: str | Path) -> bool:
     Raises:
         ValueError: the folder has none although the task wants some, or they do not fit.
     """
-    if not hasattr(task, "adapters"):
+    adapters = getattr(task, "adapters", None)
+    if adapters is None:
         return False
     file = Path(folder, FILE)
     if not file.is_file():
         raise ValueError(f"{file} is missing: the checkpoint was written by a method that trains nothing of its own.")
     try:
-        task.adapters.load_state_dict(load_file(file))
+        adapters.load_state_dict(load_file(file))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} holds the trained parts of another method or pair of models ({reason}).") from None

@@ -268,7 +268,7 @@ class TrainingArguments(transformers.TrainingArguments):
         check_settings(self)  # before transformers reads the file of --deepspeed
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
-            self.greater_is_better = self.metric_for_best_model.endswith("overlap")
+            self.greater_is_better: bool | None = self.metric_for_best_model.endswith("overlap")
         super().__post_init__()
 
     @property

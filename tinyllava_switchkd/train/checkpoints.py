@@ -64,7 +64,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(_CHECKPOINT.match(folder.name)[1])
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 # Writing
@@ -292,7 +292,7 @@ def weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _deepspeed_classes() -> list[type]:
+def _deepspeed_classes() -> list[Any]:
     import sys
 
     if "deepspeed" not in sys.modules:
@@ -332,7 +332,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

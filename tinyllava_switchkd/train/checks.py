@@ -44,7 +44,7 @@ def check_paths(arguments: Arguments) -> None:
         FileNotFoundError, NotADirectoryError, PermissionError: with the argument, the path and the remedy.
     """
     _, data, training, distill, _ = arguments
-    if not Path(data.data_path).is_file():
+    if data.data_path is None or not Path(data.data_path).is_file():
         raise FileNotFoundError(f"--data_path {data.data_path} does not exist; give a JSON file in LLaVA's format.")
     if data.eval_data_path is not None and not Path(data.eval_data_path).is_file():
         raise FileNotFoundError(f"--eval_data_path {data.eval_data_path} does not exist; give a JSON file.")

@@ -75,17 +75,14 @@ def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str |
     Returns:
         the number of layers.
     """
-    layers = [layer for model in task.models for part in _parts(model) for layer in _layers(part)]
+    parts = [part for model in task.models for part in (model.language_model, model.vision_tower)]
+    layers = [layer for part in parts for layer in _layers(part)]
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
     logger.info("torch.compile (%s): %d layers; the first steps wait for the compiler.", backend, len(layers))
     return len(layers)
-
-
-def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return model.language_model, model.vision_tower
 
 
 def _layers(part: nn.Module) -> Iterator[nn.Module]:

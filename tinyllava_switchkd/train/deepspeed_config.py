@@ -102,7 +102,7 @@ def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(values, list):
         for value in values:
             yield from _numbers(value, name)
-    elif isinstance(values, numbers.Real) and not isinstance(values, bool):
+    elif isinstance(values, int | float) and not isinstance(values, bool):
         yield name, values
 
 

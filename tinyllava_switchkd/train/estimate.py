@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 from .arguments import Arguments, TeacherArguments, TrainingArguments
 from .recipes import TrainingRecipeFactory
 from .skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 LOGIT_COPIES = (3, 5, 6)
 """Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
@@ -54,8 +58,8 @@ class Estimate:
 
 
 def estimate(
-    student: nn.Module,
-    teacher: nn.Module | None = None,
+    student: TinyLlava,
+    teacher: TinyLlava | None = None,
     *,
     batch_size: int,
     text_tokens: int,
@@ -187,7 +191,7 @@ def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArgum
     return f"{largest} take the most; try {parts[largest]}"
 
 
-def _student_bytes(student: nn.Module, batch: int, length: int, checkpointing: bool, size: int) -> int:
+def _student_bytes(student: TinyLlava, batch: int, length: int, checkpointing: bool, size: int) -> int:
     def run() -> Tensor:
         features = student.vision_features(_pixels(student, batch))
         visual = student.connector(features)
@@ -197,7 +201,7 @@ def _student_bytes(student: nn.Module, batch: int, length: int, checkpointing: b
 
 
 def _switch_bytes(
-    student: nn.Module, teacher: nn.Module, batch: int, length: int, checkpointing: bool, size: int, bits: int
+    student: TinyLlava, teacher: TinyLlava, batch: int, length: int, checkpointing: bool, size: int, bits: int
 ) -> int:
     sees = any(p.requires_grad for p in student.vision_tower.parameters())
 
@@ -213,11 +217,11 @@ def _switch_bytes(
     return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size, keeping)
 
 
-def _pixels(model: nn.Module, batch: int) -> Tensor:
+def _pixels(model: TinyLlava, batch: int) -> Tensor:
     return torch.empty(batch, 3, model.image_size, model.image_size, device="meta")
 
 
-def _decode(model: nn.Module, visual: Tensor, length: int) -> Tensor:
+def _decode(model: TinyLlava, visual: Tensor, length: int) -> Tensor:
     embeddings = model.get_input_embeddings()
     ids = torch.zeros(visual.shape[0], length - visual.shape[1], dtype=torch.long, device="meta")
     inputs = torch.cat([visual, embeddings(ids)], dim=1)
@@ -226,8 +230,8 @@ def _decode(model: nn.Module, visual: Tensor, length: int) -> Tensor:
 
 def _saved(
     run: Callable[[], Tensor],
-    models: list[nn.Module],
-    module: nn.Module,
+    models: list[TinyLlava],
+    module: Any,
     checkpointing: bool,
     size: int,
     keeping: Iterable[nn.Module] = (),
@@ -265,7 +269,7 @@ def _saved(
             _checkpoint(module, False)
 
 
-def _checkpoint(module: nn.Module, on: bool) -> None:
+def _checkpoint(module: Any, on: bool) -> None:
     """Turn checkpointing on or off by the names that all supported versions of transformers understand."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
@@ -275,7 +279,7 @@ def _checkpoint(module: nn.Module, on: bool) -> None:
             module.gradient_checkpointing_disable()
 
 
-def _layers(model: nn.Module) -> int:
+def _layers(model: TinyLlava) -> int:
     return model.config.text_config.num_hidden_layers
 
 
@@ -302,7 +306,7 @@ _ATTENTION = "tinyllava_memory_estimate"
 
 
 @contextmanager
-def _fused_attention(*models: nn.Module | None) -> Iterator[None]:
+def _fused_attention(*models: TinyLlava | None) -> Iterator[None]:
     """transformers' modules call `_attention`: on the meta device torch would otherwise keep whole score matrices."""
     configs = {id(m.config): m.config for model in models if model for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tinyllava_switchkd.distill import TeacherCache
@@ -20,6 +19,9 @@ from tinyllava_switchkd.distill.teacher_cache import fill
 from . import signals
 from .arguments import TrainingArguments
 from .validation import Subset
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Filling:
     """
 
     cache: TeacherCache
-    teacher: nn.Module
+    teacher: TinyLlava
     data: Sequence[Any]
     collator: Any
     training: TrainingArguments

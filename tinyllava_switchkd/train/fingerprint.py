@@ -88,6 +88,7 @@ def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
     config = getattr(training, "hf_deepspeed_config", None)
     chosen["deepspeed"] = "none" if config is None else f"ZeRO-{config.config['zero_optimization']['stage']}"
     chosen["world_size"] = world_size
+    assert data.data_path is not None, "the arguments have been checked"
     chosen[DATA] = digest(data.data_path)
     chosen[TEACHER] = None if distill.teacher_path is None else teacher_digest(distill.teacher_path, model.cache_dir)
     return chosen

@@ -67,7 +67,7 @@ class OutputLock:
                     *(self.path.parent, owner.get("process"), owner.get("host"), _span(age)),
                 )
             self._file = descriptor
-            self._write()
+            self._write(descriptor)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -84,7 +84,8 @@ class OutputLock:
         os.close(self._file)
         self._file = None
 
-    def _write(self) -> None:
+    @staticmethod
+    def _write(descriptor: int) -> None:
         owner = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -92,14 +93,16 @@ class OutputLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         data = json.dumps(owner).encode()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, data, 0)
-        os.fsync(self._file)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, data, 0)
+        os.fsync(descriptor)
 
     def _renew(self) -> None:
         while not self._ended.wait(_RENEW_SECONDS):
-            with contextlib.suppress(OSError, TypeError):
-                os.utime(self._file)
+            descriptor = self._file
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -240,7 +240,7 @@ class ReliableTrainer(Trainer):
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return super().get_train_dataloader()
         dataset = self.train_dataset
-        self.train_dataset = WithFillers(dataset)
+        self.train_dataset: Any = WithFillers(dataset)
         try:
             return super().get_train_dataloader()
         finally:
@@ -259,7 +259,7 @@ class ReliableTrainer(Trainer):
 class Filled(Sampler):
     """A sampler whose length is a multiple of something; what is added at the end are indices beyond the data."""
 
-    def __init__(self, sampler: Sampler, multiple: int, size: int) -> None:
+    def __init__(self, sampler: Any, multiple: int, size: int) -> None:
         self.sampler, self.multiple, self.size = sampler, multiple, size
 
     def __len__(self) -> int:
@@ -278,7 +278,7 @@ class Filled(Sampler):
 class WithFillers(Dataset):
     """Data, and beyond its end the same samples with nothing to learn in them."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:

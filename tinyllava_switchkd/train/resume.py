@@ -64,7 +64,7 @@ REMEDY = "use the arguments that the run was begun with, or begin anew with --ov
 def is_finished(output_dir: str | Path) -> bool:
     """Whether a run in this folder has ended: its state is written last, after the final weights."""
     state = _read_state(Path(output_dir))
-    return bool(state) and state.get("global_step", 0) >= state.get("max_steps", 1)
+    return state is not None and state.get("global_step", 0) >= state.get("max_steps", 1)
 
 
 def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:

@@ -28,7 +28,7 @@ class Range(NamedTuple):
     also: tuple[float, ...] = ()
     """Values outside that have a meaning of their own."""
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         if value in self.also:
             return True
         low = value > self.low if self.without_low else value >= self.low

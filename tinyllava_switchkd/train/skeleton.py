@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.checkpoint import plan_model
@@ -16,11 +15,14 @@ from tinyllava_switchkd.model.weights import resolve_folder
 from .arguments import Arguments
 from .attention import attention_of
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+
 
 class Skeleton(NamedTuple):
     """A model on the meta device, with its tokenizer and image processor."""
 
-    model: nn.Module
+    model: TinyLlava
     tokenizer: Any
     image_processor: Any
 
@@ -105,7 +107,7 @@ def student_skeleton(arguments: Arguments) -> Skeleton:
     return skeleton
 
 
-def apply_run_settings(model: nn.Module, tokenizer: Any, arguments: Arguments) -> None:
+def apply_run_settings(model: TinyLlava, tokenizer: Any, arguments: Arguments) -> None:
     """Put what this run asks for into a checkpoint's configuration and tokenizer; the rest stays as it was."""
     config = model.config
     for name, field in PER_RUN.items():
@@ -118,13 +120,13 @@ def apply_run_settings(model: nn.Module, tokenizer: Any, arguments: Arguments) -
     tokenizer.padding_side = config.tokenizer_padding_side
 
 
-def visual_tokens(model: nn.Module) -> str:
+def visual_tokens(model: TinyLlava) -> str:
     """How many visual tokens an image takes, and of which tower and connector, in words."""
     config = model.config
     name = config.vision_model_name_or_path or config.vision_config.model_type
     return f"{model.num_image_tokens:,} visual tokens ({name}, {config.connector_type})"
 
 
-def _on_meta(config: TinyLlavaConfig) -> nn.Module:
+def _on_meta(config: TinyLlavaConfig) -> TinyLlava:
     with torch.device("meta"):
         return TinyLlavaForConditionalGeneration(config)

@@ -18,15 +18,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
 from tinyllava_switchkd.data import SampleError, make_supervised_data_module
-from tinyllava_switchkd.distill import Task, TeacherCache, build_distiller
+from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller
 from tinyllava_switchkd.distill.teacher_cache import tell_size
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.model.card import write_model_card
@@ -53,6 +52,9 @@ from .skeleton import (
 from .task import SupervisedTask
 from .trainer import LLaVATrainer
 from .validation import hold_out
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
 
@@ -125,7 +127,7 @@ class Run:
     """A training that is ready to start."""
 
     recipe: BaseTrainingRecipe
-    model: nn.Module
+    model: TinyLlava
     trainer: LLaVATrainer
     checkpoint: str | None
     """Where to resume from."""
@@ -212,6 +214,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     task = build_task(arguments, model, recipe)
     if cache is not None:
+        assert isinstance(task, Distiller)
         task.teacher_cache = cache
     trainer = LLaVATrainer(task, training, recipe=recipe, callbacks=callbacks, **plan.data_module)
     trainer.fingerprint = chosen
@@ -248,7 +251,8 @@ def _teacher_cache(arguments: Arguments, plan: Plan, chosen: dict[str, Any]) -> 
     cache = TeacherCache(distill.teacher_cache, identity, kept)
     dataset, collator = (plan.data_module[name] for name in ("train_dataset", "data_collator"))
     collator.digests = True
-    logger.info(on_main(lambda: tell_size(cache, dataset, collator, plan.teacher.model.config.hidden_size)))
+    width = plan.teacher.model.config.hidden_size
+    logger.info(on_main(lambda: tell_size(cache, dataset, collator, width)))
     return cache
 
 
@@ -340,7 +344,7 @@ def check(arguments: Arguments) -> Plan | None:
     return Plan(recipe, skeleton, teacher, data_module)
 
 
-def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecipe) -> Task:
+def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecipe) -> Task:
     """What the trainer trains: the model alone, or the model with a teacher."""
     distill = arguments.distill
     if distill.teacher_path is None:
@@ -360,7 +364,7 @@ def build_task(arguments: Arguments, model: nn.Module, recipe: BaseTrainingRecip
     )
 
 
-def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> tuple[nn.Module, Any, Any]:
+def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> tuple[TinyLlava, Any, Any]:
     """The teacher on this rank's device, its tokenizer and its image processor."""
     distill = arguments.distill
     assert distill.teacher_path is not None, "the arguments have been checked"

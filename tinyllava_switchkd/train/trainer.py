@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -41,6 +41,9 @@ from .reliable import ReliableTrainer
 from .task import SupervisedTask
 from .validation import held_out_means
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+
 logger = logging.getLogger(__name__)
 
 SMALL_SHARE = 0.01
@@ -59,7 +62,7 @@ class LLaVATrainer(ReliableTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Task | TinyLlava,
         args: TrainingArguments,
         recipe: BaseTrainingRecipe | None = None,
         **kwargs: Any,
@@ -68,7 +71,7 @@ class LLaVATrainer(ReliableTrainer):
         reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
         self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
-        self._epoch_sampler: Sampler | None = None
+        self._epoch_sampler: Any = None
         self._window = _Window(task.measures)
         self._step_counts: dict[str, Tensor] | None = None
         self._first_of_step = False
@@ -84,7 +87,7 @@ class LLaVATrainer(ReliableTrainer):
             self.add_callback(_SyncTeacherCache(self))
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> TinyLlava:
         return self.model.student
 
     # The loss
@@ -176,7 +179,7 @@ class LLaVATrainer(ReliableTrainer):
         means = held_out_means(self, model, dataset, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _load_best_model(self) -> None:
@@ -189,7 +192,7 @@ class LLaVATrainer(ReliableTrainer):
     # Order of the samples
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if not args.group_by_modality_length and args.train_sampling_strategy != "group_by_length":
             self._epoch_sampler = self.fill_up(super()._get_train_sampler(dataset))
@@ -212,7 +215,7 @@ class LLaVATrainer(ReliableTrainer):
         """The optimiser over groups: learning rate by part, weight decay not for norms and biases."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(self.parameter_groups(model), **kwargs)
+            self.optimizer: torch.optim.Optimizer | None = cls(self.parameter_groups(model), **kwargs)
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
@@ -318,10 +321,10 @@ class _Window:
         sums = torch.stack([self._sums[name] for name in names])
         waited = sums.new_full((1,), self.waited / seconds)
         *sums, waited = accelerator.reduce(torch.cat([sums, waited]), reduction="sum").tolist()
-        sums = dict(zip(names, sums, strict=True))
+        found = dict(zip(names, sums, strict=True))
         self.open(step)
-        supervised, tokens, computed = (sums.pop(name) for name in ("supervised_tokens", "tokens", "computed"))
-        logs = {name: value / (max(supervised, 1) if name in self._of_batch else steps) for name, value in sums.items()}
+        supervised, tokens, computed = (found.pop(name) for name in ("supervised_tokens", "tokens", "computed"))
+        logs = {name: x / (max(supervised, 1) if name in self._of_batch else steps) for name, x in found.items()}
         logs["supervised_tokens_per_second"] = supervised / seconds
         logs["tokens_per_second"] = tokens / seconds
         logs["padding_share"] = 1 - tokens / max(computed, 1)
@@ -346,7 +349,7 @@ def _choose_checkpointing(args: TrainingArguments) -> bool:
     return chosen["use_reentrant"]
 
 
-def _needs_gradient_of_images(student: nn.Module) -> bool:
+def _needs_gradient_of_images(student: TinyLlava) -> bool:
     """Whether something trains that no other trained weight comes before.
 
     Reentrant checkpointing sees only whether a module's inputs have gradients: a trained layer behind frozen ones (a

@@ -124,8 +124,8 @@ def held_out_means(trainer: Any, model: nn.Module, dataset: Any, batch_size: int
                 sums[f"count {unit}"] += float(counts[unit])
     finally:
         model.train(was_training)
-    totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-    totals = dict(zip(sums, trainer.accelerator.reduce(totals, reduction="sum").tolist(), strict=True))
+    own = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    totals = dict(zip(sums, trainer.accelerator.reduce(own, reduction="sum").tolist(), strict=True))
     means = {name: totals[name] / max(totals[f"count {measure.per}"], 1) for name, measure in task.measures.items()}
     loss = sum(measure.weight * means[name] for name, measure in task.measures.items() if measure.weight is not None)
     return {"loss": loss, **means}

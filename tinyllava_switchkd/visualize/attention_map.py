@@ -122,8 +122,8 @@ def correlation(ours: AttentionMap, reference: AttentionMap) -> float | None:
     """
     theirs, mine = reference.of(), ours.of()
     if mine.shape != theirs.shape:
-        mine = Tensor(mine)[None, None]
-        mine = torch.nn.functional.interpolate(mine, theirs.shape, mode="bilinear", antialias=True)[0, 0].numpy()
+        cells = Tensor(mine)[None, None]
+        mine = torch.nn.functional.interpolate(cells, theirs.shape, mode="bilinear", antialias=True)[0, 0].numpy()
     both = np.isfinite(mine) & np.isfinite(theirs)
     mine, theirs = mine[both].astype(float), theirs[both].astype(float)
     if len(mine) < 2 or np.ptp(mine) == 0 or np.ptp(theirs) == 0:

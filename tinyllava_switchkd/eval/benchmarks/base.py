@@ -266,7 +266,7 @@ class Reading:
     choices: Mapping[str, str]
 
 
-JudgeFactory = Registry("judge")
+JudgeFactory: Registry[Callable[[Reading], str | None]] = Registry("judge")
 """`JudgeFactory("name")` is the judge registered under that name, a function of a `Reading`."""
 
 register_judge = JudgeFactory.register
@@ -543,7 +543,7 @@ def question_images(root: Path, question_file: str, folder: str) -> Iterator[str
             yield f"{folder}/{row['image']}"
 
 
-BenchmarkFactory = Registry("benchmark", resolve=lambda benchmark: benchmark())
+BenchmarkFactory: Registry[Benchmark] = Registry("benchmark", resolve=lambda benchmark: benchmark())
 """`BenchmarkFactory("pope")` is an instance of the benchmark registered under that name."""
 
 register_benchmark = BenchmarkFactory.register

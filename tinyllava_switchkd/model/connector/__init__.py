@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinyllava_switchkd.registry import Registry
 
-ConnectorFactory = Registry("connector", fuzzy=True)
+ConnectorFactory: Registry[type[Connector]] = Registry("connector", fuzzy=True)
 register_connector = ConnectorFactory.register
 
 from . import ldpv2, mlp, qformer, resampler  # noqa: E402 (the entries need the decorator above)

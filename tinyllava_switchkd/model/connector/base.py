@@ -19,7 +19,7 @@ class Connector(nn.Module):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()
-        self._connector: nn.Module | None = None
+        self._connector: nn.Module
 
     @classmethod
     def complete_config(cls, config: Any, tensors: dict[str, Tensor]) -> None:

@@ -13,14 +13,6 @@ from .base import Connector
 from .mlp import mlp
 
 
-class _Named(nn.Module):
-    """Holds a module under a name: MobileVLM's keys have these levels (``mlp.mlp.0``, ``peg.peg.0``)."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, module)
-
-
 class LDPv2(nn.Module):
     """MobileVLM V2, mobilevlm/model/vision_projector.py: no norms, and no activation after the pooling.
 
@@ -30,16 +22,18 @@ class LDPv2(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.mlp = _Named("mlp", mlp(2, width_in, width_out))
-        self.peg = _Named("peg", nn.Sequential(nn.Conv2d(width_out, width_out, 3, padding=1, groups=width_out)))
+        convolution = nn.Conv2d(width_out, width_out, 3, padding=1, groups=width_out)
+        # MobileVLM's keys have a level more (``mlp.mlp.0``, ``peg.peg.0``).
+        self.mlp = nn.ModuleDict({"mlp": mlp(2, width_in, width_out)})
+        self.peg = nn.ModuleDict({"peg": nn.Sequential(convolution)})
 
     def forward(self, x: Tensor) -> Tensor:
         """[I, s*s, width_in] -> [I, (s//2)**2, width_out]."""
-        x = self.mlp.mlp(x)  # [I, s*s, D]
+        x = self.mlp["mlp"](x)  # [I, s*s, D]
         side = math.isqrt(x.shape[1])
         grid = x.transpose(1, 2).unflatten(2, (side, side))  # [I, D, s, s]
         pooled = F.adaptive_avg_pool2d(grid, side // 2)  # [I, D, s/2, s/2]
-        return (self.peg.peg(pooled) + pooled).flatten(2).transpose(1, 2)
+        return (self.peg["peg"](pooled) + pooled).flatten(2).transpose(1, 2)
 
 
 @register_connector("ldpv2", "ldpnetv2")

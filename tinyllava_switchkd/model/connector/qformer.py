@@ -44,7 +44,7 @@ class QFormer(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        fields = {"encoder_hidden_size": config.vision_hidden_size, "cross_attention_frequency": 2}
+        fields: dict[str, Any] = {"encoder_hidden_size": config.vision_hidden_size, "cross_attention_frequency": 2}
         bert = Blip2QFormerConfig(**{**fields, **(config.qformer_config or {})})
         self.eps, self.dropout = bert.layer_norm_eps, bert.hidden_dropout_prob
         self.bert = _Bert(bert)

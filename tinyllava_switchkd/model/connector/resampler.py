@@ -59,7 +59,9 @@ class PerceiverResampler(nn.Module):
         """[I, N, width_in] -> [I, num_queries, width]."""
         x = self.linear(x)  # [I, N, D]
         latents = self.latents.expand(len(x), -1, -1)  # [I, Q, D]
-        for attention, feed in self.layers:
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            attention, feed = layer
             latents = attention(x, latents) + latents
             latents = feed(latents) + latents
         return self.norm(latents)

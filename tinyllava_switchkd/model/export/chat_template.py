@@ -85,7 +85,7 @@ def jinja_template(version: str, tokenizer: Any) -> str:
     """
     template = TemplateFactory(version)()
     fitted = hasattr(template, "for_tokenizer")
-    if fitted:
+    if hasattr(template, "for_tokenizer"):
         template = template.for_tokenizer(tokenizer)
     bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
     jinja = _fill(template, bos, "", system_is_text=not fitted)
@@ -98,7 +98,7 @@ def jinja_template(version: str, tokenizer: Any) -> str:
     # with a space, but (Llama's) not the text after a special token: there the space has to be written.
     spaced = _fill(template, bos, " ", system_is_text=not fitted)
     expected = [_ids_in_training(template, probe, tokenizer) for probe in PROBES]
-    for candidate in (jinja, spaced):
+    for candidate in filter(None, (jinja, spaced)):
         texts = [_render(tokenizer, candidate, probe) for probe in PROBES]
         if [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == expected:
             return candidate
@@ -176,7 +176,7 @@ def _text(template: Template, turns: Turns) -> str:
 
 
 def _ids_in_training(template: Template, turns: Turns, tokenizer: Any) -> list[int]:
-    messages = []
+    messages: list[dict[str, Any]] = []
     for question, answer in turns:
         messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     ids = template.encode(messages, tokenizer, mode="eval")["input_ids"].tolist()

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..caches import cache_of, with_cache
-from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
+from ..vision_tower.transformers_towers import dinov2_positions
 
 VISION_ENCODER, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION_ENCODER, EMBED_TOKENS, DECODER)
@@ -52,7 +52,7 @@ class EmbedTokens(nn.Module):
     Visual tokens take the place of the image token's embedding, so an id beyond the table may give any.
     """
 
-    def __init__(self, embeddings: nn.Module) -> None:
+    def __init__(self, embeddings: nn.Embedding) -> None:
         super().__init__()
         self.embeddings = embeddings
 
@@ -173,7 +173,7 @@ def freeze_positions(model: Any) -> None:
     encoder = tower.vision_tower
     size = tower.image_size
     with torch.no_grad():
-        if isinstance(tower, Siglip2VisionTower) and tower.is_naflex:
+        if getattr(tower, "is_naflex", False):
             embeddings = encoder.vision_model.embeddings
             side = size // tower.config.patch_size
             table = embeddings.position_embedding.weight.reshape(
@@ -217,7 +217,7 @@ def trace_decoder(model: Any) -> Any:
         torch.tensor(1),
         *(torch.zeros(batch, heads, past, width, dtype=language_model.dtype) for _ in names),
     )
-    axes = (
+    axes: tuple[Any, ...] = (
         {0: BATCH, 1: LENGTH},
         {0: BATCH, 1: TOTAL},
         {0: BATCH, 1: LENGTH},

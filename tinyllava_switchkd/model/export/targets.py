@@ -39,7 +39,7 @@ class ExportTarget:
         raise NotImplementedError
 
 
-ExportTargetFactory = Registry("export target")
+ExportTargetFactory: Registry[type[ExportTarget]] = Registry("export target")
 register_export_target = ExportTargetFactory.register
 """``@register_export_target("name")`` on an `ExportTarget` class."""
 

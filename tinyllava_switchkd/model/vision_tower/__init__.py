@@ -12,7 +12,7 @@ from ..llm import read_model_type
 class _TowerRegistry(Registry["type[VisionTower]"]):
     """A prefix before ``:`` names the tower (``timm:vit_small_patch14_dinov2``); without one, the base name does."""
 
-    def name_of(self, name: str) -> str:
+    def name_of(self, name: str | None) -> str:
         prefix = name.split(":", 1)[0] if isinstance(name, str) else ""
         return super().name_of(prefix if ":" in str(name) and prefix in self else name)
 

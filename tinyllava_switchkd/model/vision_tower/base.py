@@ -26,13 +26,9 @@ class VisionTower(nn.Module):
     model_types: tuple[str, ...] = ()
     """``model_type`` of the configurations that this tower takes."""
 
-    prefix_tokens = 1
-    """Tokens that the strategy ``patch`` drops. v1 drops one whatever the encoder, so SigLIP, which has no class token,
-    loses its first patch (729 -> 728 tokens); every released checkpoint was trained so."""
-
     def __init__(self, cfg: PretrainedConfig) -> None:
         super().__init__()
-        self._vision_tower: nn.Module | None = None
+        self._vision_tower: Any = None  # a library's encoder
         self._image_processor: Any = None
         self.config = cfg
 
@@ -60,6 +56,15 @@ class VisionTower(nn.Module):
     def vision_tower(self) -> nn.Module:
         """The encoder itself (v1's name)."""
         return self._vision_tower
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that the strategy ``patch`` drops.
+
+        v1 drops one whatever the encoder, so SigLIP, which has no class token, loses its first patch (729 -> 728
+        tokens); every released checkpoint was trained so.
+        """
+        return 1
 
     @property
     def num_layers(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from ..trust import read_json
@@ -90,7 +90,7 @@ class OpenClipVisionTower(LibraryTower):
         with torch.device("meta"):
             visual = create(vision_cfg, embed_dim, quick_gelu)
         image_size = visual.image_size
-        fields = geometry(visual.trunk) if hasattr(visual, "trunk") else vit_geometry(visual)
+        fields: dict[str, Any] = geometry(visual.trunk) if hasattr(visual, "trunk") else vit_geometry(visual)
         kept = {"image_mean": "mean", "image_std": "std", "interpolation": "interpolation"}
         return OpenClipVisionConfig(
             vision_cfg={key: value for key, value in vision_cfg.items() if key != "timm_model_pretrained"},
@@ -161,7 +161,7 @@ def preprocess_cfg_of(model_name: str) -> dict[str, Any]:
     return read_json(file).get("preprocess_cfg") or {}
 
 
-def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> nn.Module:
+def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> Any:
     """open_clip's vision tower with random weights.
 
     Raises:
@@ -175,7 +175,7 @@ def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> nn.M
     return _build_vision_tower(embed_dim, cfg, quick_gelu)
 
 
-def vit_intermediate(visual: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+def vit_intermediate(visual: Any, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of the first `num_layers` layers of open_clip's transformer, [I, 1 + patches, D]."""
     output = visual.forward_intermediates(
         pixels,
@@ -188,7 +188,7 @@ def vit_intermediate(visual: nn.Module, pixels: Tensor, num_layers: int) -> Tens
     return torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
 
 
-def vit_geometry(visual: nn.Module) -> dict[str, int]:
+def vit_geometry(visual: Any) -> dict[str, int]:
     """Fields of a configuration that open_clip's own vision transformer tells about itself."""
     return {
         "hidden_size": visual.conv1.out_channels,

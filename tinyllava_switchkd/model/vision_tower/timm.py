@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from ..trust import read_json, refuse_code
@@ -165,7 +165,7 @@ class TimmVisionTower(LibraryTower):
         return model.state_dict()
 
 
-def create(name: str, model_args: dict[str, Any]) -> nn.Module:
+def create(name: str, model_args: dict[str, Any]) -> Any:
     """timm's model with random weights and no classifier.
 
     Raises:
@@ -198,7 +198,7 @@ def model_args_of(name: str) -> dict[str, Any]:
     return {}
 
 
-def geometry(model: nn.Module) -> dict[str, int]:
+def geometry(model: Any) -> dict[str, int]:
     """Fields of a configuration that a timm model tells about itself."""
     last = model.feature_info[-1]
     return {
@@ -209,7 +209,7 @@ def geometry(model: nn.Module) -> dict[str, int]:
     }
 
 
-def intermediate(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+def intermediate(model: Any, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of a timm model's first `num_layers` layers, [I, prefix + patches, width]."""
     wants_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     kwargs = {"return_prefix_tokens": True} if wants_prefix else {}
@@ -221,7 +221,7 @@ def intermediate(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
     return patches if prefix is None else torch.cat([prefix, patches], dim=1)
 
 
-def forward_by(model: nn.Module, function: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+def forward_by(model: Any, function: Callable[[Any, Tensor, int], Tensor]) -> None:
     """Make ``model(pixels, num_layers)`` run `function`.
 
     Called past the module, its hooks would not fire, and under ZeRO-3 its own parameters (class token, positions) would
@@ -230,7 +230,7 @@ def forward_by(model: nn.Module, function: Callable[[nn.Module, Tensor, int], Te
     model.forward = partial(function, model)
 
 
-def keep_initialisation(model: nn.Module) -> None:
+def keep_initialisation(model: Any) -> None:
     """Tell transformers that the library has initialised its modules (by rules of its own)."""
     for module in model.modules():
         module._is_hf_initialized = True

@@ -96,7 +96,7 @@ class HoldsVisionModel(TransformersTower):
         return read_vision_model(source)
 
 
-def run_vision_model(model: nn.Module, hidden: Tensor, num_layers: int) -> Tensor:
+def run_vision_model(model: Any, hidden: Tensor, num_layers: int) -> Tensor:
     """The first `num_layers` layers of a SigLIP or CLIP vision model on its embeddings [I, N, D]."""
     for layer in model.encoder.layers[:num_layers]:
         hidden = layer(hidden, attention_mask=None)
@@ -122,7 +122,7 @@ def read_vision_model(source: str) -> dict[str, Tensor]:
 class SiglipVisionTower(HoldsVisionModel):
     """SigLIP, and SigLIP 2 at a fixed resolution (whose repositories say ``siglip``). It has no class token."""
 
-    model_types = ("siglip_vision_model",)
+    model_types: tuple[str, ...] = ("siglip_vision_model",)
 
     def default_image_processor(self) -> Any:
         return SiglipImageProcessorPil(size={"height": self.image_size, "width": self.image_size}, resample=BICUBIC)
@@ -190,7 +190,7 @@ class CLIPVisionTower(HoldsVisionModel):
         return clip_image_processor(self.image_size)
 
 
-def embed_clip(model: nn.Module, pixels: Tensor) -> Tensor:
+def embed_clip(model: Any, pixels: Tensor) -> Tensor:
     """[I, 3, H, W] -> CLIP's embeddings [I, 1 + patches, width] (``pre_layrnorm`` is CLIP's own spelling)."""
     return model.pre_layrnorm(model.embeddings(pixels))
 
@@ -247,7 +247,7 @@ def build_dinov2(cfg: PretrainedConfig) -> nn.Module:
     return model
 
 
-def run_dinov2(model: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+def run_dinov2(model: Any, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of DINOv2's first `num_layers` layers, [I, 1 + patches, width]."""
     hidden = model.embeddings(pixels)  # [I, 1 + N, D]
     for layer in model.encoder.layer[:num_layers]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllava_switchkd.model import build_model, load_pretrained_model, save_pretrained_model
 from tinyllava_switchkd.model.checkpoint import load_checkpoint_weights
@@ -15,9 +15,12 @@ from tinyllava_switchkd.registry import Registry
 from ..arguments import TrainingArguments
 from ..parts import describe, set_tune_type, tune_from_layer
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+
 logger = logging.getLogger(__name__)
 
-TrainingRecipeFactory = Registry("training recipe")
+TrainingRecipeFactory: Registry[type[BaseTrainingRecipe]] = Registry("training recipe")
 """``TrainingRecipeFactory("lora")(training_arguments)`` is a recipe."""
 
 register_training_recipe = TrainingRecipeFactory.register
@@ -54,7 +57,7 @@ class BaseTrainingRecipe:
         """What is computed in."""
         return self.training_arguments.compute_dtype
 
-    def load(self, model_args: dict[str, Any]) -> nn.Module:
+    def load(self, model_args: dict[str, Any]) -> TinyLlava:
         """The model with its weights, tokenizer and image processor (attributes of it), on the CPU.
 
         Args:
@@ -68,7 +71,7 @@ class BaseTrainingRecipe:
         kept = ("dtype", "attn_implementation", "cache_dir")
         return load_pretrained_model(path, device="cpu", **{name: model_args[name] for name in kept})[0]
 
-    def __call__(self, model: nn.Module) -> nn.Module:
+    def __call__(self, model: TinyLlava) -> TinyLlava:
         """Bring the model into the form in which it trains, and note that in its configuration."""
         model = self.training_model_converse(model)
         self.tune_type_setting(model)
@@ -78,11 +81,11 @@ class BaseTrainingRecipe:
         logger.info(describe(model))
         return model
 
-    def training_model_converse(self, model: nn.Module) -> nn.Module:
+    def training_model_converse(self, model: TinyLlava) -> TinyLlava:
         """Change the model itself (adapters, quantisation); nothing here."""
         return model
 
-    def tune_type_setting(self, model: nn.Module) -> None:
+    def tune_type_setting(self, model: TinyLlava) -> None:
         """Set what trains in each part by its tune type.
 
         Raises:
@@ -103,13 +106,13 @@ class BaseTrainingRecipe:
                 f"{arguments.tune_vision_tower_from_layer}) and --tune_type_connector {arguments.tune_type_connector}."
             )
 
-    def save(self, model: nn.Module, trainer: Any) -> None:
+    def save(self, model: TinyLlava, trainer: Any) -> None:
         """Write the trained model, and last the trainer's state, which marks the run as finished."""
         trainer.save_model(self.training_arguments.output_dir)
         trainer.accelerator.wait_for_everyone()
         trainer.save_state()
 
-    def write_student(self, model: nn.Module, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+    def write_student(self, model: TinyLlava, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a self-contained checkpoint: weights in v1's layout, tokenizer, image processor, configuration.
 
         Args:
@@ -119,6 +122,6 @@ class BaseTrainingRecipe:
         """
         save_pretrained_model(model, model.tokenizer, model.image_processor, output_dir, state_dict=state_dict)
 
-    def read_student(self, model: nn.Module, folder: str) -> None:
+    def read_student(self, model: TinyLlava, folder: str) -> None:
         """Read the weights that `write_student` wrote back into the model."""
         load_checkpoint_weights(model, folder)

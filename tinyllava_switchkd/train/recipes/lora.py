@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,9 @@ from tinyllava_switchkd.model.weights import SPLIT_PARTS, refuse
 
 from ..parts import MODULES
 from .base import BaseTrainingRecipe, register_training_recipe
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
     peft puts its layers into the model in place, so the model stays a TinyLLaVA and the tasks need not know.
     """
 
-    def training_model_converse(self, model: nn.Module) -> nn.Module:
+    def training_model_converse(self, model: TinyLlava) -> TinyLlava:
         """Put adapters into the linear layers of the parts to be adapted; everything else of the model is frozen."""
         from peft import LoraConfig, get_peft_model
 
@@ -51,7 +54,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
             self._peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         return model
 
-    def linear_names(self, model: nn.Module, tune_types: tuple[str, ...] = ("lora", "qlora")) -> list[str]:
+    def linear_names(self, model: TinyLlava, tune_types: tuple[str, ...] = ("lora", "qlora")) -> list[str]:
         """Full names of the linear layers of the parts with these tune types, heads left out (as v1 does).
 
         Raises:
@@ -67,7 +70,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
             raise ValueError(f"No part with the tune type {' or '.join(tune_types)} has a linear layer to adapt.")
         return names
 
-    def write_student(self, model: nn.Module, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+    def write_student(self, model: TinyLlava, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """v1's LoRA folder: the adapter, and in one folder a part the weights that it belongs to.
 
         The weights below an adapter keep peft's name (``….base_layer.weight``), as v1's files do.
@@ -102,7 +105,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_model_card(folder)
 
-    def read_student(self, model: nn.Module, folder: str) -> None:
+    def read_student(self, model: TinyLlava, folder: str) -> None:
         root = Path(folder)
         state: dict[str, Any] = {}
         for part, prefix in SPLIT_PARTS.items():
@@ -116,7 +119,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         refuse(folder, expected - state.keys(), state.keys() - expected, ())
         model.load_state_dict(state, strict=False)
 
-    def plain_state(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def plain_state(self, model: TinyLlava, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's weights as they are written."""
         return state
 
@@ -125,5 +128,5 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         return state
 
     @staticmethod
-    def _is_tied(model: nn.Module, name: str) -> bool:
+    def _is_tied(model: TinyLlava, name: str) -> bool:
         return name == "language_model.lm_head.weight" and model.config.text_config.tie_word_embeddings

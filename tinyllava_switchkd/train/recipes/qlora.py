@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..arguments import TrainingArguments
 from .base import register_training_recipe
 from .lora import LoRATrainingRecipe
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 @register_training_recipe("qlora", "qlora_int8")
@@ -44,7 +47,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         if find_spec("bitsandbytes") is None:
             raise ImportError("--training_recipe qlora needs bitsandbytes: pip install 'tinyllava_switchkd[qlora]'.")
 
-    def training_model_converse(self, model: nn.Module) -> nn.Module:
+    def training_model_converse(self, model: TinyLlava) -> TinyLlava:
         names = self.linear_names(model, ("qlora",))
         for name in names:
             model.set_submodule(name, self._quantised(model.get_submodule(name)))
@@ -77,7 +80,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         layer.bias = linear.bias
         return layer.to(self.training_arguments.device)  # moving is what quantises
 
-    def plain_state(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def plain_state(self, model: TinyLlava, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from peft.utils.integrations import dequantize_bnb_weight
 
         plain = {name: value for name, value in state.items() if not self._is_quantised(name)}
