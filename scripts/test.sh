@@ -11,4 +11,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadgroup "$@"

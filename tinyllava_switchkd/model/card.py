@@ -351,7 +351,7 @@ def read_scores(paths: Iterable[Path]) -> dict[str, str]:
     Raises:
         ValueError: there is none.
     """
-    scores = {}
+    scores: dict[str, str] = {}
     for path in paths:
         count = len(scores)
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
