@@ -253,7 +253,7 @@ def test_questions(
         ``{"question_id", "image", "type", "question", "answer"}`` in the order of scenes and types.
     """
     rng = np.random.default_rng([seed, 202])
-    questions = []
+    questions: list[dict[str, Any]] = []
     for scene, name in zip(scenes, image_names, strict=True):
         for kind in kinds:
             question, answer = ask(scene, kind, rng)
@@ -301,7 +301,7 @@ def question_set(domain: str, split: str, number: int, seed: int) -> QuestionSet
 
 
 def _sample(name: str, pairs: list[tuple[str, str]]) -> dict:
-    conversations = []
+    conversations: list[dict[str, str]] = []
     for question, answer in pairs:
         prefix = "<image>\n" if not conversations else ""
         conversations += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
@@ -353,7 +353,10 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str, shear: float, stretch: 
     page = Image.new("L", (96, 96))
     ImageDraw.Draw(page).text((48, 48), character, font=font, fill=255, anchor="mm")
     page = page.transform(
-        (96, 96), Image.AFFINE, (1 / stretch, shear, 48 - 48 / stretch - 48 * shear, 0, 1, 0), Image.Resampling.BICUBIC
+        (96, 96),
+        Image.Transform.AFFINE,
+        (1 / stretch, shear, 48 - 48 / stretch - 48 * shear, 0, 1, 0),
+        Image.Resampling.BICUBIC,
     )
     glyph = page.crop(page.getbbox())
     side = max(glyph.size)

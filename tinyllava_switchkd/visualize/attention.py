@@ -154,9 +154,10 @@ def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: boo
     if by_token:
         rows = []
         for look in looks:
-            tokens = enumerate(look.attention.tokens[:columns] if look.attention else ())
-            maps = [(repr(text)[1:-1], overlay(image, look.attention.of(index), look.box)) for index, text in tokens]
-            rows.append([(look.name, plain), *maps])
+            rows.append([(look.name, plain)])
+            if look.attention is not None:
+                for index, text in enumerate(look.attention.tokens[:columns]):
+                    rows[-1].append((repr(text)[1:-1], overlay(image, look.attention.of(index), look.box)))
     else:
         for look in looks:
             title = f"{look.name}\n{look.answer or '(no answer)'}"

@@ -44,7 +44,8 @@ class TokenGrid:
         """
         placed = self.cells >= 0
         out = np.zeros((*weights.shape[:-1], self.side * self.side))
-        np.add.at(out, (..., self.cells[placed]), weights[..., placed])
+        where = (..., self.cells[placed])
+        np.add.at(out, where, weights[..., placed])  # type: ignore[arg-type]  # numpy's stub knows no such index
         seen = np.zeros(self.side * self.side, dtype=bool)
         seen[self.cells[placed]] = True
         out[..., ~seen] = np.nan

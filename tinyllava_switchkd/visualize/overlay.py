@@ -67,7 +67,7 @@ def fit(image: Image.Image) -> Image.Image:
     scale = min(max(1.0, _SMALLEST / longer), _LARGEST / longer)
     if scale == 1.0:
         return image
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     # Tiny images are made of pixels that should stay recognisable; large ones are reduced without aliasing.
     method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
-    return image.resize(size, method)
+    return image.resize((width, height), method)

@@ -6,11 +6,12 @@ import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from .paper import figure1_axes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which people with colour-blindness tell apart; black ink stays for the text.
@@ -118,10 +119,12 @@ def draw_radar(
             f"A radar chart needs three axes that every model has, and there {'is' if len(axes) == 1 else 'are'} "
             f"{len(axes)} ({', '.join(axes) or 'none'}); score more benchmarks. {' '.join(absent)}".strip()
         )
-    values = {label: list(axis_values(scores, axes).values()) for label, scores in models.items()}
-    for label, row in values.items():
-        if None in row:
-            raise ValueError(f"{label} has no score for the axis {list(axes)[row.index(None)]!r}.")
+    values: dict[str, list[float]] = {label: [] for label in models}
+    for label, scores in models.items():
+        for title, value in axis_values(scores, axes).items():
+            if value is None:
+                raise ValueError(f"{label} has no score for the axis {title!r}.")
+            values[label].append(value)
     top = scale_end([value for row in values.values() for value in row])
 
     style = {
@@ -187,7 +190,14 @@ def _draw_grid(axis: Axes, count: int, top: float) -> None:
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=1.8, foreground="white")]
-    style = {"color": "#777777", "fontsize": 7, "ha": "center", "va": "center", "zorder": 20, "path_effects": halo}
+    style: dict[str, Any] = {
+        "color": "#777777",
+        "fontsize": 7,
+        "ha": "center",
+        "va": "center",
+        "zorder": 20,
+        "path_effects": halo,
+    }
     for ring in range(1, RINGS + 1):
         corners = [_point(number, count, ring / RINGS) for number in range(count)]
         outer = ring == RINGS
@@ -236,17 +246,17 @@ def _draw_titles(axis: Axes, axes: Mapping[str, Sequence[str]], rows: Sequence[S
     from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 
     for number, (title, columns) in enumerate(axes.items()):
-        lines = [TextArea(title, textprops={"color": INK, "fontsize": 10.5, "fontweight": "bold"})]
+        lines: list[Artist] = [TextArea(title, textprops={"color": INK, "fontsize": 10.5, "fontweight": "bold"})]
         if list(columns) != [title]:
             lines.append(TextArea(", ".join(columns), textprops={"color": "#666666", "fontsize": 8}))
-        figures = [
+        figures: list[Artist] = [
             TextArea(f"{row[number]:.1f}", textprops={"color": COLOURS[order], "fontsize": 8.5, "fontweight": "bold"})
             for order, row in enumerate(rows)
         ]
         lines.append(HPacker(children=figures, pad=0, sep=7))
         x, y = _point(number, len(axes), 1.05 if number == 0 else 1.11)  # the first has its figures beside it
         side = 0.5 if abs(x) < 0.2 else 0.0 if x > 0 else 1.0
-        align = {0.0: "left", 0.5: "center", 1.0: "right"}[side]
+        align: Literal["left", "center", "right"] = "center" if side == 0.5 else "left" if x > 0 else "right"
         vertical = 0.0 if y > 0.9 else 1.0 if y < -0.7 else 0.5
         if vertical == 1.0:
             side = 0.5  # below a corner there is room on both sides
