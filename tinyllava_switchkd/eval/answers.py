@@ -123,6 +123,7 @@ class AnswerFolder:
 
     def wait_for(self, process: int) -> None:
         """Wait until another process of this run has ended, however it ended; the caller holds a byte of its own."""
+        assert self._lock is not None, "the caller holds a byte of its own"
         fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, process)
         fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, process)
 

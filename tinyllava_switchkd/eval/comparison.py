@@ -77,8 +77,8 @@ def compare_models(first: str, second: str) -> tuple[Row, Row, list[Compared]]:
         one, other = a.results[column], b.results[column]
         benchmark = scored(one)
         try:
-            units = (list(benchmark.units(read_rows(result))) for result in (one, other))
-            comparisons[column] = compare(*units, benchmark.headline)
+            ours, theirs = (list(benchmark.units(read_rows(result))) for result in (one, other))
+            comparisons[column] = compare(ours, theirs, benchmark.headline)
         except ValueError as error:
             raise ValueError(f"{column}: {one.path} and {other.path} cannot be compared: {error}") from None
     adjusted = holm({column: comparison.p for column, comparison in comparisons.items()})

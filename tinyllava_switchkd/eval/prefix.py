@@ -44,19 +44,20 @@ class SharedPrefix:
             config: of the language model.
             new_tokens: how many are going to be generated.
         """
-        if any(visual is None or len(visual) != 1 for visual in images):
+        visuals = [visual for visual in images if visual is not None and len(visual) == 1]
+        if len(visuals) < len(images):
             return None
         numbers: dict[int, int] = {}
-        picture_of_row = [numbers.setdefault(visual.data_ptr(), len(numbers)) for visual in images]
+        picture_of_row = [numbers.setdefault(visual.data_ptr(), len(numbers)) for visual in visuals]
         if len(numbers) == len(prompts):
             return None
         head = prompts[0][: int((prompts[0] == IMAGE_TOKEN_INDEX).nonzero()[0]) + 1]
         if not all(torch.equal(prompt[: len(head)], head) for prompt in prompts):
             return None
-        longest = max(map(len, prompts)) + images[0].shape[1] + new_tokens
+        longest = max(map(len, prompts)) + visuals[0].shape[1] + new_tokens
         if not attends_to_all(config, longest):
             return None
-        pictures = [images[picture_of_row.index(number)] for number in range(len(numbers))]
+        pictures = [visuals[picture_of_row.index(number)] for number in range(len(numbers))]
         return cls(head, pictures, torch.tensor(picture_of_row))
 
     def compute(self, model: TinyLlavaForConditionalGeneration) -> tuple[DynamicCache, int]:

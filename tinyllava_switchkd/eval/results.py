@@ -137,8 +137,9 @@ class Row:
         """Standard error of an average: its benchmarks ask different questions, so their variances add up."""
         if self.averages is not None or self.average(name, include_val).value is None:
             return None
-        errors = [self.results[column].standard_error for column in AVERAGES[name]]
-        return None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        columns = AVERAGES[name]
+        errors = [error for column in columns if (error := self.results[column].standard_error) is not None]
+        return None if len(errors) < len(columns) else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _result(document: dict[str, Any], path: Path) -> Result:
     score = document["score"]
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise ValueError(f"{path}: the score is {score!r}, not a number on 0-100.")
-    counts = {}
+    counts: dict[str, int] = {}
     for key, default in (("total", 0), ("answered", None), ("fallback", 0)):
         value = document.get(key, counts.get("total") if default is None else default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -73,7 +73,7 @@ class MME(QuestionFileBenchmark):
         for key, expected in truth.items():
             subtask, picture, question = key
             answer = joined.get(key)
-            row = {"question_id": f"{subtask}/{picture}" if answer is None else answer.question_id}
+            row: dict[str, Any] = {"question_id": f"{subtask}/{picture}" if answer is None else answer.question_id}
             row |= {"cluster": f"{subtask}/{picture}", "subtask": subtask, "picture": picture, "question": question}
             row |= {"truth": expected, **said(answer), "parsed": None}
             if answer is not None:

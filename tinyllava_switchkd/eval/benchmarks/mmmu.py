@@ -170,8 +170,8 @@ class MMMU(Benchmark):
                 continue
             text = joined[identifier].text if identifier in joined else ""
             if sample["question_type"] == MULTIPLE_CHOICE:
-                text = read_choice(text, sample["all_choices"], sample["index2ans"])
-                text = draw(identifier, sample["all_choices"]) if text is None else text
+                read = read_choice(text, sample["all_choices"], sample["index2ans"])
+                text = draw(identifier, sample["all_choices"]) if read is None else read
             predictions[identifier] = text
         write_upload(path, predictions)
 

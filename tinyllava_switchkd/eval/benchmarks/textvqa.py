@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,8 @@ class TextVQA(QuestionFileBenchmark):
         path = need_file(data_dir, (TRUTH_FILE,), "TextVQA annotations", prepare_hint(self.name))
         data = read_json(path)
         require(data, {"data": list}, str(path))
-        annotations, asked, by_annotation_id = {}, Counter(), {}
+        annotations, by_annotation_id = {}, {}
+        asked: Counter[tuple[str, str]] = Counter()
         for number, annotation in enumerate(data["data"]):
             require(annotation, {"image_id": ID, "question": str, "answers": list}, f"{path}, entry {number}")
             key = str(annotation["image_id"]), _fold(annotation["question"])
@@ -78,7 +79,8 @@ class TextVQA(QuestionFileBenchmark):
 
         if self.asked is not None:
             asked = Counter(key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked)
-        rows, seen = [], Counter()
+        rows: list[dict[str, Any]] = []
+        seen: Counter[tuple[str, str]] = Counter()
         for answer in answers:
             key = key_of(answer)
             if key not in annotations and not answer.prompt:
@@ -115,7 +117,7 @@ class TextVQA(QuestionFileBenchmark):
         row = score_row(key[0], answer, annotators, {"accuracy": m4c_accuracy})
         return row | {"cluster": key[0], "question": annotation["question"]}
 
-    def units(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple]:
+    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple]:
         for row in rows:  # the ids are the images'
             yield row["cluster"], (row["cluster"], row["question"]), {"value": row["value"], "count": 1.0}
 
