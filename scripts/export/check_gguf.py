@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--report", action="store_true", help="exit with 0 whatever was found")
     compare(parser.parse_args())
 

@@ -180,7 +180,7 @@ def test_example(user):
 
 
 def test_stop(browser, photo):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05), talker("Never", 1)])), Sampling(max_new_tokens=400))
+    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.3), talker("Never", 1)])), Sampling(max_new_tokens=400))
     with serving(page) as url:
         user = User(browser, url)
         user.upload(photo)
