@@ -235,7 +235,7 @@ class _MMBench(Benchmark):
 
     def _joined(
         self, data_dir: str | Path, answers: Sequence[Answer]
-    ) -> tuple[tuple[str, Path], list[Row], dict[str, Answer]]:
+    ) -> tuple[tuple[str, Path], list[Row], dict[Hashable, Answer]]:
         """The table that the answers belong to with its split, its rows, and the answers by index.
 
         Of several tables it is the one that has all the answered questions; of several such ones of a split the first.
@@ -287,9 +287,9 @@ class _MMBench(Benchmark):
             parsed = match_exactly(answer.text, shown)
             reading = read_choice(answer.text, options)
         unread = answer is not None and parsed is None
-        if unread:
+        if answer is not None and unread:
             parsed = self.read_by_judge(answer, shown)
-        l2_category = row.get("l2-category", row.get("L2-category", ""))
+        l2_category: Any = row.get("l2-category", row.get("L2-category", ""))
         return {
             "question_id": row["index"],
             "group": int(row.get("g_index") or row["index"] % ROTATION),
@@ -348,7 +348,7 @@ class _MMBench(Benchmark):
             for row in build.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
                 index = int(row["index"])
                 build.check_image(f"{self.file_name}, index {index}", row["image"])
-                line = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
+                line: dict[str, Any] = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
                 for position, letter in enumerate(letters):
                     if not line[letter] and position < rotations[index % ROTATION]:
                         line[letter] = "None"

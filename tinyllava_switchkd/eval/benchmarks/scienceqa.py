@@ -93,7 +93,7 @@ class ScienceQA(Benchmark):
             truth = LETTERS[problem["answer"]]
             parsed = None if answer is None else read_letter(answer.text)
             unread = parsed == FAILED
-            if unread:
+            if answer is not None and unread:
                 parsed = self.read_by_judge(answer, dict(zip(LETTERS, problem["choices"], strict=False))) or FAILED
             # A letter beyond the choices is none of them; the truth is always one of them.
             row = {"question_id": key, "question": problem.get("question"), **said(answer), "parsed": parsed}
