@@ -394,7 +394,7 @@ def peak_memory(bench: Bench, variant: str, shape: Shape) -> float:
     if shape.device == "cuda":
         return bench.peak(variant)
     context = multiprocessing.get_context("forkserver")  # everything is imported once, and nothing computed there
-    context.set_forkserver_preload(["benchmarks.step"])
+    context.set_forkserver_preload(["tinyllava_switchkd.distill", "tinyllava_switchkd.train.estimate"])
     with context.Pool(1) as pool:
         return pool.apply(_peak_of_process, (variant, shape))
 

@@ -1,8 +1,8 @@
 """The bash scripts: their arguments and arithmetic, and the whole chain of stages run for real on tiny models."""
 
+import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -281,7 +281,6 @@ METHODS = {
     "align_kd": {"DISTILL_METHOD": "align_kd"},
     "a bridge": {},
 }
-LORA = " --lora_dropout 0 --lr_scheduler_type constant"
 
 
 @pytest.mark.slow
@@ -289,12 +288,8 @@ LORA = " --lora_dropout 0 --lr_scheduler_type constant"
 @pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path, method, zero):
-    """Two ranks, one sample each, some without images: the student is that of one process, and so are the adapters.
-
-    With a bridge under ZeRO-2, the student has LoRA adapters, and the ranks' run is cut off after a step and resumed.
-    """
+    """Two ranks, one sample each, some without images: the student is that of one process, and so are the adapters."""
     found = []
-    lora = method == "a bridge" and zero == 2
     for place, changes in (
         ("one", {}),
         (
@@ -312,23 +307,13 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
             for _, arguments in commands(*others["pretrain"], **at_once):
                 assert main(arguments) == 0
             environment["PRETRAINED_PATH"] = output(tmp_path, "pretrain")
-        if lora:
-            script[:1], script[-3] = ["distill_lora.sh"], "lora"
-            environment |= {"LORA_R": 2, "LORA_ALPHA": 4, "MAX_STEPS": 2, "SAVE_STEPS": 1}
-            environment["EXTRA_ARGS"] += LORA
-        folder = output(tmp_path / place, "distill")
         if place == "two":
             bash(*script, **environment)
-            if lora:
-                shutil.rmtree(folder / "checkpoint-2")
-                for file in (folder / "trainer_state.json", folder / "adapter_model.safetensors"):
-                    file.unlink()
-                bash(*script, **environment)
         else:
             for _, arguments in commands(*script, **environment):
                 assert main(arguments) == 0
-        student = load_file(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
-        found.append({**student, **adapters_of(folder)})
+        folder = output(tmp_path / place, "distill")
+        found.append({**load_file(folder / "model.safetensors"), **adapters_of(folder)})
     one, two = found
     assert one.keys() == two.keys() and (method == "llava_kd") != any("adapter" in name for name in one)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
@@ -353,6 +338,30 @@ def test_the_papers_script(world, tmp_path):
     name = "tiny-llava-qwen2-student-siglip-tiny-switchkd-distill"
     model, *_ = load_pretrained_model(tmp_path / pair / name, device="cpu")
     assert model.config.hidden_size == 32 and model.config.tune_type_vision_tower == "full"
+
+
+def test_llava_kds_script(world, tmp_path):
+    """Its three stages, DPT, SFT of what came out, DFT of what came out of that, after the teacher's two."""
+    data = {f"{name.upper()}_DATA": world[name] for name in ("pretrain", "finetune")}
+    images = {f"{name.upper()}_IMAGES": world["images"] for name in ("pretrain", "finetune")}
+    models = {"TEACHER_LLM": world["teacher_llm"], "STUDENT_LLM": world["llm"], "VISION_TOWER": world["tower"]}
+    once = {"MAX_STEPS": 1, "WARMUP": 0, "MODEL_MAX_LENGTH": 400}
+    runs = commands("llava_kd.sh", **tiny(tmp_path, **once, **data, **images, **models))
+    for _, arguments in runs:
+        assert main(arguments) == 0
+    name = "tiny-llava-qwen2-student-siglip-tiny-llava_kd"
+    logged = [
+        json.loads((tmp_path / f"{name}-{stage}" / "trainer_state.json").read_text())["log_history"][0]
+        for stage in ("pretrain", "finetune", "distill")
+    ]
+    assert [{"response", "visual", "relation"} <= log.keys() for log in logged] == [True, False, True]
+    files = [tmp_path / f"{name}-{stage}" / "model.safetensors" for stage in ("pretrain", "finetune", "distill")]
+    dpt, sft, dft = map(load_file, files)
+    changed = [
+        {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
+        for one, other in ((dpt, sft), (sft, dft))
+    ]
+    assert changed == [{"language_model", "connector"}] * 2  # the tower is frozen in all stages
 
 
 def test_lora_scripts(alone, world, tmp_path):
