@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.eval.forked", "tinyllava_switchkd.eval.job"])
+PRELOADED = ["tests.eval.forked", "tinyllava_switchkd.eval.job"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 HALF_A_LINE = '{"question_id": 7, "prompt": "half a li'
 

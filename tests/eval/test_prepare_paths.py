@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+from tinyllava_switchkd.eval.benchmarks.files import picture_path
+
 from .fake_hub import FakeHub
 from .hub_rows import BENCHMARKS
 from .hub_schemas import write_parquet
+from .miniature import write_benchmark
 from .scorers import data_dir
 from .test_prepare import hub, prepare  # noqa: F401 (a fixture)
 
@@ -40,3 +46,24 @@ def test_an_id_that_leads_away(name: str, away: str, hub: FakeHub, tmp_path: Pat
     assert code != 0 or away.startswith("/")  # an absolute one ends up below the folder, harmless
     after = {path for path in tmp_path.rglob("*") if "eval" not in path.parts and "cache" not in path.parts}
     assert after == before and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme", "mmmu", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])
+@pytest.mark.parametrize("image", ["{}/away.png", "../away.png", "a/../../away.png"])
+def test_a_question_names_no_picture_elsewhere(name: str, image: str, tmp_path: Path) -> None:
+    """Question files are somebody else's, too, and a page of mistakes would show the picture."""
+    folder = write_benchmark(name, tmp_path)
+    benchmark = BenchmarkFactory(name)
+    asked = next(question for question in benchmark.questions(folder) if question.images)
+    old = asked.images[0].name
+    for file in [file for file in folder.rglob("*.json*") if file.is_file()]:
+        text = file.read_text()
+        new = re.sub(rf'"[^"]*{re.escape(old)}"', json.dumps(image.format(tmp_path)), text)
+        file.write_text(new)
+    with pytest.raises(ValueError, match=r"away\.png' lies outside"):
+        list(benchmark.questions(folder))
+
+
+def test_names_within_the_folder_are_taken(tmp_path: Path) -> None:
+    for name in ("a.png", "a/b.png", "./a.png", "a/../b.png", "..a.png"):
+        assert picture_path(tmp_path, name, "here") == tmp_path / name

@@ -30,7 +30,8 @@ RANK = """
 import os, pathlib, signal, sys, time
 heard = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-heard.write_text(os.environ["TINYLLAVA_LAUNCHER"])
+heard.with_name("new").write_text(os.environ["TINYLLAVA_LAUNCHER"])
+heard.with_name("new").rename(heard)  # whoever sees it sees all of it
 time.sleep(float(sys.argv[2]))
 signal.signal(signal.SIGUSR1, lambda *_: (heard.write_text("heard"), sys.exit(75)))
 time.sleep(60)
@@ -59,7 +60,6 @@ def test_a_signal_reaches_the_rank_and_its_meaning_the_caller(tmp_path, name, de
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert mark.read_text().endswith(f":{run.pid}")
-    time.sleep(0.3)
     run.send_signal(getattr(signal, name))
     output, _ = run.communicate(timeout=60)
     assert mark.read_text() == "heard"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
@@ -110,15 +108,14 @@ def test_figures_on_request(session, capsys):
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys):
     session = chat.Chat(talker(seconds_per_token=0.05), Sampling(max_new_tokens=200))
-    before = signal.getsignal(signal.SIGINT)
+    before, passes = signal.getsignal(signal.SIGINT), []
 
-    def interrupt():
-        while not session.model._lock.locked():
-            time.sleep(0.01)
-        time.sleep(0.2)
-        signal.raise_signal(signal.SIGINT)
+    def interrupt(*_):
+        passes.append(1)
+        if len(passes) == 4:  # three tokens are there
+            signal.raise_signal(signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+    session.model.model.language_model.register_forward_pre_hook(interrupt)
     session.ask("Tell me everything.")
     assert signal.getsignal(signal.SIGINT) is before
     assert "[stopped]" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 
 import pytest
 import torch
@@ -162,10 +161,8 @@ class TestStop:
 
     def test_time_limit(self):
         model = talker(seconds_per_token=0.02)
-        started = time.perf_counter()
         reply = finish(model.stream(Conversation(), "Go.", Sampling(max_new_tokens=300), time_limit=0.6))[-1]
-        assert reply.finish == "time" and 0 < len(reply.token_ids) < 40
-        assert time.perf_counter() - started < 5
+        assert reply.finish == "time" and 0 < len(reply.token_ids) < 40  # of 300, each of which takes 0.02 s at least
 
     def test_closing_the_iterator_stops_the_work(self):
         model = talker(seconds_per_token=0.02)

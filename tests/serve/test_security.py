@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
-import time
 from pathlib import Path
 
 import httpx
@@ -29,6 +29,8 @@ from tinyllava_switchkd.serve.upload import REFUSED
 
 LIMITS = DemoLimits(ImageLimits(300_000, 1_000_000, 400), seconds=20, upload_bytes=500_000)
 ASK = [0.0, 1.0, 0, 1.0, 5]
+NUMBERS = itertools.count(10)
+"""Of pictures, so that each test uploads one of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def secret(tmp_path):
 
 @pytest.fixture
 def uploaded(tab, tmp_path):
-    picture(int(time.time()) % 1000).save(tmp_path / "mine.png")
+    picture(next(NUMBERS)).save(tmp_path / "mine.png")
     return tab.upload(tmp_path / "mine.png")
 
 
@@ -310,12 +312,11 @@ class TestRoom:
 
 class TestCost:
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
-    def test_49_megapixels_are_not_decoded_by_default(self, tmp_path, mode):
+    def test_49_megapixels_are_not_decoded_by_default(self, tmp_path, monkeypatch, mode):
         Image.new(mode, (7000, 7000)).save(tmp_path / "large.png")
-        started = time.process_time()
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
         with pytest.raises(ValueError, match=r"49\.0 million pixels; at most 20\.0 million"):
             read_image(tmp_path / "large.png", DemoLimits().image)
-        assert time.process_time() - started < 0.5
 
     @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])
     def test_whatever_the_format(self, tmp_path, kind):

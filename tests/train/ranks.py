@@ -8,13 +8,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.eval.forked import PRELOADED, ranks
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.ranks", "tests.train.toy", "peft"])
+CONTEXT.set_forkserver_preload([*PRELOADED, "tests.train.ranks", "tests.train.toy", "peft", "deepspeed"])
 
 
 UNEVEN = {
@@ -37,8 +41,6 @@ def main_on_ranks(world: int, lines: Sequence[Sequence[str]]) -> None:
 
 
 def _run(world: int, target: Callable[..., None], *args: Any) -> None:
-    from tests.eval.forked import ranks
-
     processes = [CONTEXT.Process(target=target, args=(each, *args)) for each in ranks(world)]
     for process in processes:
         process.start()
@@ -48,6 +50,52 @@ def _run(world: int, target: Callable[..., None], *args: Any) -> None:
             process.kill()
     if any(process.exitcode for process in processes):
         raise RuntimeError(f"exit codes {[process.exitcode for process in processes]}")
+
+
+def codes_on_ranks(
+    world: int, argv: Sequence[object], log: str | Path, before: Callable[[], None] | None = None
+) -> list[int]:
+    """Exit codes of the entry point on each rank; what rank N says goes into ``log.N``.
+
+    Args:
+        world: processes.
+        argv: the command line.
+        log: where their output goes.
+        before: called in each of them first; it can be pickled.
+    """
+    environments = ranks(world)
+    words = [str(word) for word in argv]
+    processes = [CONTEXT.Process(target=_code, args=(each, words, str(log), before)) for each in environments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(900)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _code(environment: Mapping[str, str], argv: list[str], log: str, before: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    with open(f"{log}.{environment['RANK']}", "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        import torch
+
+        from tinyllava_switchkd.train.train import main
+
+        torch.set_num_threads(1)
+        code = 70
+        try:
+            if before is not None:
+                before()
+            code = main(argv)
+        except BaseException:
+            traceback.print_exc(file=file)
+        file.flush()
+        os._exit(code)
 
 
 def train_once(

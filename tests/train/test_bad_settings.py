@@ -9,7 +9,7 @@ import pytest
 
 from tinyllava_switchkd.train.arguments import ModelArguments, TrainingArguments, distill_arguments
 from tinyllava_switchkd.train.argv import parse_arguments
-from tinyllava_switchkd.train.deepspeed_config import check_deepspeed
+from tinyllava_switchkd.train.deepspeed_config import check_deepspeed, warn_of_builds
 from tinyllava_switchkd.train.settings import RANGES, check_settings
 
 NEEDED = ["--data_path", "d", "--output_dir", "o", "--vision_tower", "t", "--report_to", "none", "--use_cpu", "True"]
@@ -60,6 +60,29 @@ def test_a_setting_out_of_range_is_refused_with_its_value(name, value):
     assert name in message and "must be" in message and "\n" not in message
     spellings = {value, str(float(value)), f"{float(value):g}"}
     assert any(spelling in message for spelling in spellings)
+
+
+def test_a_build_that_was_killed_is_named(tmp_path, monkeypatch, caplog):
+    """torch would wait for its lock for ever."""
+    for variable, value, inner in (("TORCH_EXTENSIONS_DIR", tmp_path / "own", "cpu_adam"), ("HOME", tmp_path, None)):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setenv(variable, str(value))
+        folder = value / (inner or ".cache/torch_extensions/py311_cpu/shm")
+        folder.mkdir(parents=True)
+        caplog.clear()
+        warn_of_builds()
+        assert not caplog.text
+        (folder / "lock").touch()
+        warn_of_builds()
+        assert str(folder / "lock") in caplog.text and "remove that file" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+@pytest.mark.parametrize("name", ["optim_args", "lr_scheduler_kwargs"])
+def test_a_number_within_a_setting_is_finite_too(name, value):
+    words = f"a=1, eps={value}" if name == "optim_args" else json.dumps({"a": 1, "deep": [{"eps": float(value)}]})
+    with pytest.raises(ValueError, match=f"--{name} has {value} for 'eps'; it must be a finite number"):
+        parse_arguments([*NEEDED, f"--{name}={words}"])
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "save_steps", "seed", "max_grad_norm"])

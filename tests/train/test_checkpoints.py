@@ -100,6 +100,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
     assert "checkpoint-2" in caplog.text and file.name in caplog.text
 
 
+def test_a_checkpoint_of_this_run_is_never_taken_for_one_of_an_older_version(begun, tmp_path, caplog):
+    """By someone who can write into it alone: no manifest, and the file by which old ones are known."""
+    _, run, _ = begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "manifest.json").unlink()
+    (tmp_path / "run" / "checkpoint-2" / "training_args.bin").write_bytes(b"")
+    assert resume.find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert "manifest.json is missing" in caplog.text
+
+
 def test_new_weights_among_old_files_are_no_checkpoint(begun, tmp_path):
     """What a save under an old name left half done: the files of one step beside those of another."""
     _, run, _ = begun

@@ -129,13 +129,19 @@ def test_deepspeeds_state_counts_as_the_optimisers(run):
     assert resume.what_is_missing(folder) is None
 
 
-def test_another_number_of_processes_is_refused_where_shards_are(run):
-    """Without shards any number can go on; DeepSpeed's shards are one for each process."""
-    assert resume.find_checkpoint(run, world_size=2) == str(run / "checkpoint-10")
-    (run / "checkpoint-10" / "latest").write_text("global_step10")
-    (run / "checkpoint-10" / "global_step10").mkdir()
-    torch.save({}, run / "checkpoint-10" / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    seal(run / "checkpoint-10")
+def test_another_number_of_processes(run):
+    """Without shards any number goes on; DeepSpeed's shards are converted; those of older versions are refused."""
+    folder = run / "checkpoint-10"
+    assert resume.find_checkpoint(run, world_size=2) == str(folder) and not resume.needs_conversion(folder, 2)
+    (folder / "latest").write_text("global_step10")
+    (folder / "global_step10").mkdir()
+    torch.save({}, folder / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    seal(folder)
+    assert resume.find_checkpoint(run, world_size=2) == str(folder)
+    assert resume.needs_conversion(folder, 2) and not resume.needs_conversion(folder, 1)
+    (folder / checkpoints.MANIFEST).unlink()
+    (run / checkpoints.RECORD).unlink()
+    (folder / "training_args.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
         resume.find_checkpoint(run, world_size=2)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.ranks import codes_on_ranks
 from tests.train.world import LENGTH, write_world
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.train.train import main
@@ -294,7 +295,7 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
         ("one", {}),
         (
             "two",
-            {"GPUS": 2, "LAUNCHER": "deepspeed", "ZERO": zero, "PER_DEVICE_BATCH_SIZE": 1, "MASTER_PORT": free_port()},
+            {"GPUS": 2, "LAUNCHER": "deepspeed", "ZERO": zero, "PER_DEVICE_BATCH_SIZE": 1},
         ),
     ):
         stages, environment = chain(world, tmp_path / place, **METHODS[method], **changes)
@@ -308,7 +309,7 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
                 assert main(arguments) == 0
             environment["PRETRAINED_PATH"] = output(tmp_path, "pretrain")
         if place == "two":
-            bash(*script, **environment)
+            assert on_ranks(script, environment, tmp_path) == [0, 0]
         else:
             for _, arguments in commands(*script, **environment):
                 assert main(arguments) == 0
@@ -317,6 +318,12 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
     one, two = found
     assert one.keys() == two.keys() and (method == "llava_kd") != any("adapter" in name for name in one)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def on_ranks(script, environment, folder):
+    """Exit codes of two ranks with the script's arguments, without a launcher's start."""
+    ((_, arguments),) = commands(*script, **environment)
+    return codes_on_ranks(2, arguments, folder / "log")
 
 
 def adapters_of(folder):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from tinyllava_switchkd.train import checkpoints, locking, resume, signals
 from tinyllava_switchkd.train.locking import LockedError, OutputLock
 
 
-def run_command(argv, log, pace=0.0):
-    """The child: the entry point's `main`, with a pause in every step so that there is time to act."""
+def run_command(argv, log, hold=None):
+    """The child: the entry point's `main`, which waits after `hold` steps until a signal has come (or two minutes)."""
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -31,15 +32,24 @@ def run_command(argv, log, pace=0.0):
 
         torch.set_num_threads(1)
         step = trainer.LLaVATrainer.training_step
-        if pace:
-            trainer.LLaVATrainer.training_step = lambda *a, **k: (time.sleep(pace), step(*a, **k))[1]
-        code = train.main(argv)
+
+        def held(self, *args, **kwargs):
+            if self.state.global_step == hold:
+                until(signals.received, timeout=120)
+            return step(self, *args, **kwargs)
+
+        trainer.LLaVATrainer.training_step = held
+        code = 70
+        try:
+            code = train.main(argv)
+        except BaseException:
+            traceback.print_exc(file=file)
         file.flush()
         os._exit(code)
 
 
-def start(argv, log, pace=0.0):
-    process = CONTEXT.Process(target=run_command, args=(list(map(str, argv)), str(log), pace))
+def start(argv, log, hold=None):
+    process = CONTEXT.Process(target=run_command, args=(list(map(str, argv)), str(log), hold))
     process.start()
     return process
 
@@ -63,10 +73,10 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(w
     """Exit code 75, nothing that looks finished; then weights as if there had been no signal, to the bit."""
     settings = {"max_steps": 6, "save_steps": 1, "save_total_limit": 1}
     line = command_line(world, tmp_path / "run", **settings)
-    process = start(line, tmp_path / "log", pace=0.3)
+    process = start(line, tmp_path / "log", hold=1)
     assert until(lambda: (tmp_path / "run" / "checkpoint-1").exists())
     os.kill(process.pid, getattr(signal, name))
-    process.join(60)
+    process.join(90)
     said = (tmp_path / "log").read_text()
     assert process.exitcode == signals.INTERRUPTED == 75, said
     assert f"error: {name} has ended the run at step" in said and "the same command goes on" in said
@@ -84,17 +94,17 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(w
 
 def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
     """The second is refused and says who holds it; once the first is killed, the third takes over and says so."""
-    line = command_line(world, tmp_path / "run", max_steps=50, save_steps=1, save_total_limit=1)
-    first = start(line, tmp_path / "first", pace=0.3)
+    line = command_line(world, tmp_path / "run", max_steps=5, save_steps=1, save_total_limit=1)
+    first = start(line, tmp_path / "first", hold=1)
     assert until(lambda: (tmp_path / "run" / "checkpoint-1").exists())
     second = start(line, tmp_path / "second")
-    second.join(60)
+    second.join(90)
     said = (tmp_path / "second").read_text()
     assert second.exitcode == 1
     assert f"is being written to by process {first.pid} on {socket.gethostname()}" in said and "Traceback" not in said
     os.kill(first.pid, signal.SIGKILL)
     first.join(30)
-    third = start(line, tmp_path / "third", pace=0.3)
+    third = start(line, tmp_path / "third", hold=1)
     log = tmp_path / "third"
     assert until(lambda: log.exists() and "Resuming from" in log.read_text())
     assert f"process {first.pid}" in log.read_text() and "it is taken over" in log.read_text()
@@ -122,7 +132,7 @@ import sys, time
 from tinyllava_switchkd.train import signals
 signals.follow_launcher(0.2)
 open(sys.argv[1], "w").write("ready")
-time.sleep(120)
+time.sleep(300)
 """
 
 PARENT = """
@@ -150,7 +160,7 @@ def test_ranks_end_with_what_started_them(tmp_path, killed):
         (middle,) = _children(script.pid)
         (last,) = _children(middle)
         os.kill(script.pid if killed == "script" else middle, signal.SIGKILL)
-        assert until(lambda: signals.started_at(last) is None, timeout=10)
+        assert until(lambda: signals.started_at(last) is None, timeout=60)  # by itself it would sleep longer
     finally:
         for process in [script.pid, *(_children(script.pid) or [])]:
             with contextlib.suppress(ProcessLookupError):

@@ -227,6 +227,10 @@ class TestCommand:
         assert main(["--model_path", *models, *arguments, "--max_new_tokens", "4"]) == 0
         out = capsys.readouterr().out
         assert "same: +1.000 [+1.000, +1.000] over 2 of 2 images" in out
+        for away in ("../image.png", str(tmp_path / "set.json")):
+            (tmp_path / "away.json").write_text(json.dumps([{"image": away, "question": "What?"}]))
+            assert main(["--model_path", *models, "--data", str(tmp_path / "away.json"), *arguments[2:]]) == 1
+            assert "lies outside --image_folder" in capsys.readouterr().err
         maps = {}
         for name in ("teacher", "sft"):
             model, tokenizer, processor, _ = load_pretrained_model(paths / name, device="cpu")

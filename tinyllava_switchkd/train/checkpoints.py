@@ -33,6 +33,9 @@ RECORD = "checkpoints.json"
 WRITING = ".writing"
 """Folder in the run's in which a checkpoint is while it is being written."""
 
+CONVERTED = ".universal"
+"""Folder in the run's that holds a checkpoint in the form for another number of processes, see `universal`."""
+
 NO_ROOM = 4
 """Exit code of a run that could not write a checkpoint."""
 
@@ -137,7 +140,8 @@ def forget(output_dir: str | Path) -> None:
 def clean(output_dir: str | Path) -> None:
     """Remove what an interrupted save has left, and give a folder back the name that it had just lost."""
     output_dir = Path(output_dir)
-    shutil.rmtree(output_dir / WRITING, ignore_errors=True)
+    for name in (WRITING, CONVERTED):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
     for old in output_dir.glob(".old-checkpoint-*"):
         final = output_dir / old.name.removeprefix(".old-")
         if final.exists() or damage(old, name=final.name):

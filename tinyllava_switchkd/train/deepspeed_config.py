@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import numbers
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd.io import read_json
+
+logger = logging.getLogger(__name__)
 
 MATCHES = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -74,6 +77,21 @@ def check_deepspeed(config: str | dict[str, Any], training: Any) -> None:
             _check_named(where, section, values[section])
     _check_zero(where, values.get("zero_optimization", {}))
     _check_contradictions(where, values, training)
+
+
+def warn_of_builds() -> None:
+    """Say which of DeepSpeed's parts somebody compiles now, or was killed while compiling.
+
+    torch waits for such a lock without an end and without a word.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    locks = Path(folder).glob("*/lock") if folder else Path("~/.cache/torch_extensions").expanduser().glob("*/*/lock")
+    for lock in sorted(locks):
+        logger.warning(
+            "%s says that another process compiles a part of DeepSpeed, or was killed while it did; if this run stands "
+            "still now and no other one is starting, remove that file.",
+            lock,
+        )
 
 
 def _read(config: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:

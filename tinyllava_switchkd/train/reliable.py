@@ -9,10 +9,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +25,11 @@ from transformers import Trainer
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.io import write_json
 
-from . import checkpoints, fingerprint, signals
+from . import checkpoints, fingerprint, signals, universal
 from .adapters import read_adapters
 from .arguments import TrainingArguments
 from .guard import Guard, check_trained
-from .resume import REMEDY, ResumeError
+from .resume import REMEDY, ResumeError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +43,7 @@ class ReliableTrainer(Trainer):
     Attributes:
         fingerprint: what is recorded in checkpoints for `fingerprint.check`; nothing if empty.
         interrupted: whether a signal has ended training before its last step.
+        group_settings: those of each group of the optimiser, as it was made.
     """
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
@@ -55,6 +53,7 @@ class ReliableTrainer(Trainer):
         self.guard = Guard(args.output_dir, skip=args.on_nan == "skip", most=args.max_nan_steps, scaler=args.fp16)
         self.fingerprint: dict[str, Any] = {}
         self.interrupted = False
+        self.group_settings: list[dict[str, Any]] = []
         self._run_folder: str | None = None
         self._is_lagging = args.device.type == "cuda" and not self.is_deepspeed_enabled and not self.guard.skip
 
@@ -212,6 +211,8 @@ class ReliableTrainer(Trainer):
             raise ResumeError(f"The optimiser cannot go on from {checkpoint} ({error}); {REMEDY}.") from error
         if checkpoint is None:
             return
+        if universal.is_universal(checkpoint):
+            universal.complete(self.optimizer, self.group_settings, self.lr_scheduler.get_last_lr())
         if not self.is_deepspeed_enabled and any(
             set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups
         ):
@@ -294,24 +295,3 @@ class WithFillers(Dataset):
         if name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
-
-
-@contextlib.contextmanager
-def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
-    """Read a checkpoint without executing anything that it holds.
-
-    Raises:
-        ResumeError: a file of it holds other things than tensors and plain values, or cannot be read.
-    """
-    if checkpoint is None:
-        yield
-        return
-    try:
-        with checkpoints.weights_only():
-            yield
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        raise ResumeError(
-            f"A file of {checkpoint} holds something that is no tensor and no plain value, and was not opened "
-            f"({reason.strip()[:200]}); take another checkpoint, or begin anew with --overwrite_output_dir True."
-        ) from error

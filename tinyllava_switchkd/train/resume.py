@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import pickle
 import shutil
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,27 @@ def check_fits(checkpoint: str | Path, config: Any, training: Any) -> None:
 REMEDY = "use the arguments that the run was begun with, or begin anew with --overwrite_output_dir True"
 
 
+@contextlib.contextmanager
+def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
+    """Read a checkpoint without executing anything that it holds.
+
+    Raises:
+        ResumeError: a file of it holds other things than tensors and plain values, or cannot be read.
+    """
+    if checkpoint is None:
+        yield
+        return
+    try:
+        with checkpoints.weights_only():
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        raise ResumeError(
+            f"A file of {checkpoint} holds something that is no tensor and no plain value, and was not opened "
+            f"({reason.strip()[:200]}); take another checkpoint, or begin anew with --overwrite_output_dir True."
+        ) from error
+
+
 def is_finished(output_dir: str | Path) -> bool:
     """Whether a run in this folder has ended: its state is written last, after the final weights."""
     state = _read_state(Path(output_dir))
@@ -75,7 +100,7 @@ def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
         world_size: processes of the run.
 
     Raises:
-        ValueError: the latest complete checkpoint is sharded for another number of processes.
+        ValueError: the latest complete checkpoint is one of an older version, for another number of processes.
     """
     for folder in checkpoints.checkpoints(output_dir):
         missing = what_is_missing(folder, world_size)
@@ -92,10 +117,12 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
     folders that older versions of this program wrote, which have no manifest, only the shape is looked at.
 
     Raises:
-        ValueError: it is complete, but sharded for another number of processes.
+        ValueError: it is complete, but of an older version and for another number of processes.
     """
     folder = Path(folder)
+    # what this run's record knows had a manifest, whoever took it away
     is_old = not (folder / checkpoints.MANIFEST).exists() and (folder / "training_args.bin").is_file()
+    is_old = is_old and folder.name not in checkpoints.read_record(folder.parent)
     if not is_old:
         damage = checkpoints.damage(folder)
         if damage is not None:
@@ -124,7 +151,7 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
         if not zipfile.is_zipfile(file):  # torch's pickles end in a zip's directory
             return f"{file.name} is cut off"
     if written != world_size:
-        if sharded or is_old:
+        if is_old:
             raise ValueError(
                 f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it "
                 f"with {written}, or begin anew with --overwrite_output_dir True."
@@ -133,6 +160,12 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
     if is_old:
         logger.warning("%s is of an older version, without checksums: only its shape could be looked at.", folder)
     return None
+
+
+def needs_conversion(checkpoint: str | Path, world_size: int) -> bool:
+    """Whether a checkpoint is in DeepSpeed's shards for another number of processes; see `universal`."""
+    checkpoint = Path(checkpoint)
+    return (checkpoint / "latest").is_file() and len(list(checkpoint.glob("rng_state*.pth"))) != world_size
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:

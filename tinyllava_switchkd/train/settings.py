@@ -6,9 +6,12 @@ ruins a model without a word. No setting is infinite or NaN; the rest is `RANGES
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import numbers
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .deepspeed_config import check_deepspeed
@@ -112,9 +115,32 @@ def check_settings(*groups: Any) -> None:
                 continue
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{field.name} is {value}; it must be {allowed or 'a finite number'}.")
+            for name, inner in _inner(field.name, value):
+                if not math.isfinite(inner):
+                    raise ValueError(f"--{field.name} has {inner} for {name!r}; it must be a finite number.")
             if allowed is None:
                 continue
             if not isinstance(value, numbers.Real) or isinstance(value, bool) or value not in allowed:
                 raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
         if getattr(group, "deepspeed", None) is not None:
             check_deepspeed(group.deepspeed, group)
+
+
+def _inner(setting: str, value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number within a setting that is an object (or JSON), or optim_args' text, with its name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _inner(setting, inner, str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _inner(setting, inner, name)
+    elif isinstance(value, float) and name:
+        yield name, value
+    elif isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # which has a check of its own
+        with contextlib.suppress(ValueError, RecursionError):
+            yield from _inner(setting, json.loads(value))
+    elif isinstance(value, str) and setting == "optim_args":
+        for part in value.replace(" ", "").split(","):
+            key, _, number = part.partition("=")
+            with contextlib.suppress(ValueError):
+                yield key, float(number)

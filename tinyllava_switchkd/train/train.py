@@ -31,10 +31,11 @@ from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.runtime import is_main_process
 
-from . import checkpoints, checks, fingerprint, resume, signals
+from . import checkpoints, checks, fingerprint, resume, signals, universal
 from .adapters import begin_adapters
 from .arguments import Arguments
 from .attention import attention_of
+from .deepspeed_config import warn_of_builds
 from .estimate import estimate_run
 from .filling import Filling
 from .guard import NON_FINITE, NonFiniteError
@@ -88,12 +89,12 @@ def _main(argv: Sequence[str] | None) -> int:
             run = prepare(arguments)
     except OtherRankFailedError:
         return 1
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, checkpoints.CheckpointError) as error:
         if os.environ.get("TINYLLAVA_TRACEBACK"):
             raise
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return checkpoints.NO_ROOM if isinstance(error, checkpoints.CheckpointError) else 1
     if run is None:
         return 0
     try:
@@ -216,6 +217,10 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     if cache is not None:
         assert isinstance(task, Distiller)
         task.teacher_cache = cache
+    if training.deepspeed is not None:
+        warn_of_builds()
+    if universal.is_universal(checkpoint):
+        universal.configure(training.hf_deepspeed_config.config)
     trainer = LLaVATrainer(task, training, recipe=recipe, callbacks=callbacks, **plan.data_module)
     trainer.fingerprint = chosen
     if checkpoint is None:
@@ -268,7 +273,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     if torch.distributed.get_rank() == 0:
         try:
             box = [function(), True]
-        except USER_ERRORS as raised:
+        except (*USER_ERRORS, checkpoints.CheckpointError) as raised:
             error = raised
     torch.distributed.broadcast_object_list(box, src=0)
     if error is not None:
@@ -284,6 +289,7 @@ def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | No
     Raises:
         LockedError: another run writes there.
         ValueError: the run cannot go on from the checkpoint.
+        CheckpointError: a checkpoint is to be converted for another number of processes, and there is no room.
     """
     training = arguments.training
     checks.prepare_output(training.output_dir)
@@ -296,6 +302,8 @@ def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | No
     if checkpoint is not None:
         resume.check_fits(checkpoint, plan.skeleton.model.config, training)
         fingerprint.check(checkpoint, chosen, training.allow_changed or ())
+        if resume.needs_conversion(checkpoint, training.world_size):
+            checkpoint = str(universal.convert(checkpoint, training.output_dir))
     write_recipe(arguments)
     return checkpoint, chosen
 

@@ -215,7 +215,11 @@ class LLaVATrainer(ReliableTrainer):
         """The optimiser over groups: learning rate by part, weight decay not for norms and biases."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer: torch.optim.Optimizer | None = cls(self.parameter_groups(model), **kwargs)
+            optimizer: torch.optim.Optimizer = cls(self.parameter_groups(model), **kwargs)
+            self.group_settings = [
+                {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+            ]
+            self.optimizer: torch.optim.Optimizer | None = optimizer
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:

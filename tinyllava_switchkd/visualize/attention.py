@@ -23,7 +23,7 @@ from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, TEMPLATE_FLAGS
-from tinyllava_switchkd.data.image_files import read_upright, to_rgb
+from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read_upright, to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
@@ -227,7 +227,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data:
         if len(names) < 2:
             raise ValueError("--data compares models with the first one; --model_path names one model alone.")
-        rows = [(Path(args.image_folder, row["image"]), row["question"]) for row in read_questions(args.data)]
+        folder = ImageFolder(args.image_folder)
+        rows = [(_inside(folder, row["image"], args.data), row["question"]) for row in read_questions(args.data)]
     elif not (args.image and args.question and args.output):
         raise ValueError("give --image, --question and --output for a figure, or --data for a comparison.")
     else:
@@ -281,6 +282,14 @@ def read_questions(path: str) -> list[dict[str, str]]:
     if not found:
         raise ValueError(f"{path} has no question.")
     return found
+
+
+def _inside(folder: ImageFolder, name: str, data: str) -> Path:
+    try:
+        folder.path(name)
+    except BadImageError:
+        raise ValueError(f"{data} names the image {name!r}, which lies outside --image_folder {folder.root}.") from None
+    return Path(folder.root, name)
 
 
 def _open(path: str | Path) -> Image.Image:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tinyllava_switchkd.registry import Registry
 
-from .files import ID, find_file, missing_file, read_jsonl, require
+from .files import ID, find_file, missing_file, picture_path, read_jsonl, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
@@ -522,8 +522,9 @@ class QuestionFileBenchmark(Benchmark):
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         split, _ = self.question_file(data_dir, split)
         folder = image_folder(data_dir, self.image_folders[split])
-        for _, row in self.read_questions(data_dir, split):
-            yield Question(row["question_id"], row["text"], folder / row["image"], row.get("category", "default"))
+        for where, row in self.read_questions(data_dir, split):
+            image = picture_path(folder, row["image"], where)
+            yield Question(row["question_id"], row["text"], image, row.get("category", "default"))
 
 
 def said(answer: Answer | None) -> dict[str, str | None]:

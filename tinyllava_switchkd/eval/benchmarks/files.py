@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}.") from None
     return rows
+
+
+def picture_path(folder: Path, name: str, where: str) -> Path:
+    """Where the picture lies that a question names: in the folder of pictures, since question files are often others'.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"{where}: the picture {name!r} lies outside {folder}, from which alone pictures are read.")
+    return folder / name
 
 
 _KINDS = {str: "a string", int: "an integer", list: "a list", dict: "an object"}

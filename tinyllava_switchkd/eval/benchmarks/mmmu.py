@@ -30,7 +30,7 @@ from .base import (
     register_benchmark,
     said,
 )
-from .files import ID, find_file, need_file, require, write_upload
+from .files import ID, find_file, need_file, picture_path, require, write_upload
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
@@ -102,7 +102,7 @@ class MMMU(Benchmark):
             pictures = pictures_of(sample, where)
             if self._skips(sample):
                 continue
-            paths = tuple(folder / name for name in pictures)
+            paths = tuple(picture_path(folder, name, where) for name in pictures)
             if len(paths) > 1 and self.settings["multi_image"] == "all":
                 yield Question(identifier, sample["prompt"], paths)
             else:

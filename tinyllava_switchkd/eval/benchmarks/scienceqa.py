@@ -25,7 +25,7 @@ from .base import (
     register_benchmark,
     said,
 )
-from .files import ID, need_file, require
+from .files import ID, need_file, picture_path, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
@@ -79,7 +79,8 @@ class ScienceQA(Benchmark):
             prompt = f"{text}\n{LETTER_SUFFIX}"
             if item.get("image") is not None:
                 require(item, {"image": str}, where)
-                yield Question(item["id"], prompt, folder / item["image"], logged_prompt=f"{_IMAGE_TOKEN}\n{prompt}")
+                image = picture_path(folder, item["image"], where)
+                yield Question(item["id"], prompt, image, logged_prompt=f"{_IMAGE_TOKEN}\n{prompt}")
             elif not self.settings["image_only"]:
                 yield Question(item["id"], prompt, None)
 

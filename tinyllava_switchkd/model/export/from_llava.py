@@ -64,7 +64,7 @@ def from_hf_llava(
     if reason is not None:
         raise ValueError(f"{source} cannot be converted: {reason}")
     record = fields.get(RECORD) or {}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     conv_version = (
         conv_version or record.get("conv_version") or conv_version_of(tokenizer.chat_template or "", tokenizer)
     )

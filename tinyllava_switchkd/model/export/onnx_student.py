@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model.trust import refuse_code
 
 from .onnx_dtypes import suffix
 from .onnx_graphs import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER
@@ -28,16 +29,18 @@ class OnnxStudent:
 
     Raises:
         FileNotFoundError: the folder has no such graphs.
+        ValueError: it brings code of its own, see `refuse_code`.
         ImportError: onnxruntime is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, dtype: str = "fp32", threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        refuse_code(self.folder)
         import onnxruntime
         from transformers import AutoImageProcessor, AutoTokenizer
 
         from tinyllava_switchkd.data import ImagePreprocess
 
-        self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json", what="configuration")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -49,9 +52,10 @@ class OnnxStudent:
             if not file.is_file():
                 raise FileNotFoundError(f"There is no {file}; export it with --to onnx --dtype {dtype}.")
             self.sessions[name] = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         record = _Fields(self.config["tinyllava"])
-        self._preprocess = ImagePreprocess(AutoImageProcessor.from_pretrained(self.folder, backend="pil"), record)
+        image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil", trust_remote_code=False)
+        self._preprocess = ImagePreprocess(image_processor, record)
         self._cache = {
             entry.name: np.zeros(
                 [axis if isinstance(axis, int) else 0 for axis in entry.shape],

@@ -53,9 +53,12 @@ def read_questions(
             continue
         try:
             row = json.loads(line)
-            text, image = row["text"], folder / row["image"]
+            text, name = row["text"], row["image"]
+            image = folder / name
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file}, line {number}: not a JSON object with image and text.") from None
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{file}, line {number}: the image {name!r} lies outside {folder}; pass --image_folder.")
         if not image.is_file():
             raise FileNotFoundError(f"{file}, line {number}: there is no image {image}.")
         questions.append(Question(text, image))

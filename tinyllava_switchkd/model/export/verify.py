@@ -37,8 +37,8 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
     """
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    theirs = AutoModelForImageTextToText.from_pretrained(exported, dtype="auto").eval()
-    processor = AutoProcessor.from_pretrained(exported, backend="pil")
+    theirs = AutoModelForImageTextToText.from_pretrained(exported, dtype="auto", trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(exported, backend="pil", trust_remote_code=False)
     ours, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=theirs.dtype)
 
     content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]

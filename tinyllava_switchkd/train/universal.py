@@ -1,0 +1,129 @@
+"""DeepSpeed's shards for another number of processes, by way of DeepSpeed's universal checkpoint.
+
+A shard holds a process's part of every flat tensor of the optimiser, so shards fit one number of processes only. The
+universal form holds each parameter and its two moments by name. `convert` writes it beside the checkpoints, into
+`FOLDER`, where the rest of the checkpoint is linked to; it is removed when the run has written a checkpoint of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints
+from .resume import ResumeError, reading
+
+logger = logging.getLogger(__name__)
+
+FOLDER = checkpoints.CONVERTED
+_STATES = {"exp_avg", "exp_avg_sq"}
+
+
+def is_universal(checkpoint: str | Path | None) -> bool:
+    """Whether a checkpoint is one that `convert` has made."""
+    return checkpoint is not None and Path(checkpoint).parent.name == FOLDER
+
+
+def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
+    """Bring a sharded checkpoint into a form from which any number of processes goes on.
+
+    Args:
+        checkpoint: a complete one, by ZeRO-1, 2 or 3.
+        output_dir: the run's folder.
+
+    Returns:
+        the folder to resume from.
+
+    Raises:
+        ResumeError: the optimiser is not of Adam's kind, a name in it is no parameter's, or it holds an object.
+        CheckpointError: there is no room.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    checkpoint = Path(checkpoint)
+    shards = checkpoint / (checkpoint / "latest").read_text().strip()
+    needed = 2 * checkpoints.size_of(shards)  # the pieces, and what they are joined to
+    checkpoints.check_space(output_dir, needed, checkpoints.step_of(checkpoint))
+    view = Path(output_dir) / FOLDER / checkpoint.name
+    shutil.rmtree(view.parent, ignore_errors=True)
+    view.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        if file != shards:
+            (view / file.name).symlink_to(file.resolve())
+    arguments = Namespace(
+        input_folder=str(shards),
+        output_folder=str(view / shards.name),
+        num_extract_workers=1,  # processes of their own would not read as carefully
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with checkpoints.writing(output_dir, checkpoints.step_of(checkpoint), needed), reading(checkpoint):
+        _check(shards)
+        logger.info("Converting %s for another number of processes; this reads and writes all of it.", checkpoint)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+    return view
+
+
+def configure(config: dict[str, Any]) -> None:
+    """Have DeepSpeed read the universal form."""
+    config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+def complete(optimizer: Any, before: list[dict[str, Any]], rates: list[float]) -> None:
+    """Put right what DeepSpeed's reader of the universal form leaves wrong under ZeRO-3.
+
+    It gives all groups of parameters the settings of the first one, and all of them one counter of steps between them,
+    which then counts each group's update as a step.
+
+    Args:
+        optimizer: has read the universal form.
+        before: the settings of each group before.
+        rates: the learning rates that the schedule is at, by group.
+    """
+    for group, own, rate in zip(optimizer.param_groups, before, rates, strict=True):
+        group.update({name: value for name, value in own.items() if name != "params"}, lr=rate)
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
+
+
+def _check(shards: Path) -> None:
+    """Refuse what cannot be converted, and names of parameters that would be paths."""
+    import torch
+
+    for file in sorted(shards.glob("*_optim_states.pt")):
+        state = torch.load(file, map_location="cpu", mmap=True)["optimizer_state_dict"]
+        inner = state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
+        kinds = [set(each) for each in _values(inner.get("state"))]
+        if not kinds or not all(kind >= _STATES for kind in kinds):
+            raise ResumeError(
+                f"The checkpoint {shards.parent} was written by another number of processes with an optimiser that "
+                "DeepSpeed cannot divide anew (it can Adam's); run it with as many processes as before, or begin anew "
+                "with --overwrite_output_dir True."
+            )
+        _check_names(shards, (name for group in state.get("param_slice_mappings") or () for name in group))
+    for file in sorted(shards.glob("*_model_states.pt")):
+        state = torch.load(file, map_location="cpu", mmap=True)
+        _check_names(shards, (name for group in state.get("param_shapes") or () for name in group))
+        _check_names(shards, state.get("module") or ())
+
+
+def _values(state: Any) -> list[Mapping[str, Any]]:
+    return list(state.values()) if isinstance(state, dict) else list(state or ())
+
+
+def _check_names(shards: Path, names: Iterator[str] | Any) -> None:
+    for name in names:
+        if not isinstance(name, str) or not all(
+            part.replace("-", "_").isidentifier() or part.isdigit() for part in name.split(".")
+        ):
+            raise ResumeError(f"{shards} names a parameter {name!r}, which no model has; take another checkpoint.")
