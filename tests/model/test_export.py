@@ -407,6 +407,7 @@ def test_command(tmp_path, capsys):
     assert load_file(f"{theirs}/model.safetensors")["multi_modal_projector.linear_1.weight"].dtype == torch.bfloat16
     for arguments, message in (
         (["--to", "hf-llava", ours, theirs], "is not an empty folder"),
+        (["--to", "gguf", theirs, str(tmp_path / "x")], "--to v1 makes one of it"),
         (["--to", "hf-llava", ours, str(tmp_path / "x"), "--conv-version", "pretrain"], "'pretrain' does not write"),
         (["--to", "v1", str(tmp_path / "none"), str(tmp_path / "x")], "no folder"),
     ):
@@ -444,6 +445,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in Path.cwd().iterdir()] == ["file"] and Path.cwd().stat().st_ino == same
 
     full = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
+    full += (OSError("2048 requested and 1008 written"),)  # numpy's
     for error in full:
         with pytest.raises(OSError, match="MB are free"), whole_folder(tmp_path / "x" / "y") as folder:
             (folder / "half").touch()

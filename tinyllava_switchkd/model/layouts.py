@@ -63,9 +63,14 @@ def read_config(folder: Path) -> TinyLlavaConfig:
     if is_bench_config(fields):
         return _made(lambda: config_from_bench(fields), file)
     if fields.get("model_type") != TinyLlavaConfig.model_type:
+        remedy = (
+            "; python -m tinyllava_switchkd.model.export --to v1 makes one of it"
+            if (fields.get("model_type") == "llava" and not (folder / "onnx").is_dir())
+            else ""
+        )
         raise ValueError(
             f"{file} is the configuration of a {fields.get('model_type')!r} model, not of a TinyLLaVA "
-            f"(model_type {TinyLlavaConfig.model_type!r})."
+            f"(model_type {TinyLlavaConfig.model_type!r}){remedy}."
         )
     check_config(fields, file)
     fields.pop("cache_dir", None)  # where this machine keeps downloads is not the checkpoint's business

@@ -17,7 +17,7 @@ from ..card import facts_of, write_model_card
 RECORD = "tinyllava"
 """Key of an export's ``config.json`` for what its own fields do not say; it makes the way back exact."""
 
-_FULL = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|Errno (28|122)\b")
+_FULL = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|Errno (28|122)\b|requested and \d+ written")
 
 
 def empty_folder(output_dir: str | os.PathLike) -> Path:
@@ -55,7 +55,10 @@ def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
     unfinished = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.absolute().name}.", dir=parent))
+        try:
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.absolute().name}.", dir=parent))
+        except OSError as error:
+            raise type(error)(f"{output_dir} cannot be made ({error.strerror}); name another folder.") from error
         yield unfinished
         if exists:
             for file in unfinished.iterdir():
