@@ -2,10 +2,11 @@
 
 python docs/_generate_results.py                              # write the tables and draw the pictures
 python docs/_generate_results.py --add playground/ablations   # take over the runs of a folder, then write
+python docs/_generate_results.py --add_real FOLDER            # take over a run of scripts/train/real_weights.sh
 python docs/_generate_results.py --costs                      # count the costs at full scale anew, then write
 python docs/_generate_results.py --check                      # exit status 1 if a text or picture is out of date
 
-The runs are in ablation_runs.json: every score, seed, second and version.
+The runs are in ablation_runs.json, those of real weights in real_weights.json: every score, seed, second and version.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RUNS = DOCS / "ablation_runs.json"
+REAL = DOCS / "real_weights.json"
 IMAGES = DOCS / "images"
-TEXTS = (DOCS / "results.md", DOCS / "reproduce.md")
+TEXTS = (DOCS / "results.md", DOCS / "reproduce.md", DOCS / "method.md")
 TABLE1 = ("switch", "sizes")
 """The tables whose trainings make the paper's Table 1: both pairs of teacher and student."""
 
@@ -166,6 +168,7 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
     found = {f"results-{name}": table_block(stored, name) for name in TABLES}
     return {
         **found,
+        **real_blocks(),
         "results-versions": f"Python {of['python']}, {versions}; {of['machine']}, one thread, no GPU.",
         "results-search": search_block(stored),
         "results-attention": attention_block(stored),
@@ -242,6 +245,51 @@ def draw_attention(shown: Mapping[str, Any], path: Path) -> None:
     whole.save(path)
 
 
+def add_real(folder: Path) -> None:
+    """Take over what `scripts/train/real_weights.sh` left in a folder."""
+    from tinyllava_switchkd.io import read_json, write_json
+
+    stored = _rounded(read_json(folder / "real_weights.json"))
+    for row in (*stored["runs"].values(), *stored["states"].values()):
+        row.pop("of", None)
+    write_json(REAL, stored, indent=1)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with five digits that count, wherever they are."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def real_blocks() -> dict[str, str]:
+    """The tables of real pretrained weights."""
+    from tinyllava_switchkd.ablations import real
+    from tinyllava_switchkd.ablations.summary import markdown_of
+    from tinyllava_switchkd.io import read_json
+
+    stored = read_json(REAL)
+    of, plan = stored["versions"], stored["plan"]
+    setting = (
+        f"{stored['pictures'][0]} training pictures, {stored['pictures'][1]} held out, {plan['image_size']} pixels a "
+        f"side. Teacher: {plan['teacher_pt_steps']} steps of PT and {plan['teacher_steps']} of SFT; students: "
+        f"{plan['student_layers']} of 30 layers, {plan['student_pt_steps']} steps of PT and {plan['student_steps']} of "
+        f"SFT or Switch-KD; {plan['batch_size']} samples a step. Python {of['python']}, torch {of['torch']}, "
+        f"transformers {of['transformers']}; {of['machine']}, {of['threads']} thread, no GPU."
+    )
+    tables = (real.lines(stored), real.differences(stored))
+    scores = "\n\n".join(markdown_of(table) for table in tables if len(table) > 1)
+    return {
+        "results-real-setting": setting,
+        "results-real-scores": scores,
+        "results-real-history": markdown_of(real.history_lines(stored)),
+        "results-real-terms": markdown_of(real.state_lines(stored)),
+        "method-real-temperatures": markdown_of(real.temperature_lines(stored)),
+    }
+
+
 def _quickstart() -> Any:
     """docs/_generate_quickstart.py, whose marks these are."""
     spec = importlib.util.spec_from_file_location("generate_quickstart", DOCS / "_generate_quickstart.py")
@@ -257,11 +305,14 @@ def main() -> int:
 
     parser = CommandParser(description="Write the tables of results.md and reproduce.md from stored runs.")
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of ablations to take over")
+    parser.add_argument("--add_real", type=Path, help="folder of real_weights.sh to take over")
     parser.add_argument("--costs", action="store_true", help="count the costs at full scale anew")
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     arguments = parser.parse_args()
     for folder in arguments.add:
         add(folder)
+    if arguments.add_real is not None:
+        add_real(arguments.add_real)
     if arguments.costs:
         add_costs()
     stored, filled, stale = read_json(RUNS), _quickstart().filled, False

@@ -91,14 +91,14 @@ class Plan:
 
 
 SECONDS = {
-    "teacher_pt": 3.0,
+    "teacher_pt": 2.0,
     "teacher": 5.0,
-    "student_pt": 1.5,
-    "sft": 2.5,
+    "student_pt": 1.1,
+    "sft": 2.9,
     "switch_kd": 6.5,
     "scores": 60.0,
     "teacher_scores": 120.0,
-    "terms": 15.0,
+    "terms": 40.0,
 }
 """Seconds of one core: of a step of four pictures, of scoring a checkpoint, of comparing terms at one temperature."""
 
@@ -198,6 +198,18 @@ def temperature_lines(stored: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def history_lines(stored: Mapping[str, Any], key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:
+    """Cells of what a run logged on its training batches, evenly spread steps of it."""
+    history = stored["runs"].get(key, stored.get("unfinished", {}).get(key, {})).get("history", [])
+    rows = [["step", "ce", "align", "switch", "k, teacher leads", "k, student leads", "overlap"]]
+    count = min(most, len(history))
+    for line in [history[round(at * (len(history) - 1) / max(count - 1, 1))] for at in range(count)]:
+        terms = [f"{line[name]:.3g}" for name in ("ce", "align", "visual_switch")]
+        knees = [f"{line[name]:,.0f}" for name in ("knee_teacher", "knee_student")]
+        rows.append([f"{line['step']:g}", *terms, *knees, f"{line['topk_overlap']:.2f}"])
+    return rows
+
+
 def one_line(state: Mapping[str, Any]) -> str:
     at = state["temperatures"]["3"]
     means, norms = (", ".join(f"{name} {value:.3g}" for name, value in at[part].items()) for part in ("means", "norms"))
@@ -207,6 +219,7 @@ def one_line(state: Mapping[str, Any]) -> str:
 def text_of(stored: Mapping[str, Any]) -> str:
     """Everything that is stored, as tables of text."""
     tables = [lines(stored), differences(stored), state_lines(stored), temperature_lines(stored)]
+    tables.append(history_lines(stored))
     return "\n\n".join("\n".join(cli.table(table, len(table[0]))) for table in tables if len(table) > 1)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +20,10 @@ from torch import Tensor
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data import DataCollatorForSupervisedDataset, TextPreprocess
 from tinyllava_switchkd.distill import build_distiller
+from tinyllava_switchkd.distill.losses import LossFactory
 from tinyllava_switchkd.distill.losses.knee import leading
+from tinyllava_switchkd.distill.methods.base import Method
+from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl
 from tinyllava_switchkd.eval.generate import Answerer
@@ -179,7 +184,7 @@ class Real(Experiment):
         losses = [line["ce"] for line in history if "ce" in line]
         row = {"of": made["mark"], "seconds": made["seconds"], "steps": int(history[-1]["step"])}
         row |= {"first_loss": losses[0], "last_loss": fmean(losses[-5:])}
-        self._store("runs", key, {**row, **self.measures(checkpoint)})
+        self._store("runs", key, {**row, "history": logged_terms(history), **self.measures(checkpoint)})
 
     def measures(self, checkpoint: Path) -> dict[str, list[float]]:
         """Each of `MEASURES` for every held-out picture, in their order."""
@@ -274,6 +279,12 @@ class Real(Experiment):
         write_json(self.file, self.stored, indent=1)
 
 
+def logged_terms(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What a distilled run logged of its terms, a row a logged step."""
+    names = ("step", "ce", "align", "visual_switch", "knee_teacher", "knee_student", "topk_overlap")
+    return [{name: line[name] for name in names} for line in history if all(name in line for name in names)]
+
+
 def right(row: Mapping[str, Any]) -> float:
     """The verdict of a benchmark's row, 0 to 1."""
     return float(row["parsed"] == row["truth"]) if row.get("truth") in ("yes", "no") else float(row["value"])
@@ -316,35 +327,50 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     one_of_each = {one.kind: one for one in reversed(experiment.held)}
     samples = parts.conversations(list(one_of_each.values())[:STATED], 0)
     batch = experiment.batch(samples, student, tokenizer, pixels)
-    found: dict[str, Any] = {"pictures": len(samples), "temperatures": {}}
-    logits = None
-    for temperature in temperatures:
-        distiller = build_distiller(student, teacher, "switch_kd", temperature=temperature)
-        if logits is None:
-            logits = distiller.pathway_logits(batch)
-            orders = leading(logits.teacher), leading(logits.student)
-            found["tokens"] = len(logits.teacher)
-            for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
-                found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
-            found["overlap"] = float(overlap(logits.student, *orders).mean())
-            labels = batch["labels"][:, 1:]
-            labels = labels[labels != IGNORE_INDEX]
-            ce = float(F.cross_entropy(logits.student.float(), labels))
-        pull = distiller.gradients(batch)["vision_features"]
+    distiller = build_distiller(student, teacher, AtTemperatures(temperatures=tuple(temperatures)))
+    logits, pull = distiller.pathway_logits(batch), distiller.gradients(batch)["vision_features"]
+    orders = leading(logits.teacher), leading(logits.student)
+    labels = batch["labels"][:, 1:]
+    ce = float(F.cross_entropy(logits.student.float(), labels[labels != IGNORE_INDEX]))
+    found: dict[str, Any] = {"pictures": len(samples), "tokens": len(logits.teacher), "temperatures": {}}
+    for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
+        found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
+    found["overlap"] = float(overlap(logits.student, *orders).mean())
+    for temperature, loss in distiller.method.losses.items():
+        align, switch = (pull[f"{name} {temperature:g}"] for name in ("align", "visual_switch"))
         shares = pair_shares(logits.teacher, orders[0], temperature, (1, 100))
         found["temperatures"][f"{temperature:g}"] = {
             "means": {
                 "ce": ce,
-                "align": float(distiller.loss(logits.student, logits.teacher).mean()),
-                "visual_switch": float(distiller.loss(logits.visual_switch, logits.teacher).mean()),
+                "align": float(loss(logits.student, logits.teacher).mean()),
+                "visual_switch": float(loss(logits.visual_switch, logits.teacher).mean()),
             },
-            "norms": {name: _norm(pull[name]) for name in ("ce", "align", "visual_switch")},
-            "cosine": _cosine(pull["visual_switch"], pull["ce"]),
-            "cosine_align": _cosine(pull["align"], pull["ce"]),
+            "norms": {"ce": _norm(pull["ce"]), "align": _norm(align), "visual_switch": _norm(switch)},
+            "cosine": _cosine(switch, pull["ce"]),
+            "cosine_align": _cosine(align, pull["ce"]),
             "top_1": float(shares[:, 0].median()),
             "top_100": float(shares[:, 1].median()),
         }
     return found
+
+
+@dataclass
+class AtTemperatures(Method):
+    """Switch-KD's two terms at several temperatures side by side, to be looked at together."""
+
+    temperatures: tuple[float, ...] = (3.0,)
+
+    @cached_property
+    def losses(self) -> dict[float, Any]:
+        return {one: LossFactory("dbild")(temperature=one) for one in self.temperatures}
+
+    @property
+    def terms(self) -> list[LogitTerm]:
+        return [
+            LogitTerm(f"{name} {one:g}", loss, pathway=pathway)
+            for one, loss in self.losses.items()
+            for name, pathway in (("align", "student"), ("visual_switch", "switch"))
+        ]
 
 
 def overlap(student_logits: Tensor, teacher_order: Any, student_order: Any) -> Tensor:

@@ -125,7 +125,12 @@ def text_of(stored: Stored, table: Table) -> str:
 
 def markdown(stored: Stored, table: Table) -> str:
     """The table for a page."""
-    head, *rows = lines(stored, table)
+    return markdown_of(lines(stored, table))
+
+
+def markdown_of(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the heads first, for a page."""
+    head, *rows = cells
     return "\n".join(_row(row) for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
