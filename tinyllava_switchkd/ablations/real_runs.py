@@ -234,7 +234,7 @@ class Real(Experiment):
         for way in ways:
             end = self.learn(way, seed)
             kept = sorted((int(one.name.partition("-")[2]), one) for one in end.glob("checkpoint-*"))
-            for step, middle in kept[len(kept) // 2 :][:1] if way.key == "switch_kd" else ():
+            for step, middle in kept[(len(kept) - 1) // 2 :][:1] if way.key == "switch_kd" else ():
                 self._state("during", middle, teacher, step=step)
             self._state(f"after {way.key}", end, teacher, TEMPERATURES if way.key == "switch_kd" else (3.0,))
 
