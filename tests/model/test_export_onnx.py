@@ -99,6 +99,7 @@ def test_transformers_js_finds_what_it_reads(exported):
     assert inputs["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
     assert decoder.get_outputs()[0].name == "logits" and decoder.get_outputs()[0].shape[-1] == VOCAB_SIZE
     processor = json.loads((folder / "processor_config.json").read_text())
+    assert json.loads((folder / "preprocessor_config.json").read_text())["processor_class"] == "LlavaProcessor"
     patches = (28 // processor["patch_size"]) ** 2
     assert patches + processor["num_additional_image_tokens"] == student.config["image_seq_length"] == 15
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]

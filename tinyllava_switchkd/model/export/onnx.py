@@ -121,6 +121,8 @@ def to_onnx(
         _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
         _write_tokenizer(tokenizer, folder)
         save_image_processor(image_processor, folder)
+        file = folder / "preprocessor_config.json"  # transformers.js's AutoProcessor asks this file for the processor
+        write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"}, sort_keys=True)
         write_json(folder / "processor_config.json", _processor_config(model), sort_keys=True)
         measured = {}
         if expected is not None:
