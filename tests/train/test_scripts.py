@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -282,6 +283,7 @@ METHODS = {
     "align_kd": {"DISTILL_METHOD": "align_kd"},
     "a bridge": {},
 }
+LORA = " --lora_dropout 0 --lr_scheduler_type constant"
 
 
 @pytest.mark.slow
@@ -289,8 +291,12 @@ METHODS = {
 @pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path, method, zero):
-    """Two ranks, one sample each, some without images: the student is that of one process, and so are the adapters."""
+    """Two ranks, one sample each, some without images: the student is that of one process, and so are the adapters.
+
+    With a bridge under ZeRO-2, the student has LoRA adapters, and the ranks' run is cut off after a step and resumed.
+    """
     found = []
+    lora = method == "a bridge" and zero == 2
     for place, changes in (
         ("one", {}),
         (
@@ -308,13 +314,23 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
             for _, arguments in commands(*others["pretrain"], **at_once):
                 assert main(arguments) == 0
             environment["PRETRAINED_PATH"] = output(tmp_path, "pretrain")
+        if lora:
+            script[:1], script[-3] = ["distill_lora.sh"], "lora"
+            environment |= {"LORA_R": 2, "LORA_ALPHA": 4, "MAX_STEPS": 2, "SAVE_STEPS": 1}
+            environment["EXTRA_ARGS"] += LORA
+        folder = output(tmp_path / place, "distill")
         if place == "two":
             assert on_ranks(script, environment, tmp_path) == [0, 0]
+            if lora:
+                shutil.rmtree(folder / "checkpoint-2")
+                for file in (folder / "trainer_state.json", folder / "adapter_model.safetensors"):
+                    file.unlink()
+                assert on_ranks(script, environment, tmp_path) == [0, 0]
         else:
             for _, arguments in commands(*script, **environment):
                 assert main(arguments) == 0
-        folder = output(tmp_path / place, "distill")
-        found.append({**load_file(folder / "model.safetensors"), **adapters_of(folder)})
+        student = load_file(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
+        found.append({**student, **adapters_of(folder)})
     one, two = found
     assert one.keys() == two.keys() and (method == "llava_kd") != any("adapter" in name for name in one)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
