@@ -34,4 +34,4 @@ def test_grouping_pads_less(path):
 @pytest.mark.slow
 def test_opening(path):
     rows = data_loading.opening(path, workers=2)
-    assert [row[0] for row in rows] == ["list of dicts (v1)", "ours"]
+    assert [row[0] for row in rows] == ["list of dicts (TinyLLaVA)", "ours"]
