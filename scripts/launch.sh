@@ -6,7 +6,11 @@
 set -euo pipefail
 
 REPO="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-export PYTHON="${PYTHON:-$(command -v python || command -v python3)}"
+export PYTHON="${PYTHON:-$(command -v python || command -v python3 || echo python3)}"
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "${0##*/}: there is no interpreter $PYTHON; set PYTHON to one." >&2
+    exit 1
+fi
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export TINYLLAVA_SCRIPT="$0"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,8 @@ def test_the_cpu(environment, processes):
         ({"DEVICE": "cpu", "GPUS": "0"}, "number of processes"),
         ({"DEVICE": "cpu", "GPUS": "0,1"}, "number of processes"),
         ({"DEVICE": "cpu", "GPUS": "two"}, "number of processes"),
+        ({"DEVICE": "cpu", "GPUS": "100000"}, "number of processes, at most"),
+        ({"DEVICE": "cpu", "GPUS": "9" * 5000}, "number of processes, at most"),
     ],
 )
 def test_wrong_devices(environment, words):
@@ -122,3 +126,12 @@ def test_several_nodes(tmp_path):
     with pytest.raises(ValueError, match="counts from 0 to 1"):
         find_launcher(nodes, four)
     assert find_launcher(nodes | {"NODE_RANK": "1"}, four).processes == 8
+
+
+def test_a_script_names_an_interpreter_that_is_not_there():
+    script = Path(__file__).parents[2] / "scripts" / "train" / "finetune.sh"
+    done = subprocess.run(
+        ["bash", script], env={**os.environ, "PYTHON": "/gone/python"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "finetune.sh: there is no interpreter /gone/python; set PYTHON to one.\n"

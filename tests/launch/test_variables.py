@@ -22,6 +22,8 @@ WRONG_VALUES = [
     ("GLOBAL_BATCH_SIZE", "-128"),
     ("GLOBAL_BATCH_SIZE", "12.5"),
     ("GLOBAL_BATCH_SIZE", "128 "),
+    ("GLOBAL_BATCH_SIZE", "9" * 30),
+    ("SAVE_TOTAL_LIMIT", "9" * 5000),
     ("PER_DEVICE_BATCH_SIZE", "-1"),
     ("PER_DEVICE_BATCH_SIZE", "eight"),
     ("PRETRAIN_PER_DEVICE_BATCH_SIZE", "0"),
@@ -113,6 +115,25 @@ WRONG_NAMES = [
     ("TEACHER_PAHT", "TEACHER_PATH"),
     ("OUTPUT_ROOTS", "OUTPUT_ROOT"),
     ("HOST_FILE", "HOSTFILE"),
+    ("BATCH", "GLOBAL_BATCH_SIZE"),
+    ("GLOBAL_BATCH", "GLOBAL_BATCH_SIZE"),
+    ("TRAIN_BATCH_SIZE", "PER_DEVICE_BATCH_SIZE"),
+    ("GRADIENT_ACCUMULATION_STEPS", "GRAD_ACCUM"),
+    ("lr", "LEARNING_RATE"),
+    ("TEACHER", "TEACHER_PATH"),
+    ("DISTILL_TEMPERATURE", "mean TEMPERATURE"),
+    ("FINETUNE_PRECISION", "mean PRECISION"),
+    ("EVAL_EVERY", "EVAL_STEPS"),
+]
+
+WRONG_NAMES_OF_AN_EVALUATION = [
+    ("EVAL_BATCH_SIZE", "mean BATCH_SIZE"),
+    ("EVAL_LIMIT", "mean LIMIT"),
+    ("EVAL_FOLDER", "mean EVAL_DIR"),
+    ("EVAL_DIRR", "mean EVAL_DIR"),
+    ("BATCH", "mean BATCH_SIZE"),
+    ("LIMITS", "mean LIMIT"),
+    ("RESULTS", "mean RESULTS_DIR"),
 ]
 
 
@@ -132,6 +153,12 @@ def test_wrong_names(name, meant):
     assert message.startswith(f"There is no variable {name}; did you mean ")
     assert meant.split("_")[0] in message if name == "PRETRAIN_LR" else meant in message
     assert read({name: "1", "ALLOW_VARIABLES": f"OTHER {name}"}, training=True) == {"ALLOW_VARIABLES": f"OTHER {name}"}
+
+
+@pytest.mark.parametrize(("name", "meant"), WRONG_NAMES_OF_AN_EVALUATION)
+def test_wrong_names_of_an_evaluation(name, meant):
+    with pytest.raises(ValueError, match=f"There is no variable {name}; did you {meant}"):
+        read({name: "1"}, training=False)
 
 
 def test_what_a_machine_has_in_its_environment_is_no_mistake():

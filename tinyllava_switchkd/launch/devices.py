@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -75,6 +76,12 @@ def find_devices(environment: Mapping[str, str], python: str) -> Devices:
     if not found:
         if asked and not re.fullmatch(r"0*[1-9]\d*", asked):
             raise ValueError(f"GPUS is {asked!r}; on a CPU it is the number of processes.")
+        cores = os.cpu_count() or 1
+        most = max(8, 4 * cores)  # more only take one another's memory
+        if len(asked) > 9 or int(asked or 1) > most:
+            raise ValueError(
+                f"GPUS is {asked!r}; on a CPU it is the number of processes, at most {most} on {cores} cores."
+            )
         return Devices((), int(asked or 1))
     if not asked:
         return Devices(found, len(found))

@@ -95,7 +95,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars stay the text that they are; a key that occurs twice is an error."""
+    """Scalars stay the text that they are; a key that occurs twice, or text that is no UTF-8, is an error."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
@@ -105,6 +105,11 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if any("\ud800" <= char <= "\udfff" for char in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "it holds half of a character", node.start_mark)
+        return super().construct_scalar(node)
 
 
 def names() -> list[str]:
@@ -146,6 +151,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
         raise ValueError(f"The recipe {path} extends itself.")
     try:
         content = yaml.load(read_text(path, what="recipe"), Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        where = f"character {error.position + 1}, U+{error.character:04X}"
+        raise ValueError(f"{path}, {where}: not a recipe ({error.reason}).") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -221,8 +229,10 @@ def _settings(content: object, path: Path, what: str) -> Settings:
     for name, value in _mapping(content, path, what).items():
         if word(name) is not None:
             raise ValueError(f"{path}, {what}: {name!r} is no name of a setting.")
-        if isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(one, str) for one in value)):
-            raise ValueError(f"{path}, {what}: {name} must be a value, or a list of values.")
+        if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))):
+            raise ValueError(f"{path}, {what}: {name} must be a value, or a list of values, without a YAML tag.")
+        if setting_name(name) in settings:
+            raise ValueError(f"{path}, {what}: {name} is set twice, in two spellings of {setting_name(name)}.")
         settings[setting_name(name)] = value
     return settings
 

@@ -9,13 +9,21 @@ from collections.abc import Callable
 Check = Callable[[str], "str | None"]
 
 
+LARGEST = 2**31 - 1
+"""Of whole numbers that say no limit of their own: what any library takes."""
+
+
 def whole(least: int = 1, most: int | None = None) -> Check:
     """A whole number of at least `least`, and at most `most`."""
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+    limit = LARGEST if most is None else most
 
     def check(text: str) -> str | None:
-        good = re.fullmatch(r"[+-]?[0-9]+", text) is not None and int(text) >= least
-        return None if good and (most is None or int(text) <= most) else expected
+        if re.fullmatch(r"[+-]?[0-9]+", text) is None:
+            return expected
+        if len(text) > 4000 or int(text) > limit:
+            return f"a whole number from {least} to {limit}"
+        return None if int(text) >= least else expected
 
     return check
 

@@ -1,14 +1,15 @@
 """The environment variables of scripts/train and scripts/eval: what there is, and what is not is told.
 
 A variable that nobody reads is worse than an error, for a run of days then has other settings than was asked for. So an
-unknown name behind a stage's prefix (``DISTILL_LERNING_RATE``), and any name that is nearly a known one, is refused.
+unknown name behind a stage's prefix (``DISTILL_LERNING_RATE``) or ``EVAL_``, and any name that is nearly a known one or
+what one would guess for it, is refused.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .values import (
@@ -26,6 +27,8 @@ from .values import (
 )
 
 STAGE_PREFIXES = ("PRETRAIN", "FINETUNE", "DISTILL")
+
+_EVALUATION_PREFIX = "EVAL"
 
 ALLOWED = "ALLOW_VARIABLES"
 """Names, separated by spaces, that are nobody's mistake although they look like one."""
@@ -139,13 +142,20 @@ EVALUATION = {
 _NEVER_MEANT = {"PYTHON", "LIMIT", "SPLIT", "DRY_RUN", ALLOWED}
 """Known names that much else is nearly called like."""
 
-_ELSEWHERE = {
-    "BATCH_SIZE": "GLOBAL_BATCH_SIZE (samples of a step) or PER_DEVICE_BATCH_SIZE",
-    "LR": "LEARNING_RATE",
-    "NUM_EPOCHS": "EPOCHS",
-    "NUM_TRAIN_EPOCHS": "EPOCHS",
+_BATCH = "GLOBAL_BATCH_SIZE (samples of a step) or PER_DEVICE_BATCH_SIZE"
+_GUESSED = {
+    True: {
+        **dict.fromkeys(("BATCH", "BATCH_SIZE", "GLOBAL_BATCH", "TRAIN_BATCH_SIZE", "MICRO_BATCH_SIZE"), _BATCH),
+        "PER_DEVICE_TRAIN_BATCH_SIZE": "PER_DEVICE_BATCH_SIZE",
+        "GRADIENT_ACCUMULATION_STEPS": "GRAD_ACCUM",
+        "LR": "LEARNING_RATE",
+        "NUM_EPOCHS": "EPOCHS",
+        "NUM_TRAIN_EPOCHS": "EPOCHS",
+        "TEACHER": "TEACHER_PATH or TEACHER_LLM",
+    },
+    False: {"BATCH": "BATCH_SIZE", "LIMITS": "LIMIT", "RESULTS": "RESULTS_DIR"},
 }
-"""Names that one would guess for a training, and what they are called."""
+"""Names that one would guess for a training (True) or an evaluation, and what they are called."""
 
 
 def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
@@ -161,7 +171,7 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
         f"{stage}_{name}": v for stage in STAGE_PREFIXES for name, v in own.items() if v.of_a_stage and training
     }
     known = prefixed | own
-    others = (EVALUATION if training else TRAINING).keys() - _ELSEWHERE.keys()
+    others = (EVALUATION if training else TRAINING).keys() - _GUESSED[training].keys()
     allowed = {*environment.get(ALLOWED, "").split(), *others}
     values = {}
     for name, value in environment.items():
@@ -187,10 +197,11 @@ def _hint(name: str, value: str) -> str:
     return ""
 
 
-def nearest(name: str, known: Iterable[str], *, training: bool = True) -> str | None:
+def nearest(name: str, known: Collection[str], *, training: bool = True) -> str | None:
     """The known variable that a name seems to mean; None if it is none of ours."""
-    if training and name in _ELSEWHERE:
-        return _ELSEWHERE[name]
+    guessed = _GUESSED[training].get(name.upper())
+    if guessed is not None:
+        return guessed
     targets = [target for target in known if target not in _NEVER_MEANT]
     flat = {target.replace("_", ""): target for target in reversed(targets)}
     plain = re.sub(r"[_-]", "", name).upper()
@@ -201,11 +212,14 @@ def nearest(name: str, known: Iterable[str], *, training: bool = True) -> str | 
     close = [target for target in targets if _is_near(name, target)]
     if close:
         return min(close, key=lambda target: (_edits(name, target), target))
-    stage = name.split("_")[0]
-    if training and stage in STAGE_PREFIXES and "_" in name:
-        own = [target for target in targets if target.startswith(f"{stage}_")]
-        return difflib.get_close_matches(name, own, n=1, cutoff=0)[0]
-    return None
+    prefix, _, rest = name.partition("_")
+    if not rest or prefix not in ((*STAGE_PREFIXES, _EVALUATION_PREFIX) if training else (_EVALUATION_PREFIX,)):
+        return None
+    if rest in known:  # one that has no prefix
+        return rest
+    own = [target for target in targets if target.startswith(f"{prefix}_")]
+    similar = difflib.get_close_matches(name, own, n=1, cutoff=0)
+    return similar[0] if similar else None
 
 
 def _is_near(name: str, target: str) -> bool:
