@@ -5,8 +5,9 @@
     python -m benchmarks.step --growth [--vocab 4096]            how a step grows with visual and supervised tokens
 
 Models are built from their configurations with random weights. The variants run in turn in one process (medians of
-repeats after a warm-up). Time is the process's own on one thread of a CPU, else the wall clock; peak memory is the
-allocator's (CUDA) or what a process of its own grows by (CPU).
+repeats after a warm-up). Time is the process's own on one thread of a CPU, else the wall clock. Peak memory is what
+torch's allocator gives out, weights and optimiser included, beside what ``--estimate`` says; on a CPU also what a
+process of its own grows by, which has the process's code and the system's unused pages in it.
 
     SFT                     cross-entropy alone
     align only              teacher pass, no switch
@@ -37,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import CONFIG_MAPPING
 
-from benchmarks._memory import peak_resident, resident
+from benchmarks._memory import allocated, peak_resident, resident
 from benchmarks._table import Table, machine, write_section
 from benchmarks.loss import slope
 from tinyllava_switchkd.cli import CommandParser
@@ -324,7 +325,13 @@ class Bench:
         return counter.total
 
     def peak(self, variant: str) -> float:
-        """Peak bytes on CUDA, weights and optimiser included."""
+        """Most bytes that torch's allocator gives out, weights and optimiser included."""
+        if self.device == "cpu":
+            self.step(variant)  # the optimiser makes its state
+            self.optimizer.zero_grad(set_to_none=True)
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            kept = [*self.student.parameters(), *self.teacher.parameters(), *states]
+            return allocated(lambda: self.step(variant)) + sum(tensor.nbytes for tensor in kept)
         torch.cuda.reset_peak_memory_stats()
         self.step(variant)
         return torch.cuda.max_memory_allocated()
@@ -390,23 +397,20 @@ def _peak_of_process(variant: str, shape: Shape) -> float:
     return peak_resident(lambda: bench.step(variant))[0] - before
 
 
-def peak_memory(bench: Bench, variant: str, shape: Shape) -> float:
-    if shape.device == "cuda":
-        return bench.peak(variant)
+def resident_growth(variant: str, shape: Shape) -> float:
+    """Bytes by which a process of its own grows at most: what torch allocates, and what comes on top."""
     context = multiprocessing.get_context("forkserver")  # everything is imported once, and nothing computed there
     context.set_forkserver_preload(["tinyllava_switchkd.distill", "tinyllava_switchkd.train.estimate"])
     with context.Pool(1) as pool:
         return pool.apply(_peak_of_process, (variant, shape))
 
 
-def predicted(variant: str, shape: Shape) -> str:
-    """What `--estimate` says of a variant, in GiB; empty for those that are not ways to train.
+ESTIMATED = ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile")
+"""The variants that are ways to train."""
 
-    It speaks of samples at their longest, so nothing is said of mixed lengths.
-    """
-    ways = ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile")
-    if variant not in ways or shape.mixed:
-        return ""
+
+def predicted(variant: str, shape: Shape) -> float:
+    """Peak bytes that `--estimate` says of a variant, of samples at their longest."""
     student, teacher, vision, text = shape.parts
     learner = model(student, vision, 0, "meta", torch.float32).train()
     learner.freeze_unused_parameters()
@@ -424,7 +428,7 @@ def predicted(variant: str, shape: Shape) -> str:
     )
     # The models of all variants are loaded, whichever of them runs.
     unused = 0 if guide else sum(p.numel() for p in model(teacher, vision, 1, "meta", torch.float32).parameters())
-    return f"{(result.peak + unused * (2 if shape.device == 'cuda' else 4)) / 2**30:.2f}"
+    return result.peak + unused * (2 if shape.device == "cuda" else 4)
 
 
 def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table, str]:
@@ -443,8 +447,9 @@ def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table,
                 f"{median / medians.get('SFT', median):.2f}",
                 f"{median / medians.get('passes, no heads', median):.2f}",
                 f"{tokens / median:,.0f}",
-                f"{peak_memory(bench, variant, shape) / 2**30:.2f}",
-                predicted(variant, shape),
+                f"{bench.peak(variant) / 2**30:.2f}",
+                f"{predicted(variant, shape) / 2**30:.2f}" if variant in ESTIMATED and not shape.mixed else "",
+                f"{resident_growth(variant, shape) / 2**30:.2f}" if shape.device == "cpu" else "",
                 f"{100 * achieved / rate:.0f} %",
             ]
         )
@@ -453,7 +458,17 @@ def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table,
     if {"align + switch", "heads, trivial loss"} <= medians.keys():
         share = 1 - medians["heads, trivial loss"] / medians["align + switch"]
         note += f"; the loss, heads excluded, takes {100 * share:.1f} % of the align + switch step"
-    header = ["step", "seconds", "x SFT", "x passes", "tokens/s", "peak GiB", "estimated", "of matrix rate"]
+    header = [
+        "step",
+        "seconds",
+        "x SFT",
+        "x passes",
+        "tokens/s",
+        "peak GiB",
+        "estimated",
+        "resident GiB",
+        "of matrix rate",
+    ]
     return (header, rows), note + "."
 
 
@@ -485,7 +500,7 @@ def growth(shape: Shape, repeats: int) -> list[Table]:
             one = replace(shape, samples=1, text=images + PROMPT + answer, images=images, supervised=answer)
             bench = Bench(one)
             seconds = seconds_of(bench, ["align + switch"], repeats)["align + switch"]
-            flops, peak = bench.flops("align + switch"), peak_memory(bench, "align + switch", one)
+            flops, peak = bench.flops("align + switch"), bench.peak("align + switch")
             visual = images * bench.student.num_image_tokens
             found.append((visual if what == "images" else answer, seconds, peak, flops))
             points.append([f"{visual:,}", f"{answer:,}", f"{seconds:.3g}", f"{peak / 2**30:.2f}", f"{flops / 1e9:.0f}"])

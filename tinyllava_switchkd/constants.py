@@ -12,5 +12,12 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """What ``--dtype`` takes of torch's, by name: torch itself is slow to import."""
 
+SPLIT_FOLDERS = {
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower._vision_tower.",
+    "connector": "connector.",
+}
+"""The folders of TinyLLaVA v1's split layout, each with the prefix that its keys have in the full layout."""
+
 TEMPLATE_FLAGS = ("--template", "--conv_mode", "--conv_version")
 """How commands take the name of a conversation template: our name first, then LLaVA's and TinyLLaVA v1's."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd import __version__
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import digest_of_files
-from tinyllava_switchkd.model.weights import SPLIT_PARTS
 
 PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
 
@@ -34,7 +34,7 @@ def checkpoint_digest(folder: str | Path) -> str:
         ``sha256:`` and 64 hexadecimal digits.
     """
     folder = Path(folder)
-    places = ("", *(f"{part}/" for part in SPLIT_PARTS))
+    places = ("", *(f"{part}/" for part in SPLIT_FOLDERS))
     found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
     return f"sha256:{digest_of_files(folder, found)}"
 

@@ -10,6 +10,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from tinyllava_switchkd import io
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
 
 OUR_TYPES = ("tinyllava", "tiny_llava")
 OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")
@@ -52,13 +53,10 @@ def refuse_code(folder: Path) -> None:
         ValueError: a file asks for code, or is not JSON.
     """
     for file in sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")]):
-        if file.is_file() and (file.parent == folder or file.parent.name in PARTS):
+        if file.is_file() and (file.parent == folder or file.parent.name in SPLIT_FOLDERS):
             refuse_code_in(read_json(file), file)
     if (folder / "custom_generate").is_dir():
         raise CodeRefused(_sentence(folder / "custom_generate", "holds a generation loop"))
-
-
-PARTS = ("language_model", "vision_tower", "connector")
 
 
 def refuse_code_in(fields: dict[str, Any], source: Any) -> None:

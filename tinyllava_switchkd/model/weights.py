@@ -17,17 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
+
 from .trust import read_json, refuse_code
 
 if TYPE_CHECKING:
     from .vision_tower.base import VisionTower
 
-# The parts of v1's split layout: folder -> prefix of its keys in the full layout.
-SPLIT_PARTS = {
-    "language_model": "language_model.",
-    "vision_tower": "vision_tower._vision_tower.",
-    "connector": "connector.",
-}
 # Buffers that older versions of transformers wrote and newer ones compute.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.(cos|sin)_cached|rotary_emb\.inv_freq|masked_bias)$")
 # TinyLLaVABench (the code before v1) -> v1; the names are those of v1's own converter.
@@ -172,7 +168,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def is_split(folder: Path) -> bool:
     """Whether a folder holds v1's split layout (a folder per part), complete or not."""
-    return any((folder / part).is_dir() for part in SPLIT_PARTS)
+    return any((folder / part).is_dir() for part in SPLIT_FOLDERS)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -192,10 +188,10 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     if not is_split(folder):
         raise FileNotFoundError(
             f"{folder} holds no weights: neither model.safetensors, nor pytorch_model.bin, nor the folders "
-            f"{', '.join(SPLIT_PARTS)} of the split layout."
+            f"{', '.join(SPLIT_FOLDERS)} of the split layout."
         )
     tensors = {}
-    for part, prefix in SPLIT_PARTS.items():
+    for part, prefix in SPLIT_FOLDERS.items():
         weights = read_weights(folder / part)
         if weights is None:
             raise FileNotFoundError(f"{folder / part} holds no weights (model.safetensors or pytorch_model.bin).")

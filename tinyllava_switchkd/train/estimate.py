@@ -43,17 +43,20 @@ class Estimate:
     optimizer: int
     teacher: int
     activations: int
+    recomputed: int
     logits: int
+    head_gradient: int
 
     @property
     def peak(self) -> int:
-        """The fullest moment: at the start of the backward pass, or in the optimiser's step."""
+        """The fullest moment: in the losses, in the first layer that the backward pass recomputes, or in the optimiser."""
         resident = self.weights + self.teacher + self.optimizer
-        return resident + max(self.activations + self.logits, self.gradients)
+        passes = self.activations + self.head_gradient + max(self.logits, self.recomputed)
+        return resident + max(passes, self.gradients)
 
     def table(self) -> list[tuple[str, float]]:
         """Rows (what, GiB), the peak last."""
-        rows = [(name, size / 2**30) for name, size in asdict(self).items()]
+        rows = [(name.replace("_", " "), size / 2**30) for name, size in asdict(self).items()]
         return [*rows, ("peak", self.peak / 2**30)]
 
 
@@ -116,24 +119,25 @@ def estimate(
                 )
             )
             layers.append(_layers(teacher))
-        activations = sum(run(checkpointing) for run in passes)
-        if checkpointing:  # and one layer, recomputed
-            activations += max(run(False) // count for run, count in zip(passes, layers, strict=True))
+        activations, recomputed = sum(run(checkpointing) for run in passes), 0
+        if checkpointing:
+            recomputed = max(run(False) // count for run, count in zip(passes, layers, strict=True))
     supervised = supervised_tokens if supervised_tokens is not None else text_tokens // 2
     head = student.get_output_embeddings().weight
     supervised *= batch_size
     chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
     terms = 0 if teacher is None else 1 + switch if logit_terms is None else logit_terms
-    logits = LOGIT_COPIES[min(terms, len(LOGIT_COPIES) - 1)] * chunk * head.shape[0] * 4
-    if head.requires_grad:  # its gradient waits for the backward pass, in float32 while chunks are added up
-        logits += head.numel() * (4 if chunk < supervised else size)
+    # The head's gradient waits for the backward pass, in float32 while chunks are added up.
+    head_gradient = head.numel() * (4 if chunk < supervised else size) if head.requires_grad else 0
     return Estimate(
         weights=shard(3, trained * size) + shard(3, frozen * size),
         gradients=shard(2, trained * size),
         optimizer=optimizer,
         teacher=0 if teacher is None else weight_bytes(teacher, guide_size, teacher_bits),
         activations=activations,
-        logits=logits,
+        recomputed=recomputed,
+        logits=LOGIT_COPIES[min(terms, len(LOGIT_COPIES) - 1)] * chunk * head.shape[0] * 4,
+        head_gradient=head_gradient,
     )
 
 
@@ -181,6 +185,8 @@ def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArgum
         "activations": "--gradient_checkpointing True"
         if not training.gradient_checkpointing
         else f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}",
+        "recomputed": f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}",
+        "head_gradient": "--training_recipe lora",
         "logits": f"--chunk_size {(distill.chunk_size or 256) // 2}",
         "optimizer": "--deepspeed zero2_offload.json, or --training_recipe lora",
         "weights": "--deepspeed zero3.json on more GPUs",

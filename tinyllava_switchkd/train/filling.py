@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PARTS = 10
+REPORTS = 10
 """How often the main process says how far it is."""
 
 
@@ -91,5 +91,5 @@ class Filling:
             }
             with torch.autocast(device.type, dtype) if half else nullcontext():
                 fill(self.cache, guide, batch, training.packing)
-            if number * PARTS // len(loader) != (number + 1) * PARTS // len(loader):
+            if number * REPORTS // len(loader) != (number + 1) * REPORTS // len(loader):
                 logger.info("The teacher has read %d of %d batches.", number + 1, len(loader))

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.checkpoint import save_image_processor
-from tinyllava_switchkd.model.weights import SPLIT_PARTS, refuse
+from tinyllava_switchkd.model.weights import refuse
 
 from ..parts import MODULES
 from .base import BaseTrainingRecipe, register_training_recipe
@@ -80,7 +81,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         state = self.plain_state(model, model.state_dict() if state_dict is None else state_dict)
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for part, prefix in SPLIT_PARTS.items():
+        for part, prefix in SPLIT_FOLDERS.items():
             weights = {
                 name[len(prefix) :]: value.detach().cpu().clone()
                 for name, value in state.items()
@@ -108,7 +109,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
     def read_student(self, model: TinyLlava, folder: str) -> None:
         root = Path(folder)
         state: dict[str, Any] = {}
-        for part, prefix in SPLIT_PARTS.items():
+        for part, prefix in SPLIT_FOLDERS.items():
             weights = torch.load(root / part / "pytorch_model.bin", map_location="cpu", weights_only=True)
             state |= {prefix + name: value for name, value in weights.items()}
         for name, value in load_file(root / "adapter_model.safetensors").items():
