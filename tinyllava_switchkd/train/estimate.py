@@ -49,7 +49,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The fullest moment: in the losses, in the first layer that the backward pass recomputes, or in the optimiser."""
+        """The fullest moment: in the losses, in the first layer that backward recomputes, or in the optimiser."""
         resident = self.weights + self.teacher + self.optimizer
         passes = self.activations + self.head_gradient + max(self.logits, self.recomputed)
         return resident + max(passes, self.gradients)
