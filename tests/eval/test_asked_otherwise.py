@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from tests.eval.scorers import answer_rows, data_dir, write_rows
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory, JudgeFactory, names, read_answers
 from tinyllava_switchkd.eval.benchmarks.choices import read_choice
 from tinyllava_switchkd.eval.benchmarks.mmbench import before_none
+from tinyllava_switchkd.eval.cache import ResponseCache
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.run import main
 from tinyllava_switchkd.eval.score import main as score_main
@@ -213,6 +215,32 @@ def test_answers_of_another_folder_are_not_generated_again(checkpoint, tmp_path,
     picture(copy / "val2014" / "0.png", 5)  # another picture under the same name
     assert main(command(checkpoint, "pope", copy, tmp_path / "d", *cache)) == 0
     assert "3 of 6 answers are taken from" in caplog.text
+
+
+def test_a_response_cache_that_has_no_room_costs_no_evaluation(checkpoint, tmp_path, monkeypatch, caplog, capsys):
+    data = write_pope(tmp_path / "pope", images=2)
+    cache = ("--response_cache", str(tmp_path / "cache"))
+    connect = sqlite3.connect
+
+    def small(*args, **kwargs):  # the file may not grow beyond what is in it
+        file = connect(*args, **kwargs)
+        file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        file.execute("PRAGMA max_page_count = 3")
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", small)
+        patch.setattr(ResponseCache, "_key", lambda self, task: task.prompt * 100)
+        assert main(command(checkpoint, "pope", data, tmp_path / "a", *cache, "--batch_size", "1")) == 0
+    assert "is no longer written to: database or disk is full" in caplog.text
+    assert len(read_lines(tmp_path / "a" / "answers.jsonl")) == 18
+    (tmp_path / "folder" / "responses.sqlite").mkdir(parents=True)
+    for name, reason in (("folder", "unable to open"), ("text", "is no response cache")):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / "responses.sqlite").write_text("no data base, but a text" * 50)
+        assert main(command(checkpoint, "pope", data, tmp_path / "b", "--response_cache", str(tmp_path / name))) == 1
+        said = capsys.readouterr().err
+        assert reason in said and "name another folder" in said
 
 
 def test_the_checkpoint_is_read_once_and_warns_once(checkpoint, tmp_path, monkeypatch, caplog):

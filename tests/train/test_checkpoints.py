@@ -250,3 +250,24 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, capsys, monkeypatch, library):
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-1") is None
     assert not (tmp_path / "run" / checkpoints.WRITING).exists()
     assert main(line) == 0 and (tmp_path / "run" / "trainer_state.json").is_file()
+
+
+def test_a_disk_without_inodes_and_a_card_without_room(tmp_path, capsys, monkeypatch):
+    world = write_world(tmp_path / "world", samples=4)
+    line = command_line(world, tmp_path / "run", save_steps=1, max_steps=1)
+    with monkeypatch.context() as patch:
+
+        def fails(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        table = os.statvfs(tmp_path)
+        none = os.statvfs_result((*table[:5], 1000, 0, 0, *table[8:]))
+        patch.setattr(os, "statvfs", lambda path: none)
+        patch.setattr(TrainerState, "save_to_json", fails)
+        assert main(line) == checkpoints.NO_ROOM
+        assert "0 inodes are free" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # all else is written: the run has ended well
+        patch.setattr("tinyllava_switchkd.train.train.write_model_card", fails)
+        assert main(line) == 0
+    said = capsys.readouterr().err
+    assert "The model card could not say how the model was trained" in said and "No space left" in said

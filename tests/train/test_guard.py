@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -77,6 +78,22 @@ def test_the_first_one_stops_the_run(tmp_path, term, value, logging):
     assert event["samples"][0]["ids"] == seen[2]
     assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
     assert checkpoints.damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_where_the_disk_is_full_the_samples_are_named_on_the_screen(tmp_path, on_nan, caplog):
+    (tmp_path / EVENTS).symlink_to("/dev/full")
+    trainer = spoilt_trainer(tmp_path, on_nan=on_nan)
+    if on_nan == "stop":
+        with pytest.raises(NonFiniteError) as raised:
+            trainer.train()
+        said = str(raised.value)
+    else:
+        trainer.train()
+        said = caplog.text
+    assert "step 3: align" in said and "its samples are sample " in said and "No space left on device" in said
+    assert checkpoints.damage(checkpoints.checkpoints(tmp_path)[0]) is None
 
 
 def test_only_the_micro_batch_that_it_is_in_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """--teacher_cache through the entry point: the same student, also resumed; what it cannot serve is refused."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tests.train.ranks import main_on_ranks
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.distill import Distiller, teacher_cache
+from tinyllava_switchkd.train.checkpoints import NO_ROOM
 from tinyllava_switchkd.train.train import main
 
 
@@ -72,6 +74,27 @@ def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world,
     assert main(line(world, tmp_path / "half", **half, **cache)) == 0 and not passes
     assert main(line(world, tmp_path / "plain half", **half)) == 0
     assert same(tmp_path / "plain half", tmp_path / "half")
+
+
+def test_a_disk_that_fills_up_ends_the_filling_and_not_a_training(world, tmp_path, monkeypatch, capsys):
+    cache, write, written = {"teacher_cache": tmp_path / "cache"}, teacher_cache.write_bytes, []
+
+    def full(path, data):
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(teacher_cache, "write_bytes", full)
+    assert main(line(world, tmp_path / "run", **cache, fill_teacher_cache=True)) == NO_ROOM
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "it holds 2 samples. Make room" in said and "Traceback" not in said
+    assert main(line(world, tmp_path / "run", **cache, num_train_epochs=1)) == 0
+    assert "no longer written to" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line(world, tmp_path / "run", **cache, fill_teacher_cache=True, overwrite_output_dir=True)) == 0
+    assert "holds 6 samples" in capsys.readouterr().err
 
 
 def test_two_ranks_fill_and_share_it(world, tmp_path):

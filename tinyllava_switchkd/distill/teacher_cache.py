@@ -48,6 +48,9 @@ class TeacherCache:
         teacher: tells one teacher and its way of computing from another.
         dtype: in which hidden states are kept; that of the teacher's head loses nothing.
 
+    Attributes:
+        unwritten: why nothing more is written, if it is not.
+
     Raises:
         OSError: the folder cannot be made.
     """
@@ -62,7 +65,7 @@ class TeacherCache:
         self._where: dict[str, tuple[int, int, int, int]] = {}  # file, first row, rows, checksum
         self._known: set[str] = set()
         self._open = functools.lru_cache(maxsize=64)(_open)
-        self._writes = True
+        self.unwritten: OSError | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,7 +100,7 @@ class TeacherCache:
 
     def add(self, digest: str, hidden: Tensor) -> None:
         """Keep a sample's hidden states [supervised tokens, width]; on the disk after the next `sync`, or sooner."""
-        if digest in self or not self._writes:
+        if digest in self or self.unwritten is not None:
             return
         hidden = hidden.detach().to("cpu", self.dtype, copy=True)
         self._pending[digest] = hidden
@@ -129,7 +132,7 @@ class TeacherCache:
         try:
             write_bytes(self.folder / f"{uuid.uuid4().hex}.safetensors", save(tensors))
         except OSError as error:  # no reason to lose a training
-            self._writes = False
+            self.unwritten = error
             logger.warning("The teacher cache is no longer written to: %s.", error)
         self._pending, self._pending_bytes = {}, 0
 

@@ -7,8 +7,10 @@ whole when a process dies and lets several processes of one machine write to it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 from tinyllava_switchkd.io import digest
 
 from .batches import Task
+
+logger = logging.getLogger(__name__)
 
 FILE = "responses.sqlite"
 SETTINGS = ("checkpoint_digest", "conversation_template", "image_aspect_ratio", "decoding")
@@ -31,7 +35,7 @@ class ResponseCache:
         run: the `run` object.
 
     Raises:
-        ValueError: the file there is none of these.
+        ValueError: the file there is none of these, or cannot be made.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -39,9 +43,14 @@ class ResponseCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._settings = [run[name] for name in SETTINGS]
         self._pictures: dict[Path, str] = {}
-        self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self._writes = True
         try:
+            self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        except sqlite3.OperationalError as error:  # no room, or no right to write
+            raise ValueError(
+                f"The response cache {self.path} cannot be written ({error}); name another folder."
+            ) from None
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is no response cache ({error}); delete it or name another folder.") from None
 
@@ -56,11 +65,19 @@ class ResponseCache:
         return found
 
     def put(self, answered: Iterable[tuple[Task, str]]) -> None:
-        """Keep the answers of a batch."""
+        """Keep the answers of a batch; where that fails, a warning says so and no more are kept."""
+        if not self._writes:
+            return
         rows = [(key, text) for task, text in answered if (key := self._key(task))]
-        self._file.execute("BEGIN")
-        self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
-        self._file.execute("COMMIT")
+        try:
+            self._file.execute("BEGIN")
+            self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
+            self._file.execute("COMMIT")
+        except sqlite3.OperationalError as error:  # no reason to lose an evaluation
+            self._writes = False
+            with contextlib.suppress(sqlite3.Error):
+                self._file.execute("ROLLBACK")
+            logger.warning("The response cache %s is no longer written to: %s.", self.path, error)
 
     def close(self) -> None:
         """Let go of the file."""

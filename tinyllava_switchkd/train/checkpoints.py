@@ -199,12 +199,14 @@ def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
     except Exception as error:
         if not _FULL.search(f"{error} {error.__cause__ or ''} {error.__context__ or ''}"):
             raise
-        free = shutil.disk_usage(folder).free
+        free = f"{_size(shutil.disk_usage(folder).free)} are free"
+        if hasattr(os, "statvfs") and (table := os.statvfs(folder)).f_files and not table.f_favail:
+            free = "the disk takes no more files, whatever their size (0 inodes are free)"
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"The checkpoint at step {step} could not be written into {folder} ({reason[:200]}): it needs about "
-            f"{_size(needed)} and {_size(free)} are free; make room and run the same command again, which goes on "
-            f"from {latest_name(folder)}."
+            f"{_size(needed)} and {free}; make room and run the same command again, which goes on from "
+            f"{latest_name(folder)}."
         ) from error
 
 

@@ -18,6 +18,7 @@ from tinyllava_switchkd.distill.teacher_cache import fill
 
 from . import signals
 from .arguments import TrainingArguments
+from .checkpoints import CheckpointError
 from .validation import Subset
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ class Filling:
 
         Raises:
             SampleError: a sample cannot be read.
+            CheckpointError: the cache cannot be written; what was written before is kept.
             InterruptedRunError: a signal ended it; what was computed is kept.
         """
         guide = FrozenTeacher(self.teacher)
         for dataset in self.data:
             self._fill(guide, dataset)
         self.cache.sync()
+        self._check_written()
         if dist.is_initialized():
             dist.barrier()
             self.cache.sync()
@@ -65,6 +68,13 @@ class Filling:
 
     def release(self) -> None:
         """There is no output folder to let go of."""
+
+    def _check_written(self) -> None:
+        if self.cache.unwritten is not None:
+            raise CheckpointError(
+                f"The teacher cache could not be written ({self.cache.unwritten}); it holds {len(self.cache)} samples. "
+                f"Make room and run the same command again, which goes on."
+            )
 
     def _fill(self, guide: FrozenTeacher, dataset: Any) -> None:
         training = self.training
@@ -91,5 +101,6 @@ class Filling:
             }
             with torch.autocast(device.type, dtype) if half else nullcontext():
                 fill(self.cache, guide, batch, training.packing)
+            self._check_written()
             if number * REPORTS // len(loader) != (number + 1) * REPORTS // len(loader):
                 logger.info("The teacher has read %d of %d batches.", number + 1, len(loader))

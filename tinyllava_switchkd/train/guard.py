@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 EVENTS = "non_finite.jsonl"
 """File in the output folder: one JSON object an event, with the step, the terms and the samples of every rank."""
 
+SHOWN = 20
+"""Samples that are named on the screen where `EVENTS` cannot be written."""
+
 NON_FINITE = 3
 """Exit code of a run that was stopped because something was not finite."""
 
@@ -139,17 +142,18 @@ class Guard:
         self._in_a_row += 1
         stops = not self.skip or self._in_a_row >= self.most
         what = ", ".join(terms) or "the gradient's norm"
-        self._write({"step": step.number, "action": "stop" if stops else "skip", "what": what, "samples": found})
+        event = {"step": step.number, "action": "stop" if stops else "skip", "what": what, "samples": found}
+        samples = f"its samples are {self._write(event)}"
         if stops:
             again = f", the last of {self._in_a_row} in a row" if self._in_a_row > 1 else ""
             raise NonFiniteError(
                 f"Not finite at step {step.number}{again}: {what}. The run stops, and nothing was written after "
-                f"that step; its samples are named in {self.output_dir / EVENTS}."
+                f"that step; {samples}."
             )
         if _is_main():
             logger.warning(
-                "Not finite at step %d: %s. The step is left out (%d so far); its samples are named in %s.",
-                *(step.number, what, self.skipped, self.output_dir / EVENTS),
+                "Not finite at step %d: %s. The step is left out (%d so far); %s.",
+                *(step.number, what, self.skipped, samples),
             )
         return False
 
@@ -166,14 +170,20 @@ class Guard:
             "terms": {name: str(value) for _, terms in bad for name, value in terms.items()},
         }
 
-    def _write(self, event: dict[str, Any]) -> None:
-        if not _is_main():
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.output_dir / EVENTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self, event: dict[str, Any]) -> str:
+        """Note an event in `EVENTS`; says where its samples are named: here, if the disk has no room for it."""
+        path = self.output_dir / EVENTS
+        if _is_main():
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(event, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                ids = [name for rank in event["samples"] for name in rank["ids"]]
+                return f"{', '.join(ids[:SHOWN])}{', ...' if ids[SHOWN:] else ''} ({path}: {error.strerror})"
+        return f"named in {path}"
 
 
 def check_trained(model: torch.nn.Module) -> None:

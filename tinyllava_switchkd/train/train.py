@@ -155,7 +155,10 @@ class Run:
             )
         trainer.save_result()
         if trainer.is_world_process_zero():
-            write_model_card(output)  # once more: now the folder knows how the model was trained
+            try:
+                write_model_card(output)  # once more: now the folder knows how the model was trained
+            except OSError as error:  # the model is whole, and so is the card of before
+                logger.warning("The model card could not say how the model was trained (%s).", error)
         truncation = self.trainer.data_collator.report()
         if truncation is not None:
             logger.warning(truncation)
