@@ -17,7 +17,8 @@ from tinyllava_switchkd.ablations import dry, paper, summary, tables, toy
 from tinyllava_switchkd.eval.statistics import mean_interval
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.launch.processes import Commands
-from tinyllava_switchkd.quickstart.experiment import Experiment, Plan
+from tinyllava_switchkd.quickstart.bases import BasePlan
+from tinyllava_switchkd.quickstart.experiment import Experiment, Plan, once
 from tinyllava_switchkd.visualize.attention import Look
 from tinyllava_switchkd.visualize.attention_map import AttentionMap
 
@@ -65,6 +66,27 @@ def test_shared_runs_are_trained_once_and_found_again(tmp_path, trained):
     assert len(trained) == number + 3  # those of the knee's table alone
     again = read_json(tmp_path / toy.RESULTS)["runs"]
     assert again.items() >= first["runs"].items() and again["row_pairs/1"]["knee_teacher"] == 7.0
+
+
+def test_bases_drawn_anew_are_those_of_their_seed(tmp_path, trained, monkeypatch):
+    """Tower, language models and teacher of a seed; no two seeds, nor the shipped ones, begin with the same weights."""
+    starts = []
+
+    def make_bases(root, plan, say):
+        starts.append(range(plan.first_start, plan.first_start + plan.starts))
+        for name in ("base-siglip", "base-qwen2-teacher", "base-qwen2-student"):
+            once(root / "models" / name, [name, plan.first_start], lambda folder: None)
+
+    monkeypatch.setattr("tinyllava_switchkd.ablations.bases.make_bases", make_bases)
+    toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), ["bases"], [1, 2], lambda line: None)
+    assert len(trained) == 2 * (2 + 1 + 3)  # a teacher's two stages, the students' start and three students a seed
+    for flags in trained:
+        own = tmp_path / f"bases{1 if trained.index(flags) < 6 else 2}"
+        for name in ("model_name_or_path", "vision_tower", "teacher_path", "output_dir"):
+            assert name not in flags or Path(flags[name]).is_relative_to(own)
+    assert len(set().union(range(BasePlan.starts), *starts)) == 3 * BasePlan.starts
+    runs = read_json(tmp_path / toy.RESULTS)["runs"]
+    assert runs.keys() == {f"anew_{way}/{seed}" for way in ("sft", "align", "switch") for seed in (1, 2)}
 
 
 def test_a_distilled_start_and_its_student(tmp_path, trained):
@@ -248,7 +270,7 @@ def test_a_dry_run_at_the_papers_scale(capsys, monkeypatch, tiny_configs):
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.setenv("SCALE", "paper")
     monkeypatch.setenv("SEEDS", "2")
-    assert command.main(list(tables.TABLES)) == 0
+    assert command.main([name for name in tables.TABLES if name != "bases"]) == 0
     out = capsys.readouterr().out
     for words in (
         "DPT, Qwen2.5-0.5B",
@@ -259,6 +281,13 @@ def test_a_dry_run_at_the_papers_scale(capsys, monkeypatch, tiny_configs):
     ):
         assert words in out
     assert out.count("larger-teacher: finetune") == 1  # shared by two rows
+
+
+def test_bases_are_not_drawn_anew_at_the_papers_scale(capsys, monkeypatch):
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setenv("SCALE", "paper")
+    assert command.main(["bases"]) == 1
+    assert "Qwen2.5 and SigLIP come as they are" in capsys.readouterr().err
 
 
 def test_hours_are_operations_over_a_rate(tiny_configs):

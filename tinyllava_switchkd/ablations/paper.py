@@ -192,7 +192,10 @@ def run_tables(names: Sequence[str], seeds: Sequence[int], root: Path, say: Call
 
 
 def _ways(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(key for name in names for key in TABLES[name].ways))
+    keys = list(dict.fromkeys(key for name in names for key in TABLES[name].ways))
+    if any(WAYS[key].anew for key in keys):
+        raise ValueError("SCALE=paper has no table of base models drawn anew: Qwen2.5 and SigLIP come as they are.")
+    return keys
 
 
 def _row(folder: Path, name: str) -> dict[str, Any]:

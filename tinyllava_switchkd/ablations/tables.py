@@ -31,6 +31,7 @@ class Way:
         pretraining: flags of distillation in pre-training (DPT); None for PT.
         teacher, student, tower: which of the scale's models.
         settings: other flags of fine-tuning, such as a learning rate.
+        anew: whether each seed has base models, and a teacher, of its own.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Way:
     student: str = "student"
     tower: str = "tower"
     settings: Flags = field(default_factory=dict)
+    anew: bool = False
 
     @property
     def distils(self) -> bool:
@@ -85,6 +87,9 @@ WAYS = {
         Way("bridge_sft", "SFT", tower="small-tower"),
         Way("bridge_align", "align only", ALIGN, tower="small-tower"),
         Way("bridge_switch", "switch through the bridge", SWITCH, tower="small-tower"),
+        Way("anew_sft", "SFT", anew=True),
+        Way("anew_align", "align only", ALIGN, anew=True),
+        Way("anew_switch", "Switch-KD", SWITCH, anew=True),
         Way("larger_teacher", "Switch-KD, larger teacher", SWITCH, teacher="larger-teacher"),
         Way("larger_sft", "SFT, larger student", student="larger-student"),
         Way("larger_student", "Switch-KD, larger student", SWITCH, student="larger-student"),
@@ -189,6 +194,14 @@ TABLES = {
             "",
             ("bridge_sft", "bridge_align", "bridge_switch"),
             ours="bridge_switch",
+        ),
+        Table(
+            "bases",
+            "ablate_bases.sh",
+            "Base models drawn anew for each seed",
+            "",
+            ("anew_sft", "anew_align", "anew_switch"),
+            ours="anew_switch",
         ),
         Table(
             "sizes",

@@ -24,7 +24,7 @@ from tinyllava_switchkd.visualize.attention import Look, likeness, look
 from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
 
 from . import dry
-from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_of
+from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_anew, make_bases_of, with_bases_of
 from .memory import MARK
 from .tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
 
@@ -50,7 +50,7 @@ MEMORY_STEPS = 20
 
 RESTS_ON = (
     "Hours of one core. They rest on the seconds in docs/ablation_runs.json; answering, the search on validation "
-    "scenes, and base models that are not shipped come on top."
+    "scenes, and base models that are not shipped, with teachers of their own, come on top."
 )
 
 
@@ -70,7 +70,7 @@ class Toy:
 
     def train(self, way: Way, seed: int) -> Path:
         """The student of a way and a seed."""
-        experiment = self.experiment
+        experiment = self._experiment(way, seed)
         names = {"who": MODELS[way.student], "tower": MODELS[way.tower]}
         guide = {"teacher_path": experiment.teacher(MODELS[way.teacher])} if way.distils else {}
         start = None
@@ -87,14 +87,17 @@ class Toy:
             flags |= {**guide, **self._distilled(way.tuning)}
         return experiment.student(way.key, seed, flags, start, **names)
 
+    def _experiment(self, way: Way, seed: int) -> Experiment:
+        return with_bases_of(self.experiment, seed) if way.anew else self.experiment
+
     def _distilled(self, flags: Flags) -> Flags:
         """Flags of distillation, with the teacher cache where it serves the method."""
         return {**flags, "teacher_cache": self.teacher_cache} if self.teacher_cache and cached(flags) else flags
 
     def run(self, way: Way, seed: int) -> dict[str, Any]:
         """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""
-        checkpoint = self.train(way, seed)
-        found = self.experiment.scores(checkpoint)
+        experiment, checkpoint = self._experiment(way, seed), self.train(way, seed)
+        found = experiment.scores(checkpoint)
         row = {name: found[name] for name in ("score", "by_type", "probe", "seconds", "steps")}
         history = read_history(checkpoint)
         for name in KNEE_MEASURES:
@@ -103,7 +106,7 @@ class Toy:
                 row[name] = fmean(values)
         self._store("runs", f"{way.key}/{seed}", {"way": way.key, "seed": seed, **row})
         for stage in list(self._noted(way, seed))[:-1]:
-            spent = read_json(self.experiment.root / "checkpoints" / stage / MADE)["seconds"]
+            spent = read_json(experiment.root / "checkpoints" / stage / MADE)["seconds"]
             self._store("stages", stage.replace(f"-seed{seed}-", "-seed1-"), {"seconds": spent})
         return row
 
@@ -264,13 +267,16 @@ def plan(names: Sequence[str], stored: Mapping[str, Any], root: Path) -> list[dr
 def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callable[[str], object] = print) -> None:
     """All runs of some tables, seeds outermost: whenever it is stopped, every table has about as many."""
     tables = [TABLES[name] for name in names]
-    make_bases_of(toy.experiment, [WAYS[key] for table in tables for key in table.ways], say)
+    ways = [WAYS[key] for table in tables for key in table.ways]
+    make_bases_of(toy.experiment, ways, say)
     chosen: dict[str, Way] = {}
     for table in tables:
         if table.tuned:
             say(f"Search on validation scenes: {table.title}")
             chosen |= {key: toy.search(WAYS[key]) for key in table.ways}
     for seed in seeds:
+        if any(way.anew for way in ways):
+            make_bases_anew(toy.experiment, seed, say)
         for table in tables:
             say(f"{table.title}: students of seed {seed}")
             for key in table.ways:

@@ -61,6 +61,8 @@ class BasePlan:
     rate again."""
     starts: int = 3
     """Starts from other random weights, at most."""
+    first_start: int = 0
+    """Seed of the first start's weights; the next one's is one more."""
     learned: Mapping[str, float] = field(default_factory=lambda: dict(LEARNED))
     """Right answers in per cent that every kind of question must reach on validation scenes."""
 
@@ -170,7 +172,8 @@ def make_bases(
         """Train until all is learned, a round longer or from other weights if need be, and keep that part."""
         checkpoint = None
         for attempt in range(plan.starts * plan.rounds):
-            seed, number = divmod(attempt, plan.rounds)
+            start, number = divmod(attempt, plan.rounds)
+            seed = plan.first_start + start
             checkpoint = train(seed, number, checkpoint if number else None)
             with logged(f"Asking {name}", root / "logs" / f"{name}.log"):
                 found = ask(checkpoint)
