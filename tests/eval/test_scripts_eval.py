@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.miniature import read_lines, write_benchmark, write_checkpoint, write_pope
+from tests.launch.scripts import run_here
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
@@ -30,11 +31,38 @@ SCRIPTS = {
 }
 
 
+def environment_of(tmp_path, changes):
+    """The folder `eval` is EVAL_DIR, `results` is RESULTS_DIR; the device is the CPU, unless changed."""
+    base = {key: value for key, value in os.environ.items() if key not in ("LIMIT", "SPLIT", "GPUS", "DEVICE")}
+    base |= {"EVAL_DIR": str(tmp_path / "eval"), "DEVICE": "cpu"}
+    base |= {"RESULTS_DIR": str(tmp_path / "results"), "CUDA_VISIBLE_DEVICES": ""}
+    return base | changes
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Runs a script as `bash` does, without bash and without an interpreter: its call is noted where it would begin."""
+    calls = []
+
+    def become(command, environment):
+        calls.append([(os.environ | environment)["CUDA_VISIBLE_DEVICES"], *command[1:]])
+        return 0
+
+    monkeypatch.setattr("tinyllava_switchkd.launch.__main__.become", become)
+
+    def run(script: str, *args: str, **environment: str):
+        calls.clear()
+        path = ROOT / "scripts" / "eval" / f"{script}.sh"
+        return run_here(path, *args, environment=environment_of(tmp_path, environment)), list(calls)
+
+    return run
+
+
 @pytest.fixture
 def bash(tmp_path):
     """Runs a script with an interpreter that notes its arguments instead of running other modules than the launcher.
 
-    The folder `eval` is EVAL_DIR, `results` is RESULTS_DIR; the benchmark called by FAIL fails.
+    The benchmark called by FAIL fails.
     """
     log = tmp_path / "calls"
     interpreter = tmp_path / "python"
@@ -49,12 +77,9 @@ def bash(tmp_path):
 
     def run(script: str, *args: str, **environment: str):
         log.unlink(missing_ok=True)
-        base = {key: value for key, value in os.environ.items() if key not in ("LIMIT", "SPLIT", "GPUS", "DEVICE")}
-        base |= {"PYTHON": str(interpreter), "EVAL_DIR": str(tmp_path / "eval"), "DEVICE": "cpu"}
-        base |= {"RESULTS_DIR": str(tmp_path / "results"), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             ["bash", str(ROOT / "scripts" / "eval" / f"{script}.sh"), *args],
-            env=base | environment,
+            env=environment_of(tmp_path, {"PYTHON": str(interpreter)} | environment),
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -71,11 +96,21 @@ def flags_of(call: list[str]) -> dict[str, str]:
     return dict(zip(arguments[::2], arguments[1::2], strict=True))
 
 
+@pytest.mark.parametrize("way", ["bash", "here"])
+def test_a_script_and_what_is_looked_at_here_are_the_same(way, bash, here):
+    """The other tests spare themselves bash; words arrive as they are."""
+    run = {"bash": bash, "here": here}[way]
+    done, [call] = run("sqa", "models/my vlm", '"x" $HOME', GPUS="1,2", DEVICE="", CUDA_VISIBLE_DEVICES="0,1,2")
+    assert done.returncode == 0, done.stderr
+    assert call[:4] == ["1,2", "-m", "tinyllava_switchkd.eval.run", "scienceqa"]
+    assert (flags_of(call)["--model_path"], flags_of(call)["--model_name"]) == ("models/my vlm", '"x" $HOME')
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_each_script_runs_its_benchmark(script, bash, tmp_path):
+def test_each_script_runs_its_benchmark(script, here, tmp_path):
     name, folder = SCRIPTS[script]
     answers = "answers_noocr" if name == "textvqa_noocr" else "answers"  # its data are TextVQA's
-    done, calls = bash(script, "models/my-vlm/")
+    done, calls = here(script, "models/my-vlm/")
     assert done.returncode == 0, done.stderr
     [call] = calls
     assert call[1:4] == ["-m", "tinyllava_switchkd.eval.run", name]
@@ -90,9 +125,9 @@ def test_each_script_runs_its_benchmark(script, bash, tmp_path):
     }
 
 
-def test_the_environment_decides(bash, tmp_path):
+def test_the_environment_decides(here, tmp_path):
     settings = {"BATCH_SIZE": "3", "LIMIT": "9", "CONV_MODE": "phi", "EXTRA_ARGS": "--dtype float32 --num_workers 2"}
-    _, [call] = bash("gqa", "org/vlm", "other name", **settings)
+    _, [call] = here("gqa", "org/vlm", "other name", **settings)
     flags = flags_of(call)
     assert {key: flags[key] for key in ("--batch_size", "--limit", "--template", "--dtype", "--num_workers")} == {
         "--batch_size": "3",
@@ -103,7 +138,7 @@ def test_the_environment_decides(bash, tmp_path):
     }
     assert flags["--model_name"] == "other name"
     assert flags["--score"] == str(tmp_path / "results" / "other name" / "gqa.json")
-    _, [call] = bash("gqa", "runs/vlm/checkpoint-40")
+    _, [call] = here("gqa", "runs/vlm/checkpoint-40")
     assert flags_of(call)["--model_name"] == "vlm_checkpoint-40"
 
 
@@ -117,8 +152,8 @@ def test_the_environment_decides(bash, tmp_path):
         ("pope", "test", None),
     ],
 )
-def test_another_split_has_files_of_its_own(script, split, upload, bash, tmp_path):
-    _, [call] = bash(script, "vlm", SPLIT=split)
+def test_another_split_has_files_of_its_own(script, split, upload, here, tmp_path):
+    _, [call] = here(script, "vlm", SPLIT=split)
     flags = flags_of(call)
     name, folder = SCRIPTS[script]
     assert flags["--split"] == split
@@ -135,12 +170,12 @@ def test_another_split_has_files_of_its_own(script, split, upload, bash, tmp_pat
         ("mmbench_cn", "test", "mmbench_cn/mmbench_test_cn_20231003.tsv"),
     ],
 )
-def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split, question_file, bash, tmp_path):
+def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split, question_file, here, tmp_path):
     """LLaVA's eval.zip has no val: without an upload file its answers would be good for nothing."""
     path = tmp_path / "eval" / question_file
     path.parent.mkdir(parents=True)
     path.write_text("{}\n")
-    _, [call] = bash(script, "vlm")
+    _, [call] = here(script, "vlm")
     flags = flags_of(call)
     name, folder = SCRIPTS[script]
     suffix = "xlsx" if script.startswith("mmbench") else "json"
@@ -149,13 +184,13 @@ def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split
     assert "--split" not in flags
 
 
-def test_several_processes_are_asked_for(bash):
-    _, [call] = bash("pope", "vlm", GPUS="2")
+def test_several_processes_are_asked_for(here):
+    _, [call] = here("pope", "vlm", GPUS="2")
     assert flags_of(call)["--processes"] == "2"
     assert flags_of(call)["--device"] == "cpu"
     gpus = {"DEVICE": "", "CUDA_VISIBLE_DEVICES": "0,1,2,5"}
     for wanted, visible in ((None, "0,1,2,5"), ("3", "0,1,2"), ("1,5", "1,5"), ("2,", "2")):
-        _, [call] = bash("pope", "vlm", **gpus, **({} if wanted is None else {"GPUS": wanted}))
+        _, [call] = here("pope", "vlm", **gpus, **({} if wanted is None else {"GPUS": wanted}))
         count = visible.count(",") + 1
         assert call[0] == visible
         assert flags_of(call).get("--processes") == (None if count == 1 else str(count))
@@ -171,8 +206,8 @@ def test_several_processes_are_asked_for(bash):
         ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "0,1", "GPUS": "4"}, "GPUS is 4, but only 0,1 are visible."),
     ],
 )
-def test_wrong_devices(environment, message, bash):
-    done, calls = bash("pope", "vlm", **environment)
+def test_wrong_devices(environment, message, here):
+    done, calls = here("pope", "vlm", **environment)
     assert done.returncode == 1
     assert message in done.stderr
     assert not calls
@@ -180,8 +215,8 @@ def test_wrong_devices(environment, message, bash):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "eval_all"])
 @pytest.mark.parametrize("args", [(), ("a", "b", "c"), ("",), ("--help",)])
-def test_wrong_arguments(script, args, bash):
-    done, calls = bash(script, *args)
+def test_wrong_arguments(script, args, here):
+    done, calls = here(script, *args)
     assert done.returncode == 1
     assert "Usage: bash " in done.stderr
     assert "MODEL_PATH [MODEL_NAME]" in done.stderr

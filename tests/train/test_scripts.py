@@ -13,28 +13,35 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.launch.scripts import SCRIPTS as ALL_SCRIPTS
+from tests.launch.scripts import run_here
 from tests.train.ranks import codes_on_ranks
 from tests.train.world import LENGTH, write_world
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.train.train import main
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "train"
+SCRIPTS = ALL_SCRIPTS / "train"
 MODULE = "tinyllava_switchkd.train.train"
 OWN = ("GPUS", "LAUNCHER", "ZERO", "PRECISION", "CUDA_VISIBLE_DEVICES", "MAX_STEPS", "EXTRA_ARGS", "HOSTFILE", "NNODES")
 
 
+def clean(environment):
+    """This process's environment without what a script reads, and with what is given."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OWN}
+    return {**inherited, "PYTHON": sys.executable, **{name: str(value) for name, value in environment.items()}}
+
+
 def bash(script, *arguments, check=True, **environment):
     """Run a script with a clean environment; returns the completed process."""
-    inherited = {name: value for name, value in os.environ.items() if name not in OWN}
-    done = subprocess.run(
-        ["bash", str(SCRIPTS / script), *map(str, arguments)],
-        env={**inherited, "PYTHON": sys.executable, **{name: str(value) for name, value in environment.items()}},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    words = ["bash", str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(words, env=clean(environment), capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def here(script, *arguments, **environment):
+    """What `bash` says and returns, without a shell and an interpreter."""
+    return run_here(SCRIPTS / script, *arguments, environment=clean(environment))
 
 
 NINE = [
@@ -53,7 +60,8 @@ TEN = [*NINE[:6], "qwen2_base", *NINE[6:]]
 
 def commands(script, *arguments, **environment):
     """The commands that a script would run: the launchers' parts, and the entry point's arguments."""
-    done = bash(script, *arguments, DRY_RUN=1, **{"CUDA_VISIBLE_DEVICES": "0,1,2,3", **environment})
+    done = here(script, *arguments, DRY_RUN=1, **{"CUDA_VISIBLE_DEVICES": "0,1,2,3", **environment})
+    assert done.returncode == 0, done.stderr
     lines = [line.split(f" {MODULE} ") for line in done.stdout.splitlines() if MODULE in line]
     return [(launcher, shlex.split(rest)) for launcher, rest in lines]
 
@@ -77,9 +85,21 @@ def dry_run(script, *arguments, **environment):
 )
 def test_wrong_number_of_arguments(script, count):
     for wrong in (0, count - 1, count + 1):
-        done = bash(script, *["x"] * wrong, check=False)
+        done = here(script, *["x"] * wrong)
         assert done.returncode == 1 and not done.stdout
         assert "Usage:" in done.stderr and f"takes {count} arguments, not {wrong}" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [NINE, ["two words", '"quoted"', "", "$HOME"]], ids=["right", "wrong"])
+def test_bash_runs_what_is_looked_at_here(arguments):
+    """The other tests spare themselves bash and its interpreter; words arrive as they are."""
+    environment = {"DRY_RUN": 1, "CUDA_VISIBLE_DEVICES": "0,1", "LEARNING_RATE": "3e-4"}
+    one, other = (
+        bash("pretrain.sh", *arguments, check=False, **environment),
+        here("pretrain.sh", *arguments, **environment),
+    )
+    assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+    assert one.returncode == (arguments != NINE)
 
 
 def test_stages_have_tinyllavas_settings_and_names():
@@ -172,7 +192,7 @@ def test_launchers(tmp_path):
     ],
 )
 def test_wrong_environment_is_refused(environment, words):
-    done = bash("finetune.sh", *TEN, check=False, **{"DRY_RUN": 1, "CUDA_VISIBLE_DEVICES": "0,1,2,3", **environment})
+    done = here("finetune.sh", *TEN, **{"DRY_RUN": 1, "CUDA_VISIBLE_DEVICES": "0,1,2,3", **environment})
     assert done.returncode == 1 and words in done.stderr
 
 

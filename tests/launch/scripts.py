@@ -1,0 +1,43 @@
+"""The scripts of scripts/train and scripts/eval in this process: what they say to the launcher's command.
+
+Such a script sources ``launch.sh`` and says one line; `words_of` holds it to that. So looking at what the command makes
+of it needs no shell and no interpreter of its own. That bash runs them is seen where one is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+from tinyllava_switchkd.launch.__main__ import SCRIPT, main
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SOURCED = '. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"'
+
+
+def words_of(script: Path) -> list[str]:
+    """What a script says to the command in front of its own arguments, all of which it hands on as they are."""
+    code = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert code[0] == SOURCED and len(code) == 2 and code[1].endswith(' "$@"'), script
+    called, *words, _ = shlex.split(code[1])
+    assert called == "launch", script
+    return words
+
+
+def run_here(script: Path, *arguments: object, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What running the script in that environment says and ends with, without a process of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    words = [*words_of(script), *map(str, arguments)]
+    with (
+        mock.patch.dict(os.environ, {**environment, SCRIPT: str(script)}, clear=True),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
