@@ -17,7 +17,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.eval.forked", "tinyllava_switchkd.eval.job"]
-CONTEXT.set_forkserver_preload(PRELOADED)
+CONTEXT.set_forkserver_preload([*PRELOADED, "tests.frozen"])
 
 HALF_A_LINE = '{"question_id": 7, "prompt": "half a li'
 

@@ -265,6 +265,23 @@ def test_the_chain_of_stages(alone):
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 3)
 
 
+PLUGIN = """
+from tests.train.ranks import leave_out_kernels_of_inference
+
+leave_out_kernels_of_inference()
+"""
+
+
+def without_kernels_of_inference(folder):
+    """A PYTHONPATH with an installed plugin, which spares processes that a launcher starts compiling for nothing."""
+    package = folder / "plugin" / "spare_compiling-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: spare-compiling\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[tinyllava_switchkd.plugins]\nspare = spare_compiling\n")
+    (package.parent / "spare_compiling.py").write_text(PLUGIN)
+    return os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
@@ -272,7 +289,7 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
     """One sample a rank and small chunks: ranks differ in modality and in how often they run a head.
 
     Fine-tuning in between is one process's. Under ZeRO-2 the distillation alone, with a teacher cache that one process
-    has filled before; the ranks have nothing to add to it.
+    has filled before; the ranks have nothing to add to it. DeepSpeed's launcher starts the distillation under ZeRO-3.
     """
     stages, environment = chain(
         world,
@@ -295,7 +312,10 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
             ((_, arguments),) = commands(*script, **alone_too, FILL_TEACHER_CACHE=True)
             assert main(arguments) == 0
         filled = sorted(tmp_path.rglob("cache/*/*"))
-        bash(*script, **environment, **cached)
+        if (stage, zero) == ("distill", 3):
+            bash(*script, **environment, PYTHONPATH=without_kernels_of_inference(tmp_path))
+        else:
+            assert on_ranks(script, {**environment, **cached}, tmp_path) == [0, 0]
         assert sorted(tmp_path.rglob("cache/*/*")) == filled and bool(filled) == bool(cached)
         one, two = weights(alone, stage), weights(tmp_path, stage)
         assert one.keys() == two.keys()
@@ -363,7 +383,9 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
 def on_ranks(script, environment, folder):
     """Exit codes of two ranks with the script's arguments, without a launcher's start."""
     ((_, arguments),) = commands(*script, **environment)
-    return codes_on_ranks(2, arguments, folder / "log")
+    codes = codes_on_ranks(2, arguments, folder / "log")
+    assert not any(codes), (folder / "log.0").read_text()[-3000:]
+    return codes
 
 
 def adapters_of(folder):
