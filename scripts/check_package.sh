@@ -21,7 +21,7 @@ for package in "$root"/dist/*.whl "$root"/dist/*.tar.gz; do
         python -c "import tinyllava_switchkd as package; assert '$environment' in package.__file__, package.__file__"
         tinyllava-switchkd recipes
         DEVICE=cpu DRY_RUN=1 tinyllava-switchkd train --recipe debug >/dev/null
-        CUDA_VISIBLE_DEVICES=0,1 DRY_RUN=1 tinyllava-switchkd train --recipe llava_kd | grep -q deepspeed/zero2.json
+        CUDA_VISIBLE_DEVICES=0,1 DRY_RUN=1 tinyllava-switchkd train --recipe llava_kd | grep deepspeed/zero2.json >/dev/null
         DEVICE=cpu DRY_RUN=1 tinyllava-switchkd eval pope some/model >/dev/null
         tinyllava-switchkd score --help >/dev/null
         python -m tinyllava_switchkd.train.train --help >/dev/null

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,15 @@ def test_it_answers_without_torch():
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("words", [("recipes",), ("train", "--recipe", "llava_kd"), ("--help",)])
+def test_a_closed_pipe_ends_quietly(words):
+    """As `| head -1` closes it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "DRY_RUN": "1", "DEVICE": "cpu"}
+    command = [sys.executable, "-m", "tinyllava_switchkd.launch", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, "Broken pipe" in done.stderr) == (0, False)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tinyllava_switchkd.cli import show
+
 from . import evaluate, recipe, stages
 from .devices import find_devices
 from .processes import Commands, become, is_rank
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: list[str], script: str) -> int:
     commands: dict[str, Callable[[list[str], str], int]] = {"train": _train, "eval": _eval, "recipes": _recipes}
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        show(_overview())
         return 0 if words else 1
     if words[0] in commands:
         return commands[words[0]](words[1:], script)
@@ -166,12 +168,12 @@ def _launch(trainings: Sequence[stages.Training], *, dry: bool) -> int:
     with Commands().listening() as commands:
         for training in trainings:
             if training.title:
-                print(f"== {training.title} ==")
-            print(training.batch)
+                show(f"== {training.title} ==")
+            show(str(training.batch))
             if training.batch.total != training.usual:
                 print(f"Note: that is not the usual {training.usual} a step.", file=sys.stderr)
             if dry:
-                print(training)
+                show(str(training))
                 continue
             if len(trainings) == 1 and is_rank(training.command):
                 break
@@ -199,7 +201,7 @@ def _eval(words: list[str], script: str) -> int:
         return _eval_all(request, script or "tinyllava-switchkd eval all")
     command = evaluate.evaluation(name, request)
     if _is_dry(variables):
-        print(evaluate.shown(command))
+        show(evaluate.shown(command))
         return 0
     return become(command, request.environment)
 
@@ -213,7 +215,7 @@ def _eval_all(request: evaluate.Request, script: str) -> int:
 
         def run(command: list[str]) -> bool:
             if _is_dry(request.variables):
-                print(evaluate.shown(command))
+                show(evaluate.shown(command))
                 return True
             return commands.run(command, request.environment) == 0
 
@@ -247,10 +249,10 @@ def _recipes(words: list[str], script: str) -> int:
     if not words:
         for name in recipe.names():
             first = recipe.path_of(name).read_text(encoding="utf-8").splitlines()[0]
-            print(f"{name:<34} {first.lstrip('# ')}")
+            show(f"{name:<34} {first.lstrip('# ')}")
         return 0
     for word in words:
-        print(recipe.path_of(word).read_text(encoding="utf-8"), end="")
+        show(recipe.path_of(word).read_text(encoding="utf-8").rstrip())
     return 0
 
 
