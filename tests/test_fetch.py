@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava_switchkd.data.image_files import image_problem
 from tinyllava_switchkd.fetch import (
     SourceError,
     download,
     extract,
     hub_folder,
-    image_problem,
     parquet_rows,
     split_files,
 )
@@ -184,4 +184,4 @@ def test_damaged_parquet_file_and_image(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         list(parquet_rows([tmp_path / "a.parquet"]))
-    assert "cannot identify image" in image_problem(b"GIF?")
+    assert "no image that Pillow can read" in image_problem(b"GIF?")

@@ -7,7 +7,6 @@ then moved), and work that was interrupted continues where it stopped.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -36,18 +35,6 @@ IDLE_ATTEMPTS = 3
 
 class SourceError(OSError):
     """A primary source can't be reached or doesn't have what is asked of it; another source may."""
-
-
-def image_problem(image: bytes | Path) -> str | None:
-    """Why an image, or the bytes of one, doesn't decode; None if it does."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return _first_line(error)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ downloads

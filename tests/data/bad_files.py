@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -20,14 +21,23 @@ def encoded(format: str, **kwargs: object) -> bytes:
     return buffer.getvalue()
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims that size."""
+def of_many_passes(count: int) -> bytes:
+    """A progressive JPEG whose last pass is repeated."""
+    data = encoded("JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
+def png_of(width: int, height: int, text: int = 0) -> bytes:
+    """A PNG whose header claims that size, with a compressed text of so many bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    if text:
+        body = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(text))) + body
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
@@ -62,6 +72,11 @@ BAD_IMAGES: dict[str, tuple[str, bytes | Callable[[Path], object], str]] = {
     "numpy's format": ("a.png", b"\x93NUMPY\x01\x00v\x00", "unknown kind"),
     "PostScript": ("a.eps", encoded("EPS"), "PostScript"),
     "a video": ("a.mp4", b"\0\0\0\x18ftypmp42" + b"\0" * 64, "unknown kind"),
+    "PostScript under another name": ("a.png", encoded("EPS"), "PostScript"),
+    "long PostScript": ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n" + b"%a\n" * 1_000_000, "PostScript"),
+    "a JPEG of a thousand passes": ("a.jpg", of_many_passes(1000), "more than 100 passes"),
+    "a compressed text of 300 MB": ("a.png", png_of(64, 48, text=300 * 2**20), "too large"),
+    "a pipe": ("a.png", lambda path: os.mkfifo(path), "pipe"),
     "a folder": ("a.png", lambda path: path.mkdir(), "folder"),
 }
 """Name of the file, its content, a word of the reason."""

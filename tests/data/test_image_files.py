@@ -90,10 +90,15 @@ def test_bad_files_are_refused_with_a_reason(tmp_path, kind):
     with pytest.raises(BadImageError) as error:
         read_image(tmp_path / name)
     assert word in str(error.value) and "\n" not in str(error.value) and str(error.value)
+    with pytest.raises(BadImageError, match=word or "."):
+        open_image(tmp_path / name)
+    if isinstance(content, bytes):
+        with pytest.raises(BadImageError, match=word or "."):
+            open_image(content)
     (tmp_path / "b").mkdir()
     write(tmp_path, [{"id": "it", "image": name, "conversations": RECORDS[0]["conversations"]}])
     report = check_data(tmp_path / "data.json", str(tmp_path))
-    cases = report.problems["image(s) that cannot be read" if kind != "a folder" else "image(s) that do not exist"]
+    cases = report.problems["image(s) that cannot be read" if not callable(content) else "image(s) that do not exist"]
     assert cases.count == 1 and name in cases.examples[0]
     with pytest.raises(ValueError, match=name):
         make_supervised_data_module(qwen2(), data_args(tmp_path))

@@ -24,8 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..cli import CommandParser
-from ..fetch import SourceError, download, extract, hub_folder, image_problem
+from ..fetch import SourceError, download, extract, hub_folder
 from ..io import write_bytes
+from .image_files import image_problem
 from .records import images_of, scan
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +16,11 @@ from PIL import ExifTags, Image, ImageOps
 LEAST_SHARE = 0.75
 """Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
 
+MAX_SCANS = 100
+"""Passes of a progressive JPEG. Encoders write about ten; each goes over all pixels, whatever the file's size."""
+
+_OUTSIDE = frozenset({"EPS"})  # Pillow would hand them to another program, Ghostscript
+_BAND = 2**20  # pixels that are scaled at a time
 _WIDE_MODES = ("I", "F")  # and every mode that begins with "I;": more than 8 bits a pixel
 _LINKS = "; pass allow_outside_images to read it all the same"
 
@@ -29,7 +36,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         FileNotFoundError: there is no such file.
         BadImageError: it is empty, cut off, too large, or no image that Pillow reads.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         return to_rgb(image)
 
 
@@ -39,7 +46,7 @@ def read_upright(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         FileNotFoundError, BadImageError: as `read_image`.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         return upright(image)
 
 
@@ -56,7 +63,7 @@ def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
     Raises:
         FileNotFoundError, BadImageError: as `read_image`.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         to_rgb(image)
         odd = None
         if image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1):
@@ -70,20 +77,52 @@ def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
         return image.size, odd
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An open image; whatever its decoder raises becomes a `BadImageError` that says why."""
+def image_problem(image: str | os.PathLike[str] | bytes) -> str | None:
+    """Why an image file, or the bytes of one, does not decode; None if it does."""
     try:
+        with opened(image) as one:
+            one.load()
+    except (FileNotFoundError, BadImageError) as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def opened(image: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """An open image file, or the bytes of one; whatever its decoder raises is a `BadImageError` that says why.
+
+    Neither a pipe is waited for nor another program started, and a JPEG of very many passes is refused.
+
+    Raises:
+        FileNotFoundError, BadImageError: as `read_image`.
+    """
+    try:
+        if not isinstance(image, bytes) and not stat.S_ISREG(kind := os.stat(image).st_mode):
+            raise BadImageError("it is a folder" if stat.S_ISDIR(kind) else "it is no file but a pipe or a device")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `look_at` tells of it
-            with Image.open(path) as image:
-                if image.format == "EPS":  # Pillow would hand it to Ghostscript
-                    raise BadImageError("it is PostScript (EPS), which only another program could decode")
-                yield image
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as one:
+                if one.format in ("JPEG", "MPO") and scans(image) > MAX_SCANS:
+                    raise BadImageError(f"it is a JPEG in more than {MAX_SCANS} passes, each of which costs time")
+                yield one
     except (FileNotFoundError, BadImageError):
         raise
     except Exception as error:  # decoders fail in many ways: struct.error, zlib.error, KeyError, OverflowError, ...
-        raise BadImageError(_reason(os.fspath(path), error)) from error
+        raise BadImageError(_reason(image, error)) from error
+
+
+def scans(image: str | os.PathLike[str] | bytes) -> int:
+    """Passes that a JPEG file, or the bytes of one, claims to have; in one with a preview, of both together."""
+    if not isinstance(image, bytes):
+        with open(image, "rb") as file:
+            image = file.read()
+    return image.count(b"\xff\xda")
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _OUTSIDE]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -106,41 +145,53 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey values [H, W] of 8 bits of an image that has more."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-    low, high = 0.0, float(values.max(initial=0))
+    """Grey values [H, W] of 8 bits of an image that has more; beside these it takes little memory."""
+    values = np.asarray(image)
+    rows = max(1, _BAND // max(image.width, 1))
+    bands = [slice(first, first + rows) for first in range(0, len(values), rows)]
+
+    def finite(band: slice) -> np.ndarray:
+        return np.nan_to_num(values[band].astype(np.float64), posinf=0, neginf=0)
+
+    low = 0.0
+    high = max((float(finite(band).max(initial=0)) for band in bands), default=0.0)
+    least = min((float(finite(band).min(initial=0)) for band in bands), default=0.0)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         high = 65535.0
-    elif values.min(initial=0) < 0 or high > 65535:
-        low = float(values.min())
+    elif least < 0 or high > 65535:
+        low = least
     elif image.mode == "F" and high <= 1:
         high = 1.0
     else:
         high = 255.0 if high <= 255 else 65535.0
-    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    eight = np.empty(values.shape, np.uint8)
+    for band in bands:
+        eight[band] = np.rint((finite(band) - low) * (255 / max(high - low, 1e-12)))
+    return eight
 
 
-def _reason(path: str, error: Exception) -> str:
-    try:
-        if os.path.isdir(path):
-            return "it is a folder"
-        if os.path.getsize(path) == 0:
+def _reason(image: str | os.PathLike[str] | bytes, error: Exception) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        if (len(image) if isinstance(image, bytes) else os.path.getsize(image)) == 0:
             return "it is empty (0 bytes)"
-    except (OSError, ValueError):
-        pass
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is {_kind_of(path)} and no image that Pillow can read"
+        return f"it is {_kind_of(image)} and no image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError):
         return f"it is too large to be decoded safely: {error}"
     known = isinstance(error, (OSError, ValueError, SyntaxError))
     return " ".join(str(error).split()) if known else f"its decoder failed ({type(error).__name__}: {error})"
 
 
-def _kind_of(path: str) -> str:
+def _kind_of(image: str | os.PathLike[str] | bytes) -> str:
     """What a file that is no image looks like."""
-    with open(path, "rb") as file:
-        head = file.read(512)
+    if isinstance(image, bytes):
+        head = image[:512]
+    else:
+        with open(image, "rb") as file:
+            head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        return "PostScript (EPS), which only another program could decode,"
     if b"<svg" in text:
         return "a vector graphic (SVG)"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):

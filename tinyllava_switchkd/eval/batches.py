@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tinyllava_switchkd.data.image_files import opened
+
 from .benchmarks import Question
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError)
 """What Pillow raises for a file that is no image, a broken one or a huge one."""
 
 
@@ -116,11 +117,11 @@ def open_image(image: Path | bytes) -> Image.Image:
     """A decoded picture.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it is not there, or does not decode.
+        FileNotFoundError, BadImageError: it is not there, or does not decode.
     """
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-        opened.load()
-        return opened
+    with opened(image) as one:
+        one.load()
+        return one
 
 
 @dataclass

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.data.image_files import image_problem
 from tinyllava_switchkd.fetch import (
     SourceError,
     download,
     extract,
     hub_folder,
-    image_problem,
     parquet_rows,
     split_files,
 )

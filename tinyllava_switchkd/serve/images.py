@@ -8,16 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from tinyllava_switchkd.data.image_files import upright
+from tinyllava_switchkd.data.image_files import MAX_SCANS, scans, upright
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What visitors may send; formats that need an outside program, such as EPS, are never opened."""
 
 OWN_FORMATS = (*FORMATS, "TIFF", "PPM")
 """What is read of the own disk besides."""
-
-MAX_SCANS = 100
-"""Passes of a progressive JPEG. Encoders write about ten; each goes over all pixels, whatever the file's size."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
                 f"{name} has {opened.width} x {opened.height} = {_millions(pixels)} pixels; at most "
                 f"{_millions(limits.max_pixels)} are taken."
             )
-        if opened.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+        if opened.format in ("JPEG", "MPO") and scans(path) > MAX_SCANS:
             raise ValueError(f"{name} is a JPEG in more than {MAX_SCANS} passes, each of which costs time.")
         try:
             if limits.max_side is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.data.image_files import upright
+from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
 from tinyllava_switchkd.io import write_text
@@ -91,9 +91,9 @@ def pair(
 def thumbnail(image: Path | bytes) -> str:
     """A picture as a data address, shrunk, or enlarged where it is tiny; a grey one where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            picture = upright(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with opened(image) as one:
+            picture = upright(one)
+    except (FileNotFoundError, BadImageError):
         picture = Image.new("RGB", (SIDE, SIDE // 2), "#dddddd")
     picture.thumbnail((SIDE, SIDE))
     if (times := SIDE // max(picture.size)) > 1:
