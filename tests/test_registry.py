@@ -83,12 +83,12 @@ def test_list_takes_a_pattern(towers):
 
 
 def test_an_installed_entry_point_is_found(tmp_path: Path):
-    """A third party's package registers its loss by being installed."""
+    """A third party's package registers its judge (which needs no torch) by being installed."""
     (tmp_path / "my_plugin.py").write_text(
-        "from tinyllava_switchkd.distill import register_loss, LogitLoss\n"
-        "@register_loss('from_plugin')\n"
-        "class Mine(LogitLoss):\n"
-        "    pass\n"
+        "from tinyllava_switchkd.eval.benchmarks import register_judge\n"
+        "@register_judge('from_plugin')\n"
+        "def mine(reading):\n"
+        "    return None\n"
     )
     info = tmp_path / "my_plugin-1.0.dist-info"
     info.mkdir()
@@ -96,7 +96,7 @@ def test_an_installed_entry_point_is_found(tmp_path: Path):
     (info / "entry_points.txt").write_text(
         "[tinyllava_switchkd.plugins]\nmine = my_plugin\nbroken = no_such_module_at_all\n"
     )
-    code = "from tinyllava_switchkd.distill import LossFactory; print(LossFactory('from_plugin').__name__)"
+    code = "from tinyllava_switchkd.eval.benchmarks import JudgeFactory; print(JudgeFactory('from_plugin').__name__)"
     root = Path(__file__).parents[1]
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -104,7 +104,7 @@ def test_an_installed_entry_point_is_found(tmp_path: Path):
         text=True,
         env={"PYTHONPATH": f"{tmp_path}:{root}", "PATH": "", "HOME": str(tmp_path)},
     )
-    assert result.stdout.strip() == "Mine", result.stderr
+    assert result.stdout.strip() == "mine", result.stderr
     assert "broken" in result.stderr  # reported, but not fatal
 
 

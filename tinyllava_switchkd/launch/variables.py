@@ -230,8 +230,9 @@ def _is_near(name: str, target: str) -> bool:
 
 def _edits(one: str, other: str) -> int:
     """Letters to insert, drop, replace or swap with their neighbour, to get from one word to the other; 3 for more."""
-    if abs(len(one) - len(other)) > 2:
-        return 3
+    letters, others = set(one), set(other)
+    if abs(len(one) - len(other)) > 2 or len(letters - others) > 2 or len(others - letters) > 2:
+        return 3  # an edit brings in one letter and takes out one at most
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
