@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.miniature import read_lines, write_benchmark, write_checkpoint, write_pope
+from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_pope
 from tests.launch.scripts import run_here
+from tinyllava_switchkd.eval.processes import spawn
+from tinyllava_switchkd.eval.run import main as evaluate
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
@@ -302,12 +304,32 @@ def test_an_interruption_stops_all_that_was_to_come(tmp_path):
 
 @pytest.mark.slow
 def test_pope_in_two_processes_for_real(bash, tmp_path):
+    """One of them finds a broken picture: nothing else is lost, and the good message comes last.
+
+    No FutureWarning of transformers is on the screen. Once the picture is repaired, one process does the rest.
+    """
     checkpoint = write_checkpoint(tmp_path / "tiny-vlm")
-    write_pope(tmp_path / "eval" / "pope")
+    data = write_pope(tmp_path / "eval" / "pope")
+    out, score_file = data / "answers" / "tiny-vlm", tmp_path / "results" / "tiny-vlm" / "pope.json"
+    (data / "val2014" / "1.png").write_bytes(b"no picture")
     done, _ = bash("pope", checkpoint, PYTHON=sys.executable, GPUS="2", EXTRA_ARGS="--max_new_tokens 4")
-    assert done.returncode == 0, done.stderr
-    rows = read_lines(tmp_path / "eval" / "pope" / "answers" / "tiny-vlm" / "answers.jsonl")
-    assert [row["question_id"] for row in rows] == list(range(36))
-    score = json.loads((tmp_path / "results" / "tiny-vlm" / "pope.json").read_text())
-    assert (score["total"], score["missing"], score["run"]["processes"]) == (36, 0, 2)
-    assert "POPE (process 0 of 2): 100%" in done.stderr
+    assert done.returncode == 1
+    assert "9 of 36 questions of POPE have no answer" in done.stderr.strip().splitlines()[-1]
+    assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
+    assert "POPE (process 0 of 2): " in done.stderr
+    parts = list(out.glob("answers.part-*"))
+    assert len(parts) == 2 and sum(len(read_lines(part)) for part in parts) == 27 and not score_file.exists()
+
+    picture(data / "val2014" / "1.png", 1)
+    words = ["--model_path", checkpoint, "--data_dir", data, "--output_dir", out, "--score", score_file]
+    words += ["--max_new_tokens", 4, "--device", "cpu"]
+    assert evaluate(["pope", *map(str, words)]) == 0
+    assert [row["question_id"] for row in read_lines(out / "answers.jsonl")] == list(range(36))
+    score = json.loads(score_file.read_text())
+    assert (score["total"], score["missing"]) == (36, 0)
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("no such file", 1)])
+def test_the_exit_status_of_several_processes(argument, status, capfd):
+    assert spawn("json.tool", [argument], 2) == status  # a module that is quick
+    assert capfd.readouterr().out.count("usage:") == (0 if status else 2)
