@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.docs.pages import DOCS, ROOT, first_cells, read, section
+from tests.launch.scripts import run_here
 from tests.train.toy import toy_arguments, toy_task, toy_trainer
 from tinyllava_switchkd.data import TemplateFactory
 from tinyllava_switchkd.distill import LossFactory
@@ -32,13 +33,19 @@ def commands(page="train.md"):
     return [line.split("  #")[0].replace("...", FINETUNE).strip() for line in lines]
 
 
+TOLD = 'bash() { printf "%s\\0" "$@"; printf "\\1\\0"; env -0; }; '
+"""What a command's `bash` would be given, words and environment, as bash reads the line."""
+
+
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
-def test_commands_are_accepted(command, tmp_path):
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+def test_commands_are_accepted(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts").write_text("node0 slots=2\nnode1 slots=2\n")
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DRY_RUN": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = "0,1,2,3,4,5,6,7"  # what the page is written for; nothing is started
-    run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    read = subprocess.run(["bash", "-c", TOLD + command], env=environment, capture_output=True, text=True, check=True)
+    (script, *words), variables = (part.split("\0") for part in read.stdout.rstrip("\0").split("\0\1\0"))
+    run = run_here(ROOT / script, *words, environment=dict(one.split("=", 1) for one in variables))
     assert run.returncode == 0, run.stderr
     words = shlex.split(run.stdout.splitlines()[-1])
     assert "tinyllava_switchkd.train.train" in words
