@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_pope
-from tests.launch.scripts import run_here
+from tests.launch.scripts import installed, run_here
 from tinyllava_switchkd.eval.processes import spawn
 from tinyllava_switchkd.eval.run import main as evaluate
 
@@ -302,18 +302,36 @@ def test_an_interruption_stops_all_that_was_to_come(tmp_path):
     assert started.read_text().split() == ["pope"]
 
 
+HEAVY = """
+import atexit, os, pathlib, sys
+
+def leave():
+    heavy = [name for name in ("deepspeed", "peft", "gradio") if name in sys.modules]
+    pathlib.Path(os.environ["SEEN"], os.environ["RANK"]).write_text(f"heavy: {heavy}")
+
+if "RANK" in os.environ:
+    atexit.register(leave)
+"""
+"""Of an installed plugin: what a process of an evaluation has imported when it ends."""
+
+
 @pytest.mark.slow
 def test_pope_in_two_processes_for_real(bash, tmp_path):
     """One of them finds a broken picture: nothing else is lost, and the good message comes last.
 
-    No FutureWarning of transformers is on the screen. Once the picture is repaired, one process does the rest.
+    No FutureWarning of transformers is on the screen, and nothing of training and serving was imported. Once the
+    picture is repaired, one process does the rest.
     """
     checkpoint = write_checkpoint(tmp_path / "tiny-vlm")
     data = write_pope(tmp_path / "eval" / "pope")
     out, score_file = data / "answers" / "tiny-vlm", tmp_path / "results" / "tiny-vlm" / "pope.json"
     (data / "val2014" / "1.png").write_bytes(b"no picture")
-    done, _ = bash("pope", checkpoint, PYTHON=sys.executable, GPUS="2", EXTRA_ARGS="--max_new_tokens 4")
+    settings = {"GPUS": "2", "EXTRA_ARGS": "--max_new_tokens 4", "PYTHONPATH": installed(tmp_path, HEAVY)}
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    done, _ = bash("pope", checkpoint, PYTHON=sys.executable, SEEN=str(seen), **settings)
     assert done.returncode == 1
+    assert {file.name: file.read_text() for file in seen.iterdir()} == {"0": "heavy: []", "1": "heavy: []"}
     assert "9 of 36 questions of POPE have no answer" in done.stderr.strip().splitlines()[-1]
     assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
     assert "POPE (process 0 of 2): " in done.stderr

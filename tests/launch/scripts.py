@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from tinyllava_switchkd.launch.__main__ import SCRIPT, main
+from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SOURCED = '. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"'
@@ -41,3 +42,13 @@ def run_here(script: Path, *arguments: object, environment: Mapping[str, str]) -
     ):
         code = main(words)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def installed(folder: Path, code: str) -> str:
+    """A ``PYTHONPATH`` on which a plugin is installed that runs `code` in every process that looks plugins up."""
+    information = folder / "plugin" / "of_a_test-1.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: of-a-test\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\nof_a_test = of_a_test\n")
+    (information.parent / "of_a_test.py").write_text(code)
+    return os.pathsep.join(filter(None, (str(information.parent), os.environ.get("PYTHONPATH"))))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch.scripts import SCRIPTS as ALL_SCRIPTS
-from tests.launch.scripts import run_here
+from tests.launch.scripts import installed, run_here
 from tests.train.ranks import codes_on_ranks
 from tests.train.world import LENGTH, write_world
 from tinyllava_switchkd.model import load_pretrained_model
@@ -265,21 +265,8 @@ def test_the_chain_of_stages(alone):
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 3)
 
 
-PLUGIN = """
-from tests.train.ranks import leave_out_kernels_of_inference
-
-leave_out_kernels_of_inference()
-"""
-
-
-def without_kernels_of_inference(folder):
-    """A PYTHONPATH with an installed plugin, which spares processes that a launcher starts compiling for nothing."""
-    package = folder / "plugin" / "spare_compiling-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: spare-compiling\nVersion: 1\n")
-    (package / "entry_points.txt").write_text("[tinyllava_switchkd.plugins]\nspare = spare_compiling\n")
-    (package.parent / "spare_compiling.py").write_text(PLUGIN)
-    return os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+SPARE = "from tests.train.ranks import leave_out_kernels_of_inference as spare\nspare()\n"
+"""Said by an installed plugin to the processes that a launcher starts."""
 
 
 @pytest.mark.slow
@@ -313,7 +300,7 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
             assert main(arguments) == 0
         filled = sorted(tmp_path.rglob("cache/*/*"))
         if (stage, zero) == ("distill", 3):
-            bash(*script, **environment, PYTHONPATH=without_kernels_of_inference(tmp_path))
+            bash(*script, **environment, PYTHONPATH=installed(tmp_path, SPARE))
         else:
             assert on_ranks(script, {**environment, **cached}, tmp_path) == [0, 0]
         assert sorted(tmp_path.rglob("cache/*/*")) == filled and bool(filled) == bool(cached)
