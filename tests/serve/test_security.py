@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import Demo
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.images import ImageLimits, read_image
-from tinyllava_switchkd.serve.limits import DemoLimits, Hosts, Room, is_open
+from tinyllava_switchkd.serve.limits import DemoLimits, Gate, Hosts, Room, is_open
 from tinyllava_switchkd.serve.page import Page
 from tinyllava_switchkd.serve.pool import ModelPool
 from tinyllava_switchkd.serve.upload import REFUSED
@@ -200,6 +201,11 @@ class TestHost:
                 connection.sendall(f"GET /config HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
                 assert connection.recv(100).split()[1] in (b"400", b"421")
 
+    def test_nor_does_a_proxy_s_header_name_another(self, tab):
+        """Gradio would make the page's addresses of it."""
+        for name, status in (("evil.example", 421), ("127.0.0.1, evil.example", 421), ("localhost:80", 200)):
+            assert tab.client.get("/config", headers={"X-Forwarded-Host": name}).status_code == status
+
     def test_names_of_an_open_server(self):
         hosts = Hosts("0.0.0.0", ["demo.example.org"])
         for good in (
@@ -227,6 +233,13 @@ class TestHost:
 
 
 class TestRoutes:
+    def test_what_gradio_trips_over_is_a_refusal(self, tab, page, uploaded, caplog):
+        file = tab.client.get(f"/gradio_api/file={uploaded['path']}", headers={"Range": "bytes=0-1,0-1"})
+        join = tab.client.post("/gradio_api/queue/join", json={"data": [], "fn_index": -1, "session_hash": "x"})
+        for reply in (file, join):
+            assert (reply.status_code, reply.text) == (400, "This request cannot be answered.")
+        assert "Traceback" not in caplog.text and "was not answered (KeyError(-1))" in caplog.text
+
     @pytest.mark.parametrize(
         ("method", "route"),
         [
@@ -303,6 +316,28 @@ class TestRoom:
         assert not room.enter(60_000)
         os.utime(tmp_path / "tmpabc", (0, 0))
         assert room.enter(60_000) and not (tmp_path / "tmpabc").exists()
+
+    def test_a_sender_that_never_ends_keeps_no_room(self, tmp_path):
+        """Its upload is given up after a while, and the room is there for others."""
+        room, sent, ended = Room(tmp_path, lambda: [], 100_000), [], []
+
+        async def app(scope, receive, send):
+            while (message := await receive())["type"] != "http.disconnect":
+                assert message["more_body"]
+            ended.append(message)
+
+        async def drip():
+            await asyncio.sleep(0.05)
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+
+        gate = Gate(app, max_bytes=90_000, hosts=Hosts("127.0.0.1"), room=room, body_seconds=0.3)
+        headers = [(b"host", b"127.0.0.1"), (b"content-length", b"90000")]
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+        asyncio.run(asyncio.wait_for(gate(scope, drip, send), 20))
+        assert ended and room.enter(90_000)
 
     def test_a_refused_or_broken_upload_gives_its_room_back(self, tab, page):
         for content in (b"no form", b"--x\r\nnothing"):

@@ -100,6 +100,49 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
     assert "checkpoint-2" in caplog.text and file.name in caplog.text
 
 
+@pytest.mark.parametrize("claimed", [2**62, 2**40])
+def test_a_header_that_claims_more_than_there_is_takes_no_memory(begun, tmp_path, caplog, claimed):
+    """In a folder of an older version, of which only the shape is looked at."""
+    _, run, _ = begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / checkpoints.RECORD).unlink()
+    folder = tmp_path / "run" / "checkpoint-2"
+    (folder / "manifest.json").unlink()
+    (folder / "training_args.bin").write_bytes(b"")
+    (folder / "adapter_model.safetensors").write_bytes(claimed.to_bytes(8, "little") + b"{}")
+    assert resume.find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert "its weights are missing or cut off" in caplog.text
+
+
+def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
+    """Neither a checkpoint, in the place of the folder that it is written into, nor the lock."""
+    world, run, settings = begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / checkpoints.WRITING).symlink_to(tmp_path / "elsewhere")
+    line = command_line(world, tmp_path / "run", **settings, max_steps=3)
+    (tmp_path / "mine").write_text("mine")
+    for make in (
+        lambda lock: lock.symlink_to(tmp_path / "mine"),
+        lambda lock: lock.mkdir(),
+        os.mkfifo,
+    ):
+        lock = tmp_path / "run" / "run.lock"
+        make(lock)
+        assert main(line) == 1
+        assert "run.lock is no file but a link, a folder, a pipe or a device" in capsys.readouterr().err
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+    seen = []
+    rename = checkpoints.publish
+    checkpoints.publish = lambda *args: (seen.append(os.listdir(tmp_path / "elsewhere")), rename(*args))[1]
+    try:
+        assert main(line) == 0
+    finally:
+        checkpoints.publish = rename
+    assert seen == [[]] and not (tmp_path / "run" / checkpoints.WRITING).exists()
+
+
 def test_a_checkpoint_of_this_run_is_never_taken_for_one_of_an_older_version(begun, tmp_path, caplog):
     """By someone who can write into it alone: no manifest, and the file by which old ones are known."""
     _, run, _ = begun

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.train.ranks import CONTEXT, UNEVEN, train_on_ranks, train_once
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints, locking, resume, signals
+from tinyllava_switchkd.train import checkpoints, locking, resume, signals, train, trainer
 from tinyllava_switchkd.train.locking import LockedError, OutputLock
 
 
@@ -90,6 +90,24 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(w
         assert process.exitcode == 0, (tmp_path / "log").read_text()
     first, second = (load_file(tmp_path / output / "model.safetensors") for output in ("run", "through"))
     assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_ctrl_c_ends_it_at_once_in_one_sentence(world, tmp_path, monkeypatch, capsys):
+    line = [str(word) for word in command_line(world, tmp_path / "run", max_steps=3, save_steps=1)]
+    step = trainer.LLaVATrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.LLaVATrainer, "training_step", interrupted)
+        assert train.main(line) == 130
+    said = capsys.readouterr().err
+    assert f"error: Interrupted; the same command goes on from checkpoint-2 in {tmp_path / 'run'}." in said
+    assert "Traceback" not in said and not (tmp_path / "run" / locking.LOCK).exists()
+    assert train.main(line) == 0 and "Resuming from" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_write_to_one_folder(world, tmp_path):

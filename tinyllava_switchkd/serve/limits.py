@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import os
 import socket
 import time
@@ -13,6 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tinyllava_switchkd.serve.images import ImageLimits
+
+logger = logging.getLogger(__name__)
 
 OPEN = (
     ("GET", ("/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/assets/*", "/static/*")),
@@ -27,6 +31,10 @@ are ones that fetch addresses, hand files to ffmpeg or write to the disk."""
 BROKEN_OFF_SECONDS = 600.0
 """Age at which a half-written upload is taken for one whose sender is gone."""
 
+BODY_SECONDS = 120.0
+"""Time for a request to arrive whole. A sender that goes on for ever would keep room for its upload for ever."""
+
+_UNKNOWN_NAME = "The demo is not known under this name: start it with --allow_host NAME if it should be."
 _BLOCK = 4096  # the least that a file takes on a disk
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -152,13 +160,15 @@ class Gate:
         max_bytes: of a request's body.
         hosts: names under which the demo is asked for.
         room: for uploads.
+        body_seconds: for a request to arrive whole.
     """
 
-    def __init__(self, app: Any, max_bytes: int, hosts: Hosts, room: Room) -> None:
+    def __init__(self, app: Any, max_bytes: int, hosts: Hosts, room: Room, body_seconds: float = BODY_SECONDS) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.hosts = hosts
         self.room = room
+        self.body_seconds = body_seconds
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -180,18 +190,36 @@ class Gate:
             text = f"The uploads of all visitors fill their {self.room.max_bytes / 2**20:.1f} MB: try again later."
             await _answer(send, 507, text)
             return
-        received = 0
+        received, whole = 0, False
+        deadline = time.monotonic() + self.body_seconds
 
         async def counted() -> dict[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            if whole:  # what comes now is that the visitor leaves, whenever that is
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                return {"type": "http.disconnect"}
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if received > self.max_bytes:  # a body sent in chunks declares no length
                 return {"type": "http.disconnect"}
             return message
 
+        begun = False
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, counted, noted)
+        except Exception as error:  # of a request that no page sends: Gradio does not look at all that it reads
+            logger.warning("%s %.200r was not answered (%r).", scope["method"], scope["path"], error)
+            if not begun:
+                await _answer(send, 400, "This request cannot be answered.")
         finally:
             if is_upload:
                 self.room.leave(kept)
@@ -200,7 +228,11 @@ class Gate:
         """Status and sentence of why a request is refused."""
         hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(hosts) != 1 or not self.hosts.know(hosts[0]):
-            return 421, "The demo is not known under this name: start it with --allow_host NAME if it should be."
+            return 421, _UNKNOWN_NAME
+        # what a proxy was asked for: Gradio makes the page's addresses of it
+        asked = [name for value in headers.get(b"x-forwarded-host", []) for name in value.decode("latin-1").split(",")]
+        if not all(self.hosts.know(name.strip()) for name in asked):
+            return 421, _UNKNOWN_NAME
         origins = [value.decode("latin-1") for value in headers.get(b"origin", [])]
         if scope["method"] not in ("GET", "HEAD") and not all(map(self._is_own, origins)):
             return 403, "Requests from the pages of other sites are not taken."

@@ -141,6 +141,8 @@ def clean(output_dir: str | Path) -> None:
     """Remove what an interrupted save has left, and give a folder back the name that it had just lost."""
     output_dir = Path(output_dir)
     for name in (WRITING, CONVERTED):
+        if (output_dir / name).is_symlink():  # nobody writes where it leads
+            (output_dir / name).unlink()
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for old in output_dir.glob(".old-checkpoint-*"):
         final = output_dir / old.name.removeprefix(".old-")

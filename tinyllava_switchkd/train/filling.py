@@ -69,6 +69,10 @@ class Filling:
     def release(self) -> None:
         """There is no output folder to let go of."""
 
+    def left(self) -> str:
+        """What there is to go on from, if the filling ends now."""
+        return f"the same command goes on with what {self.cache.folder} holds"
+
     def _check_written(self) -> None:
         if self.cache.unwritten is not None:
             raise CheckpointError(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
@@ -50,9 +51,9 @@ class OutputLock:
         """Take the lock; what a run left behind that no longer lives is taken over with a message.
 
         Raises:
-            LockedError: another run holds it; with host, process and age.
+            LockedError: another run holds it; with host, process and age. Or it is no file that could be one's own.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open(self.path)
         try:
             held = _held(descriptor)
             if not held and not _is_file(descriptor, self.path):  # its owner has just removed it
@@ -103,6 +104,20 @@ class OutputLock:
             if descriptor is not None:
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)
+
+
+def _open(path: Path) -> int:
+    """The lock's file, made if it is not there; never one elsewhere that a link leads to."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise LockedError(f"{path} is no file but a link, a folder, a pipe or a device; remove it, no run has made it.")
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -203,6 +203,8 @@ def _safetensors_complete(file: Path) -> bool:
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
+            if length > os.fstat(stream.fileno()).st_size:  # before memory is taken for it
+                return False
             header = json.loads(stream.read(length))
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         return file.stat().st_size >= 8 + length + end

@@ -104,6 +104,10 @@ def _main(argv: Sequence[str] | None) -> int:
         if is_main_process() or isinstance(error, (SampleError, checkpoints.CheckpointError)):
             print(f"error: {error}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except KeyboardInterrupt:  # at once, where the signals of a cluster wait for the next step
+        if is_main_process():
+            print(f"error: Interrupted; {run.left()}.", file=sys.stderr)
+        return 130
     finally:
         run.release()
     return 0
@@ -138,6 +142,11 @@ class Run:
     def release(self) -> None:
         """Let others have the output folder."""
         self.lock.release()
+
+    def left(self) -> str:
+        """What there is to go on from, if the run ends now."""
+        output = self.trainer.args.output_dir
+        return f"the same command goes on from {checkpoints.latest_name(output)} in {output}"
 
     def __call__(self) -> None:
         """Train, and write the student.
