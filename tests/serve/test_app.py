@@ -320,7 +320,7 @@ class TestPool:
         assert [slot.state for slot in pool.slots] == ["waiting", "waiting"] and not pool.is_settled
         thread = pool.start()
         wait_until(lambda: pool.slots[0].state == "loading")
-        assert [slot.state for slot in pool.slots] == ["loading", "waiting"] and pool.ready == []
+        assert [slot.state for slot in pool.slots] == ["loading", "waiting"] and not pool.ready
         assert re.search(r"loading, \d s", render.header(pool.slots)) and "waits to be loaded" in render.header(
             pool.slots
         )
@@ -328,7 +328,8 @@ class TestPool:
             next(Demo(pool).ask(Demo(pool).new_session(), None, "What?", {}))
         gate.set()
         thread.join()
-        assert [slot.state for slot in pool.slots] == ["ready", "failed"] and pool.is_settled and pool.ready == [0]
+        assert [slot.state for slot in pool.slots] == ["ready", "failed"] and pool.is_settled
+        assert list(pool.ready) == [0]
         assert "could not be loaded: no such checkpoint" in render.header(pool.slots)
 
     def test_a_failing_model_does_not_take_the_others_with_it(self, monkeypatch):

@@ -117,10 +117,10 @@ UNTIL_CONVERGED = Plan(
 # What is printed
 
 
-def of_pictures(stored: Mapping[str, Any], key: str, measure: str) -> list[float] | None:
-    """One measure of a way (or of the teacher), a value a held-out picture: the mean over seeds."""
+def of_pictures(stored: Mapping[str, Any], key: str, measure: str) -> list[float]:
+    """One measure of a way (or of the teacher), a value a held-out picture: the mean over seeds; [] without runs."""
     runs = [run for name, run in stored["runs"].items() if name.partition("/")[0] == key]
-    return [fmean(values) for values in zip(*(run[measure] for run in runs), strict=True)] if runs else None
+    return [fmean(values) for values in zip(*(run[measure] for run in runs), strict=True)]
 
 
 def ways_of(stored: Mapping[str, Any]) -> list[str]:
@@ -150,7 +150,7 @@ def differences(stored: Mapping[str, Any], reference: str = "sft") -> list[list[
     """Cells of each way minus SFT, picture by picture."""
     rows = [["minus SFT", *MEASURES.values()]]
     for key in ways_of(stored):
-        if key not in (reference, "teacher") and of_pictures(stored, reference, "there") is not None:
+        if key not in (reference, "teacher") and of_pictures(stored, reference, "there"):
             pairs = ((of_pictures(stored, key, name), of_pictures(stored, reference, name)) for name in MEASURES)
             cells = [
                 _interval([x - y for x, y in zip(a, b, strict=True)], name, "+")

@@ -175,20 +175,23 @@ def onnx_weights(data: bytes) -> dict[str, Tensor]:
     A matrix that the exporter gave a number gets its node's name and torch's orientation; the constant that DINOv2
     puts before its patches' positions is called "first position".
     """
-    graph = next(value for field, value in _fields(memoryview(data)) if field == 7)
-    tensors, nodes = {}, []
-    for field, value in _fields(graph):
-        if field == 5:  # an initializer: dims 1, data_type 2 (1 is float), name 8, raw_data 9
-            parts = list(_fields(value))
-            raw = next((part for number, part in parts if number == 9), None)
-            name = bytes(next(part for number, part in parts if number == 8)).decode()
-            if raw is not None and (2, 1) in parts:
-                shape = [part for number, part in parts if number == 1]
-                tensors[name] = torch.from_numpy(np.frombuffer(raw, np.float32).copy()).view(shape)
-        elif field == 1:  # a node: inputs 1, name 3
-            parts = list(_fields(value))
-            inputs = [bytes(part).decode() for number, part in parts if number == 1]
-            nodes.append((bytes(next((part for number, part in parts if number == 3), b"")).decode(), inputs))
+    graph = next(field.data for field in _fields(memoryview(data)) if field.number == 7)
+    tensors: dict[str, Tensor] = {}
+    nodes = []
+    for field in _fields(graph):
+        if field.number not in (1, 5):
+            continue
+        parts: dict[int, list[_Field]] = {}
+        for part in _fields(field.data):
+            parts.setdefault(part.number, []).append(part)
+        if field.number == 5:  # an initializer: dims 1, data_type 2 (1 is float), name 8, raw_data 9
+            name = bytes(parts[8][0].data).decode()
+            if 9 in parts and 2 in parts and parts[2][0].integer == 1:
+                shape = [part.integer for part in parts.get(1, ())]
+                tensors[name] = torch.from_numpy(np.frombuffer(parts[9][0].data, np.float32).copy()).view(shape)
+        else:  # a node: inputs 1, name 3
+            inputs = [bytes(part.data).decode() for part in parts.get(1, ())]
+            nodes.append((bytes(parts[3][0].data).decode() if 3 in parts else "", inputs))
     for node, inputs in nodes:
         for name in inputs:
             if name.startswith("onnx::MatMul") and name in tensors:
@@ -198,8 +201,15 @@ def onnx_weights(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of every field of a protobuf message: integers, or the bytes of the rest."""
+class _Field(NamedTuple):
+    """A field of a protobuf message by its number: an integer, or the bytes of anything else."""
+
+    number: int
+    integer: int
+    data: memoryview
+
+
+def _fields(message: memoryview) -> Iterator[_Field]:
     at = 0
 
     def varint() -> int:
@@ -215,10 +225,10 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         key = varint()
         kind = key & 7
         if kind == 0:
-            yield key >> 3, varint()
+            yield _Field(key >> 3, varint(), message[:0])
             continue
         size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield key >> 3, message[at : at + size]
+        yield _Field(key >> 3, 0, message[at : at + size])
         at += size
 
 
@@ -246,14 +256,17 @@ def unpack_pictures(package: Path, folder: Path) -> list[Picture]:
 
     Letters, numbers and coins ("symbols") are left out.
     """
-    images, texts = {}, {}
+    images: dict[PurePosixPath, bytes] = {}
+    texts: dict[PurePosixPath, bytes] = {}
     content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=BytesIO(content)) as archive:
         for member in archive:
             path = PurePosixPath(member.name)
-            if path.suffix in (".png", ".txt") and "stamps" in path.parts and member.isfile():
+            if path.suffix not in (".png", ".txt") or "stamps" not in path.parts or not member.isfile():
+                continue
+            if file := archive.extractfile(member):
                 found = images if path.suffix == ".png" else texts
-                found[path.with_suffix("")] = archive.extractfile(member).read()
+                found[path.with_suffix("")] = file.read()
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for path in sorted(images.keys() & texts.keys()):
@@ -266,7 +279,9 @@ def unpack_pictures(package: Path, folder: Path) -> list[Picture]:
 
 
 def picture(name: str, kind: str, description: str) -> Picture:
-    caption = re.match(r".*?[.!?…](?=\s|$)|.*", description.strip())[0]
+    description = description.strip()
+    sentence = re.match(r".*?[.!?…](?=\s|$)", description)
+    caption = sentence[0] if sentence else description
     thing = re.fullmatch(r"(?:A|An) ([\w’' -]+)\.", caption)
     return Picture(name, kind, caption, thing[1] if thing else "")
 
@@ -346,7 +361,7 @@ def captions(pictures: Sequence[Picture]) -> list[dict]:
 
 
 def _sample(identifier: str, one: Picture, turns: Sequence[tuple[str, str]]) -> dict:
-    messages = []
+    messages: list[dict[str, str]] = []
     for question, answer in turns:
         messages += [{"from": "human", "value": question if messages else f"<image>\n{question}"}]
         messages += [{"from": "gpt", "value": answer}]

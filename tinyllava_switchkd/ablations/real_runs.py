@@ -327,7 +327,8 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     one_of_each = {one.kind: one for one in reversed(experiment.held)}
     samples = parts.conversations(list(one_of_each.values())[:STATED], 0)
     batch = experiment.batch(samples, student, tokenizer, pixels)
-    distiller = build_distiller(student, teacher, AtTemperatures(temperatures=tuple(temperatures)))
+    method = AtTemperatures(temperatures=tuple(temperatures))
+    distiller = build_distiller(student, teacher, method)
     logits, pull = distiller.pathway_logits(batch), distiller.gradients(batch)["vision_features"]
     orders = leading(logits.teacher), leading(logits.student)
     labels = batch["labels"][:, 1:]
@@ -336,7 +337,7 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
         found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
     found["overlap"] = float(overlap(logits.student, *orders).mean())
-    for temperature, loss in distiller.method.losses.items():
+    for temperature, loss in method.losses.items():
         align, switch = (pull[f"{name} {temperature:g}"] for name in ("align", "visual_switch"))
         shares = pair_shares(logits.teacher, orders[0], temperature, (1, 100))
         found["temperatures"][f"{temperature:g}"] = {

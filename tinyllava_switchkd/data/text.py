@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tinyllava_switchkd.data.template import TemplateFactory, check_template
+from tinyllava_switchkd.data.template import Message, TemplateFactory, check_template
 
 
 def template_of(data_args: Any) -> str:
@@ -33,7 +33,7 @@ class TextPreprocess:
         self._counts_images = "num_images" in inspect.signature(self.template.encode).parameters
 
     def __call__(
-        self, messages: Sequence[dict[str, Any]], mode: str = "train", num_images: int | None = None
+        self, messages: Sequence[Message], mode: str = "train", num_images: int | None = None
     ) -> dict[str, Any]:
         """Encode a conversation.
 

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ class Job:
         questions: all of the split.
         wanted: those to be answered now (`--limit`).
         answers: the files.
-        setting: the checkpoint and how it is asked.
         cache: answers of other runs, if the user names where they are.
     """
 
@@ -52,7 +52,6 @@ class Job:
     answers: AnswerFolder
     arguments: argparse.Namespace
     processes: Processes = field(default_factory=Processes)
-    setting: Setting | None = None
     cache: ResponseCache | None = None
 
     @classmethod
@@ -71,15 +70,16 @@ class Job:
         wanted = questions[: arguments.limit]
         return cls(benchmark, questions, wanted, AnswerFolder(arguments.output_dir), arguments, processes)
 
-    def choose(self) -> None:
-        """Resolve the checkpoint and decide how it is asked; does nothing the second time.
+    @cached_property
+    def setting(self) -> Setting:
+        """The checkpoint and how it is asked.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is no TinyLLaVA, or its conversation template is unknown.
         """
         arguments = self.arguments
-        self.setting = self.setting or Setting.of(
+        return Setting.of(
             arguments.model_path,
             device=arguments.device,
             dtype=arguments.dtype,
@@ -155,7 +155,6 @@ def set_up(job: Job) -> dict[str, Any]:
     """
     check_keys(job.questions, job.arguments.data_dir)
     check_images(job)
-    job.choose()
     run = describe(job)
     job.answers.lock(0)
     job.answers.repair()
@@ -184,7 +183,6 @@ def generate(job: Job) -> None:
         if job.arguments.response_cache is not None:
             tasks = read_cache(job, tasks, writer)
         if tasks:
-            job.choose()
             ask(job, Answerer.load(job.setting), tasks, writer)
 
 
@@ -228,7 +226,9 @@ def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWrite
                 if task.image_key is None or task.image_key in visual
             ]
             texts = answerer.answer(
-                [prompt for _, prompt in ready], [visual.get(task.image_key) for task, _ in ready], job.max_new_tokens
+                [prompt for _, prompt in ready],
+                [None if task.image_key is None else visual[task.image_key] for task, _ in ready],
+                job.max_new_tokens,
             )
             writer.write(
                 answer_row(job, question, text)

@@ -61,7 +61,7 @@ class TinyLlavaSwitchKD(lmms):
         self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
         # lmms-eval hands "cuda" or "cuda:0" to every process; each is to use its own GPU.
         own = None if device is None or str(device).startswith("cuda") else device
-        self.answerer: Answerer | None = Answerer.from_pretrained(
+        self.answerer = Answerer.from_pretrained(
             pretrained,
             device=own,
             dtype=dtype,
@@ -78,7 +78,7 @@ class TinyLlavaSwitchKD(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Texts of the requests, in their order; the longest are generated first."""
-        texts: list[str | None] = [None] * len(requests)
+        texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
@@ -182,7 +182,7 @@ class TinyLlavaSwitchKD(lmms):
 
     def clean(self) -> None:
         """Free the model's memory (lmms-eval does so before it starts a judge model)."""
-        self.answerer = None
+        self.__dict__.pop("answerer", None)
         super().clean()
 
 

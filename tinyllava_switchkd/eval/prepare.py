@@ -126,16 +126,17 @@ class Build:
         An image that does not decode is noted and left out.
         """
         target = self.inside(path)
-        if path not in self.undecodable and not target.is_file() and self.check_image(path, cell):
-            write_bytes(target, cell["bytes"])
+        if path not in self.undecodable and not target.is_file() and (data := self.check_image(path, cell)):
+            write_bytes(target, data)
 
-    def check_image(self, name: str, cell: Mapping[str, Any] | None) -> bool:
-        """Whether a hub image decodes; one that does not is noted under `name`."""
+    def check_image(self, name: str, cell: Mapping[str, Any] | None) -> bytes | None:
+        """The content of a hub image; one that does not decode is noted under `name`."""
         data = (cell or {}).get("bytes")
-        problem = "no image data" if not data else image_problem(data)
+        problem = image_problem(data) if data else "no image data"
         if problem:
             self.undecodable[name] = problem
-        return not problem
+            return None
+        return data
 
     @staticmethod
     def unavailable(message: str) -> SourceError:

@@ -93,7 +93,7 @@ class Report:
         if part := [
             f"{label}, {result.column}: {result.asked['questions']:,} of {result.asked['of']:,}"
             for label, result in results
-            if "part" in result.marks
+            if result.asked and "part" in result.marks
         ]:
             notes.append(f"§: only the first questions were asked, and these are scored ({_some(part)}).")
         if own := [f"{label}, {result.column}: {result.total:,}" for label, result in results if result.own_data]:
@@ -387,7 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         formats = _formats(arguments.format, arguments.output_dir)
         if arguments.compare:
-            cli.show(comparison(*arguments.compare, arguments.output_dir))
+            first, second = arguments.compare
+            cli.show(comparison(first, second, arguments.output_dir))
             if not arguments.results and not arguments.with_paper:
                 return 0
             cli.show("")

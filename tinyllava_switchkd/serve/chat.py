@@ -71,7 +71,8 @@ class Chat:
                 print(printable(reply.text[written:]), end="", flush=True)
                 written = len(reply.text)
         print()
-        self._report(reply)
+        if reply is not None:
+            self._report(reply)
 
     def _report(self, reply: Reply) -> None:
         notes = [_ENDINGS[reply.finish]] if reply.finish in _ENDINGS else []

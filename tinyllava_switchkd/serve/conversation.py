@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.template import Message
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,17 @@ class Conversation:
         """All images that the next prompt holds, in order."""
         return [image for turn in self.turns for image in turn.images] + self.pending
 
-    def messages(self, question: str) -> list[dict[str, Any]]:
+    def messages(self, question: str) -> list[Message]:
         """The conversation with its next question, as `TextPreprocess` takes it.
 
         An ``<image>`` that a user typed is text: only attached images get a place.
         """
-        messages = []
-        for turn in (*self.turns, Turn(question, tuple(self.pending), "")):
-            places = f"{DEFAULT_IMAGE_TOKEN}\n" * len(turn.images)
-            messages.append({"from": "human", "value": places + _without_places(turn.question)})
-            messages.append({"from": "gpt", "value": turn.answer})
-        messages[-1]["value"] = None
+        asked = [(turn.question, len(turn.images), turn.answer) for turn in self.turns]
+        messages: list[Message] = []
+        for text, num_images, answer in [*asked, (question, len(self.pending), None)]:
+            places = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
+            messages.append({"from": "human", "value": places + _without_places(text)})
+            messages.append({"from": "gpt", "value": answer})
         return messages
 
     def record(self, question: str, answer: str) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tinyllava_switchkd.serve import render
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
+from tinyllava_switchkd.serve.engine import Reply
 from tinyllava_switchkd.serve.images import read_image
 from tinyllava_switchkd.serve.limits import DemoLimits
 from tinyllava_switchkd.serve.pool import ModelPool
@@ -138,7 +139,7 @@ class Demo:
     def _answer(
         self, session: Session, index: int, cell: render.Cell, question: str, settings: Sampling
     ) -> Iterator[None]:
-        model, shown = self.pool.slots[index].model, 0.0
+        model, shown = self.pool.ready[index], 0.0
         stream = model.stream(session.conversations[index], question, settings, session.stop, self.limits.seconds)
         try:
             for cell.reply in stream:
@@ -154,33 +155,32 @@ class Demo:
             cell.error = "This model failed; the server's log has the details."
         yield
 
-    def attend(self, session: Session | None, index: int) -> AttentionMap:
+    def attend(self, session: Session, index: int) -> AttentionMap:
         """The attention map of a model's last answer; computed once.
 
         Raises:
             ValueError: there is no such answer, or no map of it.
         """
-        cell = self._last_cell(session, index)
-        if cell is None or cell.reply is None or cell.reply.finish is None:
-            raise ValueError(f"{self.pool.slots[index].name} has not answered yet: ask a question first.")
+        reply = self._last_reply(session, index)
         if index not in session.maps:
-            session.maps[index] = self.pool.slots[index].model.attend(cell.reply)
+            session.maps[index] = self.pool.ready[index].attend(reply)
         return session.maps[index]
 
     def picture(self, session: Session, index: int, token: int | None) -> Image.Image:
         """The map of a token (None: of the whole answer) over the images of the conversation, side by side."""
-        attention, model = session.maps[index], self.pool.slots[index].model
-        images = self._last_cell(session, index).reply.images
+        attention, model = session.maps[index], self.pool.ready[index]
         panels = [
-            overlay(image, attention.of(token, place), model.visible_box(image)) for place, image in enumerate(images)
+            overlay(image, attention.of(token, place), model.visible_box(image))
+            for place, image in enumerate(self._last_reply(session, index).images)
         ]
         return side_by_side(panels)
 
-    @staticmethod
-    def _last_cell(session: Session | None, index: int) -> render.Cell | None:
-        """What a model said to the last question."""
-        cells = session.exchanges[-1].cells if session and session.exchanges else []
-        return next((cell for cell in cells if cell.index == index), None)
+    def _last_reply(self, session: Session, index: int) -> Reply:
+        """A model's whole answer to the last question."""
+        for cell in session.exchanges[-1].cells if session.exchanges else ():
+            if cell.index == index and cell.reply is not None and cell.reply.finish is not None:
+                return cell.reply
+        raise ValueError(f"{self.pool.slots[index].name} has not answered yet: ask a question first.")
 
 
 def side_by_side(panels: list[Image.Image], gap: int = 8) -> Image.Image:

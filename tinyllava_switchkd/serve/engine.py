@@ -235,7 +235,8 @@ class _Work(StoppingCriteria):
         self.cancelled = threading.Event()
         self.error: Exception | None = None
         self._stop, self._time_limit = stop, time_limit
-        self._started = self._first = self._last = None
+        self._started = self._last = 0.0
+        self._first: float | None = None
         self._count = 0
         self._timed_out = self._stopped = False
 
@@ -263,7 +264,7 @@ class _Work(StoppingCriteria):
 
     @property
     def rate(self) -> float | None:
-        if self._count < 2 or self._last <= self._first:
+        if self._first is None or self._last <= self._first:
             return None
         return (self._count - 1) / (self._last - self._first)
 

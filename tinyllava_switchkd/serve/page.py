@@ -246,7 +246,9 @@ class Page:
     def check_image(self, session: Session | None, path: str | None) -> dict[Any, Any]:
         """Refuse a bad upload at once, and not only when a question comes with it."""
         try:
-            self.demo.read_upload(self._own(path))
+            file = self._own(path)
+            if file is not None:
+                self.demo.read_upload(file)
         except USER_ERRORS as error:
             return {self.image: None, self.notice: render.notice(str(error), "error")}
         return {self.notice: _about_second_image(session)}
@@ -368,7 +370,7 @@ class Page:
     def show_attention(self, session: Session | None, which: int) -> dict[Any, Any]:
         """Open the map of a model's last answer."""
         try:
-            attention = self.demo.attend(session, which)
+            attention = self.demo.attend(session or self.demo.new_session(), which)
         except USER_ERRORS as error:
             return {self.map: gr.update(visible=False), self.attention_notice: render.notice(str(error), "error")}
         share = attention.share
@@ -387,9 +389,9 @@ class Page:
 
     def show_token(self, session: Session | None, which: int, position: float) -> dict[Any, Any]:
         """Draw the map of one token, or (0) of the whole answer."""
-        attention = session.maps.get(which) if session else None
-        if attention is None:
+        if session is None or which not in session.maps:
             return {}
+        attention = session.maps[which]
         token = min(int(position), len(attention.tokens)) - 1
         chosen = None if token < 0 else token
         share = float(attention.share.mean() if chosen is None else attention.share[chosen])

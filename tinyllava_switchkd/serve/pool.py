@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tinyllava_switchkd.serve.engine import ChatModel
@@ -66,10 +67,7 @@ class ModelPool:
     def of_paths(cls, paths: Sequence[str], names: Sequence[str], **kwargs: Any) -> ModelPool:
         """A pool of checkpoints, nothing loaded yet; `kwargs` are those of `ChatModel.load`."""
         return cls(
-            [
-                Slot(name, lambda path=path, name=name: ChatModel.load(path, name, **kwargs))
-                for path, name in zip(paths, names, strict=True)
-            ]
+            [Slot(name, partial(ChatModel.load, path, name, **kwargs)) for path, name in zip(paths, names, strict=True)]
         )
 
     def start(self) -> threading.Thread:
@@ -84,13 +82,13 @@ class ModelPool:
         return all(slot.state in ("ready", "failed") for slot in self.slots)
 
     @property
-    def ready(self) -> list[int]:
-        """Places of the models that can answer."""
-        return [index for index, slot in enumerate(self.slots) if slot.model is not None]
+    def ready(self) -> dict[int, ChatModel]:
+        """The models that can answer, by their places."""
+        return {index: slot.model for index, slot in enumerate(self.slots) if slot.model is not None}
 
     def _load_all(self) -> None:
         for slot in self.slots:
-            if slot.model is not None:
+            if slot.model is not None or slot.load is None:
                 continue
             slot.started = time.monotonic()
             try:

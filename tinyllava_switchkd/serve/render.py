@@ -79,9 +79,9 @@ def header(slots: Sequence[Slot]) -> str:
 
 
 def _model(slot: Slot) -> str:
-    if slot.state == "ready":
+    if slot.model is not None:
         detail = f"{_count(slot.model.num_parameters)} parameters"
-    elif slot.state == "failed":
+    elif slot.error is not None:
         detail = f"could not be loaded: {slot.error}"
     elif slot.state == "loading":
         detail = f"loading, {slot.seconds:.0f} s"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.component_meta import ComponentMeta
 
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 
@@ -39,6 +40,8 @@ class GuardedBlocks(gr.Blocks):
 
         Nothing but these is looked for on the disk, so that no answer tells whether a file is there.
         """
+        if path is None:
+            return None
         if path in self.examples:
             return self.examples[path]
         if path in self.upload_file_set and Path(path).is_file() and not Path(path).is_symlink():
@@ -68,7 +71,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(item)
 
 
-class _WithoutStub(type(gr.Image)):
+class _WithoutStub(ComponentMeta):
     """Makes a component without the .pyi file that Gradio's own metaclass writes beside the source."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:

@@ -58,7 +58,7 @@ def attention_map(
     model: Any,
     tokenizer: Any,
     input_ids: Tensor,
-    image_features: Tensor,
+    image_features: Tensor | None,
     answer_ids: Sequence[int],
     layers: slice | None = None,
 ) -> AttentionMap:
@@ -71,7 +71,7 @@ def attention_map(
         model: a `TinyLlavaForConditionalGeneration`.
         tokenizer: the model's.
         input_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
-        image_features: [I, K, D], `model.encode_images` of the prompt's images.
+        image_features: [I, K, D], `model.encode_images` of the prompt's images; None where it has none.
         answer_ids: the tokens that were generated.
         layers: decoder layers to average over; all if None.
 

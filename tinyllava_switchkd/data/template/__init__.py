@@ -1,6 +1,6 @@
 """Conversation templates: `TemplateFactory`, `register_template` and the built-in ones."""
 
-from tinyllava_switchkd.data.template.base import Template
+from tinyllava_switchkd.data.template.base import Message, Template
 from tinyllava_switchkd.data.template.chatml import ChatMLTemplate
 from tinyllava_switchkd.data.template.check import check_template
 from tinyllava_switchkd.data.template.conversations import (
@@ -19,6 +19,7 @@ __all__ = [
     "Formatter",
     "GemmaTemplate",
     "LlamaTemplate",
+    "Message",
     "PhiTemplate",
     "PretrainTemplate",
     "Qwen2InstructTemplate",

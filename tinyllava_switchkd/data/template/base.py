@@ -9,7 +9,7 @@ once, and a token is learned if the character it starts at lies in an answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+Message = Mapping[str, str | None]
+"""One turn of a conversation: ``{"from": "human" | "gpt", "value": text}``, None for an answer to be generated."""
 
 # A literal "<image>" that is text and not an image's place is carried through `prompt` in this disguise. It holds a
 # Unicode noncharacter, which no text contains, and has the same length, so that offsets into the prompt stay true.
@@ -65,7 +68,7 @@ class Template:
         return self.separator.apply()[1]
 
     def encode(
-        self, messages: Sequence[dict[str, Any]], tokenizer: Any, mode: str = "train", num_images: int | None = None
+        self, messages: Sequence[Message], tokenizer: Any, mode: str = "train", num_images: int | None = None
     ) -> dict[str, Any]:
         """Turn a conversation into token ids.
 
@@ -103,12 +106,12 @@ class Template:
 
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
 
-    def check(self, messages: Sequence[dict[str, Any]], num_images: int) -> None:
+    def check(self, messages: Sequence[Message], num_images: int) -> None:
         """Raise what `encode` would raise of a training sample, without a tokenizer."""
         self._compose(messages, "train", num_images)
 
     def _compose(
-        self, messages: Sequence[dict[str, Any]], mode: str, num_images: int | None
+        self, messages: Sequence[Message], mode: str, num_images: int | None
     ) -> tuple[str, list[str], list[str | None]]:
         """Prompt, questions and answers; a ``<image>`` left in them is an image's place, the others are disguised."""
         questions, answers = self.get_list_from_message(messages)
@@ -127,7 +130,7 @@ class Template:
             )
         return prompt, questions, answers
 
-    def get_list_from_message(self, messages: Sequence[dict[str, Any]]) -> tuple[list[str], list[str | None]]:
+    def get_list_from_message(self, messages: Sequence[Message]) -> tuple[list[str], list[str | None]]:
         """Split a conversation into its questions and its answers, equally many.
 
         Raises:
@@ -139,21 +142,30 @@ class Template:
                 raise ValueError(f"A turn is an object with 'from' and 'value', not {turn!r}.")
         if turns and turns[0]["from"] not in _HUMAN:
             turns = turns[1:]
+        questions: list[str] = []
+        answers: list[str | None] = []
         for index, turn in enumerate(turns):
             expected = _ASSISTANT if index % 2 else _HUMAN
             if turn["from"] not in expected:
                 raise ValueError(f"Turn {index + 1} is from {turn['from']!r} where {expected[0]!r} should speak.")
-            is_open = turn["value"] is None and index % 2 and index == len(turns) - 1
-            if not isinstance(turn["value"], str) and not is_open:
-                raise ValueError(f"Turn {index + 1} ({turn['from']}) is {turn['value']!r} and not a text.")
-            if not is_open and not _is_unicode(turn["value"]):
+            text = turn["value"]
+            if text is None and index % 2 and index == len(turns) - 1:
+                answers.append(None)
+                continue
+            if not isinstance(text, str):
+                raise ValueError(f"Turn {index + 1} ({turn['from']}) is {text!r} and not a text.")
+            if not _is_unicode(text):
                 raise ValueError(
                     f"Turn {index + 1} ({turn['from']}) holds half a character (a lone surrogate, as in "
-                    f"\\ud83d), which no tokenizer reads: {turn['value'][:60]!a}."
+                    f"\\ud83d), which no tokenizer reads: {text[:60]!a}."
                 )
+            if index % 2:
+                answers.append(text)
+            else:
+                questions.append(text)
         if not turns or len(turns) % 2:
             raise ValueError(f"The conversation has {len(turns)} turns; it takes a question and an answer in turn.")
-        return [turn["value"] for turn in turns[::2]], [turn["value"] for turn in turns[1::2]]
+        return questions, answers
 
     def prompt(self, question_list: str | Sequence[str], answer_list: str | Sequence[str | None] | None) -> str:
         """The conversation as one text; an answer that is None leaves the text open for generation."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Template, begin_tokens, is_special
+from tinyllava_switchkd.data.template.base import Message, Template, begin_tokens, is_special
 from tinyllava_switchkd.data.template.factory import register_template
 from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
 
@@ -89,7 +89,7 @@ class ChatMLTemplate(Template):
         )
 
     def encode(
-        self, messages: Sequence[dict[str, Any]], tokenizer: Any, mode: str = "train", num_images: int | None = None
+        self, messages: Sequence[Message], tokenizer: Any, mode: str = "train", num_images: int | None = None
     ) -> dict[str, Any]:
         """As `Template.encode`, with the formatters of the tokenizer's chat template."""
         known, template = self.__dict__.get("_fitted", (None, None))

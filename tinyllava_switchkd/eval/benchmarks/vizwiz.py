@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,8 @@ class VizWiz(QuestionFileBenchmark):
             named = images.get(answer.question_id, answer.question_id)
             return named if named in annotations else f"{named}.jpg" if f"{named}.jpg" in annotations else named
 
-        if self.answered_split == "test" or not any(image_of(answer) in annotations for answer in answers):
+        known = any(image_of(answer) in annotations for answer in answers)
+        if self.answered_split == "test" or path is None or not known:
             if self._asks(data_dir, "test", answers):
                 raise NoGroundTruth(
                     f"No ground truth for the test answers of {self.title}: write the server's file with --submission.",
@@ -174,7 +175,7 @@ class VizWiz(QuestionFileBenchmark):
         write_jsonl(build.root / f"llava_{build.split}.jsonl", lines)
 
 
-def unanswerability(annotations: Mapping[str, dict], joined: Mapping[str, Answer]) -> dict[str, float | None]:
+def unanswerability(annotations: Mapping[str, dict], joined: Mapping[Hashable, Answer]) -> dict[str, float | None]:
     """How often the model declines, and how well that agrees with the annotators (VizWiz API, second task).
 
     Average precision and F1 take "unanswerable" as the positive class and the model's word as a 0/1 score, and need

@@ -102,7 +102,7 @@ class VQAv2(QuestionFileBenchmark):
         """
         split = self._split_of(data_dir, answers)
         expected = self._ids(data_dir, split)
-        joined = join(answers, expected, self._source(data_dir, split))
+        joined = join(answers, expected, self._sources(data_dir)[split])
         refuse_missing([key for key in expected if key not in joined], len(expected), allow_missing)
         everything = expected
         if find_file(data_dir, self.question_files["test"]) is not None:
@@ -125,21 +125,21 @@ class VQAv2(QuestionFileBenchmark):
             FileNotFoundError: no split is there.
             ValueError: none has them all.
         """
-        if self.answered_split is not None and self._source(data_dir, self.answered_split) is not None:
+        sources = self._sources(data_dir)
+        if self.answered_split in sources:
             return self.answered_split
         asked = {answer.question_id for answer in answers}
         known: dict[str, int] = {}
-        for split in self.question_files:
-            if self._source(data_dir, split) is not None:
-                unknown = asked - self._ids(data_dir, split).keys()
-                if not unknown:
-                    return split
-                known[split] = len(asked) - len(unknown)
+        for split in sources:
+            unknown = asked - self._ids(data_dir, split).keys()
+            if not unknown:
+                return split
+            known[split] = len(asked) - len(unknown)
         if not known:
             self.question_file(data_dir)  # raises, and names what is expected
         nearest = max(known, key=known.__getitem__)
         if not known[nearest]:
-            join(answers, (), " or ".join(str(self._source(data_dir, split)) for split in known))
+            join(answers, (), " or ".join(map(str, sources.values())))
         first = next(answer for answer in answers if answer.question_id not in self._ids(data_dir, nearest))
         raise ValueError(
             f"{first.where}: no split of {self.title} in {data_dir} has all the answered questions: {nearest} has "
@@ -147,14 +147,18 @@ class VQAv2(QuestionFileBenchmark):
             f"and give the answers to one split alone."
         )
 
-    def _source(self, data_dir: str | Path, split: str) -> Path | None:
-        """The file that lists a split's questions: for val rather the annotations, which are what is scored."""
-        annotations = find_file(data_dir, self.annotation_files) if split == "val" else None
-        return annotations or find_file(data_dir, self.question_files[split])
+    def _sources(self, data_dir: str | Path) -> dict[str, Path]:
+        """The file that lists the questions, of each split that is there.
+
+        For val it is rather the annotations, which are what is scored.
+        """
+        names = self.question_files | {"val": (*self.annotation_files, *self.question_files["val"])}
+        found = {split: find_file(data_dir, of_split) for split, of_split in names.items()}
+        return {split: path for split, path in found.items() if path is not None}
 
     def _ids(self, data_dir: str | Path, split: str) -> dict[str, int | str]:
         """Question ids of a split, as strings and as the file has them, in the file's order."""
-        source = self._source(data_dir, split)
+        source = self._sources(data_dir).get(split)
         if source is None:
             return {}
         if source.suffix == ".json":
