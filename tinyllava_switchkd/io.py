@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 StrPath = str | os.PathLike
 
+JsonObject = dict[str, Any]
+"""A JSON object as `json` reads it: what its fields are, nobody has looked at yet."""
+
 
 @contextlib.contextmanager
 def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
@@ -51,7 +54,7 @@ def write_text(path: StrPath, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: StrPath, value: Any, *, indent: int | None = 2, sort_keys: bool = False) -> None:
+def write_json(path: StrPath, value: object, *, indent: int | None = 2, sort_keys: bool = False) -> None:
     """Write one JSON document in one step (UTF-8, text left readable).
 
     Raises:
@@ -61,7 +64,7 @@ def write_json(path: StrPath, value: Any, *, indent: int | None = 2, sort_keys: 
     write_text(path, text + "\n")
 
 
-def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line, in one step."""
     with atomic_file(path) as file:
         for row in rows:

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data import DataCollatorForSupervisedDataset, TextPreprocess
+from tinyllava_switchkd.data.collator import TENSORS, Batch, on_device
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.losses import LossFactory
-from tinyllava_switchkd.distill.losses.knee import leading
+from tinyllava_switchkd.distill.losses.knee import Order, leading
 from tinyllava_switchkd.distill.methods.base import Method
 from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.eval import run as eval_run
@@ -36,6 +37,12 @@ from tinyllava_switchkd.train.task import SupervisedTask
 from . import real_parts as parts
 from .real import HUB, RESULTS, OutOfTimeError, Plan, one_line
 from .tables import Way
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.data.collator import Batch
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 TEMPLATE = "chatml"
 
@@ -263,7 +270,13 @@ class Real(Experiment):
         if time.monotonic() > self.until:
             raise OutOfTimeError(what)
 
-    def batch(self, samples: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any, pixels_of: Any) -> dict[str, Any]:
+    def batch(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        model: TinyLlava,
+        tokenizer: PreTrainedTokenizerBase,
+        pixels_of: Callable[[Image.Image], Tensor],
+    ) -> Batch:
         """Samples as a model takes them."""
         encode = TextPreprocess(tokenizer, TEMPLATE)
         encoded = []
@@ -272,7 +285,7 @@ class Real(Experiment):
             with Image.open(self.root / "images" / sample["image"]) as image:
                 encoded.append({**one, "images": pixels_of(image)[None]})
         batch = DataCollatorForSupervisedDataset(tokenizer, num_image_tokens=model.num_image_tokens)(encoded)
-        return {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return on_device(batch, model.device)
 
     def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
         self.stored[part][key] = dict(value)
@@ -300,12 +313,17 @@ def words_f1(answer: str, truth: str) -> float:
     return 200 * both / (len(ours) + len(theirs)) if both else 0.0
 
 
-def caption_losses(model: Any, batch: Mapping[str, Any]) -> list[float]:
+def caption_losses(model: TinyLlava, batch: Batch) -> list[float]:
     """Cross-entropy a token of each sample's answer."""
     task = SupervisedTask(model)
-    one = {key: batch[key] for key in ("input_ids", "labels", "attention_mask", "images")}
-    rows = range(len(one["input_ids"]))
-    return [float(task({key: value[row : row + 1] for key, value in one.items()})["ce"]) for row in rows]
+    losses = []
+    for row in range(len(batch["input_ids"])):
+        one: Batch = {}
+        for key in TENSORS:
+            if key in batch:
+                one[key] = batch[key][row : row + 1]
+        losses.append(float(task(one)["ce"]))
+    return losses
 
 
 # The terms beside one another
@@ -362,7 +380,7 @@ class AtTemperatures(Method):
     temperatures: tuple[float, ...] = (3.0,)
 
     @cached_property
-    def losses(self) -> dict[float, Any]:
+    def losses(self) -> dict[float, nn.Module]:
         return {one: LossFactory("dbild")(temperature=one) for one in self.temperatures}
 
     @property
@@ -374,13 +392,13 @@ class AtTemperatures(Method):
         ]
 
 
-def overlap(student_logits: Tensor, teacher_order: Any, student_order: Any) -> Tensor:
+def overlap(student_logits: Tensor, teacher_order: Order, student_order: Order) -> Tensor:
     """Share of the teacher's leading tokens that are among the student's leading tokens [tokens]."""
     theirs = student_logits.gather(1, teacher_order.indices) >= student_order.threshold[:, None]
     return (theirs & teacher_order.mask).sum(1) / teacher_order.k
 
 
-def pair_shares(logits: Tensor, order: Any, temperature: float, sizes: Sequence[int]) -> Tensor:
+def pair_shares(logits: Tensor, order: Order, temperature: float, sizes: Sequence[int]) -> Tensor:
     """Share of the pair distribution whose pairs have one of the leader's largest logits in them.
 
     Args:

@@ -6,10 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import TEMPLATE_FLAGS
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,9 +70,9 @@ class _Model(NamedTuple):
     """What of a model the check makes use of."""
 
     num_image_tokens: int
-    image_processor: Any
+    image_processor: BaseImageProcessor
     image_aspect_ratio: str | None
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def _look(args: argparse.Namespace) -> str:
@@ -138,7 +144,7 @@ def _model_of(args: argparse.Namespace) -> _Model:
     return _Model(model.num_image_tokens, model.vision_tower.image_processor, None)
 
 
-def _on_meta(config: Any) -> Any:
+def _on_meta(config: TinyLlavaConfig) -> TinyLlava:
     import torch
 
     from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration

@@ -5,14 +5,58 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
+from torch import Tensor
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.errors import SampleError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 logger = logging.getLogger(__name__)
+
+Text = Literal["input_ids", "labels", "attention_mask"]
+Pictures = Literal["images", "teacher_images"]
+"""Of a sample or a batch: what the model sees, and what a teacher sees that prepares them in another way."""
+
+
+class Sample(TypedDict, total=False):
+    """One encoded sample, see `LazySupervisedDataset`; "prompt" is the text of one that is to be answered."""
+
+    input_ids: Tensor
+    labels: Tensor
+    images: Tensor
+    teacher_images: Tensor
+    id: str
+    prompt: str
+
+
+class Batch(TypedDict, total=False):
+    """What a model is trained with, see `DataCollatorForSupervisedDataset`."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    images: Tensor
+    teacher_images: Tensor
+    ids: list[str]
+    digests: list[str]
+
+
+TENSORS: tuple[Text | Pictures, ...] = ("input_ids", "labels", "attention_mask", "images", "teacher_images")
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch, its tensors on a device."""
+    moved: Batch = {**batch}
+    for key in TENSORS:
+        if key in moved:
+            moved[key] = moved[key].to(device)
+    return moved
 
 
 class DataCollatorForSupervisedDataset:
@@ -37,7 +81,7 @@ class DataCollatorForSupervisedDataset:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         num_image_tokens: int = 1,
         image_shape: Sequence[int] | None = None,
         model_max_length: int | None = None,
@@ -46,11 +90,14 @@ class DataCollatorForSupervisedDataset:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.model_max_length = min(model_max_length or tokenizer.model_max_length, 1 << 40)  # "none" is 1e30
         self.num_image_tokens = num_image_tokens
-        self.image_shapes = {"images": image_shape, "teacher_images": teacher_image_shape}
+        self.image_shapes: dict[Pictures, Sequence[int] | None] = {
+            "images": image_shape,
+            "teacher_images": teacher_image_shape,
+        }
         self.digests = False
         self.counts = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, instances: Sequence[Sample]) -> Batch:
         """Make a batch of B samples with I images in all.
 
         Returns:
@@ -70,7 +117,7 @@ class DataCollatorForSupervisedDataset:
         samples = [self.truncate(instance) for instance in instances]
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), longest)
-        batch: dict[str, Any] = {
+        batch: Batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.bool),
@@ -97,7 +144,7 @@ class DataCollatorForSupervisedDataset:
             batch["digests"] = [sample_digest(sample) for sample in samples]
         return batch
 
-    def truncate(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def truncate(self, sample: Sample) -> Sample:
         """Cut one sample to `model_max_length`; images whose places are cut off go with them."""
         input_ids, labels = sample["input_ids"], sample["labels"]
         is_image = input_ids == IMAGE_TOKEN_INDEX
@@ -108,7 +155,7 @@ class DataCollatorForSupervisedDataset:
         if keep == len(input_ids):
             return sample
         self.counts[1] += 1
-        kept = {**sample, "input_ids": input_ids[:keep], "labels": labels[:keep]}
+        kept: Sample = {**sample, "input_ids": input_ids[:keep], "labels": labels[:keep]}
         if (labels != IGNORE_INDEX).any() and not (kept["labels"] != IGNORE_INDEX).any():
             self.counts[2] += 1
         kept_images = int(is_image[:keep].sum())
@@ -130,7 +177,7 @@ class DataCollatorForSupervisedDataset:
         )
 
 
-def sample_digest(sample: dict[str, Any]) -> str:
+def sample_digest(sample: Sample) -> str:
     """What a teacher reads of a sample, as 32 hexadecimal digits: id, tokens, which are supervised, prepared pixels.
 
     Another question, image or preparation of it, and every random augmentation, gives another digest.
@@ -140,5 +187,5 @@ def sample_digest(sample: dict[str, Any]) -> str:
     parts = [sample["input_ids"].long(), sample["labels"] != IGNORE_INDEX, *([] if pixels is None else [pixels])]
     for part in parts:
         total.update(f"|{part.dtype} {tuple(part.shape)}|".encode())
-        total.update(part.contiguous().view(torch.uint8).numpy())
+        total.update(part.contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -16,7 +16,13 @@ from tinyllava_switchkd.data.errors import SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import ImageFolder, read_image
 from tinyllava_switchkd.data.records import Records, images_of
-from tinyllava_switchkd.data.text import TextPreprocess, template_of
+from tinyllava_switchkd.data.text import DataSettings, TextPreprocess, template_of
+from tinyllava_switchkd.io import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.data.collator import Pictures, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +63,9 @@ class LazySupervisedDataset(Dataset):
     def __init__(
         self,
         data_path: str,
-        tokenizer: Any,
-        data_args: Any,
-        visit: Callable[[int, dict[str, Any]], None] | None = None,
+        tokenizer: PreTrainedTokenizerBase,
+        data_args: DataSettings,
+        visit: Callable[[int, JsonObject], None] | None = None,
     ) -> None:
         self.records = Records(data_path, visit)
         self.tokenizer = tokenizer
@@ -82,7 +88,7 @@ class LazySupervisedDataset(Dataset):
             )
         self.image_preprocess = None if image_processor is None else ImagePreprocess(image_processor, data_args)
         self.teacher_image_preprocess = self._preprocess_of_teacher(data_args)
-        self._kept: dict[int, dict[str, Any]] | None = {} if getattr(data_args, "keep_in_memory", False) else None
+        self._kept: dict[int, Sample] | None = {} if getattr(data_args, "keep_in_memory", False) else None
         # Shared memory, so that the counts of the loader's workers arrive here.
         self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()  # images asked for, images not readable
 
@@ -105,7 +111,7 @@ class LazySupervisedDataset(Dataset):
         words[self.records.num_images == 0] *= -1
         return words.tolist()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         """One sample.
 
         Returns:
@@ -119,19 +125,19 @@ class LazySupervisedDataset(Dataset):
             return self._make(index)
         if index not in self._kept:
             self._kept[index] = self._make(index)
-        return dict(self._kept[index])
+        return self._kept[index].copy()
 
-    def _make(self, index: int) -> dict[str, Any]:
+    def _make(self, index: int) -> Sample:
         sample, names, where = self._encode(index)
         if names:
             images = [self._load(name, where) for name in names]
-            if any(image is None for image in images):
+            if None in images:
                 sample["labels"] = torch.full_like(sample["labels"], IGNORE_INDEX)
             for key, preprocess in self._preprocesses.items():
                 sample[key] = torch.stack([preprocess.blank() if image is None else image[key] for image in images])
         return sample
 
-    def encode(self, index: int) -> dict[str, Any]:
+    def encode(self, index: int) -> Sample:
         """One sample without its images: input_ids [T], labels [T], id.
 
         Raises:
@@ -139,7 +145,7 @@ class LazySupervisedDataset(Dataset):
         """
         return self._encode(index)[0]
 
-    def _encode(self, index: int) -> tuple[dict[str, Any], list[str], str]:
+    def _encode(self, index: int) -> tuple[Sample, list[str], str]:
         try:
             record = self.records[index]
         except ValueError:
@@ -157,12 +163,15 @@ class LazySupervisedDataset(Dataset):
         return sample, names, where
 
     @property
-    def _preprocesses(self) -> dict[str, ImagePreprocess]:
+    def _preprocesses(self) -> dict[Pictures, ImagePreprocess]:
         """What is made of an image, by the name that it has in a sample."""
-        both = {"images": self.image_preprocess, "teacher_images": self.teacher_image_preprocess}
+        both: dict[Pictures, ImagePreprocess | None] = {
+            "images": self.image_preprocess,
+            "teacher_images": self.teacher_image_preprocess,
+        }
         return {key: preprocess for key, preprocess in both.items() if preprocess is not None}
 
-    def _preprocess_of_teacher(self, data_args: Any) -> ImagePreprocess | None:
+    def _preprocess_of_teacher(self, data_args: object) -> ImagePreprocess | None:
         """How a teacher reads images; None without one, and if it reads the student's pixels."""
         processor = getattr(data_args, "teacher_image_processor", None)
         if processor is None or self.image_preprocess is None:
@@ -172,7 +181,7 @@ class LazySupervisedDataset(Dataset):
         preprocess = ImagePreprocess(processor, SimpleNamespace(**settings))
         return None if preprocess.makes_same_pixels(self.image_preprocess) else preprocess
 
-    def _load(self, name: str, where: str) -> dict[str, torch.Tensor] | None:
+    def _load(self, name: str, where: str) -> dict[Pictures, torch.Tensor] | None:
         """Pixel values [3, H, W] for each model, the image being decoded once; None for a bad one that is skipped."""
         path = os.path.join(self.image_folder, name)
         self._counts[0] += 1

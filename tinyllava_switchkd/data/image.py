@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from .image_files import LEAST_SHARE, to_rgb
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class ImagePreprocess:
 
     _warned_about_crop = False
 
-    def __init__(self, image_processor: Any, data_args: Any = None) -> None:
+    def __init__(self, image_processor: BaseImageProcessor, data_args: object = None) -> None:
         self.image_aspect_ratio = getattr(data_args, "image_aspect_ratio", None) or "square"
         backend = getattr(data_args, "image_backend", None) or "pil"
         if self.image_aspect_ratio not in ASPECT_RATIOS:
@@ -156,7 +159,7 @@ def _sides(size: Any) -> dict[str, int]:
         return {}
 
 
-def _with_backend(image_processor: Any, backend: str) -> Any:
+def _with_backend(image_processor: BaseImageProcessor, backend: str) -> BaseImageProcessor:
     """The processor's twin of the wanted backend, where transformers has one; otherwise the processor itself."""
     name = type(image_processor).__name__
     twin = name.removesuffix("Pil") + ("Pil" if backend == "pil" else "")
@@ -178,7 +181,7 @@ class _PilShortcut:
     for bit: `of` compares the two and gives no shortcut where they differ, so no kind of processor need be known here.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: BaseImageProcessor) -> None:
         values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         filled = processor(values, return_tensors="np", do_resize=False, do_center_crop=False, do_pad=False)
         self._table = np.ascontiguousarray(filled["pixel_values"][0].reshape(3, 256), dtype=np.float32)
@@ -187,7 +190,7 @@ class _PilShortcut:
         self._resample = int(processor.resample)
 
     @classmethod
-    def of(cls, processor: Any) -> _PilShortcut | None:
+    def of(cls, processor: BaseImageProcessor) -> _PilShortcut | None:
         """The processor's shortcut, None if there is none."""
         if getattr(processor, "backend", None) != "pil":
             return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +17,14 @@ from tinyllava_switchkd.data.image_files import LEAST_SHARE, ImageFolder, look_a
 from tinyllava_switchkd.data.records import Records, images_of
 from tinyllava_switchkd.data.template import TemplateFactory, check_template
 from tinyllava_switchkd.data.text import TextPreprocess
+from tinyllava_switchkd.io import JsonObject
 
 if TYPE_CHECKING:  # a look at a file that needs neither tokenizer nor processor need not wait for torch
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
     from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
     from tinyllava_switchkd.data.image import ImagePreprocess
+    from tinyllava_switchkd.data.template.base import Message
 
 MISSING_IMAGES = "image(s) that do not exist"
 OUTSIDE_IMAGES = "image(s) outside the image folder"
@@ -113,7 +117,7 @@ class DataChecker:
         self._ids: set[int] = set()
         self._without_answer = 0
 
-    def __call__(self, index: int, record: dict[str, Any]) -> None:
+    def __call__(self, index: int, record: JsonObject) -> None:
         """Look at one record."""
         where = f"sample {index} (id {str(record.get('id'))[:80]!a})"
         names, turns = images_of(record, where), record["conversations"]
@@ -139,7 +143,7 @@ class DataChecker:
             folder, file = os.path.split(name)
             self.names.setdefault(folder, set()).add(file)
 
-    def _look_at_turns(self, turns: list[dict[str, Any]], where: str) -> None:
+    def _look_at_turns(self, turns: Sequence[Message], where: str) -> None:
         """What v1 reads without a word, and means nothing good."""
         questions, answers = self.template.get_list_from_message(turns)
         if len(turns) % 2:
@@ -159,7 +163,7 @@ class DataChecker:
         if any(answer and DEFAULT_IMAGE_TOKEN in answer for answer in answers):
             self.report.warning(f"sample(s) with {DEFAULT_IMAGE_TOKEN} in an answer; it is read as text", where)
 
-    def _look_at_keys(self, record: dict[str, Any], names: list[str], where: str) -> None:
+    def _look_at_keys(self, record: JsonObject, names: list[str], where: str) -> None:
         identity = record.get("id")
         if identity is not None and not isinstance(identity, str | int):
             self.report.warning("sample(s) whose id is neither a text nor a whole number", where)
@@ -239,8 +243,8 @@ def check_data(
     image_folder: str | None = None,
     *,
     template: str = "phi",
-    tokenizer: Any = None,
-    image_processor: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    image_processor: BaseImageProcessor | None = None,
     image_aspect_ratio: str | None = None,
     num_image_tokens: int = 1,
     model_max_length: int | None = None,

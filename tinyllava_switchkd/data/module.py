@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
 from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport
 from tinyllava_switchkd.data.template import check_template
-from tinyllava_switchkd.data.text import template_of
+from tinyllava_switchkd.data.text import DataSettings, template_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,9 @@ _PROBED_SAMPLES = 256
 _TOLERATED_LOST_SHARE = 0.1
 
 
-def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase, data_args: DataSettings
+) -> dict[str, LazySupervisedDataset | DataCollatorForSupervisedDataset | None]:
     """Data set and collator (v1, ``data/dataset.py``), after looking the data over (see `inspection`).
 
     Args:

@@ -14,9 +14,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from tinyllava_switchkd.io import JsonObject
 
 _WINDOW = 4 << 20  # bytes read at a time
 _LONGEST_RECORD = 64 << 20  # characters; beyond it a record counts as malformed
@@ -40,7 +41,7 @@ class Records:
         ValueError: the file is not JSON or a record not LLaVA's, with the record and the place.
     """
 
-    def __init__(self, path: str | os.PathLike[str], visit: Callable[[int, dict[str, Any]], None] | None = None):
+    def __init__(self, path: str | os.PathLike[str], visit: Callable[[int, JsonObject], None] | None = None):
         self.path = str(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no data file {self.path}; give the path of a LLaVA JSON (data_path).")
@@ -72,11 +73,11 @@ class Records:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonObject:
         start, end = self._offsets[index]
         return json.loads(self._map[start:end])
 
-    def id_of(self, index: int, record: dict[str, Any] | None = None) -> str:
+    def id_of(self, index: int, record: JsonObject | None = None) -> str:
         """A name for a record that no other record of the file has.
 
         It is the record's "id" as a text, its index if there is none. LLaVA's own files use an id several times; from
@@ -85,23 +86,23 @@ class Records:
         name = _id_in(self[index] if record is None else record, index)
         return f"{name}#{index}" if index in self._repeated else name
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[JsonObject]:
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_map": None}  # a worker that is spawned maps the file itself
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._map = self._open()
 
 
-def _id_in(record: dict[str, Any], index: int) -> str:
+def _id_in(record: JsonObject, index: int) -> str:
     identity = record.get("id")
     return str(index if identity is None else identity)
 
 
-def images_of(record: dict[str, Any], where: str) -> list[str]:
+def images_of(record: JsonObject, where: str) -> list[str]:
     """The image files of a record: "image" is a name or a list of names, or absent.
 
     Raises:
@@ -117,18 +118,17 @@ def images_of(record: dict[str, Any], where: str) -> list[str]:
     return images
 
 
-def _count_words(record: dict[str, Any], where: str) -> int:
-    turns: Any = record.get("conversations")
+def _count_words(record: JsonObject, where: str) -> int:
     try:
-        return sum([len(turn["value"].split()) for turn in turns])
+        return sum([len(turn["value"].split()) for turn in record["conversations"]])
     except (TypeError, KeyError, AttributeError):
         raise ValueError(
             f"{where}: 'conversations' is a list of {{'from': 'human' or 'gpt', 'value': text}}, "
-            f"not {str(turns)[:80]!r}."
+            f"not {str(record.get('conversations'))[:80]!r}."
         ) from None
 
 
-def scan(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
     """Read a JSON list of objects, or JSON lines, object by object.
 
     Yields:

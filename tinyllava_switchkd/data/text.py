@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from tinyllava_switchkd.data.template import Message, TemplateFactory, check_template
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def template_of(data_args: Any) -> str:
+    from tinyllava_switchkd.data.collator import Sample
+
+
+class DataSettings(Protocol):
+    """The data arguments that every data set needs; the optional ones are told by `LazySupervisedDataset`."""
+
+    @property
+    def data_path(self) -> str: ...
+
+    @property
+    def conv_version(self) -> str: ...
+
+
+def template_of(data_args: DataSettings) -> str:
     """Name of the conversation template in data arguments: ``template``, or by v1's name ``conv_version``."""
     return getattr(data_args, "template", None) or data_args.conv_version
 
@@ -23,7 +38,9 @@ class TextPreprocess:
         eos_token_ids: the ids that generation stops at, the tokenizer's eos if None; see `check_template`.
     """
 
-    def __init__(self, tokenizer: Any, template: str, eos_token_ids: int | Collection[int] | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, eos_token_ids: int | Collection[int] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.template_name = template
         self.eos_token_ids = eos_token_ids
@@ -32,9 +49,7 @@ class TextPreprocess:
         # A third party's template may have v1's encode(messages, tokenizer, mode).
         self._counts_images = "num_images" in inspect.signature(self.template.encode).parameters
 
-    def __call__(
-        self, messages: Sequence[Message], mode: str = "train", num_images: int | None = None
-    ) -> dict[str, Any]:
+    def __call__(self, messages: Sequence[Message], mode: str = "train", num_images: int | None = None) -> Sample:
         """Encode a conversation.
 
         Args:

@@ -14,6 +14,8 @@ from .distiller import Distiller
 from .methods import Method, MethodFactory
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,10 @@ def build_distiller(
     *,
     chunk_size: int | None = None,
     packing: bool = False,
-    student_tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
-    student_image_processor: Any = None,
-    teacher_image_processor: Any = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    student_image_processor: BaseImageProcessor | None = None,
+    teacher_image_processor: BaseImageProcessor | None = None,
     bridge: str = "auto",
     gradient_checkpointing: bool = False,
     **settings: Any,
@@ -102,8 +104,8 @@ def check_compatible(
     teacher: TinyLlava,
     method: Method,
     *,
-    student_tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     bridge: str = "auto",
 ) -> None:
     """Refuse a pair that can't be distilled (Switch-KD Section 5; `build_distiller` says what the arguments are).
@@ -191,7 +193,10 @@ def _head_rows(model: TinyLlava) -> int:
 
 
 def pixel_difference(
-    student: TinyLlava, teacher: TinyLlava, student_image_processor: Any = None, teacher_image_processor: Any = None
+    student: TinyLlava,
+    teacher: TinyLlava,
+    student_image_processor: BaseImageProcessor | None = None,
+    teacher_image_processor: BaseImageProcessor | None = None,
 ) -> str | None:
     """How two models prepare the same picture differently, in words; None if they prepare it alike.
 

@@ -39,6 +39,7 @@ from .trace import (
 )
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
@@ -176,7 +177,7 @@ class Distiller(Task):
 
     def forward(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         num_items_in_batch: Tensor | int | None = None,
         step_counts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
@@ -216,7 +217,7 @@ class Distiller(Task):
         return result
 
     @torch.no_grad()
-    def pathway_logits(self, batch: Mapping[str, Any]) -> PathwayLogits:
+    def pathway_logits(self, batch: Batch) -> PathwayLogits:
         """Dense logits of the three pathways, for inspection and tests; the teacher's where a sample has no image."""
         student, teacher, switch, positions = self._views(batch, always_switch=True)
         z_student = self.student.language_model.get_output_embeddings()(student.hidden)
@@ -227,7 +228,7 @@ class Distiller(Task):
         in_batch_order = positions.order.argsort()
         return PathwayLogits(*(z[in_batch_order, : self.vocab_size] for z in (z_teacher, z_student, z_switch)))
 
-    def gradients(self, batch: Mapping[str, Any]) -> dict[str, dict[str, Tensor | None]]:
+    def gradients(self, batch: Batch) -> dict[str, dict[str, Tensor | None]]:
         """Where and how each weighted term pulls, at three places of the student, for one batch.
 
         Costs a backward pass of the student a term. No parameter's gradient is touched.
@@ -252,7 +253,7 @@ class Distiller(Task):
                     gradients[place][name] = of_term.get(place)
         return gradients
 
-    def gradient_norms(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def gradient_norms(self, batch: Batch) -> dict[str, dict[str, float]]:
         """How strongly each weighted term pulls: the norms of `gradients`, 0 where a term does not reach."""
         return {
             place: {name: 0.0 if one is None else float(one.double().norm()) for name, one in terms.items()}
@@ -279,7 +280,7 @@ class Distiller(Task):
     # From a batch to views
 
     def _views(
-        self, batch: Mapping[str, Any], always_switch: bool = False, seen: dict[str, Tensor] | None = None
+        self, batch: Batch, always_switch: bool = False, seen: dict[str, Tensor] | None = None
     ) -> tuple[View, View, Tensor | None, Positions]:
         """What student and teacher show, the switch's hidden states of samples with images, the student's positions."""
         sight = self.method.student_sight
@@ -302,7 +303,7 @@ class Distiller(Task):
                 student.hidden = student.hidden + bridged.sum().to(student.hidden.dtype) * 0
         return student, teacher, switch, positions
 
-    def _teacher_view(self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions) -> View:
+    def _teacher_view(self, batch: Batch, features: Tensor, student: Spliced, positions: Positions) -> View:
         """What the teacher shows, from its cache if all of it is there.
 
         One sample that is not has the whole batch run: it gives what it would give without a cache, to the last bit.
@@ -330,7 +331,7 @@ class Distiller(Task):
         return next(p.dtype for p in self.guide.head.parameters() if p.is_floating_point())
 
     @torch.no_grad()
-    def _run_teacher(self, batch: Mapping[str, Any], features: Tensor, student: Spliced, positions: Positions) -> View:
+    def _run_teacher(self, batch: Batch, features: Tensor, student: Spliced, positions: Positions) -> View:
         teacher, sight, visual = self.teacher, self.method.teacher_sight, None
         if not len(positions.labels) and sight == BLIND:
             return View(next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size))
@@ -350,7 +351,7 @@ class Distiller(Task):
             view.projected = none if visual is None else visual
         return view
 
-    def _teacher_images(self, batch: Mapping[str, Any]) -> Tensor:
+    def _teacher_images(self, batch: Batch) -> Tensor:
         """The batch's images as the teacher takes them."""
         if batch.get("teacher_images") is not None:
             return batch_images(batch, self.teacher, "teacher_images")
@@ -361,10 +362,13 @@ class Distiller(Task):
             )
         return batch_images(batch, self.teacher)
 
-    def _switch_states(self, batch: Mapping[str, Any], features: Tensor, positions: Positions) -> Tensor:
+    def _switch_states(self, batch: Batch, features: Tensor, positions: Positions) -> Tensor:
         """Hidden states of the teacher that sees through the student's vision tower; text-only samples are left out."""
         with_image = placeholders(batch).any(1)
-        part = {key: batch[key][with_image] for key in TEXT_KEYS if batch.get(key) is not None}
+        part: Batch = {}
+        for key in TEXT_KEYS:
+            if batch.get(key) is not None:
+                part[key] = batch[key][with_image]
         spliced = splice_batch(self.teacher, part, self.guide.connect(features))
         if self.teacher.num_image_tokens == self.student.num_image_tokens:
             row_of = with_image.cumsum(0) - 1  # row in the batch -> row among the samples with images
@@ -384,7 +388,7 @@ class Distiller(Task):
         return getattr(self._adapters, "bridge", None)
 
     @torch.no_grad()
-    def fit_bridge(self, batches: Iterable[Mapping[str, Any]]) -> float:
+    def fit_bridge(self, batches: Iterable[Batch]) -> float:
         """Begin the bridge as the least-squares map from the student's vision features to the teacher's.
 
         Args:
@@ -415,7 +419,7 @@ class Distiller(Task):
 
     def _divisors(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         tokens: int,
         num_items_in_batch: Tensor | int | None,
         step_counts: Mapping[str, Tensor] | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from .objective import CE
 from .trace import Positions, batch_images, placeholders, splice_batch, supervised_positions
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
@@ -89,7 +89,7 @@ class Task(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.student.gradient_checkpointing_disable()
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What a batch holds, by which sums are divided; a trainer adds these up over micro-batches and ranks.
 
         Returns:
@@ -106,7 +106,7 @@ class Task(nn.Module):
             "images": images,
         }
 
-    def student_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Spliced, Positions]:
+    def student_inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Spliced, Positions]:
         """Vision features, visual tokens, the spliced batch and its supervised positions, of the student."""
         features = self.student.vision_features(batch_images(batch, self.student))  # [images, patches, vision width]
         visual = self.student.connector(features)  # [images, visual tokens, width]

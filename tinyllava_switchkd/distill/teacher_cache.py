@@ -15,9 +15,9 @@ import logging
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ from tinyllava_switchkd.io import write_bytes
 from .methods.base import Method
 from .teacher import FrozenTeacher
 from .trace import BLIND, batch_images, look, placeholders, splice_batch, supervised_positions
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch, Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +199,7 @@ def tell_size(cache: TeacherCache, dataset: Any, collator: Any, width: int, prob
 
 
 @torch.no_grad()
-def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Mapping[str, Any], packing: bool = False) -> None:
+def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Batch, packing: bool = False) -> None:
     """Keep what the teacher says of a batch's samples, unless all of them are known.
 
     Args:
@@ -211,7 +214,7 @@ def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Mapping[str, Any], pa
         return
     teacher, visual = guide.module, None
     if placeholders(batch).any():
-        key = "images" if batch.get("teacher_images") is None else "teacher_images"
+        key: Pictures = "images" if batch.get("teacher_images") is None else "teacher_images"
         visual = guide.connect(teacher.vision_features(batch_images(batch, teacher, key)))
     spliced = splice_batch(teacher, batch, visual)
     positions = supervised_positions(batch["input_ids"], spliced)

@@ -21,6 +21,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.model.splice import Spliced, image_of_placeholder, splice
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch, Pictures, Text
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
@@ -90,16 +91,16 @@ class Positions(NamedTuple):
     images: int
 
 
-TEXT_KEYS = ("input_ids", "labels", "attention_mask")
+TEXT_KEYS: tuple[Text, ...] = ("input_ids", "labels", "attention_mask")
 
 
-def placeholders(batch: Mapping[str, Any]) -> Tensor:
+def placeholders(batch: Batch) -> Tensor:
     """Where an image belongs [samples, tokens], padding left out."""
     found = batch["input_ids"] == IMAGE_TOKEN_INDEX
     return found & batch["attention_mask"].bool() if batch.get("attention_mask") is not None else found
 
 
-def batch_images(batch: Mapping[str, Any], model: TinyLlava, key: str = "images") -> Tensor:
+def batch_images(batch: Batch, model: TinyLlava, key: Pictures = "images") -> Tensor:
     """The images that placeholders stand for, in order [images, 3, height, width]; one dummy if there are none.
 
     A dummy keeps the vision tower in every rank's graph. TinyLLaVA v1 gives each text-only sample one of its own
@@ -108,12 +109,12 @@ def batch_images(batch: Mapping[str, Any], model: TinyLlava, key: str = "images"
     images = batch.get(key)
     if images is None or len(images) == 0:
         images = torch.zeros(1, 3, model.image_size, model.image_size, device=batch["input_ids"].device)
-    images = torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
+    images = images if isinstance(images, Tensor) else torch.stack(list(images))
     chosen = image_of_placeholder(placeholders(batch), len(images))
     return images[chosen] if len(chosen) else images[:1]
 
 
-def splice_batch(model: TinyLlava, batch: Mapping[str, Any], visual: Tensor | None) -> Spliced:
+def splice_batch(model: TinyLlava, batch: Batch, visual: Tensor | None) -> Spliced:
     """A batch as a model's decoder reads it, padded on the right."""
     return splice(
         batch["input_ids"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import BaseImageProcessor, GenerationConfig, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, FLOAT_DTYPES
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
@@ -157,7 +157,7 @@ class PromptEncoder:
         template: name of the conversation template.
     """
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self._encode = TextPreprocess(tokenizer, template)
 
     def __call__(self, text: str, num_images: int = 1) -> Tensor:
@@ -189,8 +189,8 @@ class Answerer:
     def __init__(
         self,
         model: TinyLlavaForConditionalGeneration,
-        tokenizer: Any,
-        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
         template: str,
         image_aspect_ratio: str | None = None,
     ) -> None:
@@ -362,7 +362,9 @@ class Answerer:
         return token_ids[:end]
 
 
-def stop_token_ids(model: TinyLlavaForConditionalGeneration, tokenizer: Any, template: Any) -> tuple[int, ...]:
+def stop_token_ids(
+    model: TinyLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: Any
+) -> tuple[int, ...]:
     """Tokens that end an answer: the language model's, the tokenizer's, and the template's where it is one token.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,11 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 
 from .layouts import image_processor_of, tokenizer_of
 from .weights import resolve_folder
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ TEMPLATE_OF_LLM = {
 }
 
 
-def conversation_template(model: Any, tokenizer: Any) -> str:
+def conversation_template(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> str:
     """Name of the conversation template of a model: the one stored in it, else v1's for its language model.
 
     Raises:
@@ -50,12 +55,12 @@ def conversation_template(model: Any, tokenizer: Any) -> str:
 
 
 def chat(
-    model: Any,
+    model: TinyLlava,
     prompt: str,
     image: Image.Image | str | Path | Sequence[Image.Image | str | Path] | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    image_processor: Any = None,
+    image_processor: BaseImageProcessor | None = None,
     history: Sequence[tuple[str, str]] = (),
     conv_version: str | None = None,
     max_new_tokens: int = 512,
@@ -114,7 +119,7 @@ def chat(
     return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
 
 
-def _fetch_own(model: Any) -> None:
+def _fetch_own(model: TinyLlava) -> None:
     """Give a model the tokenizer and the image processor of its checkpoint, which AutoModelForCausalLM leaves there."""
     if model.config.name_or_path:
         folder = resolve_folder(model.config.name_or_path)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .modeling import TinyLlavaForConditionalGeneration
 from .quantized import check_quantization, quantization_config
 from .vision_tower import resolve_vision_tower
 from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +102,8 @@ def _quantization_config(load_8bit: bool, load_4bit: bool, device: str | torch.d
 
 def save_pretrained_model(
     model: TinyLlavaForConditionalGeneration,
-    tokenizer: Any,
-    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor,
     output_dir: str | os.PathLike,
     conv_version: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
@@ -127,8 +130,8 @@ def save_pretrained_model(
 
 def push_pretrained_model(
     model: TinyLlavaForConditionalGeneration,
-    tokenizer: Any,
-    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor,
     repo_id: str,
     conv_version: str | None = None,
     private: bool | None = None,
@@ -148,7 +151,7 @@ def push_pretrained_model(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model"))
 
 
-def save_image_processor(image_processor: Any, output_dir: Path) -> None:
+def save_image_processor(image_processor: BaseImageProcessor, output_dir: Path) -> None:
     """Write ``preprocessor_config.json`` under the class name that every version of transformers knows."""
     image_processor.save_pretrained(output_dir)
     file = output_dir / "preprocessor_config.json"

@@ -100,8 +100,10 @@ class TinyLlavaConfig(PretrainedConfig):
 
         self.text_config = self._build_text_config(text_config)
         self.vision_config = self._build_vision_config(vision_config)
+        width = "hidden_size" if getattr(self.text_config, "hidden_size", None) else "model_dim"
         for part, config, field in (
             ("text", self.text_config, "vocab_size"),
+            ("text", self.text_config, width),
             ("vision", self.vision_config, "hidden_size"),
         ):
             if getattr(config, field, None) is None:
@@ -113,11 +115,9 @@ class TinyLlavaConfig(PretrainedConfig):
         # These are never free: a value in the file that contradicts the parts would only mislead.
         for name in ("hidden_size", "vocab_size", "vision_hidden_size", "ignore_index", "image_token_index"):
             kwargs.pop(name, None)
-        self.hidden_size = getattr(self.text_config, "hidden_size", None) or getattr(
-            self.text_config, "model_dim", None
-        )
-        self.vocab_size = self.text_config.vocab_size
-        self.vision_hidden_size = self.vision_config.hidden_size
+        self.hidden_size: int = getattr(self.text_config, width)
+        self.vocab_size: int = self.text_config.vocab_size
+        self.vision_hidden_size: int = self.vision_config.hidden_size
         self.ignore_index = IGNORE_INDEX
         self.image_token_index = IMAGE_TOKEN_INDEX
         # The language model ties its own head; the composite has nothing of its own to tie.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from .processor import check_image_processor, load_image_processor
 from .trust import CodeRefused, one_sentence, read_json, refuse_code
 from .vision_tower import resolve_vision_tower
 from .weights import read_checkpoint, refuse_unusable
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
@@ -39,7 +42,7 @@ def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
     return tokenizer
 
 
-def image_processor_of(folder: Path, model: Any) -> Any:
+def image_processor_of(folder: Path, model: TinyLlava) -> Any:
     """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
     if (folder / "preprocessor_config.json").is_file():
         processor = load_image_processor(folder)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.registry import Registry, base_name
 
@@ -95,20 +95,20 @@ def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
     )
 
 
-def pad_is_unk(tokenizer: Any) -> Any:
+def pad_is_unk(tokenizer: PreTrainedTokenizerBase) -> Any:
     """v1's rule for phi, gemma and llama: pad with the unknown token (the end token where there is none)."""
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def unk_is_pad(tokenizer: Any) -> Any:
+def unk_is_pad(tokenizer: PreTrainedTokenizerBase) -> Any:
     """v1's rule for Qwen: the unknown token is the padding token."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.unk_token = tokenizer.pad_token
     return tokenizer
 
 
-def keep_tokens(tokenizer: Any) -> Any:
+def keep_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
     """v1's rule for StableLM: nothing changes (padding falls back to the end token)."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BaseImageProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -92,8 +94,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             self.vision_tower.num_tokens(config.vision_feature_select_strategy)
         )
         # Set by load_pretrained_model and build_model, read by chat().
-        self.tokenizer: Any = None
-        self.image_processor: Any = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.image_processor: BaseImageProcessor | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -446,7 +448,9 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
 
-    def chat(self, prompt: str, image: Any = None, tokenizer: Any = None, **kwargs: Any) -> str:
+    def chat(
+        self, prompt: str, image: Any = None, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+    ) -> str:
         """Answer a question about an image; see `tinyllava_switchkd.model.chat.chat` for every argument."""
         return chat(self, prompt, image, tokenizer, **kwargs)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from .trust import one_sentence, refuse_code
 
 
-def load_image_processor(folder: str | Path) -> Any:
+def load_image_processor(folder: str | Path) -> BaseImageProcessor:
     """The image processor of a folder that has a ``preprocessor_config.json``.
 
     Raises:

@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model.chat import conversation_template
@@ -25,6 +25,9 @@ from tinyllava_switchkd.serve.conversation import Conversation, Sampling
 from tinyllava_switchkd.visualize.attention_map import AttentionMap, attention_map
 from tinyllava_switchkd.visualize.grid import visible_box
 from tinyllava_switchkd.visualize.pieces import TextPieces
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +77,9 @@ class ChatModel:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        image_processor: Any,
+        model: TinyLlava,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
         context_len: int,
         name: str,
         conv_version: str | None = None,

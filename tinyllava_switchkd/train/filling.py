@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from tinyllava_switchkd.data.collator import on_device
 from tinyllava_switchkd.distill import TeacherCache
 from tinyllava_switchkd.distill.teacher import FrozenTeacher
 from tinyllava_switchkd.distill.teacher_cache import fill
@@ -100,11 +101,8 @@ class Filling:
                     f"{signals.received()} has ended the filling of {self.cache.folder}; what is there is kept, and "
                     f"the same command goes on."
                 )
-            batch = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-            }
             with torch.autocast(device.type, dtype) if half else nullcontext():
-                fill(self.cache, guide, batch, training.packing)
+                fill(self.cache, guide, on_device(batch, device), training.packing)
             self._check_written()
             if number * REPORTS // len(loader) != (number + 1) * REPORTS // len(loader):
                 logger.info("The teacher has read %d of %d batches.", number + 1, len(loader))

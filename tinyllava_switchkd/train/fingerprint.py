@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
@@ -20,6 +20,9 @@ from tinyllava_switchkd.io import digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from .adapters import read_adapters
 from .arguments import TrainingArguments
 from .guard import Guard, check_trained
 from .resume import REMEDY, ResumeError, reading
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class ReliableTrainer(Trainer):
         self.guard.begin(self.state.global_step + 1, ids, asked)
         return totals
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         # the mean over the steps between two logs goes on without the ones left out
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) if self.guard.skip else loss

@@ -16,6 +16,8 @@ from .arguments import Arguments
 from .attention import attention_of
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
@@ -23,8 +25,8 @@ class Skeleton(NamedTuple):
     """A model on the meta device, with its tokenizer and image processor."""
 
     model: TinyLlava
-    tokenizer: Any
-    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
 
     @property
     def eos_token_ids(self) -> int | list[int] | None:
@@ -107,7 +109,7 @@ def student_skeleton(arguments: Arguments) -> Skeleton:
     return skeleton
 
 
-def apply_run_settings(model: TinyLlava, tokenizer: Any, arguments: Arguments) -> None:
+def apply_run_settings(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
     """Put what this run asks for into a checkpoint's configuration and tokenizer; the rest stays as it was."""
     config = model.config
     for name, field in PER_RUN.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from tinyllava_switchkd.distill.objective import CE, TokenObjective, Tokens
 from tinyllava_switchkd.distill.task import Task
 from tinyllava_switchkd.distill.trace import look
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch
+
 
 class SupervisedTask(Task):
     """Plain supervised training (pre-training, supervised fine-tuning) of a TinyLLaVA. Arguments as `Task`'s."""
 
     def forward(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         num_items_in_batch: Tensor | int | None = None,
         step_counts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from accelerate.utils import DynamoBackend
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import LengthGroupedSampler
@@ -42,6 +42,7 @@ from .task import SupervisedTask
 from .validation import held_out_means
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class LLaVATrainer(ReliableTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
@@ -264,10 +265,14 @@ class _Begin(TrainerCallback):
     def __init__(self, trainer: LLaVATrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer._window.open(state.global_step)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if hasattr(self._trainer._epoch_sampler, "set_epoch"):
             self._trainer._epoch_sampler.set_epoch(int(state.epoch + 1e-6))
 
@@ -278,12 +283,14 @@ class _SyncTeacherCache(TrainerCallback):
     def __init__(self, trainer: LLaVATrainer) -> None:
         self._trainer = trainer
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.on_save(args, state, control)
         self._trainer.accelerator.wait_for_everyone()
         self.on_save(args, state, control)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._trainer.model.teacher_cache.sync()
 
     on_train_end = on_save

@@ -27,6 +27,9 @@ from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
     from tinyllava_switchkd.visualize.attention_map import AttentionMap
 
 
@@ -41,9 +44,9 @@ class Look:
 
 
 def look(
-    model: Any,
-    tokenizer: Any,
-    image_processor: Any,
+    model: TinyLlava,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor,
     image: Image.Image,
     question: str,
     name: str = "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor
 from tinyllava_switchkd.model.caches import cache_of, with_cache
 from tinyllava_switchkd.visualize.grid import token_grid
 from tinyllava_switchkd.visualize.pieces import text_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def eager_attention(language_model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def attention_map(
-    model: Any,
-    tokenizer: Any,
+    model: TinyLlava,
+    tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     image_features: Tensor | None,
     answer_ids: Sequence[int],

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 MIXING_CONNECTORS = ("resampler", "qformer")
 """Connectors whose tokens are learned queries over the whole image: none of them has a place in it."""
@@ -52,7 +57,7 @@ class TokenGrid:
         return out.reshape(*out.shape[:-1], self.side, self.side)
 
 
-def token_grid(model: Any) -> TokenGrid:
+def token_grid(model: TinyLlava) -> TokenGrid:
     """The grid of a `TinyLlavaForConditionalGeneration`'s visual tokens.
 
     SigLIP-so400m/384 has 27 x 27 patches; v1 drops the first, so its 728 tokens are cells 1 to 728.
@@ -88,7 +93,9 @@ def token_grid(model: Any) -> TokenGrid:
     return TokenGrid(isqrt(total - prefix), np.repeat(np.where(cells < 0, -1, cells), towers))
 
 
-def visible_box(size: tuple[int, int], image_processor: Any, aspect_ratio: str | None) -> tuple[float, ...]:
+def visible_box(
+    size: tuple[int, int], image_processor: BaseImageProcessor, aspect_ratio: str | None
+) -> tuple[float, ...]:
     """The part of an image that the model sees, which the grid covers.
 
     ``square`` shows SigLIP the whole image (squeezed) and CLIP its middle (cropped); ``pad`` shows a square with

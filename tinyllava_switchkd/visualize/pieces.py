@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.data.template.base import is_special
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of a character that has more tokens to come
 _LONGEST = 8  # tokens that a character may take; more are broken bytes, and are shown as such
@@ -21,7 +24,7 @@ class TextPieces:
         tokenizer: a tokenizer of transformers; special tokens add no text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._context = 0  # decoding starts here ...
@@ -51,7 +54,7 @@ class TextPieces:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def text_groups(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+def text_groups(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """Split a sequence into the smallest runs of tokens that make readable text.
 
     Returns:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template.formatter import Formatter
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.data.collator import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,12 @@ class Template:
         return self.separator.apply()[1]
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Any, mode: str = "train", num_images: int | None = None
-    ) -> dict[str, Any]:
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        mode: str = "train",
+        num_images: int | None = None,
+    ) -> Sample:
         """Turn a conversation into token ids.
 
         Every image's place is one IMAGE_TOKEN_INDEX, at the front of the question its ``<image>`` stands in. A
@@ -93,18 +100,18 @@ class Template:
         if mode not in ("train", "eval"):
             raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
         prompt, questions, answers = self._compose(messages, mode, num_images)
+        import torch  # here, so that a look at a data file need not wait for it
+
         if mode == "eval":
-            input_ids: Any = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            input_ids = torch.as_tensor(self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
             return {"input_ids": input_ids, "prompt": _reveal(prompt)}
         if type(self).make_labels is not Template.make_labels:  # a third party's own labels
-            input_ids = self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            input_ids = torch.as_tensor(self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
             return {"input_ids": input_ids, "labels": self.make_labels(input_ids, _reveal(prompt), tokenizer)}
         self._warn_about_masks()
         spans = self._answer_spans(prompt, questions, answers)
-        input_ids, labels = _tokenize(prompt, tokenizer, spans)
-        import torch  # here, so that a look at a data file need not wait for it
-
-        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+        ids, labels = _tokenize(prompt, tokenizer, spans)
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
     def check(self, messages: Sequence[Message], num_images: int) -> None:
         """Raise what `encode` would raise of a training sample, without a tokenizer."""
@@ -184,7 +191,7 @@ class Template:
             text += self.format_user.apply(content=question) + self.format_assistant.apply(content=answer)
         return text
 
-    def make_labels(self, input_ids: torch.Tensor, prompt: str, tokenizer: Any) -> torch.Tensor:
+    def make_labels(self, input_ids: torch.Tensor, prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Labels of a prompt of which nothing but its text is known (v1's interface; `encode` knows more).
 
         Raises:
@@ -202,7 +209,7 @@ class Template:
     def tokenizer_image_token(
         cls,
         prompt: str,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         image_token_index: int = IMAGE_TOKEN_INDEX,
         return_tensors: str | None = None,
     ) -> list[int] | torch.Tensor:
@@ -276,7 +283,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def is_special(tokenizer: Any, token: int) -> bool:
+def is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether an id is a special token, also one that has no role (bos, eos, …) in the tokenizer."""
     added = tokenizer.added_tokens_decoder.get(token)
     return token in tokenizer.all_special_ids or (added is not None and added.special)
@@ -284,7 +291,7 @@ def is_special(tokenizer: Any, token: int) -> bool:
 
 def _tokenize(
     prompt: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     spans: list[tuple[int, int]] | None,
     image_token_index: int = IMAGE_TOKEN_INDEX,
 ) -> tuple[list[int], list[int]]:
@@ -316,7 +323,7 @@ def _tokenize(
     return input_ids, labels
 
 
-def begin_tokens(tokenizer: Any) -> list[int]:
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that a tokenizer puts in front of every text by itself: its BOS, if it adds one, or nothing.
 
     That a tokenizer has a `bos_token` says nothing: SmolLM2's is ``<|im_start|>``, which only its chat template writes.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template.base import Message, Template, begin_tokens, is_special
 from tinyllava_switchkd.data.template.factory import register_template
 from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.data.collator import Sample
 
 # Stand-ins for the turns while the chat template is taken apart. Noncharacters, so that nothing else renders to them.
 _QUESTIONS = ("\ufdd1", "\ufdd2")
@@ -48,7 +53,7 @@ class ChatMLTemplate(Template):
     system: Formatter = field(default_factory=EmptyFormatter)
     separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=["<|im_start|>assistant\n", "<|im_end|>"]))
 
-    def for_tokenizer(self, tokenizer: Any) -> ChatMLTemplate:
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
         """A copy whose formatters are those of the tokenizer's chat template.
 
         Raises:
@@ -89,8 +94,12 @@ class ChatMLTemplate(Template):
         )
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Any, mode: str = "train", num_images: int | None = None
-    ) -> dict[str, Any]:
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        mode: str = "train",
+        num_images: int | None = None,
+    ) -> Sample:
         """As `Template.encode`, with the formatters of the tokenizer's chat template."""
         known, template = self.__dict__.get("_fitted", (None, None))
         if known is not tokenizer:
@@ -99,13 +108,13 @@ class ChatMLTemplate(Template):
         return Template.encode(template, messages, tokenizer, mode, num_images)
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
     )
 
 
-def _end_token(tokenizer: Any, ending: str) -> str:
+def _end_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> str:
     """The special token that the text after an answer begins with, or all of that text."""
     for token in tokenizer(ending, add_special_tokens=False).input_ids:
         if is_special(tokenizer, token):

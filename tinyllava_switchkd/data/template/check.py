@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.data.template.base import Template, is_special
 from tinyllava_switchkd.data.template.factory import TemplateFactory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def check_template(tokenizer: Any, template: str, eos_token_ids: int | Collection[int] | None = None) -> None:
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, template: str, eos_token_ids: int | Collection[int] | None = None
+) -> None:
     """Refuse a template whose answers would not end where generation stops.
 
     With the wrong pair (`qwen2_instruct` and a base tokenizer, say) v1 masks every label and trains on nothing.
@@ -42,7 +47,7 @@ def check_template(tokenizer: Any, template: str, eos_token_ids: int | Collectio
     )
 
 
-def _misfit(tokenizer: Any, template: Template, stops: set[int]) -> str | None:
+def _misfit(tokenizer: PreTrainedTokenizerBase, template: Template, stops: set[int]) -> str | None:
     """Why the template does not fit, as half a sentence; None if it does."""
     if hasattr(template, "for_tokenizer"):
         try:

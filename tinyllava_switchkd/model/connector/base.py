@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 
 class Connector(nn.Module):
@@ -17,12 +20,12 @@ class Connector(nn.Module):
         config: the model's `TinyLlavaConfig`; `vision_hidden_size`, `hidden_size` and `connector_type` are read.
     """
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: TinyLlavaConfig | None = None) -> None:
         super().__init__()
         self._connector: nn.Module
 
     @classmethod
-    def complete_config(cls, config: Any, tensors: dict[str, Tensor]) -> None:
+    def complete_config(cls, config: TinyLlavaConfig, tensors: dict[str, Tensor]) -> None:
         """Fill in what a checkpoint's configuration leaves out about the connector, from its weights, in place.
 
         Args:

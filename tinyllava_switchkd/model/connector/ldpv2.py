@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from . import register_connector
 from .base import Connector
 from .mlp import mlp
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 
 class LDPv2(nn.Module):
@@ -40,7 +43,7 @@ class LDPv2(nn.Module):
 class LDPv2Connector(Connector):
     """Emits a quarter of the visual tokens; they must form a square."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
         self._connector = LDPv2(config.vision_hidden_size, config.hidden_size)
 

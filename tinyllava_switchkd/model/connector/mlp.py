@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from . import register_connector
 from .base import Connector
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+
 
 @register_connector("identity")
 class IdentityConnector(Connector):
     """Passes the visual tokens on; the tower must have the language model's width."""
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: TinyLlavaConfig | None = None) -> None:
         super().__init__(config)
         if config is not None and config.vision_hidden_size != config.hidden_size:
             raise ValueError(
@@ -31,7 +34,7 @@ class IdentityConnector(Connector):
 class LinearConnector(Connector):
     """One linear layer."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
         self._connector = nn.Linear(config.vision_hidden_size, config.hidden_size)
 
@@ -48,9 +51,9 @@ def mlp(depth: int, width_in: int, width_out: int) -> nn.Sequential:
 class MLPConnector(Connector):
     """``mlp{n}x_gelu``: n linear layers with GELU between them; v1's default is ``mlp2x_gelu``."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
-        match = re.fullmatch(r"mlp(\d+)x_gelu", config.connector_type.lower())
+        match = re.fullmatch(r"mlp(\d+)x_gelu", config.connector_type or "", re.IGNORECASE)
         if match is None or int(match[1]) < 1:
             raise ValueError(
                 f"Unknown connector_type {config.connector_type!r}: a perceptron is called mlp{{n}}x_gelu, "
@@ -62,7 +65,7 @@ class MLPConnector(Connector):
 class MoFMLP(nn.Module):
     """A perceptron for CLIP's tokens and one for DINOv2's, which the tower hands over interleaved."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__()
         self.clip = mlp(2, config.vision_hidden_size, config.hidden_size)
         self.dinov2 = mlp(2, config.vision_hidden_size, config.hidden_size)
@@ -77,6 +80,6 @@ class MoFMLP(nn.Module):
 class MoFMLPConnector(Connector):
     """v1's connector for the tower ``mof``."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
         self._connector = MoFMLP(config)

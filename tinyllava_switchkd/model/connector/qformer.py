@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 
 from . import register_connector
 from .base import Connector
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 
 class _BertNamed(Blip2QFormerAttention):
@@ -42,13 +45,13 @@ class QFormer(nn.Module):
     the same, changed by `qformer_config`. The weights start at random, as in v1.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig, num_queries: int) -> None:
         super().__init__()
-        fields: dict[str, Any] = {"encoder_hidden_size": config.vision_hidden_size, "cross_attention_frequency": 2}
+        fields = {"encoder_hidden_size": config.vision_hidden_size, "cross_attention_frequency": 2}
         bert = Blip2QFormerConfig(**{**fields, **(config.qformer_config or {})})
         self.eps, self.dropout = bert.layer_norm_eps, bert.hidden_dropout_prob
         self.bert = _Bert(bert)
-        self.query_tokens = nn.Parameter(torch.randn(1, config.num_queries, bert.hidden_size) * bert.initializer_range)
+        self.query_tokens = nn.Parameter(torch.randn(1, num_queries, bert.hidden_size) * bert.initializer_range)
         self.projector = nn.Linear(bert.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,15 +67,15 @@ class QFormer(nn.Module):
 class QFormerConnector(Connector):
     """`num_queries` tokens an image."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
         if not config.num_queries:
             raise ValueError("The connector 'qformer' needs num_queries in the configuration.")
         self._num_queries = config.num_queries
-        self._connector = QFormer(config)
+        self._connector = QFormer(config, config.num_queries)
 
     @classmethod
-    def complete_config(cls, config: Any, tensors: dict[str, Tensor]) -> None:
+    def complete_config(cls, config: TinyLlavaConfig, tensors: dict[str, Tensor]) -> None:
         """A v1 checkpoint does not say how large its Q-Former is; its weights do (heads are 64 wide, as in BERT)."""
         prefix = "connector._connector."
         queries = tensors.get(f"{prefix}query_tokens")

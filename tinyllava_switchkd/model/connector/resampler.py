@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from . import register_connector
 from .base import Connector
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 HEADS, HEAD_WIDTH = 8, 64  # v1's, whatever the model's width
 
@@ -71,15 +74,14 @@ class PerceiverResampler(nn.Module):
 class ResamplerConnector(Connector):
     """`num_queries` tokens an image, `num_resampler_layers` deep."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
-        for name in ("num_queries", "num_resampler_layers"):
-            if not getattr(config, name):
-                raise ValueError(f"The connector 'resampler' needs {name} in the configuration.")
-        self._num_queries = config.num_queries
-        self._connector = PerceiverResampler(
-            config.vision_hidden_size, config.hidden_size, config.num_resampler_layers, config.num_queries
-        )
+        queries, layers = config.num_queries, config.num_resampler_layers
+        if not queries or not layers:
+            lacking = "num_resampler_layers" if queries else "num_queries"
+            raise ValueError(f"The connector 'resampler' needs {lacking} in the configuration.")
+        self._num_queries = queries
+        self._connector = PerceiverResampler(config.vision_hidden_size, config.hidden_size, layers, queries)
 
     def num_tokens(self, num_vision_tokens: int) -> int:
         return self._num_queries

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template import Template, TemplateFactory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[tuple[str, str | None]]
 """(question, answer) pairs; the last answer may be None."""
@@ -70,7 +73,7 @@ PROBES: tuple[Turns, ...] = (
 )
 
 
-def jinja_template(version: str, tokenizer: Any) -> str:
+def jinja_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template that renders what a conversation template writes, image marks included.
 
     Where the tokenizer puts a begin token in front, the chat template writes it: whoever renders a chat template
@@ -108,7 +111,7 @@ def jinja_template(version: str, tokenizer: Any) -> str:
     )
 
 
-def conv_version_of(jinja: str, tokenizer: Any) -> str | None:
+def conv_version_of(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Which of our conversation templates a chat template found in a checkpoint renders; None if it is none of them."""
     for version in TemplateFactory.list():
         try:
@@ -160,11 +163,11 @@ def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str |
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items()) + _JINJA
 
 
-def _puts_bos(tokenizer: Any) -> bool:
+def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _render(tokenizer: Any, jinja: str, turns: Turns) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, jinja: str, turns: Turns) -> str:
     return tokenizer.apply_chat_template(
         messages_of(turns), chat_template=jinja, tokenize=False, add_generation_prompt=turns[-1][1] is None
     )
@@ -175,7 +178,7 @@ def _text(template: Template, turns: Turns) -> str:
     return template.prompt(list(questions), list(answers))
 
 
-def _ids_in_training(template: Template, turns: Turns, tokenizer: Any) -> list[int]:
+def _ids_in_training(template: Template, turns: Turns, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     messages: list[dict[str, Any]] = []
     for question, answer in turns:
         messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

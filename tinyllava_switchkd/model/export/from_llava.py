@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import TemplateFactory
@@ -148,7 +148,7 @@ def _config(
     fields: dict[str, Any],
     record: dict[str, Any],
     tensors: dict[str, Tensor],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     conv_version: str,
     pad: bool,
 ) -> TinyLlavaConfig:

@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,11 @@ from .files import card_of_export, empty_folder, whole_folder
 from .hf_llava import _add_image_token, _generation_config, _record
 from .questions import default_questions
 from .targets import GgufTarget
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +153,9 @@ def check_package() -> None:
         raise ImportError("The GGUF export needs gguf; install it with pip install 'tinyllava_switchkd[export]'.")
 
 
-def why_not_gguf(model: Any, tokenizer: Any, image_processor: Any) -> str | None:
+def why_not_gguf(
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor
+) -> str | None:
     """Why llama.cpp cannot run a model at all, in one sentence; None if it can."""
     config, text, vision = model.config, model.config.text_config, model.config.vision_config
     connector = config.connector_type.lower()
@@ -183,7 +190,7 @@ def why_not_gguf(model: Any, tokenizer: Any, image_processor: Any) -> str | None
     return _why_not_tokenizer(model, tokenizer)
 
 
-def _why_not_tokenizer(model: Any, tokenizer: Any) -> str | None:
+def _why_not_tokenizer(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> str | None:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or backend["model"].get("byte_fallback"):
         return "only byte-level BPE tokenizers are written as GGUF, and this one is of another kind."
@@ -194,7 +201,7 @@ def _why_not_tokenizer(model: Any, tokenizer: Any) -> str | None:
     return None
 
 
-def approximate_parts(model: Any, tokenizer: Any) -> list[str]:
+def approximate_parts(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What llama.cpp computes differently, a sentence a part."""
     parts = []
     if model.config.vision_feature_select_strategy == "patch":
@@ -218,7 +225,7 @@ def approximate_parts(model: Any, tokenizer: Any) -> list[str]:
     return parts
 
 
-def image_note(model: Any, image_processor: Any) -> str:
+def image_note(model: TinyLlava, image_processor: BaseImageProcessor) -> str:
     """What to do with images so that llama.cpp sees the training's pixels."""
     size = model.image_size
     resample = int(image_processor.to_dict().get("resample", 3))
@@ -234,7 +241,7 @@ def image_note(model: Any, image_processor: Any) -> str:
     )
 
 
-def language_tensors(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+def language_tensors(model: TinyLlava) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of the language model, in float32."""
     import gguf
 
@@ -258,7 +265,7 @@ def _interleaved(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def vision_tensors(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+def vision_tensors(model: TinyLlava) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of the tower's layers that are used and of the connector, in float32."""
     tower = model.vision_tower.vision_tower.vision_model.state_dict()
     yield "v.patch_embd.weight", tower["embeddings.patch_embedding.weight"].float().numpy()
@@ -275,14 +282,14 @@ def vision_tensors(model: Any) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{target}.{kind}", connector[f"{name}.{kind}"].float().numpy()
 
 
-def _layers(model: Any) -> int:
+def _layers(model: TinyLlava) -> int:
     return model.vision_tower.layer_count(model.config.vision_feature_layer)
 
 
 class _Vocabulary:
     """Tokens, their kinds and merges, and the chat template, as GGUF has them."""
 
-    def __init__(self, model: Any, tokenizer: Any, conv_version: str) -> None:
+    def __init__(self, model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> None:
         import gguf
 
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -309,7 +316,7 @@ class _Vocabulary:
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)
 
 
-def _with_image_token(tokenizer: Any) -> Any:
+def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> Any:
     _add_image_token(tokenizer)
     return tokenizer
 
@@ -332,7 +339,7 @@ def _is_byte(content: str) -> bool:
     return len(content) == 1 and content.isascii()
 
 
-def _write_language(model: Any, vocabulary: _Vocabulary, tensors: dict[str, Any], file: Path, dtype: str) -> None:
+def _write_language(model: TinyLlava, vocabulary: _Vocabulary, tensors: dict[str, Any], file: Path, dtype: str) -> None:
     import gguf
 
     text = model.config.text_config
@@ -371,7 +378,9 @@ def _write_language(model: Any, vocabulary: _Vocabulary, tensors: dict[str, Any]
     _add_tensors(writer, tensors, dtype)
 
 
-def _write_vision(model: Any, image_processor: Any, tensors: dict[str, Any], file: Path, dtype: str) -> None:
+def _write_vision(
+    model: TinyLlava, image_processor: BaseImageProcessor, tensors: dict[str, Any], file: Path, dtype: str
+) -> None:
     import gguf
 
     config, vision, settings = model.config, model.config.vision_config, image_processor.to_dict()
@@ -449,7 +458,9 @@ def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 @torch.no_grad()
-def _measure_every_patch(model: Any, tokenizer: Any, image_processor: Any, conv_version: str) -> dict[str, Any]:
+def _measure_every_patch(
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, conv_version: str
+) -> dict[str, Any]:
     """What the patch that training left out changes, asked in torch about drawn images."""
     text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(image_processor, model.config)
     questions, equal, difference = default_questions(), 0, 0.0

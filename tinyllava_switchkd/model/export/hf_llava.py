@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,14 @@ from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+from transformers import (
+    BaseImageProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory
@@ -28,6 +35,9 @@ from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
 from .files import RECORD, card_of_export, empty_folder, read_by_older_versions, whole_folder
 from .verify import verify_export
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +100,7 @@ def to_hf_llava(
     return None
 
 
-def why_not_llava(model: Any) -> str | None:
+def why_not_llava(model: TinyLlava) -> str | None:
     """Why transformers' LLaVA cannot compute what a model computes, in one sentence; None if it can."""
     config = model.config
     if config.vision_config.model_type not in TOWERS or not hasattr(model.vision_tower.vision_tower, "vision_model"):
@@ -107,7 +117,7 @@ def why_not_llava(model: Any) -> str | None:
     return None
 
 
-def _record(model: Any, tokenizer: Any, conv_version: str) -> dict[str, Any]:
+def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> dict[str, Any]:
     """What the TinyLLaVA's configuration and tokenizer say and LLaVA's do not."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
@@ -120,7 +130,7 @@ def _record(model: Any, tokenizer: Any, conv_version: str) -> dict[str, Any]:
     }
 
 
-def _add_image_token(tokenizer: Any) -> int:
+def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Make ``<image>`` one special token of the tokenizer and return its id; batches are padded on the left."""
     token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
@@ -128,7 +138,9 @@ def _add_image_token(tokenizer: Any) -> int:
     return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
 
 
-def _processor(model: Any, tokenizer: Any, image_processor: Any, chat_template: str) -> LlavaProcessor:
+def _processor(
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, chat_template: str
+) -> LlavaProcessor:
     """The processor, held against our own preparation of images on one of them.
 
     Raises:
@@ -157,7 +169,7 @@ def _processor(model: Any, tokenizer: Any, image_processor: Any, chat_template: 
     return processor
 
 
-def _image_processor(image_processor: Any, config: Any) -> Any:
+def _image_processor(image_processor: BaseImageProcessor, config: Any) -> BaseImageProcessor:
     """The image processor that also fills up to a square where the model wants it, which LLaVA's own does."""
     settings = image_processor.to_dict() | {"do_convert_rgb": True}
     settings.pop("image_processor_type", None)
@@ -168,7 +180,7 @@ def _image_processor(image_processor: Any, config: Any) -> Any:
     return type(image_processor)(**settings)
 
 
-def _tensors(model: Any, image_token: int) -> dict[str, Tensor]:
+def _tensors(model: TinyLlava, image_token: int) -> dict[str, Tensor]:
     """The weights under LLaVA's names, with a row for the image token."""
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -196,7 +208,7 @@ def _with_row(weight: Tensor, index: int) -> Tensor:
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
-def _projector(model: Any) -> dict[str, Tensor]:
+def _projector(model: TinyLlava) -> dict[str, Tensor]:
     """The connector as two linear layers; after a single one comes the identity."""
     own = [parameter.detach() for parameter in model.connector.parameters()]
     if len(own) == 2:
@@ -206,7 +218,7 @@ def _projector(model: Any) -> dict[str, Tensor]:
     return {f"multi_modal_projector.{name}": tensor for name, tensor in zip(names, own, strict=True)}
 
 
-def _config(model: Any, image_token: int, rows: int) -> dict[str, Any]:
+def _config(model: TinyLlava, image_token: int, rows: int) -> dict[str, Any]:
     """LLaVA's ``config.json``."""
     config = model.config
     text = config.text_config.to_dict() | {"architectures": [type(model.language_model).__name__], "vocab_size": rows}
@@ -229,7 +241,9 @@ def _config(model: Any, image_token: int, rows: int) -> dict[str, Any]:
     return llava.to_diff_dict()
 
 
-def _generation_config(model: Any, tokenizer: Any, conv_version: str, image_token: int, rows: int) -> GenerationConfig:
+def _generation_config(
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str, image_token: int, rows: int
+) -> GenerationConfig:
     """Greedy; stops where the model stopped and where the conversation template ends an answer."""
     eos = model.language_model.generation_config.eos_token_id
     stops = {eos} if isinstance(eos, int) else set(eos or ())

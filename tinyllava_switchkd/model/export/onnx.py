@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ from .onnx_graphs import (
 from .onnx_student import OnnxStudent
 from .questions import Question, default_questions
 from .targets import OnnxTarget
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +160,7 @@ def check_packages() -> None:
         )
 
 
-def approximate_parts(model: Any) -> list[str]:
+def approximate_parts(model: TinyLlava) -> list[str]:
     """What a graph cannot compute exactly, a sentence a part."""
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type", "default")} | {
@@ -168,7 +173,7 @@ def approximate_parts(model: Any) -> list[str]:
     ]
 
 
-def _make_static(model: Any) -> None:
+def _make_static(model: TinyLlava) -> None:
     """Fix the angles of the positions, in place, at those of short sequences."""
     for module in model.language_model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -187,7 +192,7 @@ def size_of(folder: Path, dtype: str) -> int:
     )
 
 
-def _write_graphs(model: Any, folder: Path, dtypes: Sequence[str], inline_bytes: int) -> dict[str, int]:
+def _write_graphs(model: TinyLlava, folder: Path, dtypes: Sequence[str], inline_bytes: int) -> dict[str, int]:
     """Write every graph in every precision.
 
     Returns:
@@ -214,7 +219,7 @@ def _write_graphs(model: Any, folder: Path, dtypes: Sequence[str], inline_bytes:
     return {name: 1 for name, is_outside in sorted(outside.items()) if is_outside and (folder / name).exists()}
 
 
-def _config(model: Any, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> dict[str, Any]:
+def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> dict[str, Any]:
     """``config.json``: a LLaVA's to transformers.js, which runs whatever the graphs hold."""
     config = model.config
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
@@ -236,7 +241,7 @@ def _config(model: Any, image_token: int, dtypes: Sequence[str], outside: dict[s
     }
 
 
-def _processor_config(model: Any) -> dict[str, Any]:
+def _processor_config(model: TinyLlava) -> dict[str, Any]:
     """``processor_config.json``. LLaVA's processors count patches; the difference to our tokens is "additional"."""
     patch = getattr(model.config.vision_config, "patch_size", None) or model.image_size
     return {
@@ -248,7 +253,7 @@ def _processor_config(model: Any) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The tokenizer, with its chat template in the one file that every version of transformers.js reads, too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
@@ -265,9 +270,9 @@ class _Original:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        image_processor: Any,
+        model: TinyLlava,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
         conv_version: str,
         questions: Sequence[Question] | None,
     ) -> None:

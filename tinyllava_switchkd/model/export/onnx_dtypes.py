@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .onnx_graphs import EMBED_TOKENS
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 Q4_BLOCK = 32
 """Weights that share a scale in q4."""
@@ -49,7 +52,7 @@ def quantise(source: Path, file: Path, dtype: str, inline_bytes: int) -> bool:
     return outside
 
 
-def _fits_in_memory(model: Any) -> bool:
+def _fits_in_memory(model: TinyLlava) -> bool:
     """Whether protobuf can count the model's bytes: not beyond 2 GiB."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 1 << 31
 

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..caches import cache_of, with_cache
-from ..vision_tower.transformers_towers import dinov2_positions
+from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 VISION_ENCODER, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION_ENCODER, EMBED_TOKENS, DECODER)
@@ -34,7 +37,7 @@ every name that it does not know."""
 class VisionEncoder(nn.Module):
     """Pixels [I, 3, H, W] -> visual tokens as the decoder reads them [I, K, D], in float32."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: TinyLlava) -> None:
         super().__init__()
         self.model = model
 
@@ -163,7 +166,7 @@ def to_half(model: nn.Module) -> None:
         module._buffers[name] = buffer
 
 
-def freeze_positions(model: Any) -> None:
+def freeze_positions(model: TinyLlava) -> None:
     """Compute once, in place, what a tower's position embeddings are at its image size.
 
     DINOv2 and NaFlex SigLIP 2 interpolate them anew for every image, the latter image by image in Python; the images of
@@ -173,14 +176,18 @@ def freeze_positions(model: Any) -> None:
     encoder = tower.vision_tower
     size = tower.image_size
     with torch.no_grad():
-        if getattr(tower, "is_naflex", False):
+        if isinstance(tower, Siglip2VisionTower) and tower.is_naflex:
             embeddings = encoder.vision_model.embeddings
             side = size // tower.config.patch_size
             table = embeddings.position_embedding.weight.reshape(
                 embeddings.position_embedding_size, embeddings.position_embedding_size, -1
             )
             positions = embeddings.resize_positional_embeddings(table, torch.tensor([[side, side]]), side * side)
-            tower.embed = lambda pixels: embeddings.patch_embedding(tower.patches(pixels)) + positions.to(pixels.dtype)
+
+            def embed(pixels: Tensor) -> Tensor:
+                return embeddings.patch_embedding(tower.patches(pixels)) + positions.to(pixels.dtype)
+
+            vars(tower)["embed"] = embed  # in the method's place
         for module in encoder.modules():
             if hasattr(module, "interpolate_pos_encoding") and isinstance(
                 getattr(module, "position_embeddings", None), nn.Parameter
@@ -190,20 +197,20 @@ def freeze_positions(model: Any) -> None:
                 module.position_embeddings = nn.Parameter(positions, requires_grad=False)
 
 
-def trace_vision_encoder(model: Any) -> Any:
+def trace_vision_encoder(model: TinyLlava) -> Any:
     """The graph ``vision_encoder``: ``pixel_values`` -> ``image_features``."""
     pixels = torch.zeros(2, 3, model.image_size, model.image_size)
     return trace(VisionEncoder(model), (pixels,), ["pixel_values"], ["image_features"], ({0: BATCH},))
 
 
-def trace_embed_tokens(model: Any) -> Any:
+def trace_embed_tokens(model: TinyLlava) -> Any:
     """The graph ``embed_tokens``: ``input_ids`` -> ``inputs_embeds``."""
     module = EmbedTokens(model.get_input_embeddings())
     ids = torch.zeros(2, 3, dtype=torch.long)
     return trace(module, (ids,), ["input_ids"], ["inputs_embeds"], ({0: BATCH, 1: LENGTH},))
 
 
-def trace_decoder(model: Any) -> Any:
+def trace_decoder(model: TinyLlava) -> Any:
     """The graph ``decoder_model_merged``; its cache has the weights' precision, everything else is float32."""
     language_model = model.language_model
     config = language_model.config

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import BaseImageProcessor, PretrainedConfig
 
 SELECT_STRATEGIES = ("patch", "cls_patch")
 
@@ -29,7 +29,7 @@ class VisionTower(nn.Module):
     def __init__(self, cfg: PretrainedConfig) -> None:
         super().__init__()
         self._vision_tower: Any = None  # a library's encoder
-        self._image_processor: Any = None
+        self._image_processor: BaseImageProcessor | None = None
         self.config = cfg
 
     @classmethod
@@ -53,8 +53,8 @@ class VisionTower(nn.Module):
         """
 
     @property
-    def vision_tower(self) -> nn.Module:
-        """The encoder itself (v1's name)."""
+    def vision_tower(self) -> Any:
+        """The encoder itself (v1's name), a module of some library."""
         return self._vision_tower
 
     @property
@@ -87,13 +87,13 @@ class VisionTower(nn.Module):
         raise NotImplementedError
 
     @property
-    def image_processor(self) -> Any:
+    def image_processor(self) -> BaseImageProcessor:
         """The encoder's image processor (PIL resampling: bit-exact with v1), built when first asked for."""
         if self._image_processor is None:
             self._image_processor = self.build_image_processor()
         return self._image_processor
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         """An image processor from the base model's files if they are there, else from the configuration."""
         raise NotImplementedError
 

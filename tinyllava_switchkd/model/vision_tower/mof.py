@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, Dinov2Config, PretrainedConfig
+from transformers import BaseImageProcessor, CLIPVisionModel, Dinov2Config, PretrainedConfig
 
 from ..llm import read_base_config
 from . import register_vision_tower
@@ -100,10 +100,10 @@ class MoFVisionTower(VisionTower):
     def num_tokens(self, vision_feature_select_strategy: str = "patch") -> int:
         return 2 * super().num_tokens(vision_feature_select_strategy)
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         return find_image_processor(self.config) or self.default_image_processor()
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         """CLIP's, at CLIP's size."""
         return clip_image_processor(self.image_size)
 

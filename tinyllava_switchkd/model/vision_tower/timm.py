@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 
 from ..trust import read_json, refuse_code
 from . import register_vision_tower
@@ -81,10 +81,10 @@ class LibraryTower(VisionTower):
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + self.config.num_prefix_tokens
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         return find_image_processor(self.config) or self.default_image_processor()
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         """Shortest side to the image size, centre crop: without timm's margin, for the answer may lie at the edge."""
         cfg = self.config
         return clip_image_processor(

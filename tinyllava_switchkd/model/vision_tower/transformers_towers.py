@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    BaseImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
@@ -62,11 +63,11 @@ class TransformersTower(VisionTower):
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + self.class_tokens
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         processor = find_image_processor(self.config)
         return processor if processor is not None else self.default_image_processor()
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         """The processor of this encoder's family at the configuration's image size."""
         raise NotImplementedError
 
@@ -124,7 +125,7 @@ class SiglipVisionTower(HoldsVisionModel):
 
     model_types: tuple[str, ...] = ("siglip_vision_model",)
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         return SiglipImageProcessorPil(size={"height": self.image_size, "width": self.image_size}, resample=BICUBIC)
 
 
@@ -170,7 +171,7 @@ class Siglip2VisionTower(SiglipVisionTower):
         grid = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [I, 3, r, p, c, p]
         return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         # NaFlex's own processor emits patches of any aspect ratio, which the square path above does not read.
         return self.default_image_processor() if self.is_naflex else super().build_image_processor()
 
@@ -186,7 +187,7 @@ class CLIPVisionTower(HoldsVisionModel):
     def embed(self, pixels: Tensor) -> Tensor:
         return embed_clip(self._vision_tower.vision_model, pixels)
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         return clip_image_processor(self.image_size)
 
 
@@ -195,7 +196,7 @@ def embed_clip(model: Any, pixels: Tensor) -> Tensor:
     return model.pre_layrnorm(model.embeddings(pixels))
 
 
-def clip_image_processor(size: int, **kwargs: Any) -> Any:
+def clip_image_processor(size: int, **kwargs: Any) -> BaseImageProcessor:
     """CLIP's image processor: shortest edge to `size`, centre crop."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": kwargs.pop("resize_to", size)}, crop_size={"height": size, "width": size}, **kwargs
@@ -226,7 +227,7 @@ class DINOv2VisionTower(TransformersTower):
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
         return read_dinov2(source, self.config)
 
-    def default_image_processor(self) -> Any:
+    def default_image_processor(self) -> BaseImageProcessor:
         size = self.image_size
         resize_to = 256 if size == 224 else size
         return clip_image_processor(size, resize_to=resize_to, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
@@ -286,7 +287,7 @@ def strip_prefix(name: str) -> str:
     return name.rsplit(":", 1)[-1]
 
 
-def find_image_processor(config: PretrainedConfig) -> Any:
+def find_image_processor(config: PretrainedConfig) -> BaseImageProcessor | None:
     """The image processor beside the base model's files, on PIL; None where the base folder is not there.
 
     Checkpoints name their base models by paths that may not exist on this machine: those are passed over in silence,

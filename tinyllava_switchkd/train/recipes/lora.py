@@ -92,6 +92,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         model.config.text_config.save_pretrained(folder / "language_model")
         model.config.vision_config.save_pretrained(folder / "vision_tower")
         model.config.save_pretrained(folder)
+        assert model.tokenizer is not None, "it came with the model"
         model.tokenizer.save_pretrained(folder)
         save_image_processor(model.image_processor, folder)
         config = copy.copy(self._peft_model.peft_config[ADAPTER])
