@@ -10,7 +10,10 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 def show(text: str) -> None:
@@ -48,9 +51,9 @@ class CommandParser(argparse.ArgumentParser):
     code 2.
     """
 
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
+    def parse_known_args(  # type: ignore[override]  # argparse fills objects of any class; ours are Namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._declared(words), namespace)
 
@@ -70,13 +73,15 @@ class CommandParser(argparse.ArgumentParser):
             result.append(name + equals + value)
         return result + words[end:]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]  # likewise
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown))
         return arguments
 
-    def print_help(self, file: Any = None) -> None:
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         if file is None:
             show(self.format_help().rstrip())
         else:

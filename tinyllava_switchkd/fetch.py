@@ -16,12 +16,15 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from tqdm import tqdm
+
+from tinyllava_switchkd.io import JsonObject
 
 from .io import atomic_file
 
@@ -140,11 +143,11 @@ def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]
     archive = Path(archive)
     with _Archive(archive) as opened:
         bar = tqdm(total=len(missing), unit=" files", desc=archive.name, leave=False)
-        for name, member in opened.members():
+        for name, open_member in opened.members():
             match = _match(name, missing)
             if match is None:
                 continue
-            with opened.open(member) as source, atomic_file(wanted[match]) as file:
+            with open_member() as source, atomic_file(wanted[match]) as file:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
             missing.discard(match)
             bar.update()
@@ -181,18 +184,21 @@ class _Archive:
         if isinstance(error, self.DAMAGE):
             raise ValueError(f"{self.path} is damaged ({error}); delete it and run again.") from error
 
-    def members(self) -> Iterator[tuple[str, Any]]:
-        if isinstance(self._archive, zipfile.ZipFile):
-            yield from ((info.filename, info) for info in self._archive.infolist() if not info.is_dir())
+    def members(self) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+        """Every file's name, and what opens it."""
+        archive = self._archive
+        if isinstance(archive, zipfile.ZipFile):
+            yield from (
+                (info.filename, partial(archive.open, info)) for info in archive.infolist() if not info.is_dir()
+            )
         else:
-            yield from ((info.name, info) for info in self._archive if info.isfile())
+            yield from ((info.name, partial(_open_in_tar, archive, info)) for info in archive if info.isfile())
 
-    def open(self, member: Any) -> IO[bytes]:
-        if isinstance(self._archive, zipfile.ZipFile):
-            return self._archive.open(member)
-        file = self._archive.extractfile(member)
-        assert file is not None  # `members` names files only
-        return file
+
+def _open_in_tar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(member)
+    assert file is not None, "members are files"
+    return file
 
 
 # ------------------------------------------------------------------------------------------------ hub data sets
@@ -270,7 +276,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[JsonObject]:
     """Rows of parquet files as dictionaries, a few in memory at a time.
 
     An image column arrives as the hub stores it, ``{"bytes": …, "path": …}``: the file's own bytes, never re-encoded.

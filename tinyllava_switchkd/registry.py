@@ -121,7 +121,7 @@ class Registry(Generic[Found]):
             self._entries.update(before)
 
     @contextlib.contextmanager
-    def override(self, name: str, entry: Any) -> Iterator[None]:
+    def override(self, name: str, entry: object) -> Iterator[None]:
         """Within the ``with`` block, `name` is `entry`, whether it is registered already or not; for tests."""
         with self.scope():
             self.register(name, override=True)(entry)
@@ -179,6 +179,6 @@ class Registry(Generic[Found]):
         return f"Registry({self.kind!r}: {', '.join(sorted(self._entries))})"
 
 
-def _where(entry: Any) -> str:
+def _where(entry: object) -> str:
     module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
     return f"{module}.{name}" if module and name else repr(entry)

@@ -37,7 +37,7 @@ def build_distiller(
     teacher_image_processor: BaseImageProcessor | None = None,
     bridge: str = "auto",
     gradient_checkpointing: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> Distiller:
     """A `Distiller` of two TinyLLaVA models that fit each other.
 
@@ -147,7 +147,7 @@ def _needs_bridge(student: TinyLlava, teacher: TinyLlava, method: Method, bridge
     return True
 
 
-def _check_tokenizers(student: Any, teacher: Any) -> None:
+def _check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
     if student is None or teacher is None:
         return
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -178,7 +178,7 @@ def _check_tokenizers(student: Any, teacher: Any) -> None:
             )
 
 
-def _check_templates(student: Any, teacher: Any) -> None:
+def _check_templates(student: object, teacher: object) -> None:
     ours, theirs = (getattr(config, "conv_version", None) for config in (student, teacher))
     # Captions of the pre-training stage carry no conversation, so any teacher may read them.
     if ours and theirs and ours != theirs and ours != "pretrain":
@@ -224,7 +224,7 @@ def pixel_difference(
     return None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:  # what an image processor of transformers has
     if isinstance(value, (list, tuple)):
         return [round(float(x), 6) for x in value]
     return dict(value) if hasattr(value, "keys") else value

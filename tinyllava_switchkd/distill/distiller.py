@@ -109,7 +109,7 @@ class Distiller(Task):
                 self._held.append(Held(loss))
         if trained:
             self.adapters = nn.ModuleDict(trained)
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[str, Tensor] = {}
         self._cache: TeacherCache | None = None
         self._one_encoder = _is_frozen(student.vision_tower) and self.guide.sees_as(student)
 
@@ -166,7 +166,7 @@ class Distiller(Task):
             held.follow(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         """Activation checkpointing in the student, and in the teacher's language model for the switch pass."""
         super().gradient_checkpointing_enable(**kwargs)
         self.guide.checkpoint_activations(True, **kwargs)
@@ -201,7 +201,7 @@ class Distiller(Task):
         student, teacher, switch, positions = self._views(batch)
         tokens = len(positions.labels)
         counts = self._divisors(batch, tokens, num_items_in_batch, step_counts)
-        result: dict[str, Any] = {"loss": 0.0}
+        result: dict[str, Tensor] = {}
         self._add_logit_terms(
             result, "supervised", Tokens(student.hidden, positions.labels, teacher.hidden, switch), counts
         )
@@ -261,7 +261,12 @@ class Distiller(Task):
         }
 
     def _single_terms(
-        self, student: View, teacher: View, switch: Tensor | None, positions: Positions, counts: Mapping[str, Any]
+        self,
+        student: View,
+        teacher: View,
+        switch: Tensor | None,
+        positions: Positions,
+        counts: Mapping[str, Tensor | int],
     ) -> Iterator[tuple[str, Tensor]]:
         """Each weighted term's mean with its gradient, cross-entropy first."""
         supervised = Tokens(student.hidden, positions.labels, teacher.hidden, switch)
@@ -423,8 +428,8 @@ class Distiller(Task):
         tokens: int,
         num_items_in_batch: Tensor | int | None,
         step_counts: Mapping[str, Tensor] | None,
-    ) -> dict[str, Any]:
-        counts: dict[str, Any] = {"supervised": max(tokens, 1), "tokens": max(tokens, 1)}
+    ) -> dict[str, Tensor | int]:
+        counts: dict[str, Tensor | int] = {"supervised": max(tokens, 1), "tokens": max(tokens, 1)}
         if len(self.units) > 1:
             counts |= {name: n.clamp(min=1) for name, n in (step_counts or self.counts(batch)).items()}
         counts["supervised"] = max(tokens, 1) if num_items_in_batch is None else num_items_in_batch
@@ -444,12 +449,14 @@ class Distiller(Task):
             recompute=self.recompute,
         )
 
-    def _add_logit_terms(self, result: dict[str, Any], kind: str, tokens: Tokens, counts: Mapping[str, Any]) -> None:
+    def _add_logit_terms(
+        self, result: dict[str, Tensor], kind: str, tokens: Tokens, counts: Mapping[str, Tensor | int]
+    ) -> None:
         objective = self._objective(
             [term for term in self.terms if isinstance(term, LogitTerm) and term.tokens == kind]
         )
         total, sums = objective(tokens)
-        result["loss"] = result["loss"] + total / counts[kind]
+        result["loss"] = result.get("loss", 0.0) + total / counts[kind]
         for name, value in zip(objective.names(tokens), sums, strict=True):
             result[name] = value / counts["tokens" if name in RANKING else kind]
 

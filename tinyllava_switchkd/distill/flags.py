@@ -6,9 +6,9 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from .losses import LossFactory
 from .methods import Method, MethodFactory
@@ -26,9 +26,9 @@ class Setting:
     """
 
     flag: str
-    type: Any
+    type: object
     help: str
-    defaults: dict[str, Any]
+    defaults: dict[str, object]
 
     @property
     def summary(self) -> str:
@@ -54,7 +54,7 @@ def settings() -> dict[str, Setting]:
     return found
 
 
-def method_settings(method: type[Method], given: dict[str, Any]) -> dict[str, Any]:
+def method_settings(method: type[Method], given: dict[str, object]) -> dict[str, object]:
     """The given flags under the names that `Method.create` takes.
 
     Raises:
@@ -64,7 +64,7 @@ def method_settings(method: type[Method], given: dict[str, Any]) -> dict[str, An
     named = {fields[flag].name if flag in fields else flag: value for flag, value in given.items()}
     own = {one.name for one in dataclasses.fields(method)}
     loss = named.get("loss", getattr(method, "loss", None)) if "loss_settings" in own else None
-    of_loss = dict(loss_parameters(LossFactory(loss))) if loss is not None else {}
+    of_loss = dict(loss_parameters(LossFactory(loss))) if isinstance(loss, str) else {}
     for flag, value in given.items():
         if flag not in fields and flag not in of_loss:
             owners = settings()[flag].defaults
@@ -82,7 +82,7 @@ def loss_parameters(loss: type) -> Iterator[tuple[str, inspect.Parameter]]:
             yield name, parameter
 
 
-def _of_methods() -> Iterator[tuple[str, str, Any, str, Any]]:
+def _of_methods() -> Iterator[tuple[str, str, object, str, object]]:
     for name in MethodFactory.list():
         method = MethodFactory(name)
         hints = get_type_hints(method)
@@ -90,7 +90,7 @@ def _of_methods() -> Iterator[tuple[str, str, Any, str, Any]]:
             yield method.name, flag, _plain(hints[one.name]), one.metadata["help"], one.default
 
 
-def _of_losses() -> Iterator[tuple[str, str, Any, str, Any]]:
+def _of_losses() -> Iterator[tuple[str, str, object, str, object]]:
     for name in LossFactory.list():
         loss = LossFactory(name)
         hints = get_type_hints(loss.__init__)
@@ -98,7 +98,7 @@ def _of_losses() -> Iterator[tuple[str, str, Any, str, Any]]:
             yield f"loss {name}", flag, _plain(hints.get(flag, str)), _described(loss, flag), parameter.default
 
 
-def _plain(hint: Any) -> Any:
+def _plain(hint: object) -> object:
     """A type without None."""
     if get_origin(hint) in (Union, types.UnionType):
         rest = [one for one in get_args(hint) if one is not type(None)]
@@ -116,7 +116,7 @@ def _described(loss: type, name: str) -> str:
     return f"Setting {name} of the loss."
 
 
-def _listed(owners: Any) -> str:
+def _listed(owners: Collection[str]) -> str:
     """Owners with the losses together: ``switch_kd, loss bild_fkl, bild_rkl``."""
     losses = [owner.removeprefix("loss ") for owner in owners if owner.startswith("loss ")]
     methods = [owner for owner in owners if not owner.startswith("loss ")]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .losses import LogitLoss
+from .losses.knee import Order
 
 CHUNK_ELEMENTS = 2**26
 """Logits of one side in one chunk: 441 tokens of Qwen2.5's vocabulary, 256 MiB in float32."""
@@ -168,7 +169,7 @@ class TokenObjective:
                 side = sides[term.pathway]
                 sums[term.name], order = comparison.of(term.loss, side)
                 total = total + term.weight * sums[term.name]
-                if term.ranking and ranks(term.loss):
+                if term.ranking and order is not None and ranks(term.loss):
                     sums |= zip(RANKING, comparison.ranking(term.loss, side, order), strict=True)
         return total, torch.stack([value.detach().to(logits.dtype) for value in sums.values()])
 
@@ -178,9 +179,9 @@ class _Comparison:
 
     def __init__(self, teacher: Tensor) -> None:
         self._teacher = teacher
-        self._orders: dict[nn.Module, Any] = {}
+        self._orders: dict[nn.Module, Order | None] = {}
 
-    def of(self, loss: nn.Module, side: Tensor) -> tuple[Tensor, Any]:
+    def of(self, loss: nn.Module, side: Tensor) -> tuple[Tensor, Order | None]:
         """A loss's sum over a side's tokens (the teacher's first), and the side's order if the loss has one."""
         teacher = self._teacher[: len(side)]
         if not isinstance(loss, LogitLoss):
@@ -190,12 +191,13 @@ class _Comparison:
             theirs = type(theirs)(*(part[: len(side)] for part in theirs))
         return loss(side, teacher, student_order=ours, teacher_order=theirs).sum(), ours
 
-    def ranking(self, loss: LogitLoss, side: Tensor, order: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def ranking(self, loss: LogitLoss, side: Tensor, order: Order) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of `RANKING` over the tokens."""
         theirs = self._order(loss)
+        assert theirs is not None, "the loss ranks"
         return theirs.k.sum(), order.k.sum(), _overlap(theirs, side, order)
 
-    def _order(self, loss: LogitLoss) -> Any:
+    def _order(self, loss: LogitLoss) -> Order | None:
         if loss not in self._orders:
             self._orders[loss] = loss.order(self._teacher)
         return self._orders[loss]
@@ -270,7 +272,7 @@ def _rows(hidden: Tensor | None, chunk: slice) -> Tensor | None:
     return None if hidden is None else hidden[chunk]
 
 
-def _overlap(teacher_order: Any, student_logits: Tensor, student_order: Any) -> Tensor:
+def _overlap(teacher_order: Order, student_logits: Tensor, student_order: Order) -> Tensor:
     """Share of the teacher's leading tokens that are among the student's leading tokens too, summed over tokens."""
     theirs = student_logits.detach().gather(1, teacher_order.indices)
     both = (theirs >= student_order.threshold[:, None].to(theirs.dtype)) & teacher_order.mask

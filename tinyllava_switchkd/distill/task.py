@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .trace import Positions, batch_images, placeholders, splice_batch, supervis
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import Batch
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
@@ -60,7 +61,7 @@ class Task(nn.Module):
         self.recompute: bool | None = None  # of `TokenObjective`
 
     @property
-    def config(self) -> Any:
+    def config(self) -> TinyLlavaConfig:
         """The student's configuration (DeepSpeed's "auto" values read its hidden size)."""
         return self.student.config
 
@@ -83,7 +84,7 @@ class Task(nn.Module):
         """Which of `counts` the task divides by."""
         return ("supervised",)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, **kwargs: object) -> None:
         self.student.gradient_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

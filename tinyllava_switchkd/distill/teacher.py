@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Held:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def follow(self, fn: Any, *args: Any, **kwargs: Any) -> None:
+    def follow(self, fn: Callable[[Tensor], Tensor], *args: object, **kwargs: object) -> None:
         """Move or cast as `nn.Module._apply` does; a quantised module stays as it was loaded."""
         if not is_quantized(self.module):
             self.module._apply(fn, *args, **kwargs)
@@ -75,14 +75,15 @@ class FrozenTeacher(Held):
         finally:
             language_model.eval()
 
-    def checkpoint_activations(self, enable: bool, **kwargs: Any) -> None:
+    def checkpoint_activations(self, enable: bool, **kwargs: object) -> None:
         """Turn activation checkpointing of the language model on or off (`kwargs` as transformers takes them)."""
         if not enable:
             self.module.language_model.gradient_checkpointing_disable()
             return
         if getattr(self.module, "is_loaded_in_8bit", False):
             # bitsandbytes' 8-bit layers keep their inputs past the hooks by which the non-reentrant kind frees them.
-            chosen = {**(kwargs.get("gradient_checkpointing_kwargs") or {}), "use_reentrant": True}
+            given = kwargs.get("gradient_checkpointing_kwargs")
+            chosen = {**(given if isinstance(given, dict) else {}), "use_reentrant": True}
             kwargs = {**kwargs, "gradient_checkpointing_kwargs": chosen}
         self.module.language_model.gradient_checkpointing_enable(**kwargs)
 

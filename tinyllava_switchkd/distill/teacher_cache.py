@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,8 @@ from .teacher import FrozenTeacher
 from .trace import BLIND, batch_images, look, placeholders, splice_batch, supervised_positions
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.data.collator import Batch, Pictures
+    from tinyllava_switchkd.data.collator import Batch, DataCollatorForSupervisedDataset, Pictures
+    from tinyllava_switchkd.data.dataset import LazySupervisedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,13 @@ def check_method(method: Method) -> None:
         )
 
 
-def tell_size(cache: TeacherCache, dataset: Any, collator: Any, width: int, probed: int = 256) -> str:
+def tell_size(
+    cache: TeacherCache,
+    dataset: LazySupervisedDataset,
+    collator: DataCollatorForSupervisedDataset,
+    width: int,
+    probed: int = 256,
+) -> str:
     """How large the cache of a data set becomes, in a sentence, from some of its samples, evenly spread.
 
     Args:
@@ -229,7 +236,7 @@ def split(hidden: Tensor, rows: Tensor, digests: Sequence[str]) -> dict[str, Ten
     return {digests[row]: part for row, part in zip(samples.tolist(), hidden.split(counts.tolist()), strict=True)}
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> safe_open:
     return safe_open(path, "pt")
 
 

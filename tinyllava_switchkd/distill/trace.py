@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -245,7 +245,7 @@ def recording(model: TinyLlava, layers: tuple[int, ...]) -> Iterator[dict[int, t
         layer -> (queries [batch, heads, tokens, head width], keys likewise, factor of the scores), filled by a run.
     """
     found: dict[int, tuple[Tensor, Tensor, float]] = {}
-    replaced: list[tuple[nn.Module, Any]] = []
+    replaced: list[tuple[nn.Module, PretrainedConfig]] = []
     try:
         for number in layers:
             attention = model.language_model.get_decoder().layers[number].self_attn

@@ -27,7 +27,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -97,16 +96,16 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """Scalars stay the text that they are; a key that occurs twice, or text that is no UTF-8, is an error."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, list[tuple[str, object]]] = {}  # noqa: RUF012
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
         if any("\ud800" <= char <= "\udfff" for char in node.value):
             raise yaml.constructor.ConstructorError(None, None, "it holds half of a character", node.start_mark)
         return super().construct_scalar(node)
@@ -172,10 +171,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     _known(defaults, KINDS, path, "stage")
     layers: dict[str, dict[str, Settings]] = {"settings": {}, "adapters": {}, "switch_kd": {}}
     for kind in ("", *KINDS):
-        own = dict(_mapping(defaults.get(kind, {}), path, f"defaults of {kind}"))
+        of_kind = dict(_mapping(defaults.get(kind, {}), path, f"defaults of {kind}"))
         for name in ("adapters", "switch_kd"):
-            layers[name][kind] = getattr(base, name).get(kind, {}) | _settings(own.pop(name, {}), path, name)
-        own = settings | _settings(own, path, f"defaults of {kind}")
+            layers[name][kind] = getattr(base, name).get(kind, {}) | _settings(of_kind.pop(name, {}), path, name)
+        own = settings | _settings(of_kind, path, f"defaults of {kind}")
         layers["settings"][kind] = base.settings.get(kind, {}) | own
     models = _mapping(content.get("models", {}), path, "models")
     _known(models, ("teacher", "student"), path, "model")
@@ -256,7 +255,7 @@ def setting_name(name: str) -> str:
     return SAME.get(name, name)
 
 
-def _mapping(content: object, path: Path, what: str) -> Mapping[str, Any]:
+def _mapping(content: object, path: Path, what: str) -> Mapping[str, object]:
     if content in (None, ""):
         return {}
     if not isinstance(content, dict):
@@ -270,7 +269,7 @@ def _text(value: object, path: Path, what: str) -> str:
     return value
 
 
-def _known(content: Mapping[str, Any], names: tuple[str, ...], path: Path, what: str) -> None:
+def _known(content: Mapping[str, object], names: tuple[str, ...], path: Path, what: str) -> None:
     for name in content:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)

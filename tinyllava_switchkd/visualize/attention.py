@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+    from matplotlib.figure import Figure
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
@@ -135,7 +136,7 @@ def _interval(values: Sequence[float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Any:
+def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Figure:
     """A figure of the image and, beside it, every model's map of its whole answer.
 
     Args:

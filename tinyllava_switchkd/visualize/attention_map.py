@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tinyllava_switchkd.visualize.grid import token_grid
 from tinyllava_switchkd.visualize.pieces import text_groups
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
@@ -45,7 +45,7 @@ class AttentionMap:
 
 
 @contextmanager
-def eager_attention(language_model: Any) -> Iterator[None]:
+def eager_attention(language_model: PreTrainedModel) -> Iterator[None]:
     """Compute attention by the implementation that returns its weights, then go back to the one before.
 
     The switch is the model's, so nothing else may run on the model meanwhile.

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .radar import COLOURS, INK, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-History = Sequence[Mapping[str, Any]]
+History = Sequence[JsonObject]
 """``log_history`` of a trainer_state.json: one mapping a logging step, with "step" and what was measured."""
 
 STYLE = {
@@ -54,7 +56,7 @@ def titles() -> tuple[dict[str, str], dict[str, str]]:
     return terms_of_all_methods(), KNEES
 
 
-def read_history(run: str | Path) -> list[dict[str, Any]]:
+def read_history(run: str | Path) -> list[JsonObject]:
     """The log of a run.
 
     Args:
@@ -230,12 +232,12 @@ def _headroom(lines: Sequence[np.ndarray]) -> float:
     return 1.15 * top if top > 0 else 1.0
 
 
-def _check_number(runs: Mapping[str, Any]) -> None:
+def _check_number(runs: Collection[str]) -> None:
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"A chart shows one to {len(COLOURS)} runs, not {len(runs)}.")
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor="white")

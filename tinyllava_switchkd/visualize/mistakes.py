@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -24,7 +23,7 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
-from tinyllava_switchkd.io import write_text
+from tinyllava_switchkd.io import JsonObject, write_text
 
 SIDE = 320
 """Longer side of a picture on the page, in pixels."""
@@ -57,7 +56,7 @@ class Verdict:
         return "lost" if a > b else "gained"
 
 
-def read_verdicts(path: Path) -> tuple[str, dict[Key, dict[str, Any]]]:
+def read_verdicts(path: Path) -> tuple[str, dict[Key, JsonObject]]:
     """Benchmark and rows by `Question.key`; questions without an answer are left out.
 
     Raises:
@@ -76,7 +75,7 @@ def read_verdicts(path: Path) -> tuple[str, dict[Key, dict[str, Any]]]:
 
 
 def pair(
-    questions: Iterator[Question], first: Mapping[Key, dict[str, Any]], second: Mapping[Key, dict[str, Any]]
+    questions: Iterator[Question], first: Mapping[Key, JsonObject], second: Mapping[Key, JsonObject]
 ) -> list[Verdict]:
     """The questions that both have answered, in the data's order."""
     verdicts = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .paper import figure1_axes
 
@@ -190,14 +191,7 @@ def _draw_grid(axis: Axes, count: int, top: float) -> None:
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=1.8, foreground="white")]
-    style: dict[str, Any] = {
-        "color": "#777777",
-        "fontsize": 7,
-        "ha": "center",
-        "va": "center",
-        "zorder": 20,
-        "path_effects": halo,
-    }
+    write = partial(axis.text, color="#777777", fontsize=7, ha="center", va="center", zorder=20, path_effects=halo)
     for ring in range(1, RINGS + 1):
         corners = [_point(number, count, ring / RINGS) for number in range(count)]
         outer = ring == RINGS
@@ -209,8 +203,8 @@ def _draw_grid(axis: Axes, count: int, top: float) -> None:
             zorder=0 if outer else 1,
         )
         # Beside the first axis, on its clockwise side, so that the polygons' corners stay free.
-        axis.text(0.05, ring / RINGS, f"{ring / RINGS * top:g}", **style)
-    axis.text(0.05, 0.0, "0", **style)
+        write(0.05, ring / RINGS, f"{ring / RINGS * top:g}")
+    write(0.05, 0.0, "0")
     for number in range(count):
         axis.plot(*zip((0, 0), _point(number, count, 1), strict=True), color=FAINT, linewidth=0.7, zorder=1)
 

@@ -34,7 +34,7 @@ def register_method(*names: str, override: bool = False) -> Callable[[type[Metho
     return decorator
 
 
-def setting(default: Any, help: str, flag: str | None = None) -> Any:
+def setting(default: object, help: str, flag: str | None = None) -> Any:
     """A field of a method.
 
     Args:
@@ -64,7 +64,7 @@ class Views(NamedTuple):
     student_head: nn.Linear
     teacher_head: nn.Linear
     vocab_size: int
-    kept: dict[str, Any]
+    kept: dict[str, Tensor]
 
 
 class DenseTerm(NamedTuple):
@@ -149,7 +149,7 @@ class Method:
         }
 
     @classmethod
-    def create(cls, **settings: Any) -> Method:
+    def create(cls, **settings: object) -> Method:
         """A method from settings by field name; those of its loss are passed on to the loss.
 
         Raises:
@@ -189,7 +189,7 @@ def terms_of_all_methods() -> dict[str, str]:
     return found
 
 
-def make_loss(name: str, temperature: float, settings: Mapping[str, Any]) -> nn.Module:
+def make_loss(name: str, temperature: float, settings: Mapping[str, object]) -> nn.Module:
     """A registered loss with its settings.
 
     Raises:
@@ -204,5 +204,5 @@ def make_loss(name: str, temperature: float, settings: Mapping[str, Any]) -> nn.
         ) from error
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from torch import nn
 
@@ -21,7 +20,7 @@ class LogitKD(Method):
     loss: str = setting("dbild", "Loss between the logits of teacher and student.", flag="distill_loss")
     temperature: float = setting(3.0, "Temperature of the loss between logits.")
     align_weight: float = setting(1.0, "Weight of the loss on the student's own logits.")
-    loss_settings: Mapping[str, Any] = field(default_factory=dict)
+    loss_settings: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def loss_module(self) -> nn.Module:
