@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -32,6 +32,22 @@ WORDS_PER_IMAGE = 128
 BAD_IMAGE_POLICIES = ("raise", "skip")
 _TOLERATED_BAD_IMAGES = 10  # below this many, no share of bad images stops a run that skips them
 _TOLERATED_BAD_SHARE = 0.01
+
+
+class Samples(Protocol):
+    """What training asks of a data set: this one, or a part of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def encode(self, index: int) -> Sample: ...
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+    @property
+    def modality_lengths(self) -> list[int]: ...
 
 
 class LazySupervisedDataset(Dataset):

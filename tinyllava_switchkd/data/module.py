@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
@@ -22,9 +22,15 @@ _PROBED_SAMPLES = 256
 _TOLERATED_LOST_SHARE = 0.1
 
 
-def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: DataSettings
-) -> dict[str, LazySupervisedDataset | DataCollatorForSupervisedDataset | None]:
+class DataModule(TypedDict):
+    """Data as a Trainer takes them."""
+
+    train_dataset: LazySupervisedDataset
+    eval_dataset: None
+    data_collator: DataCollatorForSupervisedDataset
+
+
+def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: DataSettings) -> DataModule:
     """Data set and collator (v1, ``data/dataset.py``), after looking the data over (see `inspection`).
 
     Args:

@@ -33,7 +33,7 @@ from .trace import BLIND, batch_images, look, placeholders, splice_batch, superv
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import Batch, DataCollatorForSupervisedDataset, Pictures
-    from tinyllava_switchkd.data.dataset import LazySupervisedDataset
+    from tinyllava_switchkd.data.dataset import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def check_method(method: Method) -> None:
 
 def tell_size(
     cache: TeacherCache,
-    dataset: LazySupervisedDataset,
+    dataset: Samples,
     collator: DataCollatorForSupervisedDataset,
     width: int,
     probed: int = 256,

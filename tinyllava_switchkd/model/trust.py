@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING
 
 from tinyllava_switchkd import io
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
-
-if TYPE_CHECKING:
-    pass
 
 OUR_TYPES = ("tinyllava", "tiny_llava")
 OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyllava_switchkd.distill import Distiller, Task
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+    from tinyllava_switchkd.data.dataset import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +49,16 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
     save_file(tensors, file)
 
 
-def begin_adapters(task: Task, earlier: str | None, data: Mapping[str, Any]) -> None:
+def begin_adapters(
+    task: Task, earlier: str | None, dataset: Samples, collate: DataCollatorForSupervisedDataset
+) -> None:
     """Start a run's adapters: from the stage before if it has them, a bridge else from least squares.
 
     Args:
         task: what is trained.
         earlier: the folder that the student starts from, if any.
-        data: with "train_dataset" and "data_collator", from which a bridge begins.
+        dataset: what is trained on, from which a bridge begins.
+        collate: makes batches of it.
 
     Raises:
         ValueError: the earlier stage's do not fit.
@@ -62,7 +69,6 @@ def begin_adapters(task: Task, earlier: str | None, data: Mapping[str, Any]) -> 
         read_adapters(task, earlier)
         logger.info("What the method trains beside the student goes on from %s.", Path(earlier, FILE))
     elif task.bridge is not None:
-        dataset, collate = data["train_dataset"], data["data_collator"]
         lengths = dataset.modality_lengths
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
         chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]

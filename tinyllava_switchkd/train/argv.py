@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava_switchkd.cli import show
 from tinyllava_switchkd.runtime import is_main_process
@@ -184,7 +184,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     argv = translate_argv(argv)
     # the training arguments come last: constructing them already opens the process group
     groups = (ModelArguments, DataArguments, distill_arguments(), TrainingArguments)
-    parser: Any = HfArgumentParser(list(groups), allow_abbrev=False)
+    parser = HfArgumentParser(list(groups), allow_abbrev=False)
     parser.error = _error  # one sentence rather than a usage of two hundred arguments
     options = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     given = {name.replace("-", "_"): values for name, values in pairs([token for token in argv if token != "-h"])}

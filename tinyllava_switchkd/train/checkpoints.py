@@ -15,12 +15,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from tinyllava_switchkd.io import digest, read_json, write_json
+from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +257,7 @@ def damage(folder: str | Path, name: str | None = None) -> str | None:
     return None
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+def read_manifest(folder: str | Path) -> JsonObject | None:
     """A checkpoint's manifest, if it is one."""
     try:
         manifest = read_json(Path(folder) / MANIFEST)
@@ -300,7 +299,7 @@ def weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _deepspeed_classes() -> list[Any]:
+def _deepspeed_classes() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
     import sys
 
     if "deepspeed" not in sys.modules:

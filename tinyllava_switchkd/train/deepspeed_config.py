@@ -14,9 +14,12 @@ import numbers
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.io import JsonObject, read_json
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ _SWITCHES = ("fp16.enabled", "bf16.enabled", "wall_clock_breakdown", "zero_allow
 _KNOWN = (*_SECTIONS, *_COUNTS, "gradient_clipping", "wall_clock_breakdown", "zero_allow_untested_optimizer")
 
 
-def check_deepspeed(config: str | dict[str, Any], training: Any) -> None:
+def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> None:
     """Refuse a configuration that cannot be meant.
 
     Args:
@@ -69,9 +72,9 @@ def check_deepspeed(config: str | dict[str, Any], training: Any) -> None:
     if clipping != "auto" and (isinstance(clipping, bool) or not isinstance(clipping, numbers.Real) or clipping < 0):
         raise ValueError(f"{where}: 'gradient_clipping' is {clipping!r}; it must be a number of at least 0, or 'auto'.")
     for name in _SWITCHES:
-        value = _value(values, name)
-        if value not in ("auto", None) and not isinstance(value, bool):
-            raise ValueError(f"{where}: {name!r} is {value!r}; it must be true, false or 'auto'.")
+        switch = _value(values, name)
+        if switch not in ("auto", None) and not isinstance(switch, bool):
+            raise ValueError(f"{where}: {name!r} is {switch!r}; it must be true, false or 'auto'.")
     for section in ("optimizer", "scheduler"):
         if section in values:
             _check_named(where, section, values[section])
@@ -94,7 +97,7 @@ def warn_of_builds() -> None:
         )
 
 
-def _read(config: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read(config: str | JsonObject) -> tuple[str, JsonObject]:
     if isinstance(config, dict):
         return "--deepspeed", config
     if not isinstance(config, str | os.PathLike):
@@ -112,7 +115,7 @@ def _read(config: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return f"--deepspeed {text}", read_json(text, what="file of --deepspeed")
 
 
-def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(values: object, name: str = "") -> Iterator[tuple[str, float]]:
     """Every number in a nested configuration, with its dotted name."""
     if isinstance(values, dict):
         for key, value in values.items():
@@ -124,13 +127,13 @@ def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, values
 
 
-def _value(values: Any, name: str) -> Any:
+def _value(values: object, name: str) -> object:
     for key in name.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
-def _check_named(where: str, section: str, values: dict[str, Any]) -> None:
+def _check_named(where: str, section: str, values: JsonObject) -> None:
     if not isinstance(values.get("type"), str):
         raise ValueError(f"{where}: '{section}.type' is {values.get('type')!r}; it must be the name of an {section}.")
     params = values.get("params", {})
@@ -150,7 +153,7 @@ def _check_named(where: str, section: str, values: dict[str, Any]) -> None:
         )
 
 
-def _check_zero(where: str, zero: dict[str, Any]) -> None:
+def _check_zero(where: str, zero: JsonObject) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise ValueError(f"{where}: 'zero_optimization.stage' is {stage!r}; it must be 0, 1, 2 or 3.")
@@ -179,13 +182,15 @@ def _check_zero(where: str, zero: dict[str, Any]) -> None:
         raise ValueError(f"{where}: {name!r} is {first['input']!r}; {hint}.") from None
 
 
-def _without_auto(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_auto(value) for key, value in values.items() if value != "auto"}
-    return values
+def _without_auto(values: JsonObject) -> JsonObject:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
 
 
-def _check_contradictions(where: str, values: dict[str, Any], training: Any) -> None:
+def _check_contradictions(where: str, values: JsonObject, training: TrainingArguments) -> None:
     if _value(values, "fp16.enabled") is True and _value(values, "bf16.enabled") is True:
         raise ValueError(f"{where}: 'fp16.enabled' and 'bf16.enabled' are both true; choose one.")
     for name, argument in MATCHES.items():

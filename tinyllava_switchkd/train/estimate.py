@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tinyllava_switchkd.distill import Task
 from tinyllava_switchkd.distill.bridge import differ
 from tinyllava_switchkd.distill.objective import CHUNK_ELEMENTS
 from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
@@ -237,7 +238,7 @@ def _decode(model: TinyLlava, visual: Tensor, length: int) -> Tensor:
 def _saved(
     run: Callable[[], Tensor],
     models: list[TinyLlava],
-    module: Any,
+    module: TinyLlava | Task,
     checkpointing: bool,
     size: int,
     keeping: Iterable[nn.Module] = (),
@@ -275,7 +276,7 @@ def _saved(
             _checkpoint(module, False)
 
 
-def _checkpoint(module: Any, on: bool) -> None:
+def _checkpoint(module: TinyLlava | Task, on: bool) -> None:
     """Turn checkpointing on or off by the names that all supported versions of transformers understand."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from tinyllava_switchkd.data.collator import on_device
+from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset, on_device
 from tinyllava_switchkd.distill import TeacherCache
 from tinyllava_switchkd.distill.teacher import FrozenTeacher
 from tinyllava_switchkd.distill.teacher_cache import fill
@@ -23,6 +23,7 @@ from .checkpoints import CheckpointError
 from .validation import Subset
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.dataset import Samples
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class Filling:
 
     cache: TeacherCache
     teacher: TinyLlava
-    data: Sequence[Any]
-    collator: Any
+    data: Sequence[Samples]
+    collator: DataCollatorForSupervisedDataset
     training: TrainingArguments
 
     def __call__(self) -> None:
@@ -81,7 +82,7 @@ class Filling:
                 f"Make room and run the same command again, which goes on."
             )
 
-    def _fill(self, guide: FrozenTeacher, dataset: Any) -> None:
+    def _fill(self, guide: FrozenTeacher, dataset: Samples) -> None:
         training = self.training
         lengths = dataset.lengths  # batches of equal lengths have little padding
         longest_first = sorted(range(len(dataset)), key=lambda index: -lengths[index])

@@ -11,18 +11,14 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from tinyllava_switchkd.distill import MethodFactory
-from tinyllava_switchkd.io import digest, digest_of_files, read_json
+from tinyllava_switchkd.io import JsonObject, digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +62,7 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _NEW_RUN = "begin anew with --overwrite_output_dir True"
 
 
-def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
+def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
     """The arguments that change the maths, with their values, and the digests of data and teacher.
 
     Args:
@@ -75,7 +71,7 @@ def describe(arguments: Arguments, world_size: int = 1) -> dict[str, Any]:
     """
     model, data, training, distill = arguments[:4]
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    chosen: dict[str, Any] = {}
+    chosen: JsonObject = {}
     for group in (model, data, distill, training):
         for field in dataclasses.fields(group):
             if field.name in _WITHOUT_EFFECT or (group is training and field.name in inherited):
@@ -108,13 +104,13 @@ def teacher_digest(path: str, cache_dir: str | None = None) -> str:
     )
 
 
-def read(checkpoint: str | Path) -> dict[str, Any] | None:
+def read(checkpoint: str | Path) -> JsonObject | None:
     """What a checkpoint was written with; None if it does not say."""
     file = Path(checkpoint) / FILE
     return read_json(file) if file.is_file() else None
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Iterable[str] = ()) -> dict[str, str]:
+def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = ()) -> dict[str, str]:
     """Name of each argument that differs, and how, in words; those that are `allowed` are left out.
 
     Between different numbers of processes the batch of a step counts, not how it is divided. What only one side knows
@@ -139,7 +135,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Ite
     return found
 
 
-def check(checkpoint: str | Path, ours: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
+def check(checkpoint: str | Path, ours: JsonObject, allowed: Iterable[str] = ()) -> None:
     """Refuse to go on with what the checkpoint's run did not have.
 
     Raises:
@@ -159,7 +155,7 @@ def check(checkpoint: str | Path, ours: Mapping[str, Any], allowed: Iterable[str
         logger.warning("Allowed to differ from %s: %s.", checkpoint, words)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as JSON gives it back."""
     value = getattr(value, "value", value)  # of an enumeration
     if isinstance(value, Mapping):

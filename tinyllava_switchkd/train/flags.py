@@ -16,13 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
-
-if TYPE_CHECKING:
-    pass
 
 OWN = Path(__file__).with_name("flags.json")
 

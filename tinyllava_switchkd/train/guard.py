@@ -15,13 +15,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinyllava_switchkd.io import JsonObject
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EVENTS = "non_finite.jsonl"
 """File in the output folder: one JSON object an event, with the step, the terms and the samples of every rank."""
@@ -157,7 +161,7 @@ class Guard:
             )
         return False
 
-    def _samples(self, step: _Step) -> dict[str, Any]:
+    def _samples(self, step: _Step) -> JsonObject:
         """This rank's micro-batches with something that is not finite; all of them if only the norm is not."""
         bad = []
         for index, (names, values) in enumerate(zip(step.names, step.values, strict=True)):
@@ -170,7 +174,7 @@ class Guard:
             "terms": {name: str(value) for _, terms in bad for name, value in terms.items()},
         }
 
-    def _write(self, event: dict[str, Any]) -> str:
+    def _write(self, event: JsonObject) -> str:
         """Note an event in `EVENTS`; says where its samples are named: here, if the disk has no room for it."""
         path = self.output_dir / EVENTS
         if _is_main():
@@ -226,10 +230,10 @@ def _is_main() -> bool:
     return not _distributed() or dist.get_rank() == 0
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: T) -> list[T]:
     """The value of every rank, on every rank."""
     if not _distributed():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

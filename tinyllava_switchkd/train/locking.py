@@ -12,7 +12,8 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any
+
+from tinyllava_switchkd.io import JsonObject
 
 from .signals import started_at
 
@@ -149,7 +150,7 @@ def _locks_work(descriptor: int) -> bool:
     return True
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
+def _owner(descriptor: int) -> JsonObject:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
     except ValueError:
@@ -157,7 +158,7 @@ def _owner(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _may_live(owner: dict[str, Any], age: float, locks_work: bool) -> bool:
+def _may_live(owner: JsonObject, age: float, locks_work: bool) -> bool:
     """Whether the owner that a lock file names may still be there, although the kernel knows of no lock."""
     if owner.get("host") != socket.gethostname():
         return age < STALE_SECONDS
@@ -179,7 +180,7 @@ def _age(path: Path) -> float:
             probe.unlink()
 
 
-def _refusal(path: Path, owner: dict[str, Any], age: float) -> str:
+def _refusal(path: Path, owner: JsonObject, age: float) -> str:
     return (
         f"--output_dir {path.parent} is being written to by process {owner.get('process', '?')} on "
         f"{owner.get('host', '?')} (since {owner.get('since', '?')}, last sign of life {_span(age)} ago); wait for it "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,14 +38,14 @@ _HEADER = """\
 """
 
 
-def recipe_of(arguments: Arguments) -> dict[str, Any]:
+def recipe_of(arguments: Arguments) -> dict[str, object]:
     """The recipe of a run: every flag that was given, the samples of a step, the precision.
 
     Secrets (tokens of hubs) are left out.
     """
     training = arguments.training
     given = {name: list(values) for name, values in arguments.given.items() if not name.endswith("token")}
-    settings: dict[str, Any] = {
+    settings: dict[str, str | list[str]] = {
         name: values[0] if len(values) == 1 else values or "True"
         for name, values in given.items()
         if name not in OF_THE_MACHINE + _COMPUTED
@@ -55,7 +54,7 @@ def recipe_of(arguments: Arguments) -> dict[str, Any]:
     settings["global_batch_size"] = str(per_device * accumulate * training.world_size)
     settings["per_device_batch_size"] = str(per_device)
     settings["precision"] = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    machine: dict[str, Any] = {name: " ".join(given[name]) for name in OF_THE_MACHINE if name in given}
+    machine: dict[str, object] = {name: " ".join(given[name]) for name in OF_THE_MACHINE if name in given}
     machine |= {"processes": training.world_size, "gradient_accumulation_steps": accumulate}
     machine |= {"device": training.device.type, "versions": _versions()}
     return {"stages": [{"settings": settings}], "machine": machine}

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from transformers import Trainer
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
-from tinyllava_switchkd.io import write_json
+from tinyllava_switchkd.io import JsonObject, write_json
 
 from . import checkpoints, fingerprint, signals, universal
 from .adapters import read_adapters
@@ -32,7 +32,11 @@ from .guard import Guard, check_trained
 from .resume import REMEDY, ResumeError, reading
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.data.collator import Batch
+    from transformers.trainer_utils import TrainOutput
+
+    from tinyllava_switchkd.data.collator import Batch, Sample
+    from tinyllava_switchkd.data.dataset import Samples
+    from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +53,20 @@ class ReliableTrainer(Trainer):
         group_settings: those of each group of the optimiser, as it was made.
     """
 
-    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(self, *, args: TrainingArguments, **kwargs: object) -> None:
         # transformers' filter hides NaN and infinity in what is logged, and waits for the device in every micro-batch
         args.logging_nan_inf_filter = False
         super().__init__(args=args, **kwargs)
         self.guard = Guard(args.output_dir, skip=args.on_nan == "skip", most=args.max_nan_steps, scaler=args.fp16)
-        self.fingerprint: dict[str, Any] = {}
+        self.fingerprint: JsonObject = {}
         self.interrupted = False
-        self.group_settings: list[dict[str, Any]] = []
+        self.group_settings: list[dict[str, object]] = []
         self._run_folder: str | None = None
         self._is_lagging = args.device.type == "cuda" and not self.is_deepspeed_enabled and not self.guard.skip
 
     # What must be finite, and signals
 
-    def begin_step(self, batches: list[Any], totals: Tensor) -> Tensor:
+    def begin_step(self, batches: list[Batch], totals: Tensor) -> Tensor:
         """A step's micro-batches are there: their samples are noted, and the ranks' token counts and signals joined.
 
         Args:
@@ -83,12 +87,12 @@ class ReliableTrainer(Trainer):
         self.guard.begin(self.state.global_step + 1, ids, asked)
         return totals
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         # the mean over the steps between two logs goes on without the ones left out
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) if self.guard.skip else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         left_out = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped
         self.guard.end(norm, bool(left_out))
@@ -100,7 +104,7 @@ class ReliableTrainer(Trainer):
             check_trained(self.model)
         return None
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
         if self.control.should_log or self.control.should_save or not self._is_lagging:
             self.guard.judge()
         if self.guard.asked_to_stop and not self.interrupted and 0 < self.state.global_step < self.state.max_steps:
@@ -109,7 +113,7 @@ class ReliableTrainer(Trainer):
             self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
         result = super().train(*args, **kwargs)
         self.guard.judge()
         check_trained(self.model)
@@ -124,10 +128,10 @@ class ReliableTrainer(Trainer):
 
     # Writing
 
-    def _get_output_dir(self, trial: Any = None) -> str:
+    def _get_output_dir(self, trial: object = None) -> str:
         return super()._get_output_dir(trial) if self._run_folder is None else self._run_folder
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
         """Write aside, seal, rename, rotate; all ranks leave together."""
         self.guard.judge()
         check_trained(self.model)
@@ -244,7 +248,7 @@ class ReliableTrainer(Trainer):
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return super().get_train_dataloader()
         dataset = self.train_dataset
-        self.train_dataset: Any = WithFillers(dataset)
+        self.train_dataset: Samples = WithFillers(dataset)
         try:
             return super().get_train_dataloader()
         finally:
@@ -263,7 +267,7 @@ class ReliableTrainer(Trainer):
 class Filled(Sampler):
     """A sampler whose length is a multiple of something; what is added at the end are indices beyond the data."""
 
-    def __init__(self, sampler: Any, multiple: int, size: int) -> None:
+    def __init__(self, sampler: LengthGroupedSampler | SeedableRandomSampler, multiple: int, size: int) -> None:
         self.sampler, self.multiple, self.size = sampler, multiple, size
 
     def __len__(self) -> int:
@@ -282,16 +286,16 @@ class Filled(Sampler):
 class WithFillers(Dataset):
     """Data, and beyond its end the same samples with nothing to learn in them."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         if index < len(self.dataset):
             return self.dataset[index]
-        sample = dict(self.dataset[index - len(self.dataset)])
+        sample = self.dataset[index - len(self.dataset)]
         return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
 
     def __getattr__(self, name: str) -> Any:

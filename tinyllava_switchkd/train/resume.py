@@ -12,11 +12,15 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.io import read_json
 
 from . import checkpoints, fingerprint
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+    from tinyllava_switchkd.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class ResumeError(ValueError):
     """A checkpoint is not one of the run that would go on from it."""
 
 
-def check_fits(checkpoint: str | Path, config: Any, training: Any) -> None:
+def check_fits(checkpoint: str | Path, config: TinyLlavaConfig, training: TrainingArguments) -> None:
     """Refuse to go on from a checkpoint of another model, or of the same with other parts trained.
 
     Args:

@@ -126,7 +126,7 @@ def check_settings(*groups: Any) -> None:
             check_deepspeed(group.deepspeed, group)
 
 
-def _inner(setting: str, value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def _inner(setting: str, value: object, name: str = "") -> Iterator[tuple[str, float]]:
     """Every floating-point number within a setting that is an object (or JSON), or optim_args' text, with its name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.train.argv import answer_at_once, parse_arguments
 
 if __name__ == "__main__":
@@ -18,11 +19,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from tinyllava_switchkd.data import SampleError, make_supervised_data_module
 from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller
@@ -55,9 +56,13 @@ from .trainer import LLaVATrainer
 from .validation import hold_out
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
+    from tinyllava_switchkd.data.dataset import Samples
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as __main__
+
+T = TypeVar("T")
 
 USER_ERRORS = (ValueError, OSError, ImportError, LockedError)
 """What a wrong argument, file or installation raises before training, with a sentence that says so."""
@@ -233,10 +238,18 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
         warn_of_builds()
     if universal.is_universal(checkpoint):
         universal.configure(training.hf_deepspeed_config.config)
-    trainer = LLaVATrainer(task, training, recipe=recipe, callbacks=callbacks, **plan.data_module)
+    trainer = LLaVATrainer(
+        task,
+        training,
+        recipe=recipe,
+        callbacks=callbacks,
+        train_dataset=plan.train_dataset,
+        eval_dataset=plan.eval_dataset,
+        data_collator=plan.collator,
+    )
     trainer.fingerprint = chosen
     if checkpoint is None:
-        begin_adapters(task, training.pretrained_model_path, plan.data_module)
+        begin_adapters(task, training.pretrained_model_path, plan.train_dataset, plan.collator)
     if training.overwrite_output_dir and trainer.is_world_process_zero():
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -249,11 +262,11 @@ def _prepare_filling(arguments: Arguments, plan: Plan) -> Filling:
     cache = _teacher_cache(arguments, plan, chosen)
     assert cache is not None, "the arguments have been checked"
     teacher, *_ = load_teacher(arguments, plan.recipe)
-    data = [plan.data_module[name] for name in ("train_dataset", "eval_dataset") if name in plan.data_module]
-    return Filling(cache, teacher, data, plan.data_module["data_collator"], training)
+    data = [one for one in (plan.train_dataset, plan.eval_dataset) if one is not None]
+    return Filling(cache, teacher, data, plan.collator, training)
 
 
-def _teacher_cache(arguments: Arguments, plan: Plan, chosen: dict[str, Any]) -> TeacherCache | None:
+def _teacher_cache(arguments: Arguments, plan: Plan, chosen: JsonObject) -> TeacherCache | None:
     """Where the teacher's hidden states are kept, after saying how large it becomes.
 
     Raises:
@@ -266,14 +279,13 @@ def _teacher_cache(arguments: Arguments, plan: Plan, chosen: dict[str, Any]) -> 
     kept = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(distill.teacher_cache_dtype or "", computed)
     identity = f"{chosen[fingerprint.TEACHER]} {computed} {distill.teacher_bits}"
     cache = TeacherCache(distill.teacher_cache, identity, kept)
-    dataset, collator = (plan.data_module[name] for name in ("train_dataset", "data_collator"))
-    collator.digests = True
+    plan.collator.digests = True
     width = plan.teacher.model.config.hidden_size
-    logger.info(on_main(lambda: tell_size(cache, dataset, collator, width)))
+    logger.info(on_main(lambda: tell_size(cache, plan.train_dataset, plan.collator, width)))
     return cache
 
 
-def on_main(function: Callable[[], Any]) -> Any:
+def on_main(function: Callable[[], T]) -> T:
     """What a function returns on the main process, on all of them.
 
     Raises:
@@ -281,7 +293,8 @@ def on_main(function: Callable[[], Any]) -> Any:
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return function()
-    error, box = None, [None, False]
+    error: Exception | None = None
+    box: list[Any] = [None, False]  # torch fills it
     if torch.distributed.get_rank() == 0:
         try:
             box = [function(), True]
@@ -295,7 +308,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, dict[str, Any]]:
+def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, JsonObject]:
     """Take the output folder; the checkpoint to go on from, and what the run is to be told by (main process).
 
     Raises:
@@ -327,7 +340,9 @@ class Plan:
     recipe: BaseTrainingRecipe
     skeleton: Skeleton
     teacher: Skeleton | None
-    data_module: dict[str, Any]
+    train_dataset: Samples
+    eval_dataset: Samples | None
+    collator: DataCollatorForSupervisedDataset
 
 
 def check(arguments: Arguments) -> Plan | None:
@@ -354,14 +369,14 @@ def check(arguments: Arguments) -> Plan | None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
         checks.check_teacher(arguments, skeleton, teacher)
     logger.info("An image takes %s.", visual_tokens(skeleton.model))
-    data_module = _data_module(arguments, skeleton, teacher)
-    few = checks.few_steps(training, len(data_module["train_dataset"]))
+    data = _data(arguments, skeleton, teacher)
+    few = checks.few_steps(training, len(data[0]))
     if few is not None and is_main_process():
         logger.warning(few)
     metric = training.metric_for_best_model
     if training.load_best_model_at_end and metric is not None:
         checks.check_metric(arguments, metric)
-    return Plan(recipe, skeleton, teacher, data_module)
+    return Plan(recipe, skeleton, teacher, *data)
 
 
 def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecipe) -> Task:
@@ -384,7 +399,9 @@ def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecip
     )
 
 
-def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> tuple[TinyLlava, Any, Any]:
+def load_teacher(
+    arguments: Arguments, recipe: BaseTrainingRecipe
+) -> tuple[TinyLlava, PreTrainedTokenizerBase, BaseImageProcessor]:
     """The teacher on this rank's device, its tokenizer and its image processor."""
     distill = arguments.distill
     assert distill.teacher_path is not None, "the arguments have been checked"
@@ -415,8 +432,10 @@ def _where_to_resume(arguments: Arguments) -> str | None:
     return checkpoint or (asked if asked is not None and asked.lower() != "true" else None)
 
 
-def _data_module(arguments: Arguments, skeleton: Skeleton, teacher: Skeleton | None) -> dict[str, Any]:
-    """Data sets and collator, after the data has been looked over."""
+def _data(
+    arguments: Arguments, skeleton: Skeleton, teacher: Skeleton | None
+) -> tuple[Samples, Samples | None, DataCollatorForSupervisedDataset]:
+    """What is trained on, what is held out, and the collator, after the data has been looked over."""
     data = arguments.data
     settings = vars(data) | {
         "image_processor": skeleton.image_processor,
@@ -428,16 +447,15 @@ def _data_module(arguments: Arguments, skeleton: Skeleton, teacher: Skeleton | N
         settings["teacher_image_processor"] = teacher.image_processor
         settings["teacher_image_aspect_ratio"] = teacher.model.config.image_aspect_ratio
     module = make_supervised_data_module(skeleton.tokenizer, SimpleNamespace(**settings))
-    module = {name: module[name] for name in ("train_dataset", "data_collator")}
+    whole, collator = module["train_dataset"], module["data_collator"]
     if data.eval_data_path is not None:
         held_out = make_supervised_data_module(
             skeleton.tokenizer, SimpleNamespace(**{**settings, "data_path": data.eval_data_path})
         )
-        module["eval_dataset"] = held_out["train_dataset"]
-    elif data.eval_share is not None:
-        seed = arguments.training.seed
-        module["train_dataset"], module["eval_dataset"] = hold_out(module["train_dataset"], data.eval_share, seed)
-    return module
+        return whole, held_out["train_dataset"], collator
+    if data.eval_share is not None:
+        return *hold_out(whole, data.eval_share, arguments.training.seed), collator
+    return whole, None, collator
 
 
 def _set_up_logging() -> None:

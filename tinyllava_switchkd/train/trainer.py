@@ -20,13 +20,13 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DynamoBackend
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
@@ -42,7 +42,11 @@ from .task import SupervisedTask
 from .validation import held_out_means
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers.trainer_utils import TrainOutput
+
     from tinyllava_switchkd.data.collator import Batch
+    from tinyllava_switchkd.data.dataset import Samples
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -66,13 +70,13 @@ class LLaVATrainer(ReliableTrainer):
         model: Task | TinyLlava,
         args: TrainingArguments,
         recipe: BaseTrainingRecipe | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         task = model if isinstance(model, Task) else SupervisedTask(model, packing=args.packing)
         reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
         self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
-        self._epoch_sampler: Any = None
+        self._epoch_sampler: Sampler | None = None
         self._window = _Window(task.measures)
         self._step_counts: dict[str, Tensor] | None = None
         self._first_of_step = False
@@ -95,7 +99,7 @@ class LLaVATrainer(ReliableTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
+    ) -> tuple[list[Batch], Tensor | None]:
         """The micro-batches of an optimiser step, and the number of supervised tokens in them on all ranks."""
         start = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -114,7 +118,7 @@ class LLaVATrainer(ReliableTrainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The task's loss; the rest of what it reports goes into the logging window."""
         if self._gradient_of_images:
             inputs["images"].requires_grad_()
@@ -144,7 +148,7 @@ class LLaVATrainer(ReliableTrainer):
             logs = {**logs, **self._window.close(self.accelerator, self.state.global_step)}
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
         with warnings.catch_warnings():
             # tasks speak of gradient checkpointing, as all supported versions of transformers understand
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
@@ -170,7 +174,7 @@ class LLaVATrainer(ReliableTrainer):
     # Held-out data
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Samples | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Every loss and measure of the task on held-out data, without gradients, on all ranks."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -180,7 +184,7 @@ class LLaVATrainer(ReliableTrainer):
         means = held_out_means(self, model, dataset, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _load_best_model(self) -> None:
@@ -192,8 +196,8 @@ class LLaVATrainer(ReliableTrainer):
 
     # Order of the samples
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+    def _get_train_sampler(self, train_dataset: Samples | None = None) -> Sampler | None:
+        dataset: Samples = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if not args.group_by_modality_length and args.train_sampling_strategy != "group_by_length":
             self._epoch_sampler = self.fill_up(super()._get_train_sampler(dataset))
@@ -223,7 +227,7 @@ class LLaVATrainer(ReliableTrainer):
             self.optimizer: torch.optim.Optimizer | None = optimizer
         return self.optimizer
 
-    def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, object]]:
         """Trainable parameters by learning rate and weight decay; groups without any are left out."""
         model = self.model if model is None else model
         rates = {"connector": self.args.mm_projector_lr, "vision_tower": self.args.vision_tower_lr}
@@ -273,8 +277,9 @@ class _Begin(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if hasattr(self._trainer._epoch_sampler, "set_epoch"):
-            self._trainer._epoch_sampler.set_epoch(int(state.epoch + 1e-6))
+        set_epoch = getattr(self._trainer._epoch_sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch + 1e-6))
 
 
 class _SyncTeacherCache(TrainerCallback):
@@ -323,7 +328,7 @@ class _Window:
         value = value.double() if value.device.type != "mps" else value.float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def close(self, accelerator: Any, step: int) -> dict[str, float]:
+    def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Means over the window and all ranks, tokens per second and what is lost; begins the next window."""
         names, steps = sorted(self._sums), max(step - self._step, 1)
         if not names:

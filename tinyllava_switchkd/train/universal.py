@@ -12,12 +12,17 @@ import io
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from tinyllava_switchkd.io import JsonObject
 
 from . import checkpoints
 from .resume import ResumeError, reading
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +78,12 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
     return view
 
 
-def configure(config: dict[str, Any]) -> None:
+def configure(config: JsonObject) -> None:
     """Have DeepSpeed read the universal form."""
     config.setdefault("checkpoint", {})["load_universal"] = True
 
 
-def complete(optimizer: Any, before: list[dict[str, Any]], rates: list[float]) -> None:
+def complete(optimizer: Optimizer, before: list[dict[str, object]], rates: list[float]) -> None:
     """Put right what DeepSpeed's reader of the universal form leaves wrong under ZeRO-3.
 
     It gives all groups of parameters the settings of the first one, and all of them one counter of steps between them,
@@ -117,11 +122,11 @@ def _check(shards: Path) -> None:
         _check_names(shards, state.get("module") or ())
 
 
-def _values(state: Any) -> list[Mapping[str, Any]]:
+def _values(state: dict[object, JsonObject] | list[JsonObject] | None) -> list[JsonObject]:
     return list(state.values()) if isinstance(state, dict) else list(state or ())
 
 
-def _check_names(shards: Path, names: Iterator[str] | Any) -> None:
+def _check_names(shards: Path, names: Iterable[object]) -> None:
     for name in names:
         if not isinstance(name, str) or not all(
             part.replace("-", "_").isidentifier() or part.isdigit() for part in name.split(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.distill import Task
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.collator import Sample
+    from tinyllava_switchkd.data.dataset import LazySupervisedDataset, Samples
+    from tinyllava_switchkd.train.reliable import ReliableTrainer
 
 
 class Subset(Dataset):
@@ -22,19 +27,22 @@ class Subset(Dataset):
         indices: which samples; -1 stands for one from which nothing is learned (to make ranks even).
     """
 
-    def __init__(self, whole: Any, indices: Sequence[int]) -> None:
+    def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
         self.whole = whole
         self.indices = list(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Sample:
         index = self.indices[number]
         sample = self.whole[max(index, 0)]
         if index < 0:
             sample = {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
         return sample
+
+    def encode(self, number: int) -> Sample:
+        return self.whole.encode(max(self.indices[number], 0))
 
     @property
     def lengths(self) -> list[int]:
@@ -52,7 +60,7 @@ class Subset(Dataset):
         return getattr(self.whole, name)
 
 
-def hold_out(dataset: Any, share: float, seed: int) -> tuple[Subset, Subset]:
+def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[Subset, Subset]:
     """Split a data set by the ids of its samples: the same id is always on the same side, whatever the order.
 
     Args:
@@ -83,7 +91,7 @@ def _place(name: str, seed: int) -> float:
 
 
 @torch.no_grad()
-def held_out_means(trainer: Any, model: nn.Module, dataset: Any, batch_size: int) -> dict[str, float]:
+def held_out_means(trainer: ReliableTrainer, model: nn.Module, dataset: Samples, batch_size: int) -> dict[str, float]:
     """Every loss and measure of a task over a data set, each sample counted once, on all ranks.
 
     Args:

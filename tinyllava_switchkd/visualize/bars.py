@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .curves import STYLE
 from .radar import COLOURS, INK
-
-if TYPE_CHECKING:
-    pass
 
 
 def draw_bars(

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -14,9 +13,6 @@ from tinyllava_switchkd.data.image_files import to_rgb
 
 from .curves import STYLE
 from .radar import INK
-
-if TYPE_CHECKING:
-    pass
 
 RIGHT, WRONG = "#00734f", "#b3400e"
 """Ink of right and wrong answers; a mark in front says the same without colour."""

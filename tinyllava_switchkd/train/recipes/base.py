@@ -17,6 +17,7 @@ from ..parts import describe, set_tune_type, tune_from_layer
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+    from tinyllava_switchkd.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class BaseTrainingRecipe:
                 f"{arguments.tune_vision_tower_from_layer}) and --tune_type_connector {arguments.tune_type_connector}."
             )
 
-    def save(self, model: TinyLlava, trainer: Any) -> None:
+    def save(self, model: TinyLlava, trainer: LLaVATrainer) -> None:
         """Write the trained model, and last the trainer's state, which marks the run as finished."""
         trainer.save_model(self.training_arguments.output_dir)
         trainer.accelerator.wait_for_everyone()

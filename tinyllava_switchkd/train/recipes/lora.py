@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,7 +109,7 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
 
     def read_student(self, model: TinyLlava, folder: str) -> None:
         root = Path(folder)
-        state: dict[str, Any] = {}
+        state: dict[str, Tensor] = {}
         for part, prefix in SPLIT_FOLDERS.items():
             weights = torch.load(root / part / "pytorch_model.bin", map_location="cpu", weights_only=True)
             state |= {prefix + name: value for name, value in weights.items()}

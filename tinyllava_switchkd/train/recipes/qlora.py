@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
 
         shape = {"input_features": linear.in_features, "output_features": linear.out_features}
         if self.training_arguments.bits == 4:
-            how: dict[str, Any] = {
+            how = {
                 "compress_statistics": self.training_arguments.double_quant,
                 "quant_type": self.training_arguments.quant_type,
             }
