@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 CACHE = (
     "cache"
@@ -15,11 +18,11 @@ CACHE = (
 """What the language models of the installed transformers call their cache, as an argument and in their outputs."""
 
 
-def with_cache(cache: Any) -> dict[str, Any]:
+def with_cache(cache: Cache | None) -> dict[str, Cache]:
     """The keyword argument that hands a cache to a language model; nothing without one."""
     return {} if cache is None else {CACHE: cache}
 
 
-def cache_of(outputs: Any) -> Any:
+def cache_of(outputs: ModelOutput) -> Cache | None:
     """The cache in a language model's output; None without one."""
     return outputs.get(CACHE)

@@ -10,12 +10,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.io import read_json, write_text
+from tinyllava_switchkd.io import JsonObject, read_json, write_text
 
 CARD = "README.md"
 MARK = "<!-- Written by tinyllava_switchkd from the files of this folder; remove this line to keep your own text. -->"
@@ -148,7 +147,7 @@ print(found["choices"][0]["message"]["content"])
 }
 
 
-def write_model_card(folder: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> Path:
+def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None) -> Path:
     """Write the card of a folder, or write it anew when the folder has come to know more.
 
     Args:
@@ -171,11 +170,11 @@ def write_model_card(folder: str | os.PathLike, facts: Mapping[str, Any] | None 
     return file
 
 
-def facts_of(folder: str | os.PathLike) -> dict[str, Any]:
+def facts_of(folder: str | os.PathLike) -> JsonObject:
     """What a folder knows of how its model was made, for `write_model_card` of a copy or an export of it."""
     folder = Path(folder)
     facts = _read(folder, FACTS)
-    known: dict[str, Any] = {}
+    known: JsonObject = {}
     for name in ("training_args.json", "trainer_state.json", "fingerprint.json"):
         known |= _read(folder, name)
     kept = {key: value for key, value in known.items() if key in {*SETTINGS, "data_path", "teacher_path"}}
@@ -236,7 +235,7 @@ def model_card(folder: str | os.PathLike) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _cautions(record: Mapping[str, Any]) -> list[str]:
+def _cautions(record: JsonObject) -> list[str]:
     """What whoever runs an export has to know: where it is approximate, and what to do with images."""
     found = [f"Approximate: {part}" for part in record.get("approximate") or ()]
     if measured := record.get("every_patch"):
@@ -249,7 +248,7 @@ def _cautions(record: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def kind_of(folder: Path, config: Mapping[str, Any]) -> str:
+def kind_of(folder: Path, config: JsonObject) -> str:
     """Which of `KINDS` a folder is."""
     if any(folder.glob("*.gguf")):
         return "gguf"
@@ -267,11 +266,11 @@ def _what(kind: str) -> str:
     }[kind]
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> JsonObject:
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 
-def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any], distilled: bool, method: str) -> str:
+def _front_matter(kind: str, facts: JsonObject, bases: JsonObject, distilled: bool, method: str) -> str:
     """The hub's metadata. Only names that a hub may know are given as base models."""
     library = {"onnx": "transformers.js", "hf-llava": "transformers", "gguf": "gguf"}.get(kind, "tinyllava_switchkd")
     names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
@@ -288,7 +287,7 @@ def _front_matter(kind: str, facts: Mapping[str, Any], bases: Mapping[str, Any],
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _training(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _training(settings: JsonObject, facts: JsonObject) -> str:
     rows = []
     data = facts.get("data")
     if data:
@@ -307,7 +306,7 @@ def _training(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return _table(("setting", ""), rows) if rows else ""
 
 
-def _results(folder: Path, facts: Mapping[str, Any]) -> str:
+def _results(folder: Path, facts: JsonObject) -> str:
     parts = []
     if facts.get("results"):
         parts.append(_table(("benchmark", "score"), [(str(k), f"{v}") for k, v in facts["results"].items()]))
@@ -327,7 +326,7 @@ def _results(folder: Path, facts: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _licence(facts: Mapping[str, Any], bases: Mapping[str, Any]) -> str:
+def _licence(facts: JsonObject, bases: JsonObject) -> str:
     if facts.get("license"):
         return f"The weights: {facts['license']}. The software: Apache-2.0."
     names = " and ".join(str(bases[part]) for part in ("language model", "vision tower") if bases.get(part))
@@ -336,7 +335,7 @@ def _licence(facts: Mapping[str, Any], bases: Mapping[str, Any]) -> str:
     )
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     return f"`{value}`"
 
 

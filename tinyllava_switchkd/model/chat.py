@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Shown = Image.Image | str | Path
+Images = Shown | list[Shown] | tuple[Shown, ...] | None
+
 # Template of a checkpoint that does not name one, by language model (README of TinyLLaVA v1).
 TEMPLATE_OF_LLM = {
     "qwen2": "qwen2_base",
@@ -57,7 +60,7 @@ def conversation_template(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) 
 def chat(
     model: TinyLlava,
     prompt: str,
-    image: Image.Image | str | Path | Sequence[Image.Image | str | Path] | None = None,
+    image: Images = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     image_processor: BaseImageProcessor | None = None,
@@ -94,8 +97,8 @@ def chat(
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
-    paths_or_images: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    images = [item if isinstance(item, Image.Image) else _open(item) for item in paths_or_images]
+    given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    images = [item if isinstance(item, Image.Image) else _open(item) for item in given]
     template = TextPreprocess(tokenizer, conv_version or conversation_template(model, tokenizer))
     messages = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):

@@ -27,7 +27,7 @@ from .vision_tower import resolve_vision_tower
 from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ def load_pretrained_model(
     model_name_or_path: str | os.PathLike,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: Any = None,
+    device_map: str | dict[str, int | str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     compile: bool = False,
     config: TinyLlavaConfig | None = None,
     **hub: Any,
-) -> tuple[TinyLlavaForConditionalGeneration, Any, Any, int]:
+) -> tuple[TinyLlavaForConditionalGeneration, PreTrainedTokenizerBase, BaseImageProcessor, int]:
     """Load a checkpoint of any of v1's layouts, ready to generate.
 
     The configuration, the tokenizer and the image processor come from the checkpoint itself where it has them; the base
@@ -89,7 +89,9 @@ def load_pretrained_model(
     return model, model.tokenizer, model.image_processor, model.config.tokenizer_model_max_length
 
 
-def _quantization_config(load_8bit: bool, load_4bit: bool, device: str | torch.device, dtype: Any) -> Any:
+def _quantization_config(
+    load_8bit: bool, load_4bit: bool, device: str | torch.device, dtype: torch.dtype | str | None
+) -> BitsAndBytesConfig | None:
     if load_8bit and load_4bit:
         raise ValueError("Ask for load_8bit or load_4bit, not both.")
     check_quantization("load_8bit" if load_8bit else "load_4bit", device)
@@ -169,7 +171,7 @@ def plan_model(
     vision_tower2: str = "",
     cache_dir: str | None = None,
     **config_fields: Any,
-) -> tuple[TinyLlavaConfig, Any]:
+) -> tuple[TinyLlavaConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer of what `build_model` makes of the same arguments; no weights are read.
 
     Raises:
@@ -213,11 +215,11 @@ def build_model(
     pretrained_vision_tower_path: str | None = None,
     pretrained_connector_path: str | None = None,
     dtype: torch.dtype | None = None,
-    attn_implementation: Any = None,
+    attn_implementation: str | dict[str, str] | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | None = None,
     **config_fields: Any,
-) -> tuple[TinyLlavaForConditionalGeneration, Any, Any]:
+) -> tuple[TinyLlavaForConditionalGeneration, PreTrainedTokenizerBase, BaseImageProcessor]:
     """A fresh TinyLLaVA of a base language model, a base vision tower and a connector.
 
     Args:
@@ -262,7 +264,7 @@ def build_model(
     tensors = {f"language_model.{name}": tensor for name, tensor in llm_weights.items()}
     tensors |= {f"vision_tower._vision_tower.{name}": tensor for name, tensor in tower_weights.items()}
     tensors |= {f"connector.{name}": tensor for name, tensor in connector_weights.items()}
-    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = TinyLlavaForConditionalGeneration.from_tensors(
         config,
         tensors,

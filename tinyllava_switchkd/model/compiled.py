@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import CompileConfig
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+
 
 def compile_generation(
-    model: Any, max_length: int | None = None, mode: str = "default", backend: str | Callable = "inductor"
-) -> Any:
+    model: TinyLlava, max_length: int | None = None, mode: str = "default", backend: str | Callable = "inductor"
+) -> TinyLlava:
     """Make `generate` run compiled decoding steps over a static cache, in place.
 
     The first answer waits for the compiler; the prompt of each (with its image) runs as before. It helps where a step

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.io import JsonObject
 
 
 class TinyLlavaConfig(PretrainedConfig):
@@ -49,15 +49,15 @@ class TinyLlavaConfig(PretrainedConfig):
         vision_model_name_or_path: str = "",
         vision_model_name_or_path2: str = "",
         connector_type: str | None = None,
-        text_config: dict[str, Any] | PretrainedConfig | None = None,
-        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        text_config: JsonObject | PretrainedConfig | None = None,
+        vision_config: JsonObject | PretrainedConfig | None = None,
         vision_feature_layer: int = -2,
         vision_feature_select_strategy: str = "patch",
         image_aspect_ratio: str = "square",
         num_queries: int | None = None,
         resampler_hidden_size: int | None = None,
         num_resampler_layers: int | None = None,
-        qformer_config: dict[str, Any] | None = None,
+        qformer_config: JsonObject | None = None,
         pad_token: str | None = None,
         pad_token_id: int | None = None,
         tokenizer_padding_side: str = "right",
@@ -70,7 +70,7 @@ class TinyLlavaConfig(PretrainedConfig):
         tune_type_connector: str = "frozen",
         tune_type_vision_tower: str = "frozen",
         tune_vision_tower_from_layer: int = -1,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         # Published configurations write null where a field has no value; null then means the default.
         self.llm_model_name_or_path = llm_model_name_or_path or ""
@@ -124,7 +124,7 @@ class TinyLlavaConfig(PretrainedConfig):
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)
 
-    def _build_text_config(self, text_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    def _build_text_config(self, text_config: JsonObject | PretrainedConfig | None) -> PretrainedConfig:
         if isinstance(text_config, PretrainedConfig):
             return text_config
         if text_config:
@@ -136,7 +136,7 @@ class TinyLlavaConfig(PretrainedConfig):
             return read_base_config(self.llm_model_name_or_path, self.cache_dir)
         return CONFIG_MAPPING["llama"]()
 
-    def _build_vision_config(self, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    def _build_vision_config(self, vision_config: JsonObject | PretrainedConfig | None) -> PretrainedConfig:
         if isinstance(vision_config, PretrainedConfig):
             config = vision_config
         elif vision_config:
@@ -166,14 +166,14 @@ class TinyLlavaConfig(PretrainedConfig):
         return config
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: JsonObject, **kwargs: object) -> TinyLlavaConfig:
         """As in transformers. Whoever reads a configuration may next ask AutoModelForCausalLM for the model."""
         importlib.import_module(".modeling", __package__)  # registers the model class
         # Which attention kernel a checkpoint was trained with says nothing of what this machine has.
         config_dict = {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
         return super().from_dict(config_dict, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As in transformers, without the folders of the machine that the model was trained on (v1 kept them)."""
         fields = super().to_dict()
         names = ("llm_model_name_or_path", "tokenizer_name_or_path")
@@ -200,7 +200,7 @@ def without_folder(name: str) -> str:
     return prefix + colon + path
 
 
-def config_from_dict(fields: dict[str, Any], default_type: str, where: str) -> PretrainedConfig:
+def config_from_dict(fields: JsonObject, default_type: str, where: str) -> PretrainedConfig:
     """A transformers configuration from its dict, by its ``model_type``.
 
     Raises:

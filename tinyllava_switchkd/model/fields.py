@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
+from tinyllava_switchkd.io import JsonObject
+
 from .vision_tower.base import SELECT_STRATEGIES
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -35,11 +37,11 @@ def of(kind: type, words: str) -> Rule:
     return words, lambda value: isinstance(value, kind)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -132,7 +134,7 @@ ADAPTER: dict[str, Rule] = {
 }
 
 
-def check_config(fields: Mapping[str, Any], file: Path) -> None:
+def check_config(fields: JsonObject, file: Path) -> None:
     """Refuse a TinyLLaVA configuration with a field of the wrong kind.
 
     Raises:
@@ -157,7 +159,7 @@ def check_config(fields: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file}: {what} would fetch or open other files; a checkpoint holds all it needs.")
 
 
-def check_adapter(fields: Mapping[str, Any], file: Path) -> None:
+def check_adapter(fields: JsonObject, file: Path) -> None:
     """Refuse an ``adapter_config.json`` that is no LoRA adapter's.
 
     Raises:
@@ -171,7 +173,7 @@ def check_adapter(fields: Mapping[str, Any], file: Path) -> None:
     _check(fields, ADAPTER, file, "")
 
 
-def _check_nested(fields: Any, file: Path, where: str) -> None:
+def _check_nested(fields: object, file: Path, where: str) -> None:
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: {where.rstrip('.')} is {_shown(fields)}, not an object of fields.")
     _check(fields, PART, file, where)
@@ -187,7 +189,7 @@ def _check_nested(fields: Any, file: Path, where: str) -> None:
         )
 
 
-def _check(fields: Mapping[str, Any], rules: Mapping[str, Rule], file: Path, where: str) -> None:
+def _check(fields: JsonObject, rules: Mapping[str, Rule], file: Path, where: str) -> None:
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {where}{name} is {value}, which is no number to compute with.")
@@ -198,6 +200,6 @@ def _check(fields: Mapping[str, Any], rules: Mapping[str, Rule], file: Path, whe
             raise ValueError(f"{file}: {where}{name} is {_shown(value)}, not {words}.")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

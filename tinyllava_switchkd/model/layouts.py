@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -19,10 +19,12 @@ from .vision_tower import resolve_vision_tower
 from .weights import read_checkpoint, refuse_unusable
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
-def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
+def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
     source = str(folder) if has_tokenizer(folder) else config.tokenizer_name_or_path
     tokenizer = load_tokenizer(
@@ -42,7 +44,7 @@ def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> Any:
     return tokenizer
 
 
-def image_processor_of(folder: Path, model: TinyLlava) -> Any:
+def image_processor_of(folder: Path, model: TinyLlava) -> BaseImageProcessor:
     """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
     if (folder / "preprocessor_config.json").is_file():
         processor = load_image_processor(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from tinyllava_switchkd.io import JsonObject
 
 from .configuration import TinyLlavaConfig
 
@@ -26,12 +26,12 @@ SIGLIP_SO400M_CONFIG = {
 }
 
 
-def is_bench_config(fields: dict[str, Any]) -> bool:
+def is_bench_config(fields: JsonObject) -> bool:
     """Whether a ``config.json`` is TinyLLaVABench's: one flat dict of the language model and ``mm_*`` fields."""
     return "mm_projector_type" in fields and fields.get("model_type") != TinyLlavaConfig.model_type
 
 
-def config_from_bench(fields: dict[str, Any]) -> TinyLlavaConfig:
+def config_from_bench(fields: JsonObject) -> TinyLlavaConfig:
     """TinyLLaVABench's configuration as v1's.
 
     Raises:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.registry import Registry, base_name
 
@@ -19,7 +18,9 @@ from .trust import CodeRefused, one_sentence, read_json, refuse_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
-LLMEntry = tuple[Any, tuple[Any, Callable[[Any], Any]]]
+PostLoad = Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase]
+LLMEntry = tuple[type[PreTrainedModel], tuple[type[AutoTokenizer], PostLoad]]
+"""Class of a language model, class of its tokenizer, and what is done to that once it is loaded."""
 
 
 def read_model_type(name_or_path: str) -> str | None:
@@ -95,20 +96,20 @@ def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
     )
 
 
-def pad_is_unk(tokenizer: PreTrainedTokenizerBase) -> Any:
+def pad_is_unk(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """v1's rule for phi, gemma and llama: pad with the unknown token (the end token where there is none)."""
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def unk_is_pad(tokenizer: PreTrainedTokenizerBase) -> Any:
+def unk_is_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """v1's rule for Qwen: the unknown token is the padding token."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.unk_token = tokenizer.pad_token
     return tokenizer
 
 
-def keep_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
+def keep_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """v1's rule for StableLM: nothing changes (padding falls back to the end token)."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -176,7 +177,7 @@ def load_tokenizer(
     model_max_length: int | None = None,
     padding_side: str = "right",
     cache_dir: str | None = None,
-) -> Any:
+) -> PreTrainedTokenizerBase:
     """The (always fast) tokenizer at `name_or_path` after the language model's `post_load`.
 
     Args:
@@ -194,7 +195,7 @@ def load_tokenizer(
     if text_config is None:
         text_config = read_base_config(llm, cache_dir)
     tokenizer_class, post_load = resolve_llm(llm, text_config)[1]
-    kwargs: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
+    kwargs: dict[str, object] = {} if model_max_length is None else {"model_max_length": model_max_length}
     kwargs |= {"padding_side": padding_side, "cache_dir": cache_dir}
     tokenizer = post_load(open_tokenizer(name_or_path, tokenizer_class, **kwargs))
     if tokenizer.pad_token is None:
@@ -205,7 +206,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def open_tokenizer(name_or_path: str, tokenizer_class: Any = AutoTokenizer, **kwargs: Any) -> Any:
+def open_tokenizer(
+    name_or_path: str, tokenizer_class: type[AutoTokenizer] = AutoTokenizer, **kwargs: object
+) -> PreTrainedTokenizerBase:
     """A tokenizer as its files say, without code of theirs; `kwargs` are those of `from_pretrained`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BaseImageProcessor,
+    Cache,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinyllava_switchkd.constants import IGNORE_INDEX
 
 from .caches import cache_of, with_cache
-from .chat import chat
+from .chat import Images, chat
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
 from .layouts import merge_adapter, open_checkpoint, read_config
@@ -107,8 +109,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: object,
         config: TinyLlavaConfig | None = None,
         cache_dir: str | None = None,
         force_download: bool = False,
@@ -150,7 +152,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         return model
 
     @classmethod
-    def outline(cls, config: TinyLlavaConfig, source: Any) -> TinyLlavaForConditionalGeneration | None:
+    def outline(cls, config: TinyLlavaConfig, source: object) -> TinyLlavaForConditionalGeneration | None:
         """The model without memory (on the meta device): its parts' shapes, for milliseconds.
 
         Returns:
@@ -176,11 +178,11 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         cls,
         config: TinyLlavaConfig,
         tensors: dict[str, Tensor],
-        source: Any,
+        source: object,
         *,
         dtype: torch.dtype | str | None = None,
         output_loading_info: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """A model with given weights.
 
@@ -228,7 +230,13 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         model.config.name_or_path = model.name_or_path = str(source)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: object,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the checkpoint in v1's layout; a tied output head is left out."""
         if state_dict is None:
             state_dict = self.state_dict()
@@ -255,14 +263,13 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model.set_decoder(decoder)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
         embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.vocab_size = self.config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        enable = kwargs.get("enable", args[0] if args else True)
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: object, **kwargs: object) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
         self.vision_tower.set_gradient_checkpointing(enable)
 
     def freeze_unused_parameters(self) -> int:
@@ -338,16 +345,16 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         images: Tensor | list[Tensor] | None = None,
-        image_sizes: Any = None,
+        image_sizes: object = None,
         image_features: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> TinyLlavaOutput:
         """Logits and loss of a batch.
 
@@ -410,7 +417,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self,
         inputs: Tensor | None = None,
         images: Tensor | list[Tensor] | None = None,
-        image_sizes: Any = None,
+        image_sizes: object = None,
         attention_mask: Tensor | None = None,
         image_features: Tensor | None = None,
         **kwargs: Any,
@@ -449,7 +456,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         )
 
     def chat(
-        self, prompt: str, image: Any = None, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+        self, prompt: str, image: Images = None, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
     ) -> str:
         """Answer a question about an image; see `tinyllava_switchkd.model.chat.chat` for every argument."""
         return chat(self, prompt, image, tokenizer, **kwargs)
@@ -470,7 +477,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         """Add to the arguments of `generate`, in place, what the language model's own would get wrong here."""
         given = kwargs.get("generation_config")
         known = given or self.language_model.generation_config
-        settings: dict[str, Any] = {}
+        settings: dict[str, object] = {}
         if kwargs.get("pad_token_id", known.pad_token_id) is None:
             settings["pad_token_id"] = self._pad_token_id()
         if "use_cache" not in kwargs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +27,7 @@ def load_image_processor(folder: str | Path) -> BaseImageProcessor:
         ) from error
 
 
-def check_image_processor(processor: Any, size: int, file: Path) -> None:
+def check_image_processor(processor: BaseImageProcessor, size: int, file: Path) -> None:
     """Try an image processor on a small picture.
 
     Args:

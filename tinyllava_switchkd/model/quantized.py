@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 EXACT_MODULES = ("vision_tower", "connector", "lm_head")
 """What is never quantised."""
@@ -42,7 +45,7 @@ def check_quantization(asked: str, device: str | torch.device) -> None:
         raise ValueError(f"{asked} is not possible on {kind}: bitsandbytes has kernels for {', '.join(supported)}.")
 
 
-def quantization_config(bits: int, compute_dtype: torch.dtype) -> Any:
+def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """transformers' configuration of 8 bits (LLM.int8) or 4 bits (NF4 with quantised scales, as QLoRA's).
 
     Args:

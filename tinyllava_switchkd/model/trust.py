@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING
 
 from tinyllava_switchkd import io
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
+from tinyllava_switchkd.io import JsonObject
 
 OUR_TYPES = ("tinyllava", "tiny_llava")
 OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")
@@ -21,7 +21,7 @@ CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
 """Fields that name Python files (transformers' custom models, generation loops and pipelines)."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> JsonObject:
     """A JSON object on disk, such as a ``config.json``.
 
     Raises:
@@ -59,7 +59,7 @@ def refuse_code(folder: Path) -> None:
         raise CodeRefused(_sentence(folder / "custom_generate", "holds a generation loop"))
 
 
-def refuse_code_in(fields: dict[str, Any], source: Any) -> None:
+def refuse_code_in(fields: JsonObject, source: object) -> None:
     """The same for one file's fields.
 
     Raises:
@@ -77,14 +77,14 @@ def one_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-def _sentence(source: Any, what: str) -> str:
+def _sentence(source: object, what: str) -> str:
     return (
         f"{source} {what} code of its own, and code that comes with a model is never run here; use a model whose "
         f"classes this package or transformers has, or write a plugin (docs/extend.md)."
     )
 
 
-def _is_native(part: dict[str, Any]) -> bool:
+def _is_native(part: JsonObject) -> bool:
     """Whether all classes that a model's ``auto_map`` names are ones that are installed, under the same model type."""
     auto_map, model_type = part["auto_map"], part.get("model_type")
     if not isinstance(auto_map, dict) or not isinstance(model_type, str):
@@ -98,7 +98,7 @@ def _is_native(part: dict[str, Any]) -> bool:
     return all(name.startswith(stem) and hasattr(transformers, name) for name in names)
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
+def _objects(value: object) -> Iterator[JsonObject]:
     """All JSON objects in a value."""
     stack = [value]
     while stack:

@@ -111,7 +111,7 @@ def shard_names(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def refuse_unusable(tensors: Mapping[str, Tensor], source: Any, parameters: Collection[str] | None = None) -> None:
+def refuse_unusable(tensors: Mapping[str, Tensor], source: object, parameters: Collection[str] | None = None) -> None:
     """Raise a ValueError that names the first weight that cannot be computed with.
 
     Every tensor is looked at once, for its least and greatest number (a NaN is both): nothing is copied.
@@ -239,7 +239,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> N
     module.load_state_dict(tensors)
 
 
-def refuse(source: str | Path, missing: Iterable[str], unexpected: Iterable[str], wrong_shape: Iterable[str]) -> None:
+def refuse(source: object, missing: Iterable[str], unexpected: Iterable[str], wrong_shape: Iterable[str]) -> None:
     """Raise a ValueError that names what does not fit; nothing if everything does."""
     parts = [
         f"{len(names)} weights {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template import Template, TemplateFactory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.data.template.base import Message
 
 Turns = Sequence[tuple[str, str | None]]
 """(question, answer) pairs; the last answer may be None."""
@@ -179,7 +181,7 @@ def _text(template: Template, turns: Turns) -> str:
 
 
 def _ids_in_training(template: Template, turns: Turns, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     for question, answer in turns:
         messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     ids = template.encode(messages, tokenizer, mode="eval")["input_ids"].tolist()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import TemplateFactory
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..checkpoint import save_pretrained_model
 from ..configuration import TinyLlavaConfig
@@ -91,7 +90,7 @@ def from_hf_llava(
         card_of_export(folder, returned, Path(output_dir).resolve().name)
 
 
-def why_not_tinyllava(fields: dict[str, Any]) -> str | None:
+def why_not_tinyllava(fields: JsonObject) -> str | None:
     """Why a LLaVA's configuration cannot be a TinyLLaVA's, in one sentence; None if it can."""
     tower = fields.get("vision_config", {}).get("model_type", "clip_vision_model")
     if tower not in TOWERS:
@@ -105,7 +104,7 @@ def why_not_tinyllava(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def _image_settings(folder: Path) -> dict[str, Any]:
+def _image_settings(folder: Path) -> JsonObject:
     """Settings of the image processor, in whichever of transformers' two files they are."""
     file = folder / "preprocessor_config.json"
     settings = read_json(file) if file.is_file() else read_json(folder / "processor_config.json")["image_processor"]
@@ -117,7 +116,7 @@ def _image_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _tensors(tensors: dict[str, Tensor], fields: dict[str, Any], record: dict[str, Any]) -> dict[str, Tensor]:
+def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject) -> dict[str, Tensor]:
     """The weights under v1's names, without the row that the export added."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -145,8 +144,8 @@ def _tensors(tensors: dict[str, Tensor], fields: dict[str, Any], record: dict[st
 
 
 def _config(
-    fields: dict[str, Any],
-    record: dict[str, Any],
+    fields: JsonObject,
+    record: JsonObject,
     tensors: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     conv_version: str,

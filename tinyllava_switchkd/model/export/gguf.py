@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
-from tinyllava_switchkd.io import write_json
+from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model
@@ -38,6 +38,7 @@ from .questions import default_questions
 from .targets import GgufTarget
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
@@ -89,7 +90,7 @@ def to_gguf(
     conv_version: str | None = None,
     allow_approximate: bool = False,
     verify: bool = True,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write a TinyLLaVA checkpoint as GGUF files.
 
     Args:
@@ -316,12 +317,12 @@ class _Vocabulary:
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)
 
 
-def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     _add_image_token(tokenizer)
     return tokenizer
 
 
-def _split(backend: dict[str, Any]) -> str:
+def _split(backend: JsonObject) -> str:
     """How a tokenizer splits a text: its regular expression, or the names of its steps."""
     steps = backend["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
@@ -339,7 +340,9 @@ def _is_byte(content: str) -> bool:
     return len(content) == 1 and content.isascii()
 
 
-def _write_language(model: TinyLlava, vocabulary: _Vocabulary, tensors: dict[str, Any], file: Path, dtype: str) -> None:
+def _write_language(
+    model: TinyLlava, vocabulary: _Vocabulary, tensors: dict[str, np.ndarray], file: Path, dtype: str
+) -> None:
     import gguf
 
     text = model.config.text_config
@@ -379,7 +382,7 @@ def _write_language(model: TinyLlava, vocabulary: _Vocabulary, tensors: dict[str
 
 
 def _write_vision(
-    model: TinyLlava, image_processor: BaseImageProcessor, tensors: dict[str, Any], file: Path, dtype: str
+    model: TinyLlava, image_processor: BaseImageProcessor, tensors: dict[str, np.ndarray], file: Path, dtype: str
 ) -> None:
     import gguf
 
@@ -412,7 +415,7 @@ def _file_type(dtype: str) -> int:
     return gguf.LlamaFileType[names[dtype]]
 
 
-def _stored_as(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+def _stored_as(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
     """The type that a tensor is stored in."""
     import gguf
 
@@ -425,7 +428,7 @@ def _stored_as(name: str, shape: tuple[int, ...], dtype: str) -> Any:
     return gguf.GGMLQuantizationType[dtype.upper()]
 
 
-def _add_tensors(writer: Any, tensors: dict[str, np.ndarray], dtype: str) -> None:
+def _add_tensors(writer: GGUFWriter, tensors: dict[str, np.ndarray], dtype: str) -> None:
     """Add all tensors and write the file."""
     import gguf
 
@@ -460,7 +463,7 @@ def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 @torch.no_grad()
 def _measure_every_patch(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, conv_version: str
-) -> dict[str, Any]:
+) -> JsonObject:
     """What the patch that training left out changes, asked in torch about drawn images."""
     text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(image_processor, model.config)
     questions, equal, difference = default_questions(), 0, 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from transformers import (
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory
-from tinyllava_switchkd.io import write_json
+from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
@@ -37,6 +37,7 @@ from .files import RECORD, card_of_export, empty_folder, read_by_older_versions,
 from .verify import verify_export
 
 if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def why_not_llava(model: TinyLlava) -> str | None:
     return None
 
 
-def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> dict[str, Any]:
+def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> JsonObject:
     """What the TinyLLaVA's configuration and tokenizer say and LLaVA's do not."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
@@ -169,7 +170,7 @@ def _processor(
     return processor
 
 
-def _image_processor(image_processor: BaseImageProcessor, config: Any) -> BaseImageProcessor:
+def _image_processor(image_processor: BaseImageProcessor, config: TinyLlavaConfig) -> BaseImageProcessor:
     """The image processor that also fills up to a square where the model wants it, which LLaVA's own does."""
     settings = image_processor.to_dict() | {"do_convert_rgb": True}
     settings.pop("image_processor_type", None)
@@ -218,7 +219,7 @@ def _projector(model: TinyLlava) -> dict[str, Tensor]:
     return {f"multi_modal_projector.{name}": tensor for name, tensor in zip(names, own, strict=True)}
 
 
-def _config(model: TinyLlava, image_token: int, rows: int) -> dict[str, Any]:
+def _config(model: TinyLlava, image_token: int, rows: int) -> JsonObject:
     """LLaVA's ``config.json``."""
     config = model.config
     text = config.text_config.to_dict() | {"architectures": [type(model.language_model).__name__], "vocab_size": rows}

@@ -12,14 +12,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import TextPreprocess
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
@@ -71,7 +71,7 @@ def to_onnx(
     verify: bool = True,
     questions: Sequence[Question] | None = None,
     inline_bytes: int = INLINE_BYTES,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write a TinyLLaVA checkpoint as ONNX graphs.
 
     Args:
@@ -139,7 +139,7 @@ def to_onnx(
     return measured
 
 
-def sentence(found: dict[str, Any]) -> str:
+def sentence(found: JsonObject) -> str:
     """What `to_onnx` measured of one precision, for people."""
     return (
         f"{found['bytes'] / 1e6:.1f} MB, {found['equal']} of {found['questions']} answers equal, "
@@ -219,7 +219,7 @@ def _write_graphs(model: TinyLlava, folder: Path, dtypes: Sequence[str], inline_
     return {name: 1 for name, is_outside in sorted(outside.items()) if is_outside and (folder / name).exists()}
 
 
-def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> dict[str, Any]:
+def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> JsonObject:
     """``config.json``: a LLaVA's to transformers.js, which runs whatever the graphs hold."""
     config = model.config
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
@@ -227,7 +227,7 @@ def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: 
         for name in ("model_name_or_path", "model_name_or_path2", "_name_or_path"):
             part.pop(name, None)
     text["num_key_value_heads"], text["head_dim"] = cache_shape(config.text_config)
-    settings: dict[str, Any] = {"dtype": dtypes[0]}
+    settings: JsonObject = {"dtype": dtypes[0]}
     if outside:
         settings["use_external_data_format"] = outside
     return {
@@ -241,7 +241,7 @@ def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: 
     }
 
 
-def _processor_config(model: TinyLlava) -> dict[str, Any]:
+def _processor_config(model: TinyLlava) -> JsonObject:
     """``processor_config.json``. LLaVA's processors count patches; the difference to our tokens is "additional"."""
     patch = getattr(model.config.vision_config, "patch_size", None) or model.image_size
     return {
@@ -302,7 +302,7 @@ class _Original:
                 self.pixels.append(pixels.numpy())
                 self.answers.append(answer)
 
-    def compare(self, student: OnnxStudent, dtype: str, exact: bool) -> dict[str, Any]:
+    def compare(self, student: OnnxStudent, dtype: str, exact: bool) -> JsonObject:
         """Ask an export the same.
 
         Raises:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .onnx_graphs import EMBED_TOKENS
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 Q4_BLOCK = 32
@@ -57,7 +59,7 @@ def _fits_in_memory(model: TinyLlava) -> bool:
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 1 << 31
 
 
-def _int8(source: Path) -> Any:
+def _int8(source: Path) -> ModelProto:
     import tempfile
 
     import onnx
@@ -83,7 +85,7 @@ def _int8(source: Path) -> Any:
         return onnx.load(target)
 
 
-def _q4(source: Path) -> Any:
+def _q4(source: Path) -> ModelProto:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 

@@ -12,17 +12,19 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..caches import cache_of, with_cache
 from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
 
 if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 VISION_ENCODER, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -109,12 +111,14 @@ class Decoder(nn.Module):
             use_cache=True,
             logits_to_keep=torch.arange(count) + (length - count),
         )
-        present = [tensor for layer in cache_of(outputs).layers for tensor in (layer.keys, layer.values)]
+        grown = cache_of(outputs)
+        assert grown is not None, "it was asked for"
+        present = [tensor for layer in grown.layers for tensor in (layer.keys, layer.values)]
         return (outputs.logits.float(), *present)
 
 
 def attention_masks(
-    config: Any, attention_mask: Tensor, past: int, length: int, dtype: torch.dtype
+    config: PretrainedConfig, attention_mask: Tensor, past: int, length: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
     """What is added to the attention scores, [B, 1, L, P + L]; by kind of layer where layers differ.
 
@@ -139,13 +143,13 @@ def attention_masks(
     return {kind: masks[kind] for kind in masks if kind in kinds}
 
 
-def cache_shape(config: Any) -> tuple[int, int]:
+def cache_shape(config: PretrainedConfig) -> tuple[int, int]:
     """(heads, width of a head) of a language model's keys and values."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def cache_names(config: Any, prefix: str) -> list[str]:
+def cache_names(config: PretrainedConfig, prefix: str) -> list[str]:
     """``past_key_values.0.key``, ``past_key_values.0.value``, ``past_key_values.1.key`` ..."""
     return [f"{prefix}.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
 
@@ -197,20 +201,20 @@ def freeze_positions(model: TinyLlava) -> None:
                 module.position_embeddings = nn.Parameter(positions, requires_grad=False)
 
 
-def trace_vision_encoder(model: TinyLlava) -> Any:
+def trace_vision_encoder(model: TinyLlava) -> ONNXProgram:
     """The graph ``vision_encoder``: ``pixel_values`` -> ``image_features``."""
     pixels = torch.zeros(2, 3, model.image_size, model.image_size)
     return trace(VisionEncoder(model), (pixels,), ["pixel_values"], ["image_features"], ({0: BATCH},))
 
 
-def trace_embed_tokens(model: TinyLlava) -> Any:
+def trace_embed_tokens(model: TinyLlava) -> ONNXProgram:
     """The graph ``embed_tokens``: ``input_ids`` -> ``inputs_embeds``."""
     module = EmbedTokens(model.get_input_embeddings())
     ids = torch.zeros(2, 3, dtype=torch.long)
     return trace(module, (ids,), ["input_ids"], ["inputs_embeds"], ({0: BATCH, 1: LENGTH},))
 
 
-def trace_decoder(model: TinyLlava) -> Any:
+def trace_decoder(model: TinyLlava) -> ONNXProgram:
     """The graph ``decoder_model_merged``; its cache has the weights' precision, everything else is float32."""
     language_model = model.language_model
     config = language_model.config
@@ -224,7 +228,7 @@ def trace_decoder(model: TinyLlava) -> Any:
         torch.tensor(1),
         *(torch.zeros(batch, heads, past, width, dtype=language_model.dtype) for _ in names),
     )
-    axes: tuple[Any, ...] = (
+    axes: Sequence[object] = (
         {0: BATCH, 1: LENGTH},
         {0: BATCH, 1: TOTAL},
         {0: BATCH, 1: LENGTH},
@@ -245,8 +249,8 @@ def trace(
     inputs: tuple[Tensor, ...],
     input_names: Sequence[str],
     output_names: Sequence[str],
-    axes: tuple[Any, ...],
-) -> Any:
+    axes: Sequence[object],
+) -> ONNXProgram:
     """A module as an `onnx_ir.Model`, whose weights are the module's own memory until it is written.
 
     Raises:
@@ -270,7 +274,7 @@ def trace(
     return program.model
 
 
-def write_graph(graph: Any, file: Path, inline_bytes: int) -> bool:
+def write_graph(graph: ONNXProgram, file: Path, inline_bytes: int) -> bool:
     """Write a graph; weights of more than `inline_bytes` go into ``FILE_data`` beside it.
 
     Returns:

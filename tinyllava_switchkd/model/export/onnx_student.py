@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.model.trust import refuse_code
 
 from .onnx_dtypes import suffix
@@ -67,7 +67,7 @@ class OnnxStudent:
         stops = read_json(self.folder / "generation_config.json").get("eos_token_id")
         self.stops = {stops} if isinstance(stops, int) else set(stops or ())
 
-    def pixels(self, images: Sequence[Any]) -> Array:
+    def pixels(self, images: Sequence[Image.Image]) -> Array:
         """PIL images -> [I, 3, H, W]."""
         return np.stack([self._preprocess(image).numpy() for image in images])
 
@@ -148,7 +148,7 @@ class OnnxStudent:
     def chat(
         self,
         prompt: str,
-        image: Any = None,
+        image: Image.Image | list[Image.Image] | tuple[Image.Image, ...] | None = None,
         history: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = 512,
     ) -> str:
@@ -177,7 +177,7 @@ class OnnxStudent:
 class _Fields:
     """A dict's entries as attributes."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: JsonObject) -> None:
         self.__dict__.update(fields)
 
 

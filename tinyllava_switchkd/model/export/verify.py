@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +68,11 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
     allowed = 1e-4 * max(1.0, largest / 10) if theirs.dtype == torch.float32 else 0.01 * largest
     if not difference <= allowed:
         raise ValueError(f"The export's logits differ from those of {source} by {difference:.2g}; do not use it.")
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    answer = ours.generate(prompt, images=pixels, attention_mask=torch.ones_like(prompt), **kwargs)[0].tolist()
-    their_answer = theirs.generate(**inputs, **kwargs)[0, len(expanded) :].tolist()
+    answer = ours.generate(
+        prompt, images=pixels, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens
+    )[0].tolist()
+    their_answer = theirs.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    their_answer = their_answer[0, len(expanded) :].tolist()
     if answer != their_answer[: len(answer)]:
         raise ValueError(f"The export answers {their_answer} where {source} answers {answer}; do not use it.")
     return difference

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, CLIPVisionModel, Dinov2Config, PretrainedConfig
+
+from tinyllava_switchkd.io import JsonObject
 
 from ..llm import read_base_config
 from . import register_vision_tower
@@ -131,7 +132,7 @@ class MoFVisionTower(VisionTower):
         return torch.stack([clip[:, dropped:], dinov2[:, dropped:]], dim=2).flatten(1, 2)  # [I, N, 2, D] -> [I, 2N, D]
 
 
-def dinov2_config_of(tensors: dict[str, Tensor], num_heads: int) -> dict[str, Any] | None:
+def dinov2_config_of(tensors: dict[str, Tensor], num_heads: int) -> JsonObject | None:
     """DINOv2's configuration read off its weights; None where there are none.
 
     The number of heads leaves no trace in the weights. The towers have one width, so it is taken to be CLIP's, which

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from tinyllava_switchkd.io import JsonObject
+
 from ..trust import read_json
 from . import register_vision_tower
 from .timm import LibraryTower, forward_by, geometry, intermediate, keep_initialisation
@@ -32,7 +34,7 @@ class OpenClipVisionConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_cfg: dict[str, Any] | None = None,
+        vision_cfg: JsonObject | None = None,
         embed_dim: int = 512,
         quick_gelu: bool = False,
         image_size: int = 224,
@@ -43,7 +45,7 @@ class OpenClipVisionConfig(PretrainedConfig):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         interpolation: str = "bicubic",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         self.vision_cfg = vision_cfg or {}
         self.embed_dim = embed_dim
@@ -90,7 +92,7 @@ class OpenClipVisionTower(LibraryTower):
         with torch.device("meta"):
             visual = create(vision_cfg, embed_dim, quick_gelu)
         image_size = visual.image_size
-        fields: dict[str, Any] = geometry(visual.trunk) if hasattr(visual, "trunk") else vit_geometry(visual)
+        fields: JsonObject = geometry(visual.trunk) if hasattr(visual, "trunk") else vit_geometry(visual)
         kept = {"image_mean": "mean", "image_std": "std", "interpolation": "interpolation"}
         return OpenClipVisionConfig(
             vision_cfg={key: value for key, value in vision_cfg.items() if key != "timm_model_pretrained"},
@@ -136,7 +138,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
     return model_name, tag or None
 
 
-def read_model_cfg(model_name: str) -> dict[str, Any]:
+def read_model_cfg(model_name: str) -> JsonObject:
     """open_clip's configuration of a model.
 
     Raises:
@@ -153,7 +155,7 @@ def read_model_cfg(model_name: str) -> dict[str, Any]:
     return model_cfg
 
 
-def preprocess_cfg_of(model_name: str) -> dict[str, Any]:
+def preprocess_cfg_of(model_name: str) -> JsonObject:
     """The preprocessing that a local folder of open_clip's stores; {} where there is none to read."""
     if not model_name.startswith("local-dir:"):
         return {}
@@ -161,7 +163,7 @@ def preprocess_cfg_of(model_name: str) -> dict[str, Any]:
     return read_json(file).get("preprocess_cfg") or {}
 
 
-def create(vision_cfg: dict[str, Any], embed_dim: int, quick_gelu: bool) -> Any:
+def create(vision_cfg: JsonObject, embed_dim: int, quick_gelu: bool) -> Any:
     """open_clip's vision tower with random weights.
 
     Raises:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 
+from tinyllava_switchkd.io import JsonObject
+
 from ..trust import read_json, refuse_code
 from . import register_vision_tower
 from .base import VisionTower
@@ -43,7 +45,7 @@ class TimmVisionConfig(PretrainedConfig):
     def __init__(
         self,
         architecture: str = "",
-        model_args: dict[str, Any] | None = None,
+        model_args: JsonObject | None = None,
         image_size: int = 224,
         patch_size: int = 16,
         hidden_size: int = 0,
@@ -52,7 +54,7 @@ class TimmVisionConfig(PretrainedConfig):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         interpolation: str = "bicubic",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         self.architecture = architecture
         self.model_args = model_args or {}
@@ -165,7 +167,7 @@ class TimmVisionTower(LibraryTower):
         return model.state_dict()
 
 
-def create(name: str, model_args: dict[str, Any]) -> Any:
+def create(name: str, model_args: JsonObject) -> Any:
     """timm's model with random weights and no classifier.
 
     Raises:
@@ -183,7 +185,7 @@ def create(name: str, model_args: dict[str, Any]) -> Any:
     return model
 
 
-def model_args_of(name: str) -> dict[str, Any]:
+def model_args_of(name: str) -> JsonObject:
     """The arguments that a repository or folder of timm's stores beside the architecture's name."""
     if name.startswith("local-dir:"):
         file = Path(name.removeprefix("local-dir:")) / "config.json"

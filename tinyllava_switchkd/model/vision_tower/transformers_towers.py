@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
+    PreTrainedModel,
     Siglip2VisionModel,
     SiglipVisionModel,
 )
@@ -97,7 +97,7 @@ class HoldsVisionModel(TransformersTower):
         return read_vision_model(source)
 
 
-def run_vision_model(model: Any, hidden: Tensor, num_layers: int) -> Tensor:
+def run_vision_model(model: PreTrainedModel, hidden: Tensor, num_layers: int) -> Tensor:
     """The first `num_layers` layers of a SigLIP or CLIP vision model on its embeddings [I, N, D]."""
     for layer in model.encoder.layers[:num_layers]:
         hidden = layer(hidden, attention_mask=None)
@@ -191,12 +191,12 @@ class CLIPVisionTower(HoldsVisionModel):
         return clip_image_processor(self.image_size)
 
 
-def embed_clip(model: Any, pixels: Tensor) -> Tensor:
+def embed_clip(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     """[I, 3, H, W] -> CLIP's embeddings [I, 1 + patches, width] (``pre_layrnorm`` is CLIP's own spelling)."""
     return model.pre_layrnorm(model.embeddings(pixels))
 
 
-def clip_image_processor(size: int, **kwargs: Any) -> BaseImageProcessor:
+def clip_image_processor(size: int, **kwargs: object) -> BaseImageProcessor:
     """CLIP's image processor: shortest edge to `size`, centre crop."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": kwargs.pop("resize_to", size)}, crop_size={"height": size, "width": size}, **kwargs
@@ -248,7 +248,7 @@ def build_dinov2(cfg: PretrainedConfig) -> nn.Module:
     return model
 
 
-def run_dinov2(model: Any, pixels: Tensor, num_layers: int) -> Tensor:
+def run_dinov2(model: PreTrainedModel, pixels: Tensor, num_layers: int) -> Tensor:
     """[I, 3, H, W] -> the output of DINOv2's first `num_layers` layers, [I, 1 + patches, width]."""
     hidden = model.embeddings(pixels)  # [I, 1 + N, D]
     for layer in model.encoder.layer[:num_layers]:
