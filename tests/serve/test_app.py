@@ -337,7 +337,7 @@ class TestPool:
         monkeypatch.setattr(bad.model, "generate", lambda *args, **kwargs: 1 / 0)
         demo = Demo(ModelPool.of_models([bad, good]))
         session = demo.new_session()
-        list(demo.ask(session, str(FOLDER / "fruit.png"), "What?", {"max_new_tokens": 5}))
+        list(demo.ask(session, str(FOLDER / "fruit.png"), "What?", Sampling(max_new_tokens=5)))
         cells = session.exchanges[0].cells
         assert cells[0].error == "This model failed; the server's log has the details." and cells[1].reply.text
 

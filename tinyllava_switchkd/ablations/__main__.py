@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import read_json
@@ -80,7 +79,7 @@ def _run(scale: str, names: Sequence[str], seeds: Sequence[int], root: Path) -> 
     if scale == "paper":
         from . import paper
 
-        stored: Any = read_json(paper.run_tables(names, seeds, root))
+        stored = read_json(paper.run_tables(names, seeds, root))
     else:
         from tinyllava_switchkd.quickstart.experiment import Experiment, prepare_environment
 

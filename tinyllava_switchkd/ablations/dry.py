@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from tinyllava_switchkd.distill import build_distiller
-from tinyllava_switchkd.distill.methods import MethodFactory
-from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.distill.methods import Method, MethodFactory
+from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.estimate import Estimate, estimate
 
@@ -29,7 +28,7 @@ SHARE, SHARE_OF = 0.36, "align + switch in docs/benchmarks.md, `python -m benchm
 TEXT_TOKENS = {"pretrain": 32, "finetune": 300, "distill": 300}
 """Tokens of text of a mean sample that hours are counted with: an assumption, not a count."""
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, JsonObject] = {
     name: {
         "model_type": "qwen2",
         "hidden_size": width,
@@ -114,7 +113,7 @@ def freeze(model: nn.Module, flags: Flags) -> nn.Module:
     return model
 
 
-def method_of(flags: Flags) -> Any:
+def method_of(flags: Flags) -> Method:
     """The distillation method of a training."""
     kind = MethodFactory(str(flags.get("distill_method", "switch_kd")))
     names = {flag: field.name for flag, field in kind.settings().items()}
@@ -125,7 +124,7 @@ def method_of(flags: Flags) -> Any:
 _LOSS_SETTINGS = ("knee_window", "knee_on", "pairs", "top_k")
 
 
-def _number(value: object) -> Any:
+def _number(value: object) -> object:
     try:
         number = float(str(value))
     except ValueError:

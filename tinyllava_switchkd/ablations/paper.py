@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinyllava_switchkd.eval.results import read_results
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.launch import stages
 from tinyllava_switchkd.launch.__main__ import playground
 from tinyllava_switchkd.launch.devices import Devices, find_devices
@@ -168,7 +167,7 @@ def run_tables(names: Sequence[str], seeds: Sequence[int], root: Path, say: Call
         StageError: a command failed.
     """
     paper, file = Paper(os.environ), root / "ablations.json"
-    stored: dict[str, Any] = read_json(file) if file.is_file() else {"runs": {}, "search": {}}
+    stored: JsonObject = read_json(file) if file.is_file() else {"runs": {}, "search": {}}
     with Commands().listening() as commands:
 
         def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -198,7 +197,7 @@ def _ways(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def _row(folder: Path, name: str) -> dict[str, Any]:
+def _row(folder: Path, name: str) -> JsonObject:
     """Scores of a checkpoint's benchmarks: Avg10 where all ten are there, else the mean of those that are."""
     results = Path(os.environ.get("RESULTS_DIR") or playground() / "results") / name
     (row,) = read_results([str(results)])

@@ -11,15 +11,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from tinyllava_switchkd import cli
 from tinyllava_switchkd.eval.statistics import mean_interval
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from .tables import WAYS
 
@@ -117,17 +116,17 @@ UNTIL_CONVERGED = Plan(
 # What is printed
 
 
-def of_pictures(stored: Mapping[str, Any], key: str, measure: str) -> list[float]:
+def of_pictures(stored: JsonObject, key: str, measure: str) -> list[float]:
     """One measure of a way (or of the teacher), a value a held-out picture: the mean over seeds; [] without runs."""
     runs = [run for name, run in stored["runs"].items() if name.partition("/")[0] == key]
     return [fmean(values) for values in zip(*(run[measure] for run in runs), strict=True)]
 
 
-def ways_of(stored: Mapping[str, Any]) -> list[str]:
+def ways_of(stored: JsonObject) -> list[str]:
     return list(dict.fromkeys(name.partition("/")[0] for name in stored["runs"]))
 
 
-def seeds_of(stored: Mapping[str, Any], key: str) -> int:
+def seeds_of(stored: JsonObject, key: str) -> int:
     return sum(name.partition("/")[0] == key for name in stored["runs"])
 
 
@@ -135,7 +134,7 @@ def label(key: str) -> str:
     return WAYS[key].label if key in WAYS else key
 
 
-def lines(stored: Mapping[str, Any]) -> list[list[str]]:
+def lines(stored: JsonObject) -> list[list[str]]:
     """Cells of the table of scores, the heads first."""
     rows = [["", "seeds", *MEASURES.values(), "training loss, first and last", "seconds"]]
     for key in ways_of(stored):
@@ -146,7 +145,7 @@ def lines(stored: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def differences(stored: Mapping[str, Any], reference: str = "sft") -> list[list[str]]:
+def differences(stored: JsonObject, reference: str = "sft") -> list[list[str]]:
     """Cells of each way minus SFT, picture by picture."""
     rows = [["minus SFT", *MEASURES.values()]]
     for key in ways_of(stored):
@@ -160,12 +159,12 @@ def differences(stored: Mapping[str, Any], reference: str = "sft") -> list[list[
     return rows
 
 
-def _interval(values: Any, measure: str, sign: str = "") -> str:
+def _interval(values: Sequence[float], measure: str, sign: str = "") -> str:
     digits = 2 if measure == "caption_loss" else 1
     return "{:{s}.{d}f} [{:{s}.{d}f}, {:{s}.{d}f}]".format(*mean_interval(values), s=sign, d=digits)
 
 
-def state_lines(stored: Mapping[str, Any]) -> list[list[str]]:
+def state_lines(stored: JsonObject) -> list[list[str]]:
     """Cells of what the terms are to one another, a row a state, at tau 3."""
     heads = ["", "k, teacher leads (5, 50, 95 %)", "k, student leads", "overlap", "ce, align, switch"]
     rows = [[*heads, "gradients at the tower", "cosine switch, CE", "top 1 / top 100 in the pairs"]]
@@ -185,7 +184,7 @@ def state_lines(stored: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def temperature_lines(stored: Mapping[str, Any]) -> list[list[str]]:
+def temperature_lines(stored: JsonObject) -> list[list[str]]:
     """Cells of the states that were measured at several temperatures."""
     rows = [
         ["", "tau", "ce, align, switch", "gradients at the tower", "cosine switch, CE", "top 1 / top 100 in the pairs"]
@@ -198,7 +197,7 @@ def temperature_lines(stored: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def history_lines(stored: Mapping[str, Any], key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:
+def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:
     """Cells of what a run logged on its training batches, evenly spread steps of it."""
     history = stored["runs"].get(key, stored.get("unfinished", {}).get(key, {})).get("history", [])
     rows = [["step", "ce", "align", "switch", "k, teacher leads", "k, student leads", "overlap"]]
@@ -210,13 +209,13 @@ def history_lines(stored: Mapping[str, Any], key: str = "switch_kd/1", most: int
     return rows
 
 
-def one_line(state: Mapping[str, Any]) -> str:
+def one_line(state: JsonObject) -> str:
     at = state["temperatures"]["3"]
     means, norms = (", ".join(f"{name} {value:.3g}" for name, value in at[part].items()) for part in ("means", "norms"))
     return f"overlap {state['overlap']:.2f}; means {means}; gradients at the tower {norms}"
 
 
-def text_of(stored: Mapping[str, Any]) -> str:
+def text_of(stored: JsonObject) -> str:
     """Everything that is stored, as tables of text."""
     tables = [lines(stored), differences(stored), state_lines(stored), temperature_lines(stored)]
     tables.append(history_lines(stored))

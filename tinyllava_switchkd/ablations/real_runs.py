@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl
 from tinyllava_switchkd.eval.generate import Answerer
-from tinyllava_switchkd.io import digest, read_json, write_json
+from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
 from tinyllava_switchkd.quickstart.report import versions
@@ -107,7 +107,7 @@ class Real(Experiment):
         self.real, self.models, self.until, self.device = plan, models, until, device
         self.pictures, self.held = pictures
         self.file = self.root / RESULTS
-        self.stored: dict[str, Any] = read_json(self.file) if self.file.is_file() else {}
+        self.stored: JsonObject = read_json(self.file) if self.file.is_file() else {}
         self.stored |= {
             "plan": dataclasses.asdict(plan),
             "models": {key: Path(name).name for key, name in models.items()},
@@ -250,7 +250,7 @@ class Real(Experiment):
         self._state("before, adapted teacher", self.begin(seed), self.real_teacher(adapted=True))
 
     def _state(
-        self, name: str, student: Path, teacher: Path, temperatures: Sequence[float] = (3.0,), **facts: Any
+        self, name: str, student: Path, teacher: Path, temperatures: Sequence[float] = (3.0,), **facts: object
     ) -> None:
         of = [self._mark(student), self._mark(teacher)]
         known = self.stored["states"].get(name, {})
@@ -272,7 +272,7 @@ class Real(Experiment):
 
     def batch(
         self,
-        samples: Sequence[Mapping[str, Any]],
+        samples: Sequence[JsonObject],
         model: TinyLlava,
         tokenizer: PreTrainedTokenizerBase,
         pixels_of: Callable[[Image.Image], Tensor],
@@ -287,18 +287,18 @@ class Real(Experiment):
         batch = DataCollatorForSupervisedDataset(tokenizer, num_image_tokens=model.num_image_tokens)(encoded)
         return on_device(batch, model.device)
 
-    def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+    def _store(self, part: str, key: str, value: Mapping[str, object]) -> None:
         self.stored[part][key] = dict(value)
         write_json(self.file, self.stored, indent=1)
 
 
-def logged_terms(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def logged_terms(history: Sequence[JsonObject]) -> list[dict[str, float]]:
     """What a distilled run logged of its terms, a row a logged step."""
     names = ("step", "ce", "align", "visual_switch", "knee_teacher", "knee_student", "topk_overlap")
     return [{name: line[name] for name in names} for line in history if all(name in line for name in names)]
 
 
-def right(row: Mapping[str, Any]) -> float:
+def right(row: JsonObject) -> float:
     """The verdict of a benchmark's row, 0 to 1."""
     return float(row["parsed"] == row["truth"]) if row.get("truth") in ("yes", "no") else float(row["value"])
 
@@ -329,7 +329,7 @@ def caption_losses(model: TinyLlava, batch: Batch) -> list[float]:
 # The terms beside one another
 
 
-def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures: Sequence[float]) -> dict[str, Any]:
+def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures: Sequence[float]) -> JsonObject:
     """What Switch-KD's terms are to one another on held-out pictures.
 
     Returns:
@@ -351,7 +351,7 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     orders = leading(logits.teacher), leading(logits.student)
     labels = batch["labels"][:, 1:]
     ce = float(F.cross_entropy(logits.student.float(), labels[labels != IGNORE_INDEX]))
-    found: dict[str, Any] = {"pictures": len(samples), "tokens": len(logits.teacher), "temperatures": {}}
+    found: JsonObject = {"pictures": len(samples), "tokens": len(logits.teacher), "temperatures": {}}
     for name, order in zip(("knee_teacher", "knee_student"), orders, strict=True):
         found[name] = [round(float(one)) for one in np.quantile(order.k.cpu().numpy(), (0.05, 0.5, 0.95))]
     found["overlap"] = float(overlap(logits.student, *orders).mean())
@@ -432,7 +432,9 @@ def _cosine(first: Tensor | None, second: Tensor | None) -> float | None:
 # The runs
 
 
-def prepare(root: Path, plan: Plan, packages: Path, hub: bool) -> tuple[dict[str, Path | str], Any]:
+def prepare(
+    root: Path, plan: Plan, packages: Path, hub: bool
+) -> tuple[dict[str, Path | str], tuple[list[parts.Picture], list[parts.Picture]]]:
     """Models and pictures, each made once."""
     table = root / "pictures.json"
     if not table.is_file():

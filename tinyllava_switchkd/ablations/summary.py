@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from tinyllava_switchkd import cli
 from tinyllava_switchkd.eval.statistics import mean_interval
+from tinyllava_switchkd.io import JsonObject
 
 from .tables import Table
 
-Stored = Mapping[str, Any]
+Stored = JsonObject
 """What `toy.RESULTS` and docs/ablation_runs.json hold: "runs" (``WAY/SEED`` -> row), "search" (way -> choice),
 "memory" (way -> MiB) and "attention" (seed -> correlations with the teacher's maps)."""
 
@@ -54,7 +54,7 @@ def seeds_of(stored: Stored, table: Table) -> list[int]:
     return sorted(set.intersection(*found))
 
 
-def values(stored: Stored, table: Table, key: str, name: str) -> list[Any]:
+def values(stored: Stored, table: Table, key: str, name: str) -> list[float]:
     """One measure of a row, by seed; what was not measured is left out."""
     way = chosen(stored, table)[key]
     found = [stored["runs"][f"{way}/{seed}"].get(name) for seed in seeds_of(stored, table)]

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from PIL import Image
 
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 from tinyllava_switchkd.quickstart.bases import BasePlan
@@ -66,7 +66,7 @@ class Toy:
     def __init__(self, experiment: Experiment, teacher_cache: str | None = None) -> None:
         self.experiment, self.file = experiment, experiment.root / RESULTS
         self.teacher_cache = teacher_cache
-        self.stored: dict[str, Any] = read_json(self.file) if self.file.is_file() else {"runs": {}, "search": {}}
+        self.stored: JsonObject = read_json(self.file) if self.file.is_file() else {"runs": {}, "search": {}}
 
     def train(self, way: Way, seed: int) -> Path:
         """The student of a way and a seed."""
@@ -94,7 +94,7 @@ class Toy:
         """Flags of distillation, with the teacher cache where it serves the method."""
         return {**flags, "teacher_cache": self.teacher_cache} if self.teacher_cache and cached(flags) else flags
 
-    def run(self, way: Way, seed: int) -> dict[str, Any]:
+    def run(self, way: Way, seed: int) -> JsonObject:
         """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""
         experiment, checkpoint = self._experiment(way, seed), self.train(way, seed)
         found = experiment.scores(checkpoint)
@@ -156,7 +156,7 @@ class Toy:
     def figure(self, seed: int) -> None:
         """The first scenes' maps of teacher and students, to be drawn beside one another (Figure 3)."""
         students = {WAYS[key].label: self.train(WAYS[key], seed) for key in LOOKING}
-        scenes: dict[int, dict[str, Any]] = {}
+        scenes: dict[int, JsonObject] = {}
         for label, path in {"Teacher": self.experiment.teacher(), **students}.items():
             for row, found in self._looks(path, SCENES_DRAWN):
                 cells = None if found.attention is None else found.attention.of().round(4).tolist()
@@ -164,7 +164,7 @@ class Toy:
                 scene["maps"][label] = {"answer": found.answer, "cells": cells}
         self._store("figure", "scenes", {"seed": seed, "by_question": scenes})
 
-    def _looks(self, path: Path, number: int) -> list[tuple[dict[str, Any], Look]]:
+    def _looks(self, path: Path, number: int) -> list[tuple[JsonObject, Look]]:
         """Test questions for a digit, each with what a checkpoint answers and where it looks."""
         asked = self.experiment.questions("test")
         rows = [row for row in asked.questions if row["type"] in ("position", "colour")][:number]
@@ -187,7 +187,7 @@ class Toy:
         vocabulary = read_json(checkpoint / "config.json")["text_config"]["vocab_size"]
         self._store("inside", way.key, {"seed": seed, "vocabulary": vocabulary, "history": kept})
 
-    def _store(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+    def _store(self, part: str, key: str, value: Mapping[str, object]) -> None:
         self.stored.setdefault(part, {})[key] = dict(value)
         write_json(self.file, self.stored, indent=1)
 
@@ -200,9 +200,10 @@ def _is_inside(name: str) -> bool:
 class NotingExperiment(Experiment):
     """Notes the trainings that it is asked for, instead of making them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.trainings: dict[str, dict[str, object]] = {}
+    @cached_property
+    def trainings(self) -> dict[str, dict[str, object]]:
+        """Their flags, by name."""
+        return {}
 
     def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
         self.trainings.setdefault(name, {**COMMON, **flags})
@@ -227,7 +228,7 @@ class DryExperiment(NotingExperiment):
         return self.root / "data" / name
 
 
-def plan(names: Sequence[str], stored: Mapping[str, Any], root: Path) -> list[dry.Planned]:
+def plan(names: Sequence[str], stored: JsonObject, root: Path) -> list[dry.Planned]:
     """What the tables train for one seed, each training once, with the seconds that stored runs took.
 
     Args:

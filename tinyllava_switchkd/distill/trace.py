@@ -261,7 +261,7 @@ def recording(model: TinyLlava, layers: tuple[int, ...]) -> Iterator[dict[int, t
             del attention._recording
 
 
-def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: Any) -> Any:
     """An attention of transformers' interface that notes queries and keys, and has the usual one do the work."""
     found, number, config = module._recording
     scaling = kwargs.get("scaling")

@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .benchmarks import Question, answer_key
 from .benchmarks.files import read_jsonl, require
@@ -129,7 +129,7 @@ class AnswerFolder:
 
     # -------------------------------------------------------------------------------------------- what the run is
 
-    def claim(self, run: Mapping[str, Any]) -> None:
+    def claim(self, run: JsonObject) -> None:
         """Write `run.json`, unless the folder holds answers that were made otherwise.
 
         Raises:
@@ -150,7 +150,7 @@ class AnswerFolder:
                     )
         self.write_run(run)
 
-    def write_run(self, run: Mapping[str, Any]) -> None:
+    def write_run(self, run: JsonObject) -> None:
         """Replace `run.json`."""
         write_json(self.run_file, run)
 
@@ -173,13 +173,13 @@ class AnswerFolder:
                     logger.warning("%s ends in half a line (the process was killed); it is dropped.", path)
                     file.truncate(end)
 
-    def read(self) -> dict[Key, list[dict[str, Any]]]:
+    def read(self) -> dict[Key, list[JsonObject]]:
         """All answers there are, by `answer_key`.
 
         Raises:
             ValueError: a line is not an answer.
         """
-        rows: dict[Key, list[dict[str, Any]]] = {}
+        rows: dict[Key, list[JsonObject]] = {}
         for path in (self.merged, *self.parts):
             if not path.is_file():
                 continue
@@ -200,7 +200,7 @@ class AnswerFolder:
         with self.part(process).open("a", encoding="utf-8") as file:
             yield AnswerWriter(file)
 
-    def merge(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def merge(self, rows: Sequence[JsonObject]) -> None:
         """Put `answers.jsonl` in the place of the parts; at no time is an answer on neither side."""
         write_jsonl(self.merged, rows)
         for part in self.parts:
@@ -210,11 +210,11 @@ class AnswerFolder:
 class AnswerWriter:
     """Appends rows to an open file."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: TextIO) -> None:
         self._file = file
         self._synced = time.monotonic()
 
-    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, rows: Iterable[JsonObject]) -> None:
         """Append rows. They outlive this process from then on, and the machine's power within `SYNC_SECONDS`.
 
         Raises:
@@ -234,7 +234,7 @@ class AnswerWriter:
 
 
 def split_answered(
-    questions: Sequence[Question], rows: Mapping[Key, Sequence[Mapping[str, Any]]]
+    questions: Sequence[Question], rows: Mapping[Key, Sequence[JsonObject]]
 ) -> tuple[list[Question], list[Question]]:
     """Questions that have an answer and those that have none; equal questions need one answer each."""
     left = Counter({key: len(found) for key, found in rows.items()})
@@ -249,8 +249,8 @@ def split_answered(
 
 
 def in_question_order(
-    questions: Sequence[Question], rows: Mapping[Key, Sequence[Mapping[str, Any]]], folder: Path
-) -> list[Mapping[str, Any]]:
+    questions: Sequence[Question], rows: Mapping[Key, Sequence[JsonObject]], folder: Path
+) -> list[JsonObject]:
     """One row for each answered question, in the question file's order.
 
     Raises:

@@ -12,11 +12,10 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from tinyllava_switchkd.io import digest
+from tinyllava_switchkd.io import JsonObject, digest
 
 from .batches import Task
 
@@ -38,7 +37,7 @@ class ResponseCache:
         ValueError: the file there is none of these, or cannot be made.
     """
 
-    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, run: JsonObject) -> None:
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._settings = [run[name] for name in SETTINGS]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from tinyllava_switchkd.io import JsonObject
 
 from .benchmarks import Benchmark, BenchmarkFactory
 from .benchmarks.files import read_jsonl
@@ -28,7 +29,7 @@ class Compared:
     adjusted: float
 
 
-def read_rows(result: Result) -> list[dict[str, Any]]:
+def read_rows(result: Result) -> list[JsonObject]:
     """The verdicts behind a score, as `eval.run --score` and `eval.score --rows` leave them beside it.
 
     Raises:

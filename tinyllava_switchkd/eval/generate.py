@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ from tinyllava_switchkd.runtime import check_device, default_device
 
 from .prefix import SharedPrefix
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.template.base import Template
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DTYPES = ("auto", *FLOAT_DTYPES)
 
@@ -256,7 +261,7 @@ class Answerer:
         return torch.stack(self._in_chunks(len(pixels), lambda rows: list(self.model.encode_images(pixels[rows]))))
 
     def answer(
-        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: Any
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: object
     ) -> list[str]:
         """Answer a batch of prompts: their texts, stripped; otherwise as `answer_ids`."""
         ids = self.answer_ids(prompts, images, max_new_tokens, **sampling)
@@ -264,7 +269,7 @@ class Answerer:
 
     @torch.inference_mode()
     def answer_ids(
-        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: Any
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: object
     ) -> list[list[int]]:
         """Answer a batch of prompts.
 
@@ -283,7 +288,7 @@ class Answerer:
         decoding = self.decoding(max_new_tokens, **sampling)
         return self._in_chunks(len(prompts), lambda rows: self._answer(prompts[rows], images[rows], decoding))
 
-    def decoding(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
+    def decoding(self, max_new_tokens: int, **sampling: object) -> GenerationConfig:
         """The decoding settings, complete: nothing of the language model's own is mixed in."""
         greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
         return GenerationConfig(
@@ -293,9 +298,9 @@ class Answerer:
             pad_token_id=self.pad_token_id,
         )
 
-    def _in_chunks(self, count: int, compute: Callable[[slice], list[Any]]) -> list[Any]:
+    def _in_chunks(self, count: int, compute: Callable[[slice], list[T]]) -> list[T]:
         """`compute(slice)` over all rows, by halves and quarters where memory runs out; the results in one list."""
-        results: list[Any] = []
+        results: list[T] = []
         while len(results) < count:
             size = min(count - len(results), self.batch_limit or count)
             try:
@@ -363,7 +368,7 @@ class Answerer:
 
 
 def stop_token_ids(
-    model: TinyLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: Any
+    model: TinyLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[int, ...]:
     """Tokens that end an answer: the language model's, the tokenizer's, and the template's where it is one token.
 

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import shortuuid
 import torch
 from tqdm import tqdm
 
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
@@ -99,7 +98,7 @@ class Job:
         return self.arguments.max_new_tokens or self.benchmark.max_new_tokens
 
 
-def describe(job: Job) -> dict[str, Any]:
+def describe(job: Job) -> JsonObject:
     """The `run` object: how the answers are made."""
     arguments, setting = job.arguments, job.setting
     device = setting.device
@@ -147,7 +146,7 @@ def check_images(job: Job) -> None:
     logger.warning("%s.", message)
 
 
-def set_up(job: Job) -> dict[str, Any]:
+def set_up(job: Job) -> JsonObject:
     """What process 0 does before the others begin: check everything, take the folder, tidy it up.
 
     Returns:
@@ -253,7 +252,7 @@ def progress_bar(job: Job, total: int) -> tqdm:
     )
 
 
-def answer_row(job: Job, question: Question, text: str) -> dict[str, Any]:
+def answer_row(job: Job, question: Question, text: str) -> JsonObject:
     """The row of the answers file."""
     return question.answer_row(text, answer_id=shortuuid.uuid(), model_id=job.arguments.model_name)
 
@@ -270,7 +269,7 @@ def name_of(images: Sequence[Path | bytes]) -> str:
     )
 
 
-def finish(job: Job, run: Mapping[str, Any]) -> dict[str, Any]:
+def finish(job: Job, run: JsonObject) -> JsonObject:
     """Wait for the other processes, check that nothing is missing, and merge.
 
     Returns:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -113,7 +112,9 @@ class TinyLlavaSwitchKD(lmms):
         )
         return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
 
-    def _images(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[Image.Image]:
+    def _images(
+        self, doc_to_visual: Callable[[object], list[Image.Image] | None], doc_id: int, task: str, split: str
+    ) -> list[Image.Image]:
         """Pictures of a document.
 
         Raises:

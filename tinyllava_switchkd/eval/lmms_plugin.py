@@ -8,12 +8,15 @@ nothing heavy: lmms-eval loads it whatever model it is going to run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_ID = "tinyllava_switchkd"
 
 
-def manifests() -> list[Any]:
+def manifests() -> list[ModelManifest]:
     """What lmms-eval registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd import __version__
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import digest_of_files
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
 
@@ -50,7 +53,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def describe_parts(config: Any) -> dict[str, str]:
+def describe_parts(config: TinyLlavaConfig) -> dict[str, str | None]:
     """Language model, vision tower and connector of a checkpoint."""
     return {
         "language_model": config.llm_model_name_or_path,

@@ -19,7 +19,6 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinyllava_switchkd import cli
 from tinyllava_switchkd.io import write_text
@@ -228,11 +227,11 @@ def _runs(row: Row) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if not isinstance(value, dict):
         return [(prefix, value)]
     return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
@@ -249,7 +248,7 @@ def as_csv(report: Report) -> str:
     more = ("split", "marks", "standard error")
     writer.writerow([*header, *(f"{column} {what}" for what in more for column in splits)])
     for row in [*report.rows, *report.paper]:
-        line: list[Any] = [row.label, "own" if row.averages is None else paper_tables()["source"]]
+        line: list[str | float] = [row.label, "own" if row.averages is None else paper_tables()["source"]]
         line += [row.scores.get(column, "") for column in report.columns]
         for name in AVERAGES:
             average = row.average(name, report.include_val)

@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
 
 from .benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory
@@ -43,10 +42,10 @@ class Result:
     total: int
     answered: int
     fallback: int
-    run: dict[str, Any]
+    run: JsonObject
     path: Path
     standard_error: float | None = None
-    asked: dict[str, Any] | None = None
+    asked: JsonObject | None = None
 
     @property
     def registered(self) -> Benchmark | None:
@@ -219,7 +218,7 @@ def _results_of(path: Path) -> list[Result]:
     return results
 
 
-def _result(document: dict[str, Any], path: Path) -> Result:
+def _result(document: JsonObject, path: Path) -> Result:
     score = document["score"]
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise ValueError(f"{path}: the score is {score!r}, not a number on 0-100.")

@@ -16,12 +16,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
-from tinyllava_switchkd.io import write_json
+from tinyllava_switchkd.io import JsonObject, write_json
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .benchmarks import BenchmarkFactory, names
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what needs torch waits until the command line has been read
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
 
-def score(job: Job, run: Mapping[str, Any]) -> None:
+def score(job: Job, run: JsonObject) -> None:
     """Score the answers and write the score file, with the `run` object in it."""
     arguments = job.arguments
     result = score_file(
@@ -159,7 +159,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _terminate(*_: Any) -> None:
+def _terminate(*_: object) -> None:
     raise KeyboardInterrupt("terminated")
 
 

@@ -13,10 +13,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser, show
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, NoGroundTruth, Score, names, read_answers
 from .benchmarks.files import sentence_of
@@ -88,7 +87,7 @@ def score_file(
     return score
 
 
-def _narrow(benchmark: Benchmark, data_dir: str | Path, run: dict[str, Any]) -> dict[str, Any] | None:
+def _narrow(benchmark: Benchmark, data_dir: str | Path, run: JsonObject) -> JsonObject | None:
     """Restrict a benchmark to what a run has asked; returns how that differs from the whole split, None if it is all.
 
     Raises:
@@ -108,13 +107,13 @@ def _narrow(benchmark: Benchmark, data_dir: str | Path, run: dict[str, Any]) -> 
     return {"questions": len(benchmark.asked), "of": whole, **limit, **chosen}
 
 
-def _partial(benchmark: Benchmark, run: dict[str, Any]) -> bool:
+def _partial(benchmark: Benchmark, run: JsonObject) -> bool:
     return run.get("limit") is not None or any(
         value != benchmark.default_of(name) for name, value in (run.get("options") or {}).items()
     )
 
 
-def run_beside(answers_file: str | Path, benchmark: str) -> dict[str, Any] | None:
+def run_beside(answers_file: str | Path, benchmark: str) -> JsonObject | None:
     """How the answers were made: the `run.json` that `tinyllava_switchkd.eval.run` leaves beside its answers.
 
     None for answers from elsewhere, or of another benchmark.

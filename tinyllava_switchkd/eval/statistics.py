@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
+    Figure = float | np.ndarray
+    Sums = Mapping[str, Figure]
+    Headline = Callable[[Sums], Figure]
+
 Unit = tuple[Hashable, Hashable, Mapping[str, float]]
 """Cluster, unit, and what it adds to the sums."""
-Headline = Callable[[Mapping[str, Any]], Any]
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -53,7 +56,7 @@ def standard_error(units: Iterable[Unit], headline: Headline) -> float | None:
     gradient = {}
     for name, value in whole.items():
         step = 1e-4 * max(1.0, abs(value))
-        high, low = (headline({**whole, name: value + shift}) for shift in (step, -step))
+        high, low = (float(headline({**whole, name: value + shift})) for shift in (step, -step))
         gradient[name] = (high - low) / (2 * step)
     # By how much a cluster moves the score: the gradient times what the cluster has beyond the mean cluster.
     moves = [
@@ -161,7 +164,7 @@ def _bootstrap(
 
     def scores(sums: Mapping[Hashable, Mapping[str, float]], weights: np.ndarray) -> np.ndarray:
         values = np.array([list(sums[cluster].values()) for cluster in a])  # [G, P]
-        return headline(dict(zip(next(iter(sums.values())), (weights @ values).T, strict=True)))  # [R]
+        return np.asarray(headline(dict(zip(next(iter(sums.values())), (weights @ values).T, strict=True))))  # [R]
 
     generator = np.random.default_rng(seed)
     count = len(a)

@@ -12,13 +12,12 @@ import io
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from tinyllava_switchkd.eval import report as eval_report
 from tinyllava_switchkd.eval import run as eval_run
-from tinyllava_switchkd.io import digest, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, digest, write_json, write_jsonl
 
 from . import scenes
 from .experiment import MADE, Experiment, StageError, call, once
@@ -95,7 +94,7 @@ def write_benchmarks(question_set: QuestionSet, root: Path) -> None:
     _write_scienceqa(choices[1::2], question_set.scenes, root / "scienceqa")
 
 
-Rows = Sequence[tuple[dict[str, Any], int]]
+Rows = Sequence[tuple[JsonObject, int]]
 
 
 def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
@@ -188,7 +187,7 @@ def _write_scienceqa(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path)
     write_json(folder / "llava_test_CQM-A.json", conversations)
 
 
-def _options(row: dict[str, Any]) -> tuple[str, list[str]]:
+def _options(row: JsonObject) -> tuple[str, list[str]]:
     """A choice question's stem and its options."""
     question, *lines = row["question"].replace(scenes.LETTER_ANSWER, "").split("\n")
     return question, [line.split(". ", 1)[1] for line in lines]

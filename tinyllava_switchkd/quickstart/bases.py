@@ -15,13 +15,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import digest
 
 from . import base_models, scenes
 from .experiment import PRETRAIN, Experiment, Plan, StageError, logged, once, prepare_environment
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 Scores = Mapping[str, float]
 """Kind of question -> right answers in per cent."""
@@ -211,7 +216,7 @@ def _keep_llm(checkpoint: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _load(checkpoint: Path) -> tuple[Any, Any, Any]:
+def _load(checkpoint: Path) -> tuple[TinyLlava, PreTrainedTokenizerBase, BaseImageProcessor]:
     from tinyllava_switchkd.model import load_pretrained_model
 
     return load_pretrained_model(checkpoint, device="cpu")[:3]

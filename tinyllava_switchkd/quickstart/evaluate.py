@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from tinyllava_switchkd.eval.generate import Answerer
+from tinyllava_switchkd.io import JsonObject
 
 from .scenes import QuestionSet, Scene
 
@@ -43,7 +43,7 @@ def answer_questions(
     return answers
 
 
-def accuracy(questions: Sequence[dict[str, Any]], answers: Sequence[str]) -> tuple[float, dict[str, float]]:
+def accuracy(questions: Sequence[JsonObject], answers: Sequence[str]) -> tuple[float, dict[str, float]]:
     """Exact matches in per cent: over all questions, and by type in the order of their appearance."""
     right: dict[str, list[bool]] = {}
     for question, answer in zip(questions, answers, strict=True):

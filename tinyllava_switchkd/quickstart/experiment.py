@@ -24,11 +24,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tinyllava_switchkd.io import digest, read_json, write_json
+from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 from tinyllava_switchkd.launch import stages
 
 from . import scenes
@@ -273,7 +272,7 @@ class Experiment:
         """Handwriting scenes of the validation or test digits, and a question of every type about each."""
         return scenes.question_set("handwriting", split, getattr(self.plan, f"{split}_scenes"), seed=0)
 
-    def scores(self, checkpoint: Path, split: str = "test") -> dict[str, Any]:
+    def scores(self, checkpoint: Path, split: str = "test") -> JsonObject:
         """What a checkpoint answers and how good that is.
 
         Returns:

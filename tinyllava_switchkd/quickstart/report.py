@@ -7,12 +7,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import torch
 from PIL import Image
 
 from tinyllava_switchkd import cli
+from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.visualize.bars import draw_bars
 from tinyllava_switchkd.visualize.curves import draw_inside, draw_losses, read_history
 from tinyllava_switchkd.visualize.paper import paper_tables
@@ -63,13 +63,13 @@ def regime(experiment: Experiment) -> str:
     )
 
 
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+Runs = Mapping[str, Sequence[JsonObject]]
 """Method -> what `Experiment.scores` says, a seed after the other."""
 
 
-def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
+def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> JsonObject:
     """What ``results.json`` holds."""
-    results: dict[str, Any] = {method: summary(rows) for method, rows in runs.items()}
+    results: JsonObject = {method: summary(rows) for method, rows in runs.items()}
     results["paired_differences"] = {
         f"switch_kd - {other}": difference(runs["switch_kd"], runs[other]) for other in ("sft", "sft_equal_time")
     }
@@ -78,10 +78,10 @@ def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> dict
     return {**results, "seeds": list(seeds), **facts}
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[JsonObject]) -> JsonObject:
     """Means over runs of one method, standard deviations if there are several, and each run."""
     kinds = list(rows[0]["by_type"])
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "score": mean(row["score"] for row in rows),
         "by_type": {kind: mean(row["by_type"][kind] for row in rows) for kind in kinds},
         "probe": mean(row["probe"] for row in rows),
@@ -103,7 +103,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def draw(
     experiment: Experiment,
-    results: Mapping[str, Any],
+    results: JsonObject,
     runs: Runs,
     checkpoints: Mapping[str, Sequence[Path]],
     folder: Path,
@@ -117,7 +117,7 @@ def draw(
     draw_answers(experiment.questions("test"), answers, folder / "predictions.png", seed)
 
 
-def draw_scores(results: Mapping[str, Any], path: Path) -> None:
+def draw_scores(results: JsonObject, path: Path) -> None:
     """The table as bars."""
     bars = {
         label: {"score": results[method]["score"], **results[method]["by_type"], "probe": results[method]["probe"]}
@@ -171,7 +171,7 @@ def draw_answers(
 # Text
 
 
-def text_of(results: Mapping[str, Any]) -> str:
+def text_of(results: JsonObject) -> str:
     """The table and what belongs to it, as it is printed."""
     lines = score_table(results)
     lines += [
@@ -189,13 +189,13 @@ def text_of(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", results["regime"], "", *paper_lines()])
 
 
-def difference(left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def difference(left: Sequence[JsonObject], right: Sequence[JsonObject]) -> JsonObject:
     """Differences of the scores of paired runs: each, their mean, and their standard deviation (None for one pair)."""
     each = [a["score"] - b["score"] for a, b in zip(left, right, strict=True)]
     return {"each": each, "mean": mean(each), "std": stdev(each) if len(each) > 1 else None}
 
 
-def score_table(results: Mapping[str, Any]) -> list[str]:
+def score_table(results: JsonObject) -> list[str]:
     """The table as lines of text: a row a method; with several seeds mean and standard deviation."""
     kinds = list(results["teacher"]["by_type"])
     rows = [["", "overall", *(TYPE_TITLES.get(kind, kind) for kind in kinds), "probe", "steps", "seconds"]]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.io import write_json, write_text
+from tinyllava_switchkd.io import JsonObject, write_json, write_text
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
     from .experiment import Plan
@@ -24,8 +24,12 @@ BENCHMARKED = ("teacher", "sft", "switch_kd")
 
 
 def quickstart(
-    root: Path, seeds: Sequence[int] = (1,), plan: Plan | None = None, bases: Path | None = None, say: Any = print
-) -> dict[str, Any]:
+    root: Path,
+    seeds: Sequence[int] = (1,),
+    plan: Plan | None = None,
+    bases: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> JsonObject:
     """Run what is missing.
 
     Args:

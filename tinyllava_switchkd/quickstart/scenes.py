@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from tinyllava_switchkd.io import JsonObject
 
 IMAGE_SIZE = 32
 """Side of a scene in pixels: two cells of `CELL_SIZE` a side."""
@@ -253,7 +254,7 @@ def test_questions(
         ``{"question_id", "image", "type", "question", "answer"}`` in the order of scenes and types.
     """
     rng = np.random.default_rng([seed, 202])
-    questions: list[dict[str, Any]] = []
+    questions: list[JsonObject] = []
     for scene, name in zip(scenes, image_names, strict=True):
         for kind in kinds:
             question, answer = ask(scene, kind, rng)
@@ -289,7 +290,7 @@ class QuestionSet:
     """
 
     scenes: Sequence[Scene]
-    questions: Sequence[dict[str, Any]]
+    questions: Sequence[JsonObject]
     scene_of: Sequence[int]
 
 

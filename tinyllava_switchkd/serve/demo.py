@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from PIL import Image
@@ -68,7 +67,7 @@ class Demo:
         """A session in which nothing was said."""
         return Session([Conversation() for _ in self.pool.slots])
 
-    def ask(self, session: Session, image_path: str | None, question: str, sampling: dict[str, Any]) -> Iterator[None]:
+    def ask(self, session: Session, image_path: str | None, question: str, sampling: Sampling) -> Iterator[None]:
         """Let every model answer, one after another so that none slows another down.
 
         Yields whenever `session.exchanges` has something new to show.
@@ -77,7 +76,7 @@ class Demo:
             session: changed in place.
             image_path: the image on the page; it joins the conversation if it was not the last to do so.
             question: the question.
-            sampling: arguments of `Sampling`.
+            sampling: how they answer.
 
         Raises:
             ValueError, FileNotFoundError: bad input; nothing was asked then.
@@ -92,8 +91,7 @@ class Demo:
             raise ValueError(
                 f"The question has {len(question)} characters; at most {self.limits.question_chars} are taken."
             )
-        settings = Sampling(**sampling)
-        if settings.max_new_tokens > self.limits.max_new_tokens:
+        if sampling.max_new_tokens > self.limits.max_new_tokens:
             raise ValueError(f"An answer may have at most {self.limits.max_new_tokens} tokens.")
         thumbnails = self._attach(session, image_path)
         exchange = render.Exchange(
@@ -107,7 +105,7 @@ class Demo:
                 if not session.stop.is_set():
                     cell.state = "working"
                     yield
-                    yield from self._answer(session, index, cell, question, settings)
+                    yield from self._answer(session, index, cell, question, sampling)
                 cell.state = "done"
             yield
         finally:

@@ -252,7 +252,7 @@ class _Work(StoppingCriteria):
         self._stopped = self._stop.is_set() or self.cancelled.is_set()
         return self._stopped
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         token = int(input_ids[0, -1])  # waits for the device
         self._last = time.perf_counter()
         self._first = self._first or self._last

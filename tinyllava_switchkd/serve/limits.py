@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tinyllava_switchkd.serve.images import ImageLimits
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -163,14 +166,16 @@ class Gate:
         body_seconds: for a request to arrive whole.
     """
 
-    def __init__(self, app: Any, max_bytes: int, hosts: Hosts, room: Room, body_seconds: float = BODY_SECONDS) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, hosts: Hosts, room: Room, body_seconds: float = BODY_SECONDS
+    ) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.hosts = hosts
         self.room = room
         self.body_seconds = body_seconds
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -193,7 +198,7 @@ class Gate:
         received, whole = 0, False
         deadline = time.monotonic() + self.body_seconds
 
-        async def counted() -> dict[str, Any]:
+        async def counted() -> Message:
             nonlocal received, whole
             if whole:  # what comes now is that the visitor leaves, whenever that is
                 return await receive()
@@ -209,7 +214,7 @@ class Gate:
 
         begun = False
 
-        async def noted(message: dict[str, Any]) -> None:
+        async def noted(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)
@@ -224,7 +229,7 @@ class Gate:
             if is_upload:
                 self.room.leave(kept)
 
-    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
         """Status and sentence of why a request is refused."""
         hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(hosts) != 1 or not self.hosts.know(hosts[0]):
@@ -268,7 +273,7 @@ def is_open(method: str, path: str) -> bool:
     return False
 
 
-async def _answer(send: Any, status: int, text: str) -> None:
+async def _answer(send: Send, status: int, text: str) -> None:
     body = text.encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

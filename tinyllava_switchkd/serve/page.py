@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.routes import App
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -17,6 +18,9 @@ from tinyllava_switchkd.serve.demo import USER_ERRORS, Demo, Session
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.limits import Gate, Hosts, Room
 from tinyllava_switchkd.serve.upload import REFUSED, GuardedBlocks, UploadedImage
+
+Updates = dict[Block, object]
+"""New values of parts of the page, or what `gr.update` makes of them."""
 
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
 _STYLE = Path(__file__).with_name("page.css")
@@ -234,7 +238,7 @@ class Page:
 
     # What the events do
 
-    def refresh(self) -> dict[Any, Any]:
+    def refresh(self) -> Updates:
         """How far loading is."""
         pool = self.demo.pool
         return {
@@ -243,7 +247,7 @@ class Page:
             self.timer: gr.update(active=not pool.is_settled),
         }
 
-    def check_image(self, session: Session | None, path: str | None) -> dict[Any, Any]:
+    def check_image(self, session: Session | None, path: str | None) -> Updates:
         """Refuse a bad upload at once, and not only when a question comes with it."""
         try:
             file = self._own(path)
@@ -253,7 +257,7 @@ class Page:
             return {self.image: None, self.notice: render.notice(str(error), "error")}
         return {self.notice: _about_second_image(session)}
 
-    def pick(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+    def pick(self, session: Session | None, event: gr.SelectData) -> Updates:
         """Put an example on the page."""
         index = int(event.index) % len(EXAMPLES)
         _, question = EXAMPLES[index]
@@ -263,7 +267,7 @@ class Page:
             self.notice: _about_second_image(session),
         }
 
-    def begin(self, session: Session | None) -> dict[Any, Any]:
+    def begin(self, session: Session | None) -> Updates:
         """What a user sees at once, while others are being answered."""
         session = session or self.demo.new_session()
         session.stop.clear()
@@ -276,7 +280,7 @@ class Page:
             self.clear: gr.update(interactive=False),
         }
 
-    def turn_away(self) -> dict[Any, Any]:
+    def turn_away(self) -> Updates:
         """A question that never got to a model: the queue is full, or its inputs were refused (a file that is gone)."""
         message = (
             "The question was not taken: too many people are asking, or the image is no longer on the server. "
@@ -297,7 +301,7 @@ class Page:
             raise gr.Error(REFUSED, print_exception=False)
         return file
 
-    def _idle(self) -> dict[Any, Any]:
+    def _idle(self) -> Updates:
         """The buttons while nothing is being answered."""
         return {
             self.send: gr.update(interactive=True),
@@ -315,16 +319,9 @@ class Page:
         top_k: float,
         penalty: float,
         length: float,
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> Iterator[Updates]:
         """Stream the answers onto the page."""
         session = session or self.demo.new_session()
-        sampling = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": int(top_k),
-            "repetition_penalty": penalty,
-            "max_new_tokens": int(length),
-        }
         busy = {
             self.session: session,
             self.notice: "",
@@ -336,6 +333,7 @@ class Page:
             self.attention_notice: "",
         }
         try:
+            sampling = Sampling(temperature, top_p, int(top_k), penalty, int(length))
             for _ in self.demo.ask(session, self._own(image), question, sampling):
                 yield {self.chat: render.transcript(session.exchanges), **busy}
                 busy = {}
@@ -349,13 +347,13 @@ class Page:
             **self._idle(),
         }
 
-    def halt(self, session: Session | None) -> dict[str, Any]:
+    def halt(self, session: Session | None) -> dict[str, object]:
         """Stop the answer of this session."""
         if session is not None:
             session.stop.set()
         return gr.update(interactive=False)
 
-    def restart(self, session: Session | None) -> dict[Any, Any]:
+    def restart(self, session: Session | None) -> Updates:
         """Forget the conversation."""
         if session is not None:
             session.stop.set()
@@ -367,7 +365,7 @@ class Page:
             self.attention_notice: "",
         }
 
-    def show_attention(self, session: Session | None, which: int) -> dict[Any, Any]:
+    def show_attention(self, session: Session | None, which: int) -> Updates:
         """Open the map of a model's last answer."""
         try:
             attention = self.demo.attend(session or self.demo.new_session(), which)
@@ -387,7 +385,7 @@ class Page:
         """A token was clicked."""
         return int(event.index) + 1
 
-    def show_token(self, session: Session | None, which: int, position: float) -> dict[Any, Any]:
+    def show_token(self, session: Session | None, which: int, position: float) -> Updates:
         """Draw the map of one token, or (0) of the whole answer."""
         if session is None or which not in session.maps:
             return {}
@@ -453,8 +451,8 @@ def launch(
     share: bool = False,
     queue_size: int = 16,
     allow_hosts: Sequence[str] = (),
-    **kwargs: Any,
-) -> Any:
+    **kwargs: object,
+) -> tuple[App, str, str]:
     """Serve a page.
 
     Args:

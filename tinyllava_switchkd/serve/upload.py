@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABCMeta
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
+from gradio.blocks import BlockFunction
 from gradio.component_meta import ComponentMeta
+from gradio.data_classes import ImageData
 
+from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 
 REFUSED = "Images are uploaded, not fetched from elsewhere: this one is no upload of this page. Please upload it."
@@ -24,7 +26,7 @@ class GuardedBlocks(gr.Blocks):
     at before Gradio does, and `own_file` is asked again where an image is opened.
     """
 
-    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[object]) -> None:
         super().validate_inputs(block_fn, inputs)
         for block, value in zip(block_fn.inputs, inputs, strict=False):
             if block.stateful:
@@ -56,13 +58,13 @@ class GuardedBlocks(gr.Blocks):
         return {copy: str(FOLDER / name) for copy, (name, _) in zip(copies, EXAMPLES, strict=True)}
 
 
-def _path_of(value: Any) -> str | None:
+def _path_of(value: object) -> str | None:
     """The path in what a client says of an image; None where it is not of that form."""
     path = value.get("path") if isinstance(value, dict) else None
     return path if isinstance(path, str) else None
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
+def _objects(value: object) -> Iterator[JsonObject]:
     """All JSON objects in a value."""
     if isinstance(value, dict):
         yield value
@@ -74,7 +76,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 class _WithoutStub(ComponentMeta):
     """Makes a component without the .pyi file that Gradio's own metaclass writes beside the source."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, object]) -> type:
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
@@ -88,7 +90,7 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
 
     is_template = True  # drawn by the browser's code for gr.Image
 
-    def preprocess(self, payload: Any) -> str | None:
+    def preprocess(self, payload: ImageData | None) -> str | None:
         return None if payload is None else payload.path
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from tinyllava_switchkd.io import JsonObject
 
 COLUMNS = {
     "mme": "MME",
@@ -29,7 +30,7 @@ AVERAGES = {"Avg7": AVG7, "Avg10": AVG10}
 
 
 @cache
-def paper_tables() -> Mapping[str, Any]:
+def paper_tables() -> JsonObject:
     """The data file: ``table1`` ... ``table6``, ``figure1_axes`` and notes on the paper's rounding."""
     return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
 

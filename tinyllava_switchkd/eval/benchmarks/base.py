@@ -13,14 +13,16 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.registry import Registry
 
 from .files import ID, find_file, missing_file, picture_path, read_jsonl, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.statistics import Figure, Sums
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -69,7 +71,7 @@ class Question:
     image: Image
     category: str = "default"
     logged_prompt: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -95,7 +97,7 @@ class Question:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
-    def answer_row(self, text: str, *, answer_id: str, model_id: str) -> dict[str, Any]:
+    def answer_row(self, text: str, *, answer_id: str, model_id: str) -> JsonObject:
         """The row of the answers file, with LLaVA's keys."""
         return {
             "question_id": self.question_id,
@@ -108,7 +110,7 @@ class Question:
         }
 
 
-def answer_key(row: Mapping[str, Any]) -> tuple[str, str]:
+def answer_key(row: JsonObject) -> tuple[str, str]:
     """`Question.key` of the question that a row of an answers file answers."""
     return str(row["question_id"]), row["prompt"]
 
@@ -188,19 +190,19 @@ class Score:
     total: int
     answered: int
     fallback: int
-    details: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    details: JsonObject
+    rows: list[JsonObject] = field(default_factory=list, repr=False)
     standard_error: float | None = None
-    asked: dict[str, Any] | None = None
-    judge: dict[str, Any] | None = None
-    run: dict[str, Any] | None = None
+    asked: JsonObject | None = None
+    judge: JsonObject | None = None
+    run: JsonObject | None = None
 
     @property
     def missing(self) -> int:
         """Questions without an answer; they count as wrong."""
         return self.total - self.answered
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The JSON object that the command prints."""
         return {
             "benchmark": self.benchmark,
@@ -318,12 +320,12 @@ class Benchmark(ABC):
     """Reads answers that no rule can read; off by default."""
 
     def __init__(self) -> None:
-        self.settings: dict[str, Any] = {option.name: option.default for option in self.options}
+        self.settings: dict[str, str | bool] = {option.name: option.default for option in self.options}
         self.judged = {"asked": 0, "read": 0}
 
     # ------------------------------------------------------------------------------------------------ asking
 
-    def configure(self, settings: Mapping[str, Any]) -> None:
+    def configure(self, settings: Mapping[str, str | bool | None]) -> None:
         """Choose how to ask, by `options`; what is None keeps its default.
 
         Raises:
@@ -382,7 +384,7 @@ class Benchmark(ABC):
             ValueError: malformed data, an unknown question id, or a second answer to a question.
         """
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         """What the headline is made of: (cluster, unit, what it adds to the sums) for each question, or group of them.
 
         Units of one cluster (the questions about one picture) are not independent of each other.
@@ -394,7 +396,7 @@ class Benchmark(ABC):
             unit, cluster = row["question_id"], row.get("cluster")  # a picture may be number 0
             yield unit if cluster in (None, "") else cluster, unit, {"value": row["value"], "count": 1.0}
 
-    def headline(self, sums: Mapping[str, Any]) -> Any:
+    def headline(self, sums: Sums) -> Figure:
         """The score (0-100) from sums over `units`: of numbers, or of arrays for many resamples at once."""
         return 100.0 * sums["value"] / sums["count"]
 
@@ -444,9 +446,9 @@ class Benchmark(ABC):
         split: str,
         total: int,
         answered: int,
-        details: dict[str, Any],
+        details: JsonObject,
         fallback: int = 0,
-        rows: list[dict[str, Any]] | None = None,
+        rows: list[JsonObject] | None = None,
     ) -> Score:
         """A `Score` under this benchmark's name and metric; a row without a `value` has it from its `correct`."""
         for row in rows or ():
@@ -513,7 +515,7 @@ class QuestionFileBenchmark(Benchmark):
         names = tuple(name for candidates in wanted.values() for name in candidates)
         raise missing_file(data_dir, names, f"{self.title} question file", prepare_hint(self.name))
 
-    def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, JsonObject]]:
         """Rows of the question file, each with its place for messages."""
         for where, row in read_jsonl(self.question_file(data_dir, split)[1], what="question file"):
             require(row, {"question_id": ID, "image": str, "text": str}, where)
@@ -532,7 +534,7 @@ def said(answer: Answer | None) -> dict[str, str | None]:
     return {"prompt": None, "text": None} if answer is None else {"prompt": answer.prompt, "text": answer.text}
 
 
-def question_line(question_id: int | str, image: str, text: str, category: str = "default") -> dict[str, Any]:
+def question_line(question_id: int | str, image: str, text: str, category: str = "default") -> dict[str, str | int]:
     """One line of a LLaVA question file."""
     return {"question_id": question_id, "image": image, "text": text, "category": category}
 
@@ -600,7 +602,7 @@ def join(
     return joined
 
 
-def refuse_missing(missing: Sequence[Any], total: int, allow_missing: bool) -> None:
+def refuse_missing(missing: Sequence[object], total: int, allow_missing: bool) -> None:
     """Stop a submission with holes: servers score them as wrong without a word.
 
     Raises:
@@ -619,7 +621,7 @@ def percentage(values: Collection[float]) -> float | None:
     return 100.0 * sum(values) / len(values) if values else None
 
 
-def percentage_by(items: Iterable[tuple[Any, float]]) -> dict[str, float]:
+def percentage_by(items: Iterable[tuple[object, float]]) -> dict[str, float]:
     """Mean on 0-100 for each group of (group, value) pairs, groups in order of first sight."""
     groups: dict[str, list[float]] = {}
     for group, value in items:

@@ -7,9 +7,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from tinyllava_switchkd.io import read_text, write_text
+from tinyllava_switchkd.io import JsonObject, read_text, write_text
 
 
 def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
@@ -49,7 +48,7 @@ def sentence_of(error: Exception) -> str:
     return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
 
 
-def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, JsonObject]]:
     """Objects of a JSON-lines file, each with its place ("FILE, line N"); empty lines are skipped.
 
     Raises:
@@ -122,7 +121,7 @@ ID = (str, int)
 """What a question's id may be."""
 
 
-def require(row: Any, keys: Sequence[str] | Mapping[str, type | tuple[type, ...]], where: str) -> None:
+def require(row: object, keys: Sequence[str] | Mapping[str, type | tuple[type, ...]], where: str) -> None:
     """Check that an object has its keys, and that their values are of the right kind.
 
     Args:
@@ -146,11 +145,11 @@ def require(row: Any, keys: Sequence[str] | Mapping[str, type | tuple[type, ...]
                 raise ValueError(f"{where}: {key!r} is {_shown(value)}, not {expected}.")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def write_upload(path: str | Path, data: Any) -> None:
+def write_upload(path: str | Path, data: object) -> None:
     """Write a server's JSON file, byte for byte as the official converters write it."""
     write_text(path, json.dumps(data, allow_nan=False))

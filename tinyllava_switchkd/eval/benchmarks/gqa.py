@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -91,7 +91,7 @@ class GQA(QuestionFileBenchmark):
                     predicted[group][parsed] += 1
         accuracy = percentage([row["correct"] for row in rows])
         kinds = percentage_by((row["kind"], row["correct"]) for row in rows)
-        details: dict[str, Any] = {"accuracy": accuracy, "binary": kinds.get("binary"), "open": kinds.get("open")}
+        details: JsonObject = {"accuracy": accuracy, "binary": kinds.get("binary"), "open": kinds.get("open")}
         for column in ("structural", "semantic", "steps", "words"):
             details[column] = percentage_by((row[column], row["correct"]) for row in rows)
         details["distribution"] = distribution(gold, predicted)
@@ -151,7 +151,7 @@ class GQA(QuestionFileBenchmark):
         build.extract(f"{GQA_URL}images.zip", {name: build.root / "data" / "images" / name for name in names})
         self._write(build, truth)
 
-    def _write(self, build: Build, truth: dict[str, dict[str, Any]]) -> None:
+    def _write(self, build: Build, truth: dict[str, JsonObject]) -> None:
         write_json(build.root / "data" / TRUTH_FILE, truth, indent=None)
         lines = (
             question_line(key, f"{row['imageId']}.jpg", f"{row['question']}\n{SINGLE_WORD_SUFFIX}")
@@ -165,7 +165,7 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def _list_of(row: Mapping[str, Any], key: str, where: str) -> list:
+def _list_of(row: JsonObject, key: str, where: str) -> list:
     """A list that may be absent."""
     if row.get(key) is None:
         return []
@@ -173,7 +173,7 @@ def _list_of(row: Mapping[str, Any], key: str, where: str) -> list:
     return row[key]
 
 
-def _steps(question: Mapping[str, Any]) -> int:
+def _steps(question: JsonObject) -> int:
     """Reasoning steps: operations but for the last, "querying" one."""
     operations = (f"{step.get('operation')}: {step.get('argument')}" for step in question.get("semantic") or ())
     return sum(not any(mark in operation for mark in _NO_STEP) for operation in operations)

@@ -12,9 +12,9 @@ import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import atomic_file
+from tinyllava_switchkd.io import JsonObject, atomic_file
 
 from .base import (
     LETTER_SUFFIX,
@@ -72,7 +72,7 @@ _COLUMNS = (
 _DROPPED_ON_UPLOAD = frozenset({"hint", "category", "source", "image", "comment", "l2-category"})
 _PREDICTION_COLUMN = 6
 
-Row = dict[str, Any]
+Row = JsonObject
 
 
 class _MMBench(Benchmark):
@@ -163,7 +163,7 @@ class _MMBench(Benchmark):
         hits = {row["group"]: all(copy["correct"] for copy in groups[row["group"]]) for row in base}
         read = {row["group"]: all(copy["read_correct"] for copy in groups[row["group"]]) for row in base}
         contested = [group for group in hits if hits[group] != read[group]]
-        details: dict[str, Any] = {
+        details: JsonObject = {
             "circular": percentage(list(hits.values())),
             "vanilla": percentage([row["correct"] for row in base]),
             "vanilla_all_rows": percentage([row["correct"] for row in rows]),
@@ -188,8 +188,8 @@ class _MMBench(Benchmark):
             rows=rows,
         )
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
-        groups: dict[int, list[Mapping[str, Any]]] = {}
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+        groups: dict[int, list[JsonObject]] = {}
         for row in rows:
             groups.setdefault(row["group"], []).append(row)
         for group, members in groups.items():
@@ -289,7 +289,7 @@ class _MMBench(Benchmark):
         unread = answer is not None and parsed is None
         if answer is not None and unread:
             parsed = self.read_by_judge(answer, shown)
-        l2_category: Any = row.get("l2-category", row.get("L2-category", ""))
+        l2_category = next((row[name] for name in ("l2-category", "L2-category") if name in row), "")
         return {
             "question_id": row["index"],
             "group": int(row.get("g_index") or row["index"] % ROTATION),
@@ -348,7 +348,7 @@ class _MMBench(Benchmark):
             for row in build.rows(*wanted, columns=columns, optional=("l2-category", "L2-category")):
                 index = int(row["index"])
                 build.check_image(f"{self.file_name}, index {index}", row["image"])
-                line: dict[str, Any] = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
+                line: JsonObject = {name: _present(row[name]) for name in columns if name not in ("index", "image")}
                 for position, letter in enumerate(letters):
                     if not line[letter] and position < rotations[index % ROTATION]:
                         line[letter] = "None"
@@ -461,7 +461,7 @@ def _present(text: str | None) -> str:
     return "" if text is None or text == "nan" else text
 
 
-def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a table with a header row; strings stay strings, and control characters, which xlsx forbids, go.
 
     Raises:

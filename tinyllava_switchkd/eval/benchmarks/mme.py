@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_text, write_jsonl, write_text
+from tinyllava_switchkd.io import JsonObject, read_text, write_jsonl, write_text
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -25,6 +25,7 @@ from .base import (
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.statistics import Figure, Sums
 
 PERCEPTION = (
     "existence",
@@ -73,7 +74,7 @@ class MME(QuestionFileBenchmark):
         for key, expected in truth.items():
             subtask, picture, question = key
             answer = joined.get(key)
-            row: dict[str, Any] = {"question_id": f"{subtask}/{picture}" if answer is None else answer.question_id}
+            row: JsonObject = {"question_id": f"{subtask}/{picture}" if answer is None else answer.question_id}
             row |= {"cluster": f"{subtask}/{picture}", "subtask": subtask, "picture": picture, "question": question}
             row |= {"truth": expected, **said(answer), "parsed": None}
             if answer is not None:
@@ -90,7 +91,7 @@ class MME(QuestionFileBenchmark):
             sum(subtasks[subtask]["score"] for subtask in group if subtask in subtasks)
             for group in (PERCEPTION, COGNITION)
         )
-        details: dict[str, Any] = {
+        details: JsonObject = {
             "perception": perception,
             "cognition": cognition,
             "total": perception + cognition,
@@ -98,8 +99,9 @@ class MME(QuestionFileBenchmark):
             "subtasks": subtasks,
             "absent_subtasks": [subtask for subtask in PERCEPTION + COGNITION if subtask not in subtasks],
         }
+        hundredth = self._hundredth(sum(subtask in subtasks for subtask in PERCEPTION))
         return self.result(
-            score=self._of_100(perception, sum(subtask in subtasks for subtask in PERCEPTION)),
+            score=perception / hundredth if hundredth else None,
             split="test",
             total=len(truth),
             answered=len(joined),
@@ -108,13 +110,11 @@ class MME(QuestionFileBenchmark):
             rows=rows,
         )
 
-    def _of_100(self, perception: Any, subtasks: int) -> Any:
-        """Perception / 20, of which 2,000 are to be had; of a part that was asked, relative to its own subtasks."""
-        if self.asked is None:
-            return perception / 20
-        return perception / (2 * subtasks) if subtasks else None
+    def _hundredth(self, subtasks: int) -> int:
+        """A hundredth of the perception to be had, which is 2,000; of a part that was asked, by its own subtasks."""
+        return 20 if self.asked is None else 2 * subtasks
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         pictures: dict[tuple[str, str], list[bool]] = defaultdict(list)
         for row in rows:
             pictures[row["subtask"], row["picture"]].append(row["correct"])
@@ -122,15 +122,15 @@ class MME(QuestionFileBenchmark):
             parts = {"right": sum(correct), "questions": len(correct), "all": all(correct), "pictures": 1}
             yield (subtask, picture), (subtask, picture), {f"{subtask}:{key}": float(v) for key, v in parts.items()}
 
-    def headline(self, sums: Mapping[str, Any]) -> Any:
+    def headline(self, sums: Sums) -> Figure:
         found = [subtask for subtask in PERCEPTION if f"{subtask}:pictures" in sums]
-        total = 0.0
+        total: Figure = 0.0
         for subtask in found:
             right, questions, whole, pictures = (
                 sums[f"{subtask}:{key}"] for key in ("right", "questions", "all", "pictures")
             )
             total = total + 100.0 * (right / (questions + (questions == 0)) + whole / (pictures + (pictures == 0)))
-        return self._of_100(total, len(found))
+        return total / self._hundredth(len(found))
 
     # ------------------------------------------------------------------------------------------- preparation
 
@@ -224,7 +224,7 @@ def read_yes_no(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def score_subtask(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+def score_subtask(rows: Sequence[JsonObject]) -> dict[str, float | int]:
     """A subtask's figures: `acc` counts questions, `acc_plus` pictures with all questions right, `score` is the sum."""
     pictures: dict[str, list[bool]] = defaultdict(list)
     confusion: Counter[str] = Counter()
@@ -251,7 +251,7 @@ def answer_file(image: str) -> str:
     return f"{stem.replace('/images/', '/questions_answers_YN/')}.txt"
 
 
-def _question(image: str, text: str) -> dict[str, Any]:
+def _question(image: str, text: str) -> dict[str, str | int]:
     text = text.strip().removesuffix(_ASK).strip()
     return question_line(image, image, f"{text}\n{SINGLE_WORD_SUFFIX}", image.split("/", 1)[0])
 

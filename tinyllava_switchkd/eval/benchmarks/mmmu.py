@@ -8,9 +8,9 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from .base import (
     LETTER_SUFFIX,
@@ -115,7 +115,7 @@ class MMMU(Benchmark):
         truths = self._truths(data_dir, samples, path)
         joined = join(answers, samples, path)
         samples = self._scored(samples)
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         for identifier, sample in samples.items():
             answer, truth = joined.get(identifier), truths[identifier]
             row = {"question_id": identifier, "type": sample["question_type"], "truth": truth, "drawn": False}
@@ -175,7 +175,7 @@ class MMMU(Benchmark):
             predictions[identifier] = text
         write_upload(path, predictions)
 
-    def _skips(self, sample: Mapping[str, Any]) -> bool:
+    def _skips(self, sample: JsonObject) -> bool:
         """Whether a question is not asked, because it is about several pictures (then TinyLLaVA names no `image`)."""
         several = isinstance(sample.get("img_path"), list) or sample.get("image") is None
         return self.settings["multi_image"] == "skip" and several
@@ -252,7 +252,7 @@ class MMMU(Benchmark):
         write_json(build.root / QUESTION_FILE, samples, indent=1)
 
 
-def question_of(row: Mapping[str, Any]) -> dict[str, Any]:
+def question_of(row: JsonObject) -> JsonObject:
     """The text part of one entry of ``anns_for_eval.json``; prompts as MMMU's ``llava1.5.yaml`` builds them.
 
     Raises:
@@ -273,7 +273,7 @@ def question_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return sample
 
 
-def _listed(text: str) -> Any:
+def _listed(text: str) -> object:
     """Lists are stored as text (``"['24/7', '3.429']"``); anything else is itself."""
     if not (text.startswith("[") and text.endswith("]")):
         return text
@@ -284,7 +284,7 @@ def _listed(text: str) -> Any:
     return value if isinstance(value, list) else text
 
 
-def pictures_of(sample: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def pictures_of(sample: JsonObject, where: str) -> tuple[str, ...]:
     """File names of a question's pictures: `img_path` has them all, `image` the one of a question with one."""
     listed = sample.get("img_path")
     if isinstance(listed, list) and listed:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import write_jsonl
+from tinyllava_switchkd.io import JsonObject, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -27,6 +27,7 @@ from .files import missing_file, read_jsonl, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.statistics import Figure, Sums
 
 CATEGORIES = ("random", "popular", "adversarial")
 YES_NO = {"yes": "yes", "no": "no"}
@@ -88,7 +89,7 @@ class POPE(QuestionFileBenchmark):
             category: score_category([row for row in rows if row["category"] == category])
             for category in sorted({row["category"] for row in rows}, key=_order)
         }
-        details: dict[str, Any] = dict(blocks)
+        details: JsonObject = dict(blocks)
         for figure in ("f1", "accuracy"):
             details[f"mean_{figure}"] = sum(block[figure] for block in blocks.values()) / len(blocks)
         details["pooled"] = score_category(rows)
@@ -102,11 +103,11 @@ class POPE(QuestionFileBenchmark):
             rows=rows,
         )
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         for row in rows:
             yield row["cluster"], row["question_id"], {f"{row['category']}:{_cell(row)}": 1.0}
 
-    def headline(self, sums: Mapping[str, Any]) -> Any:
+    def headline(self, sums: Sums) -> Figure:
         categories = {key.partition(":")[0] for key in sums}
         return sum(_f1(sums, category) for category in categories) / len(categories)
 
@@ -207,20 +208,20 @@ def is_fallback(text: str) -> bool:
     return read_yes_no(text) == "yes" and "yes" not in words
 
 
-def _cell(row: Mapping[str, Any]) -> str:
+def _cell(row: JsonObject) -> str:
     """TP, FP, TN or FN."""
     correct = row["parsed"] == row["truth"]
     positive = (row["truth"] == "yes") == correct
     return ("T" if correct else "F") + ("P" if positive else "N")
 
 
-def _f1(sums: Mapping[str, Any], category: str) -> Any:
+def _f1(sums: Sums, category: str) -> Figure:
     tp, fp, fn = (sums.get(f"{category}:{cell}", 0.0) for cell in ("TP", "FP", "FN"))
     whole = 2 * tp + fp + fn
     return 200.0 * tp / (whole + (whole == 0))
 
 
-def score_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+def score_category(rows: Sequence[JsonObject]) -> dict[str, float | int]:
     """Figures of a category, "yes" being positive; a question without an answer is wrong, whatever its label."""
     confusion = Counter(map(_cell, rows))
     tp, fp, tn, fn = (confusion[cell] for cell in ("TP", "FP", "TN", "FN"))

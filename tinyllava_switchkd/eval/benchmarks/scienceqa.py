@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from .base import (
     LETTER_SUFFIX,
@@ -88,7 +88,7 @@ class ScienceQA(Benchmark):
         problems, path = self._problems(data_dir)
         joined = join(answers, problems, path)
         problems = self.asked_of(problems)
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         for key, problem in problems.items():
             answer = joined.get(key)
             truth = LETTERS[problem["answer"]]
@@ -120,7 +120,7 @@ class ScienceQA(Benchmark):
             rows=rows,
         )
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         return super().units(row for row in rows if row["image"])
 
     def _problems(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
@@ -173,13 +173,13 @@ class ScienceQA(Benchmark):
             problems[pid] |= {"image": "image.png" if row.get("image") else None, "split": "test"}
         self._write(build, problems, {"test": list(problems)})
 
-    def _write(self, build: Build, problems: dict[str, dict[str, Any]], splits: dict[str, list[str]]) -> None:
+    def _write(self, build: Build, problems: dict[str, JsonObject], splits: dict[str, list[str]]) -> None:
         write_json(build.root / "problems.json", problems, indent=None)
         write_json(build.root / "pid_splits.json", splits, indent=None)
         write_json(build.root / QUESTION_FILE, [sample(pid, problems[pid]) for pid in splits["test"]], indent=1)
 
 
-def sample(pid: str, problem: dict[str, Any]) -> dict[str, Any]:
+def sample(pid: str, problem: JsonObject) -> JsonObject:
     """One entry of ``llava_test_CQM-A.json`` as LLaVA-1.5 was evaluated.
 
     LLaVA's own converter, asked for "CQM-A", writes an older text ("Context: N/A ... Options: (A) ...") that costs
@@ -189,7 +189,7 @@ def sample(pid: str, problem: dict[str, Any]) -> dict[str, Any]:
     letters = string.ascii_uppercase
     choices = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, problem["choices"], strict=False))
     value = f"{context}{problem['question']}{choices}"
-    entry: dict[str, Any] = {"id": pid}
+    entry: JsonObject = {"id": pid}
     if problem.get("image"):
         entry["image"] = f"{pid}/{problem['image']}"
         value += f"\n{_IMAGE_TOKEN}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -79,7 +79,7 @@ class TextVQA(QuestionFileBenchmark):
 
         if self.asked is not None:
             asked = Counter(key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked)
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         seen: Counter[tuple[str, str]] = Counter()
         for answer in answers:
             key = key_of(answer)
@@ -117,7 +117,7 @@ class TextVQA(QuestionFileBenchmark):
         row = score_row(key[0], answer, annotators, {"accuracy": m4c_accuracy})
         return row | {"cluster": key[0], "question": annotation["question"]}
 
-    def units(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple]:
+    def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple]:
         for row in rows:  # the ids are the images'
             yield row["cluster"], (row["cluster"], row["question"]), {"value": row["value"], "count": 1.0}
 
@@ -148,7 +148,7 @@ class TextVQA(QuestionFileBenchmark):
         tokens = {row["image_id"]: row["ocr_tokens"] for row in ocr}
         self._write(build, document, [tokens.get(row["image_id"], []) for row in document["data"]])
 
-    def _write(self, build: Build, document: dict[str, Any], tokens: Sequence[Sequence[str]]) -> None:
+    def _write(self, build: Build, document: JsonObject, tokens: Sequence[Sequence[str]]) -> None:
         write_json(build.root / TRUTH_FILE, document, indent=None)
         lines = (
             # LLaVA's id is the image's, so it repeats; its scorer joins by image and question.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -168,7 +168,7 @@ class VizWiz(QuestionFileBenchmark):
         build.extract(f"{VIZWIZ_URL}images/{build.split}.zip", images)
         self._write(build, truth)
 
-    def _write(self, build: Build, truth: list[dict[str, Any]]) -> None:
+    def _write(self, build: Build, truth: list[JsonObject]) -> None:
         write_json(build.root / f"{build.split}.json", truth, indent=None)
         suffix = f"{UNANSWERABLE}\n{SINGLE_WORD_SUFFIX}"
         lines = (question_line(row["image"], row["image"], f"{row['question']}\n{suffix}") for row in truth)

@@ -15,9 +15,10 @@ submission form*.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+
+from tinyllava_switchkd.io import JsonObject
 
 from .base import Answer, percentage, percentage_by, said
 from .files import require
@@ -139,7 +140,7 @@ def m4c_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     return leave_one_out(submission_form(prediction), [submission_form(answer) for answer in annotators])
 
 
-def annotator_answers(row: Mapping[str, Any], where: str) -> list[str]:
+def annotator_answers(row: JsonObject, where: str) -> list[str]:
     """The ten answers of an annotation, given as strings (TextVQA) or as objects (VQAv2, VizWiz).
 
     Raises:
@@ -154,7 +155,12 @@ def annotator_answers(row: Mapping[str, Any], where: str) -> list[str]:
     return answers
 
 
-def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str], scorers: Mapping[str, Any]) -> dict:
+def score_row(
+    question_id: object,
+    answer: Answer | None,
+    annotators: Sequence[str],
+    scorers: Mapping[str, Callable[[str, Sequence[str]], float]],
+) -> JsonObject:
     """One question under several scorers; without an answer all are 0.
 
     Args:
@@ -164,7 +170,7 @@ def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str]
         scorers: functions of prediction and annotators, by name, the headline's first. A name that ends in
             "on_submission" (or has it before a further suffix) is given the submission form instead of the raw text.
     """
-    row: dict[str, Any] = {"question_id": question_id, **said(answer)}
+    row: JsonObject = {"question_id": question_id, **said(answer)}
     row["truth"] = max(annotators, key=annotators.count)
     for name, scorer in scorers.items():
         if answer is None:
@@ -176,7 +182,7 @@ def score_row(question_id: Any, answer: Answer | None, annotators: Sequence[str]
     return row
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], scorers: Iterable[str], groups: Mapping[str, str]) -> dict[str, Any]:
+def summarise(rows: Sequence[JsonObject], scorers: Iterable[str], groups: Mapping[str, str]) -> JsonObject:
     """Overall score of each scorer, and by group; the group of the headline has the plain name.
 
     Args:
@@ -185,7 +191,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], scorers: Iterable[str], groups:
         groups: name in the result -> column of the rows, e.g. {"answer_type": "answer_type"}.
     """
     headline, *others = scorers
-    details: dict[str, Any] = {}
+    details: JsonObject = {}
     for name in (headline, *others):
         details[name] = percentage([row[name] for row in rows])
     for group, column in groups.items():

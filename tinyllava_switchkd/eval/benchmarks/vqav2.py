@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -236,7 +236,7 @@ class VQAv2(QuestionFileBenchmark):
         for name in parts:
             self._write_questions(build, name, folder, questions[name])
 
-    def _write_questions(self, build: Build, name: str, folder: str, rows: list[dict[str, Any]]) -> None:
+    def _write_questions(self, build: Build, name: str, folder: str, rows: list[JsonObject]) -> None:
         lines = (
             question_line(
                 row["question_id"], coco_image(folder, row["image_id"]), f"{row['question']}\n{SINGLE_WORD_SUFFIX}"
