@@ -115,10 +115,14 @@ def test_samples_are_held_out_by_their_ids(tmp_path):
         def __len__(self):
             return len(self.records.names)
 
+        def encode(self, index):
+            return {"id": self.records.names[index]}
+
     names = [f"sample {number}" for number in range(400)]
     train, held = hold_out(Whole(names), 0.1, seed=0)
     assert len(train) + len(held) == 400 and 20 < len(held) < 60 and not set(train.indices) & set(held.indices)
     assert held.lengths == held.indices
+    assert [held.encode(number)["id"] for number in range(len(held))] == [names[index] for index in held.indices]
     chosen = {names[index] for index in held.indices}
     _, again = hold_out(Whole(names[::-1]), 0.1, seed=0)
     assert {names[::-1][index] for index in again.indices} == chosen

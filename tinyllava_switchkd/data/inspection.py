@@ -212,7 +212,7 @@ class DataChecker:
             paths = [
                 path
                 for parent in sorted(self.names)
-                for file in self._of(parent)
+                for file in sorted(self.names[parent])
                 if (path := os.path.join(folder.root, parent, file)) not in unreadable
             ]
             if decode == "sample" and len(paths) > _DECODED:
@@ -233,9 +233,6 @@ class DataChecker:
                         f"{path}, {size[0]} x {size[1]}: {share:.0%} is seen",
                     )
         return report
-
-    def _of(self, parent: str) -> list[str]:
-        return sorted(self.names[parent])
 
 
 def check_data(

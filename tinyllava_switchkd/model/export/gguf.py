@@ -298,7 +298,7 @@ class _Vocabulary:
         names = {index: token for token, index in backend["model"]["vocab"].items()}
         kinds = dict.fromkeys(names, gguf.TokenType.NORMAL)
         for token in backend["added_tokens"]:
-            if token["id"] in names and _is_byte(token["content"]):
+            if token["id"] in names and len(token["content"]) == 1 and token["content"].isascii():
                 continue
             names[token["id"]] = token["content"]
             kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
@@ -334,10 +334,6 @@ def _split(backend: JsonObject) -> str:
     if names == "Digits ByteLevel" and not steps[0].get("individual_digits"):
         return ""
     return names if steps[-1].get("use_regex") else ""
-
-
-def _is_byte(content: str) -> bool:
-    return len(content) == 1 and content.isascii()
 
 
 def _write_language(
