@@ -16,7 +16,8 @@ from torch import nn
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.io import JsonObject, read_json
-from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.estimate import Estimate, estimate
 
 from .tables import Flags

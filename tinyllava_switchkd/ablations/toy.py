@@ -15,7 +15,7 @@ from statistics import fmean
 from PIL import Image
 
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
-from tinyllava_switchkd.model import load_pretrained_model
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 from tinyllava_switchkd.quickstart.bases import BasePlan
 from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError

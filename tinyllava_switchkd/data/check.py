@@ -119,7 +119,7 @@ def _look(args: argparse.Namespace) -> str:
 
 def _model_of(args: argparse.Namespace) -> _Model:
     """The model named on the command line, without its weights."""
-    from tinyllava_switchkd.model import TinyLlavaConfig
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
     from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
     from tinyllava_switchkd.model.weights import resolve_folder
@@ -147,7 +147,7 @@ def _model_of(args: argparse.Namespace) -> _Model:
 def _on_meta(config: TinyLlavaConfig) -> TinyLlava:
     import torch
 
-    from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 
     with torch.device("meta"):
         return TinyLlavaForConditionalGeneration(config)

@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import Message, TemplateFactory, check_template
+from tinyllava_switchkd.data.template.base import exchange
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from tinyllava_switchkd.data.collator import Sample
@@ -70,3 +73,8 @@ class TextPreprocess:
         if self._counts_images:
             return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)
         return self.template.encode(messages, self.tokenizer, mode)
+
+    def prompt_ids(self, question: str, num_images: int = 1) -> Tensor:
+        """Token ids [T] of a question up to its answer, in front an `IMAGE_TOKEN_INDEX` for each of its images."""
+        messages = exchange(f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + question)
+        return self(messages, mode="eval", num_images=num_images)["input_ids"]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, GenerationConfig, PreTrainedTokenizerBase
 
-from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, FLOAT_DTYPES
-from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
-from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.constants import FLOAT_DTYPES
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.template import TemplateFactory
+from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.model.caches import with_cache
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.layouts import read_config
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
 
@@ -154,24 +157,6 @@ class Setting:
         )
 
 
-class PromptEncoder:
-    """Token ids of a user's turn. Holds no model, so that workers may have one each.
-
-    Args:
-        tokenizer: the language model's.
-        template: name of the conversation template.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-        self._encode = TextPreprocess(tokenizer, template)
-
-    def __call__(self, text: str, num_images: int = 1) -> Tensor:
-        """Token ids [T] of a turn up to its answer; an image's place is one `IMAGE_TOKEN_INDEX` at the front."""
-        places = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
-        messages = [{"from": "human", "value": places + text}, {"from": "gpt", "value": None}]
-        return self._encode(messages, mode="eval", num_images=num_images)["input_ids"]
-
-
 class Answerer:
     """A model with all that is needed to ask it.
 
@@ -186,7 +171,7 @@ class Answerer:
         image_aspect_ratio: "square" or "pad"; the model's own if None.
 
     Attributes:
-        prompt_ids: text and number of images -> token ids, see `PromptEncoder`.
+        prompt_ids: question and number of images -> token ids, see `TextPreprocess.prompt_ids`.
         pixels_of: picture -> pixel values [3, H, W].
         batch_limit: rows that fit into memory, None until a batch did not.
     """
@@ -205,7 +190,7 @@ class Answerer:
         self.image_aspect_ratio = image_aspect_ratio or model.config.image_aspect_ratio or "square"
         policy = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
         self.pixels_of = ImagePreprocess(image_processor, policy)
-        self.prompt_ids = PromptEncoder(tokenizer, template)
+        self.prompt_ids = TextPreprocess(tokenizer, template).prompt_ids
         self.stop_token_ids = stop_token_ids(model, tokenizer, TemplateFactory(template)())
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
         self.batch_limit: int | None = None
@@ -276,7 +261,7 @@ class Answerer:
         If it does not fit into a GPU's memory it is answered in parts, and so are the batches after it.
 
         Args:
-            prompts: token ids [T] of each, see `PromptEncoder`.
+            prompts: token ids [T] of each, see `TextPreprocess.prompt_ids`.
             images: visual tokens [images of the prompt, K, D] of each, None for a prompt without one. Give the same
                 tensor to all prompts about a picture: what precedes their questions is then computed once.
             max_new_tokens: length limit.

@@ -13,8 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyllava_switchkd.data.template.base import exchange
+
 from ..constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from ..data import TextPreprocess
+from ..data.text import TextPreprocess
 from .generate import Answerer
 
 logger = logging.getLogger(__name__)
@@ -160,7 +162,7 @@ class TinyLlavaSwitchKD(lmms):
     @torch.inference_mode()
     def _loss(self, text: str, target: str, images: Sequence[Image.Image]) -> tuple[float, bool]:
         places = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images)
-        messages = [{"from": "human", "value": places + text}, {"from": "gpt", "value": target}]
+        messages = exchange(places + text, target)
         sample = self._with_answers(messages, mode="train", num_images=len(images))
         [visual] = self._encode([images])
         output = self.answerer.model(

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.caches import with_cache
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.io import write_json
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
@@ -79,14 +80,10 @@ def _write_data(folder: Path) -> None:
         ImageDraw.Draw(picture).rectangle((left, left, left + 24, left + 24), fill=rgb)
         picture.save(folder / "images" / f"{index}.png")
         sample = {"id": str(index), "image": f"{index}.png"}
-        captions.append({**sample, "conversations": _turns("Describe.\n<image>", f"A {name} square.")})
-        conversations.append({**sample, "conversations": _turns("<image>\nWhich colour?", f"It is {name}.")})
+        captions.append({**sample, "conversations": exchange("Describe.\n<image>", f"A {name} square.")})
+        conversations.append({**sample, "conversations": exchange("<image>\nWhich colour?", f"It is {name}.")})
     write_json(folder / "captions.json", captions)
     write_json(folder / "conversations.json", conversations)
-
-
-def _turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

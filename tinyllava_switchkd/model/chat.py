@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.template.base import exchange
 
 from .layouts import image_processor_of, tokenizer_of
 from .weights import resolve_folder
@@ -18,6 +19,7 @@ from .weights import resolve_folder
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+    from tinyllava_switchkd.data.template.base import Message
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ def chat(
         FileNotFoundError: there is no such image.
     """
     # The data room stands on the same floor; it is only needed here, so that models load without it.
-    from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+    from tinyllava_switchkd.data.image import ImagePreprocess
+    from tinyllava_switchkd.data.text import TextPreprocess
 
     if tokenizer is None and model.tokenizer is None:
         _fetch_own(model)
@@ -100,10 +103,10 @@ def chat(
     given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     images = [item if isinstance(item, Image.Image) else _open(item) for item in given]
     template = TextPreprocess(tokenizer, conv_version or conversation_template(model, tokenizer))
-    messages = []
+    messages: list[Message] = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):
         marks = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) if index == 0 else ""
-        messages += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+        messages += exchange(marks + question, answer)
     encoded = template(messages, mode="eval", num_images=len(images))
     input_ids = encoded["input_ids"][None].to(model.device)  # [1, T]
     pixels = None

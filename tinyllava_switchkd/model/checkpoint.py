@@ -39,7 +39,7 @@ def load_pretrained_model(
     device_map: str | dict[str, int | str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str | dict[str, str] | None = None,
     compile: bool = False,
     config: TinyLlavaConfig | None = None,
     **hub: Any,

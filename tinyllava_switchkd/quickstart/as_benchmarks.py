@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.eval import report as eval_report
 from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.io import JsonObject, digest, write_json, write_jsonl
@@ -180,7 +181,7 @@ def _write_scienceqa(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path)
             "split": "test",
         }
         text = row["question"].replace(scenes.LETTER_ANSWER, "")
-        turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": row["answer"]}]
+        turns = exchange(f"<image>\n{text}", row["answer"])
         conversations.append({"id": identifier, "image": row["image"], "conversations": turns})
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", {"test": list(problems)})

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tinyllava_switchkd.data import TemplateFactory
+from tinyllava_switchkd.data.template import TemplateFactory
 
 from . import scenes
 

@@ -217,7 +217,7 @@ def _keep_llm(checkpoint: Path, folder: Path) -> None:
 
 
 def _load(checkpoint: Path) -> tuple[TinyLlava, PreTrainedTokenizerBase, BaseImageProcessor]:
-    from tinyllava_switchkd.model import load_pretrained_model
+    from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 
     return load_pretrained_model(checkpoint, device="cpu")[:3]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tinyllava_switchkd.data.template.base import Message, exchange
 from tinyllava_switchkd.io import JsonObject
 
 IMAGE_SIZE = 32
@@ -302,10 +303,10 @@ def question_set(domain: str, split: str, number: int, seed: int) -> QuestionSet
 
 
 def _sample(name: str, pairs: list[tuple[str, str]]) -> dict:
-    conversations: list[dict[str, str]] = []
+    conversations: list[Message] = []
     for question, answer in pairs:
         prefix = "<image>\n" if not conversations else ""
-        conversations += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
+        conversations += exchange(prefix + question, answer)
     return {"id": name.rsplit(".", 1)[0], "image": name, "conversations": conversations}
 
 

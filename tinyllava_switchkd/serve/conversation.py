@@ -9,6 +9,7 @@ from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import Message
+from tinyllava_switchkd.data.template.base import exchange
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ class Conversation:
         messages: list[Message] = []
         for text, num_images, answer in [*asked, (question, len(self.pending), None)]:
             places = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
-            messages.append({"from": "human", "value": places + _without_places(text)})
-            messages.append({"from": "gpt", "value": answer})
+            messages += exchange(places + _without_places(text), answer)
         return messages
 
     def record(self, question: str, answer: str) -> None:

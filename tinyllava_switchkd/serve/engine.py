@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling

@@ -7,10 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from tinyllava_switchkd.data import TemplateFactory
+from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.distill import check_compatible
-from tinyllava_switchkd.model import ConnectorFactory, VisionTowerFactory
+from tinyllava_switchkd.model.connector import ConnectorFactory
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
+from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
 
 from .arguments import Arguments, TrainingArguments
 from .attention import attention_of

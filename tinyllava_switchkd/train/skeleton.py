@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.checkpoint import plan_model
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments

@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
-from tinyllava_switchkd.data import SampleError, make_supervised_data_module
+from tinyllava_switchkd.data.errors import SampleError
+from tinyllava_switchkd.data.module import make_supervised_data_module
 from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller
 from tinyllava_switchkd.distill.teacher_cache import tell_size
-from tinyllava_switchkd.model import load_pretrained_model
 from tinyllava_switchkd.model.card import write_model_card
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.runtime import is_main_process
 
 from . import checkpoints, checks, fingerprint, resume, signals, universal

@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data import LengthGroupedSampler
+from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 from tinyllava_switchkd.distill import Distiller, Measure, Task
 
 from .adapters import write_adapters

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, TEMPLATE_FLAGS
+from tinyllava_switchkd.constants import TEMPLATE_FLAGS
 from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read_upright, to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
@@ -66,15 +66,15 @@ def look(
     """
     import torch
 
-    from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+    from tinyllava_switchkd.data.image import ImagePreprocess
+    from tinyllava_switchkd.data.text import TextPreprocess
     from tinyllava_switchkd.model.chat import conversation_template
     from tinyllava_switchkd.visualize.attention_map import attention_map
     from tinyllava_switchkd.visualize.grid import visible_box
     from tinyllava_switchkd.visualize.pieces import text_groups
 
     template = conv_version or conversation_template(model, tokenizer)
-    turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}, {"from": "gpt", "value": None}]
-    input_ids = TextPreprocess(tokenizer, template)(turns, mode="eval", num_images=1)["input_ids"]  # [T]
+    input_ids = TextPreprocess(tokenizer, template).prompt_ids(question)  # [T]
     pixels = ImagePreprocess(image_processor, model.config)(image)[None].to(model.device)  # [1, 3, H, W]
     with torch.no_grad():
         features = model.encode_images(pixels)  # [1, K, D]

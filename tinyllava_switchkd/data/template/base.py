@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 Message = Mapping[str, str | None]
 """One turn of a conversation: ``{"from": "human" | "gpt", "value": text}``, None for an answer to be generated."""
 
+
+def exchange(question: str, answer: str | None = None) -> list[Message]:
+    """A question and its answer; None for one that is to be generated."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 # A literal "<image>" that is text and not an image's place is carried through `prompt` in this disguise. It holds a
 # Unicode noncharacter, which no text contains, and has the same length, so that offsets into the prompt stay true.
 _LITERAL_IMAGE_TOKEN = "<\ufdd0mage>"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template import Template, TemplateFactory
+from tinyllava_switchkd.data.template.base import exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tinyllava_switchkd.data.template.base import Message
 
 Turns = Sequence[tuple[str, str | None]]
 """(question, answer) pairs; the last answer may be None."""
@@ -181,9 +181,7 @@ def _text(template: Template, turns: Turns) -> str:
 
 
 def _ids_in_training(template: Template, turns: Turns, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    messages: list[Message] = []
-    for question, answer in turns:
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    messages = [message for question, answer in turns for message in exchange(question, answer)]
     ids = template.encode(messages, tokenizer, mode="eval")["input_ids"].tolist()
     image = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
     return [image if token == IMAGE_TOKEN_INDEX else token for token in ids]

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template
@@ -464,8 +465,7 @@ def _measure_every_patch(
     text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(image_processor, model.config)
     questions, equal, difference = default_questions(), 0, 0.0
     for question in questions:
-        messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
-        prompt = text(messages, mode="eval")["input_ids"][None]  # [1, T]
+        prompt = text.prompt_ids(question.text)[None]  # [1, T]
         pixels = preprocess(question.open())[None]  # [1, 3, H, W]
         logits, answers = [], []
         for strategy in ("patch", "cls_patch"):

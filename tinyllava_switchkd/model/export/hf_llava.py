@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data import TextPreprocess
+from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..chat import conversation_template
@@ -276,7 +276,7 @@ class _Original:
         conv_version: str,
         questions: Sequence[Question] | None,
     ) -> None:
-        from tinyllava_switchkd.data import ImagePreprocess
+        from tinyllava_switchkd.data.image import ImagePreprocess
 
         self.questions = list(questions or default_questions())
         preprocess = ImagePreprocess(image_processor, model.config)
@@ -286,8 +286,7 @@ class _Original:
         self.stops = {eos} if isinstance(eos, int) else set(eos or ())
         with torch.no_grad():
             for index, question in enumerate(self.questions):
-                messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
-                prompt = text(messages, mode="eval")["input_ids"][None]  # [1, T]
+                prompt = text.prompt_ids(question.text)[None]  # [1, T]
                 pixels = preprocess(question.open())[None]  # [1, 3, H, W]
                 if index == 0:
                     self.logits = model(prompt, images=pixels).logits[0].numpy()  # [L, V]

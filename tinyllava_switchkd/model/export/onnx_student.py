@@ -39,7 +39,7 @@ class OnnxStudent:
         import onnxruntime
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        from tinyllava_switchkd.data import ImagePreprocess
+        from tinyllava_switchkd.data.image import ImagePreprocess
 
         self.config = read_json(self.folder / "config.json", what="configuration")
         options = onnxruntime.SessionOptions()

@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.text import TextPreprocess
 
 from ..checkpoint import load_pretrained_model
 from .files import RECORD
@@ -49,8 +50,7 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         return_tensors="pt",
     ).to(dtype=theirs.dtype)
     record = getattr(theirs.config, RECORD)
-    messages = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": None}]
-    prompt = TextPreprocess(tokenizer, record["conv_version"])(messages, mode="eval")["input_ids"][None]  # [1, T]
+    prompt = TextPreprocess(tokenizer, record["conv_version"]).prompt_ids(QUESTION)[None]  # [1, T]
     pixels = ImagePreprocess(image_processor, ours.config)(image)[None]  # [1, 3, H, W]
 
     image_token = theirs.config.image_token_index

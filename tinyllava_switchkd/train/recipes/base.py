@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyllava_switchkd.model import build_model, load_pretrained_model, save_pretrained_model
-from tinyllava_switchkd.model.checkpoint import load_checkpoint_weights
+from tinyllava_switchkd.model.checkpoint import (
+    build_model,
+    load_checkpoint_weights,
+    load_pretrained_model,
+    save_pretrained_model,
+)
 from tinyllava_switchkd.registry import Registry
 
 from ..arguments import TrainingArguments
