@@ -20,11 +20,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
-
-from tinyllava_switchkd.io import JsonObject
 
 from .io import atomic_file
 
@@ -276,7 +274,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[JsonObject]:
+def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of parquet files as dictionaries, a few in memory at a time.
 
     An image column arrives as the hub stores it, ``{"bytes": …, "path": …}``: the file's own bytes, never re-encoded.

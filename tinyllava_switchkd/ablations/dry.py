@@ -15,7 +15,7 @@ from torch import nn
 
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
-from tinyllava_switchkd.io import JsonObject, read_json
+from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.estimate import Estimate, estimate
@@ -29,7 +29,7 @@ SHARE, SHARE_OF = 0.36, "align + switch in docs/benchmarks.md, `python -m benchm
 TEXT_TOKENS = {"pretrain": 32, "finetune": 300, "distill": 300}
 """Tokens of text of a mean sample that hours are counted with: an assumption, not a count."""
 
-CONFIGS: dict[str, JsonObject] = {
+CONFIGS: dict[str, dict[str, object]] = {
     name: {
         "model_type": "qwen2",
         "hidden_size": width,

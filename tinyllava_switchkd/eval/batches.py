@@ -6,7 +6,6 @@ import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
 from typing import Any
 
 import torch

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.data.image_files import image_problem
@@ -60,7 +61,7 @@ class Build:
 
     def rows(
         self, split: str, config: str | None = None, columns: Collection[str] = (), optional: Collection[str] = ()
-    ) -> Iterator[JsonObject]:
+    ) -> Iterator[dict[str, Any]]:
         """Rows of one split of the hub's data set, with `columns` and what there is of `optional`.
 
         Raises:
@@ -119,7 +120,7 @@ class Build:
             raise ValueError(f"The data name the file {str(path)!r}, outside {self.root}; it is not written.")
         return target
 
-    def write_image(self, path: str, cell: JsonObject | None) -> None:
+    def write_image(self, path: str, cell: Mapping[str, Any] | None) -> None:
         """Write a hub image (``{"bytes", "path"}``) under the benchmark's folder, byte for byte, unless it is there.
 
         An image that does not decode is noted and left out.
@@ -128,7 +129,7 @@ class Build:
         if path not in self.undecodable and not target.is_file() and (data := self.check_image(path, cell)):
             write_bytes(target, data)
 
-    def check_image(self, name: str, cell: JsonObject | None) -> bytes | None:
+    def check_image(self, name: str, cell: Mapping[str, Any] | None) -> bytes | None:
         """The content of a hub image; one that does not decode is noted under `name`."""
         data = (cell or {}).get("bytes")
         problem = image_problem(data) if data else "no image data"

@@ -22,6 +22,7 @@ from . import checkpoints
 from .resume import ResumeError, reading
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _check(shards: Path) -> None:
         _check_names(shards, state.get("module") or ())
 
 
-def _values(state: dict[object, JsonObject] | list[JsonObject] | None) -> list[JsonObject]:
+def _values(state: dict[int, dict[str, Tensor]] | list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]]:
     return list(state.values()) if isinstance(state, dict) else list(state or ())
 
 
