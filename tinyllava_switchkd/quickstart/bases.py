@@ -61,7 +61,7 @@ class BasePlan:
     """Rows of the language models' vocabularies beyond the tokenizer's."""
     tower_steps: int = 1500
     llm_steps: int = 3000
-    rounds: int = 2
+    rounds: int = 4
     """Times that a start trains, one after the other, while something is not learned: each begins at the full learning
     rate again."""
     starts: int = 3
