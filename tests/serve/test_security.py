@@ -201,7 +201,7 @@ class TestHost:
                 connection.sendall(f"GET /config HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
                 assert connection.recv(100).split()[1] in (b"400", b"421")
 
-    def test_nor_does_a_proxy_s_header_name_another(self, tab):
+    def test_nor_does_a_proxys_header_name_another(self, tab):
         """Gradio would make the page's addresses of it."""
         for name, status in (("evil.example", 421), ("127.0.0.1, evil.example", 421), ("localhost:80", 200)):
             assert tab.client.get("/config", headers={"X-Forwarded-Host": name}).status_code == status

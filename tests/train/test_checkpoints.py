@@ -114,6 +114,44 @@ def test_a_header_that_claims_more_than_there_is_takes_no_memory(begun, tmp_path
     assert "its weights are missing or cut off" in caplog.text
 
 
+STRANGE = {
+    "trainer_state.json: a text for a step": ("trainer_state.json", {"global_step": "x"}),
+    "trainer_state.json: a step beyond all": ("trainer_state.json", {"global_step": 10**18}),
+    "trainer_state.json: an unknown field": ("trainer_state.json", {"more": 1}),
+    "index: lists": ("model.safetensors.index.json", {"weight_map": {"a": ["x"]}}),
+    "index: outside": ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}),
+    "index: no map": ("model.safetensors.index.json", {"weight_map": 5}),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_a_stranger_has_sealed_is_passed_over(begun, tmp_path, caplog, kind):
+    """Whole by its manifest, which the run's record does not know: copied from elsewhere."""
+    _, run, _ = begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / checkpoints.RECORD).unlink()
+    name, fields = STRANGE[kind]
+    file = tmp_path / "run" / "checkpoint-2" / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | fields))
+    checkpoints.seal(file.parent, 2, 1)
+    assert resume.find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert "checkpoint-2 is incomplete" in caplog.text
+
+
+def test_a_fingerprint_that_says_nothing_and_a_pipe_are_one_sentence(begun, tmp_path, capsys):
+    world, run, settings = begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / checkpoints.RECORD).unlink()
+    (tmp_path / "run" / "checkpoint-2" / "fingerprint.json").write_text('{"teacher_path": [1], "world_size": "2"}')
+    checkpoints.seal(tmp_path / "run" / "checkpoint-2", 2, 1)
+    line = command_line(world, tmp_path / "run", **settings)
+    assert main(line) == 1
+    assert "does not say what a run was begun with" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "run" / "trainer_state.json")
+    assert main(line) == 1
+    assert "holds trainer_state.json, a pipe or a device; remove it" in capsys.readouterr().err
+
+
 def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
     """Neither a checkpoint, in the place of the folder that it is written into, nor the lock."""
     world, run, settings = begun
@@ -130,7 +168,10 @@ def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
         lock = tmp_path / "run" / "run.lock"
         make(lock)
         assert main(line) == 1
-        assert "run.lock is no file but a link, a folder, a pipe or a device" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert (
+            "run.lock is no file but a link, a folder, a pipe or a device" in said or "holds run.lock, a pipe" in said
+        )
         lock.rmdir() if lock.is_dir() else lock.unlink()
     assert (tmp_path / "mine").read_text() == "mine"
     seen = []

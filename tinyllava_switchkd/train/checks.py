@@ -127,9 +127,13 @@ def prepare_output(output_dir: str) -> None:
 
     Raises:
         OSError: it failed.
+        ValueError: something in it can be no file of a run.
     """
     try:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        for path in Path(output_dir).iterdir():  # writing to a pipe would wait for ever
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"--output_dir {output_dir} holds {path.name}, a pipe or a device; remove it.")
         with tempfile.TemporaryFile(dir=output_dir) as file:
             file.write(b"0" * 4096)
             file.flush()

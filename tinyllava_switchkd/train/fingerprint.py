@@ -105,9 +105,19 @@ def teacher_digest(path: str, cache_dir: str | None = None) -> str:
 
 
 def read(checkpoint: str | Path) -> JsonObject | None:
-    """What a checkpoint was written with; None if it does not say."""
+    """What a checkpoint was written with; None if it does not say.
+
+    Raises:
+        ValueError: the file is not what this program writes.
+    """
     file = Path(checkpoint) / FILE
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    said = read_json(file)
+    numbers = [said.get(name) for name in ("world_size", *_BATCH)]
+    if not all(type(number) is int and number > 0 for number in numbers) or TEACHER not in said:
+        raise ValueError(f"{file} does not say what a run was begun with; take another checkpoint, or {_NEW_RUN}.")
+    return said
 
 
 def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = ()) -> dict[str, str]:

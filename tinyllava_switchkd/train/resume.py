@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers import TrainerState
 
 from tinyllava_switchkd.io import read_json
 
@@ -131,8 +134,12 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
         damage = checkpoints.damage(folder)
         if damage is not None:
             return damage
-    if _read_state(folder) is None:
-        return "trainer_state.json is missing or cut off"
+    state = _read_state(folder)
+    if state is None:
+        return "trainer_state.json is missing, cut off or says no step"
+    unknown = sorted(state.keys() - {field.name for field in dataclasses.fields(TrainerState)})
+    if unknown:
+        return f"trainer_state.json has {unknown[0]!r}, which this version of transformers does not know"
     if not _weights_complete(folder):
         return "its weights are missing or cut off"
     sharded = (folder / "latest").is_file()  # DeepSpeed's optimiser and scheduler
@@ -183,9 +190,11 @@ def remove_checkpoints(output_dir: str | Path) -> None:
 
 def _read_state(folder: Path) -> dict | None:
     try:
-        return read_json(folder / "trainer_state.json")
+        state = read_json(folder / "trainer_state.json")
     except (OSError, ValueError):
         return None
+    steps = [state.get("global_step", 0), state.get("max_steps", 1)]
+    return state if all(type(step) is int and abs(step) < 2**53 for step in steps) else None
 
 
 def _weights_complete(folder: Path) -> bool:
@@ -193,9 +202,10 @@ def _weights_complete(folder: Path) -> bool:
     if index.is_file():
         try:
             names = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
-        return all(_safetensors_complete(folder / name) for name in names)
+        own = all(isinstance(name, str) and Path(name).name == name for name in names)
+        return own and all(_safetensors_complete(folder / name) for name in names)
     if (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts it belongs to
         parts = [folder / part / "pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
         return _safetensors_complete(folder / "adapter_model.safetensors") and all(part.is_file() for part in parts)
