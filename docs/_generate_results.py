@@ -1,4 +1,4 @@
-"""Write the figures of docs/results.md and docs/reproduce.md, and draw their pictures, from stored runs::
+"""Write the figures of docs/results.md, docs/reproduce.md and README.md, and draw their pictures, from stored runs::
 
 python docs/_generate_results.py                              # write the tables and draw the pictures
 python docs/_generate_results.py --add playground/ablations   # take over the runs of a folder, then write
@@ -25,7 +25,7 @@ ROOT = DOCS.parent
 RUNS = DOCS / "ablation_runs.json"
 REAL = DOCS / "real_weights.json"
 IMAGES = DOCS / "images"
-TEXTS = (DOCS / "results.md", DOCS / "reproduce.md", DOCS / "method.md")
+TEXTS = (DOCS / "results.md", DOCS / "reproduce.md", DOCS / "method.md", ROOT / "README.md")
 TABLE1 = ("switch", "sizes")
 """The tables whose trainings make the paper's Table 1: both pairs of teacher and student."""
 
@@ -159,6 +159,22 @@ def attention_block(stored: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"Switch-KD's maps beside SFT's, of {count}: {said}."])
 
 
+SUMMARISED = ("methods", "switch", "bridge")
+"""The tables whose sentences about our row are in the README."""
+
+
+def summary_block(stored: Mapping[str, Any]) -> str:
+    """What the differences to our row say, a table a line."""
+    from tinyllava_switchkd.ablations import summary
+    from tinyllava_switchkd.ablations.tables import TABLES
+
+    lines = []
+    for table in (TABLES[name] for name in SUMMARISED):
+        said = [one for one in summary.sentences(stored, table) if one.startswith(f"{table.label(table.ours)} ")]
+        lines.append(f"- {table.title}: {' '.join(one[0].upper() + one[1:] for one in said)}")
+    return "\n".join(lines)
+
+
 def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
     """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
     from tinyllava_switchkd.ablations.tables import TABLES
@@ -171,6 +187,7 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
         **real_blocks(),
         "results-versions": f"Python {of['python']}, {versions}; {of['machine']}, one thread, no GPU.",
         "results-search": search_block(stored),
+        "results-summary": summary_block(stored),
         "results-attention": attention_block(stored),
         "results-costs": f"```\n{stored['costs']}\n```",
     }

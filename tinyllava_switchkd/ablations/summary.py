@@ -110,7 +110,7 @@ def sentences(stored: Stored, table: Table) -> list[str]:
 def _sentence(table: Table, key: str, other: str, found: Difference) -> str:
     ours, theirs = table.label(key), table.label(other)
     if found.verdict == "not told apart":
-        return f"{ours} does not beat {theirs}, nor {theirs} {ours}: {found}."
+        return f"{ours} does not beat {theirs}, nor the other way round: {found}."
     return f"{ours} is {found.verdict} than {theirs}: {found}."
 
 
