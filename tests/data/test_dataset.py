@@ -48,7 +48,7 @@ def test_an_image_is_decoded_once_and_prepared_for_each_model(folder, monkeypatc
     args = data_args(folder, teacher_image_processor=clip, teacher_image_aspect_ratio="pad")
     module = make_supervised_data_module(qwen2(), args)
     opened = []
-    monkeypatch.setattr(Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
+    monkeypatch.setattr(Image, "open", lambda path, open=Image.open, **how: opened.append(path) or open(path, **how))
     data = module["train_dataset"]
     samples = [data[index] for index in range(3)]
     assert len(opened) == 3
@@ -71,7 +71,7 @@ def test_an_image_is_decoded_once_and_prepared_for_each_model(folder, monkeypatc
 def test_a_sample_that_is_kept_is_made_once(folder, monkeypatch):
     data, fresh = dataset(folder, keep_in_memory=True), dataset(folder)
     opened = []
-    monkeypatch.setattr(Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
+    monkeypatch.setattr(Image, "open", lambda path, open=Image.open, **how: opened.append(path) or open(path, **how))
     first = data[2]
     first["labels"] = first.pop("images")  # what a reader does to its sample is its own affair
     again = data[2]

@@ -101,9 +101,13 @@ def test_ctrl_c_ends_it_at_once_in_one_sentence(world, tmp_path, monkeypatch, ca
             signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.LLaVATrainer, "training_step", interrupted)
-        assert train.main(line) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.LLaVATrainer, "training_step", interrupted)
+            assert train.main(line) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert f"error: Interrupted; the same command goes on from checkpoint-2 in {tmp_path / 'run'}." in said
     assert "Traceback" not in said and not (tmp_path / "run" / locking.LOCK).exists()
