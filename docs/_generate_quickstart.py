@@ -43,7 +43,7 @@ def add(folder: Path) -> None:
     others = [old for old in stored["runs"] if any(old[name] != run[name] for name in VERSIONS)]
     stored["runs"] = sorted([*others, run], key=lambda row: [_numbers(row[name]) for name in VERSIONS])
     stored["questions"], stored["regime"] = results["questions"], results["regime"]
-    if run is stored["runs"][-1]:  # the newest versions' models are those that are shown
+    if run is newest_of(stored["runs"]):  # whose models are those that are shown
         stages = {"teacher": ("teacher", "handwriting", "finetune")}
         stages |= {"sft": ("student", "seed1", "finetune"), "switch_kd": ("student", "seed1", "distill")}
         number = results["questions"] // len(results["teacher"]["by_type"])
@@ -53,6 +53,11 @@ def add(folder: Path) -> None:
             answers = read_json(folder / "scores" / f"{run_name(*names)}-test" / "scores.json")["answers"]
             stored["answers"][method] = {str(row): answers[row] for row in rows}
     write_json(RUNS, stored, indent=1)
+
+
+def newest_of(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The run of the newest versions, with one thread where there is one."""
+    return max(runs, key=lambda run: ([_numbers(run[name]) for name in VERSIONS[:-1]], -int(run["threads"])))
 
 
 def pooled(runs: Sequence[Mapping[str, Any]], method: str) -> list[Mapping[str, Any]]:
@@ -70,7 +75,7 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
     from tinyllava_switchkd.quickstart.report import METHODS, TYPE_TITLES
 
     runs = stored["runs"]
-    newest = runs[-1]
+    newest = newest_of(runs)
     lines = ["| | score | probe of the vision tower | seconds of one core |", "|---|---:|---:|---:|"]
     for method, label in METHODS.items():
         rows = pooled(runs, method)
