@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
-from tinyllava_switchkd.quickstart.bases import LEARNED, BasePlan, make_bases
+from tinyllava_switchkd.quickstart.bases import BasePlan, make_bases
 from tinyllava_switchkd.quickstart.experiment import TOWER, Experiment
 
 from .tables import Way
@@ -31,11 +31,6 @@ def make_bases_of(experiment: Experiment, ways: Iterable[Way], say: Callable[[st
         make_bases(experiment.root, plan, say, experiment.base(TOWER))
 
 
-OFTEN_MISSED = ("yes_no", "choice")
-"""Kinds of question at which base models drawn anew may be left at chance, for all rows alike: small language models
-often miss them, 0 of 3 starts of the student's learned both within two rounds (torch 2.14.1)."""
-
-
 def with_bases_of(experiment: Experiment, seed: int) -> Experiment:
     """The same experiment in a folder of a seed's own, with whatever base models `make_bases_anew` left there."""
     own = copy.copy(experiment)
@@ -49,6 +44,4 @@ def make_bases_anew(experiment: Experiment, seed: int, say: Callable[[str], obje
     Raises:
         StageError: one did not learn what bases have to know.
     """
-    learned = {kind: value for kind, value in LEARNED.items() if kind not in OFTEN_MISSED}
-    plan = BasePlan(first_start=seed * BasePlan.starts, learned=learned)
-    make_bases(with_bases_of(experiment, seed).root, plan, say)
+    make_bases(with_bases_of(experiment, seed).root, BasePlan(first_start=seed * BasePlan.starts), say)
