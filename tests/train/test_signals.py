@@ -163,9 +163,9 @@ subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()
 """
 
 
-@pytest.mark.parametrize("killed", ["script", "launcher"])
+@pytest.mark.parametrize("killed", ["script", "launcher", "program"])
 def test_ranks_end_with_what_started_them(tmp_path, killed):
-    """A script starts a launcher, which starts a rank; either of the two above it is killed without a word."""
+    """A script or a program starts a launcher, which starts a rank; one of those above it is killed without a word."""
     root = Path(__file__).parents[2]
     rank, launcher = tmp_path / "rank.py", tmp_path / "torchrun"
     rank.write_text(CHILD)
@@ -176,12 +176,16 @@ def test_ranks_end_with_what_started_them(tmp_path, killed):
     top += "; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
     mark = tmp_path / "mark"
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    script = subprocess.Popen([sys.executable, "-c", top, launcher, rank, mark], env=environment)
+    above = ["-c", top]
+    if killed == "program":  # called by hand: no script says that it is the outermost
+        above = [tmp_path / "deepspeed", "--num_gpus", "2", "--master_port", "29500", "--module"]
+        above[0].write_text(PARENT.replace("[1:]", "[6:]"))
+    script = subprocess.Popen([sys.executable, *above, launcher, rank, mark], env=environment)
     try:
         assert until(mark.exists)
         (middle,) = _children(script.pid)
         (last,) = _children(middle)
-        os.kill(script.pid if killed == "script" else middle, signal.SIGKILL)
+        os.kill(middle if killed == "launcher" else script.pid, signal.SIGKILL)
         assert until(lambda: signals.started_at(last) is None, timeout=60)  # by itself it would sleep longer
     finally:
         for process in [script.pid, *(_children(script.pid) or [])]:

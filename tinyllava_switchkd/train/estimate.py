@@ -30,7 +30,7 @@ from .skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
-LOGIT_COPIES = (3, 5, 6)
+LOGIT_COPIES = (3, 4, 6)
 """Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
 the switch term too (softmax, gradients on their way, the teacher's logits, buffers); measured by benchmarks/step.py."""
 

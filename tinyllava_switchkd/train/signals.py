@@ -24,7 +24,9 @@ LAUNCHER = "TINYLLAVA_LAUNCHER"
 """Environment variable: ``host:pid`` of the outermost script, which a rank must not outlive."""
 
 _PR_SET_PDEATHSIG = 1
-_MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "torchrun", "accelerate")
+_MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands")
+_PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate", "accelerate-launch")
+"""What launchers are called on a command line, as modules and as programs."""
 
 _received: list[int] = []
 _owner = 0
@@ -127,7 +129,7 @@ def _is_launcher(process: int) -> bool:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    return any(word.rpartition("/")[2].startswith(_MODULES) for word in words[:6])
+    return any(word.startswith(_MODULES) or word.rpartition("/")[2] in _PROGRAMS for word in words[:6])
 
 
 def _watch(watched: list[tuple[int, str]], interval: float) -> None:
