@@ -51,7 +51,7 @@ def test_growth_is_told_in_slopes(sections, monkeypatch):
     assert all(0 <= float(of_memory) < 1.5 and 0 < float(of_flops) < 1.5 for *_, of_memory, of_flops in slopes[1])
 
 
-@pytest.mark.parametrize("variant", ["SFT", "align + switch", "+ checkpointing"])
+@pytest.mark.parametrize("variant", ["SFT", "align only", "align + switch", "+ checkpointing"])
 def test_the_estimate_is_what_torch_allocates(variant):
     """Also where the vocabulary is small, and the logits do not outweigh everything else."""
     shape = step.Shape("small", "cpu", vocab=4096)

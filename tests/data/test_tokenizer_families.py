@@ -54,7 +54,7 @@ def test_ids_are_the_prompt(family, version, texts):
     name, tokenizer = family
     exactly = (lambda text: text) if "legacy" not in name else squeezed
     encode = TextPreprocess(tokenizer, version)
-    template = encode.template.for_tokenizer(tokenizer) if version == "chatml" else encode.template
+    template = encode.template.for_tokenizer(tokenizer)
     images = "".join(texts).count(DEFAULT_IMAGE_TOKEN)
     marked = list(texts[::2])
     if images == 1:

@@ -366,9 +366,7 @@ def stop_token_ids(
         tokenizer.eos_token_id,
     ]
     ids = [token for source in sources for token in (source if isinstance(source, list) else [source])]
-    if hasattr(template, "for_tokenizer"):
-        template = template.for_tokenizer(tokenizer)
-    end = template.eos
+    end = template.for_tokenizer(tokenizer).eos
     if end and end in tokenizer.get_vocab():
         ids.append(tokenizer.convert_tokens_to_ids(end))
     found = tuple(dict.fromkeys(token for token in ids if token is not None))

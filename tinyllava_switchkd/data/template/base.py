@@ -76,6 +76,10 @@ class Template:
         """The text that ends an answer, '' if the template has none."""
         return self.separator.apply()[1]
 
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """The template as a tokenizer wants it written: itself, unless it is made from the tokenizer's own."""
+        return self
+
     def encode(
         self,
         messages: Sequence[Message],
@@ -105,6 +109,11 @@ class Template:
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
+        return self.for_tokenizer(tokenizer)._encode(messages, tokenizer, mode, num_images)
+
+    def _encode(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, mode: str, num_images: int | None
+    ) -> Sample:
         prompt, questions, answers = self._compose(messages, mode, num_images)
         import torch  # here, so that a look at a data file need not wait for it
 

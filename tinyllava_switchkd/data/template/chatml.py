@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Message, Template, begin_tokens, is_special
+from tinyllava_switchkd.data.template.base import Template, begin_tokens, is_special
 from tinyllava_switchkd.data.template.factory import register_template
 from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tinyllava_switchkd.data.collator import Sample
 
 # Stand-ins for the turns while the chat template is taken apart. Noncharacters, so that nothing else renders to them.
 _QUESTIONS = ("\ufdd1", "\ufdd2")
@@ -59,6 +57,13 @@ class ChatMLTemplate(Template):
         Raises:
             ValueError: the tokenizer has no chat template, or one that does not render turn by turn.
         """
+        known, template = self.__dict__.get("_fitted", (None, None))
+        if known is not tokenizer:
+            template = self._fit(tokenizer)
+            self._fitted = (tokenizer, template)  # no field: rendering a chat template for every sample is slow
+        return template
+
+    def _fit(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"The tokenizer {name} has no chat template, which the template 'chatml' is made from.")
@@ -92,20 +97,6 @@ class ChatMLTemplate(Template):
             system=EmptyFormatter(slot=system),
             separator=EmptyFormatter(slot=[opening, _end_token(tokenizer, ending)]),
         )
-
-    def encode(
-        self,
-        messages: Sequence[Message],
-        tokenizer: PreTrainedTokenizerBase,
-        mode: str = "train",
-        num_images: int | None = None,
-    ) -> Sample:
-        """As `Template.encode`, with the formatters of the tokenizer's chat template."""
-        known, template = self.__dict__.get("_fitted", (None, None))
-        if known is not tokenizer:
-            template = self.for_tokenizer(tokenizer)
-            self._fitted = (tokenizer, template)  # no field: rendering a chat template for every sample is slow
-        return Template.encode(template, messages, tokenizer, mode, num_images)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -49,11 +49,10 @@ def check_template(
 
 def _misfit(tokenizer: PreTrainedTokenizerBase, template: Template, stops: set[int]) -> str | None:
     """Why the template does not fit, as half a sentence; None if it does."""
-    if hasattr(template, "for_tokenizer"):
-        try:
-            template = template.for_tokenizer(tokenizer)
-        except ValueError:
-            return "the tokenizer has no chat template that can be followed turn by turn"
+    try:
+        template = template.for_tokenizer(tokenizer)
+    except ValueError:
+        return "the tokenizer has no chat template that can be followed turn by turn"
     eos = template.eos
     if not eos:
         return None

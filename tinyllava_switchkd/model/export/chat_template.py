@@ -88,10 +88,9 @@ def jinja_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: the template does not write turn after turn, or this tokenizer makes other ids of the text.
     """
-    template = TemplateFactory(version)()
-    fitted = hasattr(template, "for_tokenizer")
-    if hasattr(template, "for_tokenizer"):
-        template = template.for_tokenizer(tokenizer)
+    plain = TemplateFactory(version)()
+    template = plain.for_tokenizer(tokenizer)
+    fitted = template is not plain
     bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
     jinja = _fill(template, bos, "", system_is_text=not fitted)
     if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(template, probe) for probe in PROBES):

@@ -249,9 +249,7 @@ def _generation_config(
     """Greedy; stops where the model stopped and where the conversation template ends an answer."""
     eos = model.language_model.generation_config.eos_token_id
     stops = {eos} if isinstance(eos, int) else set(eos or ())
-    template = TemplateFactory(conv_version)()
-    if hasattr(template, "for_tokenizer"):
-        template = template.for_tokenizer(tokenizer)
+    template = TemplateFactory(conv_version)().for_tokenizer(tokenizer)
     end = tokenizer(template.eos, add_special_tokens=False).input_ids
     if len(end) == 1:
         stops |= set(end)
