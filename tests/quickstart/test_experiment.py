@@ -19,6 +19,7 @@ from tinyllava_switchkd.quickstart.experiment import (
     StageError,
     call,
     once,
+    prepare_environment,
 )
 
 
@@ -170,3 +171,15 @@ def test_the_shipped_bases_fit_the_project():
         assert tokenizer.get_vocab() == fresh.get_vocab()
     total = sum(file.stat().st_size for file in base_models.SHIPPED.rglob("*.safetensors"))
     assert 900_000 < total < 1_300_000
+
+
+def test_loading_a_model_draws_no_bar_between_the_lines(monkeypatch):
+    from transformers.utils import logging as transformers_logging
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.enable_progress_bar()
+    prepare_environment()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    assert not shown

@@ -405,6 +405,9 @@ class _Screen(io.TextIOBase):
 
 
 def prepare_environment() -> None:
-    """What tiny models want of their libraries, unless the user has said otherwise: one thread each."""
+    """What tiny models want of their libraries: one thread, unless the user says otherwise, and no bars of loading."""
+    from transformers.utils import logging as transformers_logging
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
