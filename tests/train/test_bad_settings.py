@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from tinyllava_switchkd.train.arguments import ModelArguments, TrainingArguments, distill_arguments
+from tinyllava_switchkd.train.arguments import DataArguments, ModelArguments, TrainingArguments, distill_arguments
 from tinyllava_switchkd.train.argv import parse_arguments
 from tinyllava_switchkd.train.deepspeed_config import check_deepspeed, warn_of_builds
-from tinyllava_switchkd.train.settings import RANGES, check_settings
+from tinyllava_switchkd.train.settings import ALLOWED, check_settings
 
 NEEDED = ["--data_path", "d", "--output_dir", "o", "--vision_tower", "t", "--report_to", "none", "--use_cpu", "True"]
 WITH_TEACHER = ["--teacher_path", "t"]
@@ -94,17 +94,17 @@ def test_a_setting_of_another_type_is_refused(name, value):
 
 
 def test_defaults_and_common_values_are_in_range():
-    for group in (ModelArguments, TrainingArguments, distill_arguments()):
+    for group in (ModelArguments, DataArguments, TrainingArguments, distill_arguments()):
         for field in dataclasses.fields(group):
-            if field.name in RANGES and field.default is not None:
-                assert field.default in RANGES[field.name], field.name
+            if field.name in ALLOWED and field.default is not None:
+                assert field.default in ALLOWED[field.name], field.name
     values = "--warmup_steps=0.03 --save_steps=0.1 --logging_steps=1 --max_steps=-1 --max_grad_norm=0 --seed=0"
     parse_arguments([*NEEDED, *values.split(), "--weight_decay=0", "--adam_beta1=0", "--save_total_limit=1"])
 
 
 def test_every_range_is_of_a_setting_that_exists():
-    groups = (ModelArguments, TrainingArguments, distill_arguments())
-    assert set(RANGES) <= {field.name for group in groups for field in dataclasses.fields(group)}
+    groups = (ModelArguments, DataArguments, TrainingArguments, distill_arguments())
+    assert set(ALLOWED) <= {field.name for group in groups for field in dataclasses.fields(group)}
 
 
 ZERO2 = {"zero_optimization": {"stage": 2}}

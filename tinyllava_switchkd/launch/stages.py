@@ -162,9 +162,9 @@ def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Trainin
     for name, value in given.items():
         if not value and name != "VT_VERSION2":
             raise ValueError(f"{name} is empty.")
-        check = TRAINING[name].check if name in TRAINING else None
-        if check is not None and check(value) is not None:
-            raise ValueError(f"{name} is {value!r}; it must be {check(value)}.")
+        wrong = TRAINING[name].wrong(value) if value and name in TRAINING else None
+        if wrong is not None:
+            raise ValueError(f"{name} is {value!r}; it must be {wrong}.")
     settings: Settings = {_FLAG_OF[name]: value for name, value in given.items() if name in _FLAG_OF and value}
     if stage != "custom":
         names_of = (given["LLM_VERSION"], given["VT_VERSION"], given["VERSION"])
@@ -330,7 +330,6 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
         flags.setdefault("use_cpu", "True")
     flags.setdefault("dataloader_num_workers", "0" if devices.kind == "cpu" else "8")
     flags.setdefault("gradient_checkpointing", "False" if devices.kind == "cpu" else "True")
-    _check_values(flags)
     argv = [
         word for name, value in flags.items() for word in (f"--{name}", *([value] if isinstance(value, str) else value))
     ]
@@ -338,15 +337,6 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
     words += argv
     environment = launch_environment(devices, launcher)
     return Training(title, words, environment, batch, usual, str(settings["output_dir"]))
-
-
-def _check_values(flags: Settings) -> None:
-    """What the environment's variables must look like, flags of the same meaning must, too."""
-    for variable in TRAINING.values():
-        value = flags.get(variable.setting, "")
-        wrong = variable.check(value) if isinstance(value, str) and value else None
-        if wrong is not None:
-            raise ValueError(f"--{variable.setting} is {value!r}; it must be {wrong}.")
 
 
 def _batch(settings: Settings, given: Settings, processes: int) -> tuple[Batch, int]:

@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from .values import (
-    Check,
-    anything,
-    boolean,
-    flags,
-    folder_name,
-    max_steps,
-    number,
-    one_of,
-    steps,
-    whole,
-    word,
-)
+from tinyllava_switchkd.train.settings import ALLOWED, OneOf, Range
+
+from .values import anything, boolean, flags, folder_name, word
 
 STAGE_PREFIXES = ("PRETRAIN", "FINETUNE", "DISTILL")
 
 _EVALUATION_PREFIX = "EVAL"
 
-ALLOWED = "ALLOW_VARIABLES"
+EXEMPT = "ALLOW_VARIABLES"
 """Names, separated by spaces, that are nobody's mistake although they look like one."""
 
 
@@ -39,90 +29,93 @@ class Variable:
     """One environment variable.
 
     Attributes:
-        check: of its value.
         setting: the recipe's setting that it sets; most are flags of the training entry. "" if it is about the machine.
         of_a_stage: whether it may have a stage's prefix and then holds for that stage alone.
+        check: of its value, where `ALLOWED` does not know the setting.
         recipe_only: whether it is read when a recipe of several stages runs; a single stage has it as an argument.
     """
 
-    check: Check = anything
     setting: str = ""
     of_a_stage: bool = False
+    check: Callable[[str], str | None] = anything
     recipe_only: bool = False
 
+    def wrong(self, text: str) -> str | None:
+        """What its value must be; None if it is that."""
+        return ALLOWED[self.setting].wrong(text) if self.setting in ALLOWED else self.check(text)
 
-TUNED = one_of("frozen", "full", "lora", "qlora")
+
+_COUNT = Range(1, 2**31 - 1, whole=True).wrong
+_WEIGHT = Range(0, 1e9).wrong
 
 MACHINE = {
-    "DEVICE": Variable(one_of("cpu", "cuda")),
+    "DEVICE": Variable(check=OneOf("cpu", "cuda").wrong),
     "GPUS": Variable(),
     "PYTHON": Variable(),
     "DRY_RUN": Variable(),
-    "EXTRA_ARGS": Variable(flags, of_a_stage=True),
-    ALLOWED: Variable(),
+    "EXTRA_ARGS": Variable(of_a_stage=True, check=flags),
+    EXEMPT: Variable(),
 }
 """What training and evaluation share."""
 
 TRAINING = {
-    "LAUNCHER": Variable(one_of("deepspeed", "torchrun", "python")),
-    "ZERO": Variable(setting="zero", of_a_stage=True),
-    "PRECISION": Variable(one_of("bf16", "fp16", "fp32"), "precision"),
-    "MASTER_PORT": Variable(whole(1, 65535)),
-    "MASTER_ADDR": Variable(word),
+    "LAUNCHER": Variable(check=OneOf("deepspeed", "torchrun", "python").wrong),
+    "ZERO": Variable("zero", True),
+    "PRECISION": Variable("precision", check=OneOf("bf16", "fp16", "fp32").wrong),
+    "MASTER_PORT": Variable(check=Range(1, 65535, whole=True).wrong),
+    "MASTER_ADDR": Variable(check=word),
     "HOSTFILE": Variable(),
-    "NNODES": Variable(whole(1)),
-    "NODE_RANK": Variable(whole(0)),
+    "NNODES": Variable(check=_COUNT),
+    "NODE_RANK": Variable(check=Range(0, 2**31 - 1, whole=True).wrong),
     "OUTPUT_ROOT": Variable(),
-    "GLOBAL_BATCH_SIZE": Variable(whole(1), "global_batch_size", True),
-    "PER_DEVICE_BATCH_SIZE": Variable(whole(1), "per_device_batch_size", True),
-    "GRAD_ACCUM": Variable(whole(1), "grad_accum", True),
-    "LEARNING_RATE": Variable(number(0), "learning_rate", True),
-    "CONNECTOR_LR": Variable(number(0), "mm_projector_lr", True),
-    "VISION_TOWER_LR": Variable(number(0), "vision_tower_lr", True),
-    "EPOCHS": Variable(number(0, strictly=True), "num_train_epochs", True),
-    "MAX_STEPS": Variable(max_steps, "max_steps", True),
-    "WARMUP": Variable(number(0), "warmup_steps", True),
-    "WEIGHT_DECAY": Variable(number(0), "weight_decay", True),
-    "SEED": Variable(whole(0, 2**32 - 1), "seed", True),
-    "TUNE_LLM": Variable(TUNED, "tune_type_llm", True),
-    "TUNE_VISION_TOWER": Variable(
-        one_of("frozen", "full", "partially-tune", "lora", "qlora"), "tune_type_vision_tower", True
-    ),
-    "TUNE_CONNECTOR": Variable(TUNED, "tune_type_connector", True),
-    "GRADIENT_CHECKPOINTING": Variable(boolean, "gradient_checkpointing", True),
-    "SAVE_STEPS": Variable(steps, "save_steps", True),
-    "NUM_WORKERS": Variable(whole(0), "dataloader_num_workers", True),
-    "SAVE_TOTAL_LIMIT": Variable(whole(1), "save_total_limit"),
-    "LOGGING_STEPS": Variable(steps, "logging_steps"),
-    "REPORT_TO": Variable(setting="report_to"),
-    "ATTN_IMPLEMENTATION": Variable(word, "attn_implementation"),
-    "IMAGE_ASPECT_RATIO": Variable(word, "image_aspect_ratio"),
-    "SELECT_LAYER": Variable(whole(-1000), "mm_vision_select_layer"),
-    "SELECT_FEATURE": Variable(one_of("patch", "cls_patch"), "mm_vision_select_feature"),
-    "GROUP_BY_MODALITY": Variable(boolean, "group_by_modality_length"),
-    "LORA_R": Variable(whole(1), "lora_r"),
-    "LORA_ALPHA": Variable(number(0, strictly=True), "lora_alpha"),
-    "TEACHER_PATH": Variable(setting="teacher_path"),
-    "TEACHER_BITS": Variable(one_of("16", "8", "4"), "teacher_bits"),
-    "TEACHER_CACHE": Variable(setting="teacher_cache"),
-    "TEACHER_CACHE_DTYPE": Variable(one_of("bf16", "fp32"), "teacher_cache_dtype"),
-    "FILL_TEACHER_CACHE": Variable(boolean, "fill_teacher_cache"),
-    "DISTILL_METHOD": Variable(word, "distill_method"),
-    "DISTILL_LOSS": Variable(word, "distill_loss"),
-    "TEMPERATURE": Variable(number(0, strictly=True), "temperature"),
-    "ALIGN_WEIGHT": Variable(number(0), "align_weight"),
-    "SWITCH_WEIGHT": Variable(number(0), "switch_weight"),
-    "PRETRAINED_PATH": Variable(setting="pretrained_model_path"),
-    "EVAL_DATA": Variable(setting="eval_data_path", of_a_stage=True),
-    "EVAL_STEPS": Variable(steps, "eval_steps", True),
-    "TRAIN_RECIPE": Variable(word, "training_recipe"),
-    "MODEL_MAX_LENGTH": Variable(whole(1), "model_max_length"),
+    "GLOBAL_BATCH_SIZE": Variable("global_batch_size", True, _COUNT),
+    "PER_DEVICE_BATCH_SIZE": Variable("per_device_batch_size", True, _COUNT),
+    "GRAD_ACCUM": Variable("grad_accum", True, _COUNT),
+    "LEARNING_RATE": Variable("learning_rate", True),
+    "CONNECTOR_LR": Variable("mm_projector_lr", True),
+    "VISION_TOWER_LR": Variable("vision_tower_lr", True),
+    "EPOCHS": Variable("num_train_epochs", True),
+    "MAX_STEPS": Variable("max_steps", True),
+    "WARMUP": Variable("warmup_steps", True),
+    "WEIGHT_DECAY": Variable("weight_decay", True),
+    "SEED": Variable("seed", True),
+    "TUNE_LLM": Variable("tune_type_llm", True),
+    "TUNE_VISION_TOWER": Variable("tune_type_vision_tower", True),
+    "TUNE_CONNECTOR": Variable("tune_type_connector", True),
+    "GRADIENT_CHECKPOINTING": Variable("gradient_checkpointing", True, boolean),
+    "SAVE_STEPS": Variable("save_steps", True),
+    "NUM_WORKERS": Variable("dataloader_num_workers", True),
+    "SAVE_TOTAL_LIMIT": Variable("save_total_limit"),
+    "LOGGING_STEPS": Variable("logging_steps"),
+    "REPORT_TO": Variable("report_to"),
+    "ATTN_IMPLEMENTATION": Variable("attn_implementation", check=word),
+    "IMAGE_ASPECT_RATIO": Variable("image_aspect_ratio"),
+    "SELECT_LAYER": Variable("mm_vision_select_layer"),
+    "SELECT_FEATURE": Variable("mm_vision_select_feature"),
+    "GROUP_BY_MODALITY": Variable("group_by_modality_length", check=boolean),
+    "LORA_R": Variable("lora_r"),
+    "LORA_ALPHA": Variable("lora_alpha"),
+    "TEACHER_PATH": Variable("teacher_path"),
+    "TEACHER_BITS": Variable("teacher_bits"),
+    "TEACHER_CACHE": Variable("teacher_cache"),
+    "TEACHER_CACHE_DTYPE": Variable("teacher_cache_dtype"),
+    "FILL_TEACHER_CACHE": Variable("fill_teacher_cache", check=boolean),
+    "DISTILL_METHOD": Variable("distill_method", check=word),
+    "DISTILL_LOSS": Variable("distill_loss", check=word),
+    "TEMPERATURE": Variable("temperature", check=Range(0, 1e9, without_low=True).wrong),
+    "ALIGN_WEIGHT": Variable("align_weight", check=_WEIGHT),
+    "SWITCH_WEIGHT": Variable("switch_weight", check=_WEIGHT),
+    "PRETRAINED_PATH": Variable("pretrained_model_path"),
+    "EVAL_DATA": Variable("eval_data_path", True),
+    "EVAL_STEPS": Variable("eval_steps", True),
+    "TRAIN_RECIPE": Variable("training_recipe", check=word),
+    "MODEL_MAX_LENGTH": Variable("model_max_length"),
     "TEACHER_LLM": Variable(recipe_only=True),
     "STUDENT_LLM": Variable(recipe_only=True),
-    "VISION_TOWER": Variable(setting="vision_tower", recipe_only=True),
-    "CONNECTOR": Variable(word, "connector_type", recipe_only=True),
-    "CONV_VERSION": Variable(word, "conv_version", recipe_only=True),
-    "VERSION": Variable(folder_name, recipe_only=True),
+    "VISION_TOWER": Variable("vision_tower", recipe_only=True),
+    "CONNECTOR": Variable("connector_type", check=word, recipe_only=True),
+    "CONV_VERSION": Variable("conv_version", check=word, recipe_only=True),
+    "VERSION": Variable(check=folder_name, recipe_only=True),
     "DATA_ROOT": Variable(recipe_only=True),
     "PRETRAIN_DATA": Variable(recipe_only=True),
     "PRETRAIN_IMAGES": Variable(recipe_only=True),
@@ -133,13 +126,13 @@ TRAINING = {
 EVALUATION = {
     "EVAL_DIR": Variable(),
     "RESULTS_DIR": Variable(),
-    "BATCH_SIZE": Variable(lambda text: None if text == "auto" else whole(1)(text)),
-    "LIMIT": Variable(whole(1)),
-    "SPLIT": Variable(folder_name),
-    "CONV_MODE": Variable(word),
+    "BATCH_SIZE": Variable(check=lambda text: None if text == "auto" else _COUNT(text)),
+    "LIMIT": Variable(check=_COUNT),
+    "SPLIT": Variable(check=folder_name),
+    "CONV_MODE": Variable(check=word),
 }
 
-_NEVER_MEANT = {"PYTHON", "LIMIT", "SPLIT", "DRY_RUN", ALLOWED}
+_NEVER_MEANT = {"PYTHON", "LIMIT", "SPLIT", "DRY_RUN", EXEMPT}
 """Known names that much else is nearly called like."""
 
 _BATCH = "GLOBAL_BATCH_SIZE (samples of a step) or PER_DEVICE_BATCH_SIZE"
@@ -172,11 +165,11 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
     }
     known = prefixed | own
     others = (EVALUATION if training else TRAINING).keys() - _GUESSED[training].keys()
-    allowed = {*environment.get(ALLOWED, "").split(), *others}
+    allowed = {*environment.get(EXEMPT, "").split(), *others}
     values = {}
     for name, value in environment.items():
         if name in known:
-            wrong = known[name].check(value) if value else None
+            wrong = known[name].wrong(value) if value else None
             if wrong is not None:
                 raise ValueError(f"{name} is {value!r}; it must be {wrong}.{_hint(name, value)}")
             if value or name in prefixed:
@@ -186,7 +179,7 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
             if near is not None:
                 raise ValueError(
                     f"There is no variable {name}; did you mean {near}? (If it is for something else, set "
-                    f'{ALLOWED}="{name}".)'
+                    f'{EXEMPT}="{name}".)'
                 )
     return values
 
@@ -209,9 +202,9 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
         return flat[plain]
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         return None
-    close = [target for target in targets if _is_near(name, target)]
+    close = difflib.get_close_matches(name, targets, n=1, cutoff=0.85)
     if close:
-        return min(close, key=lambda target: (_edits(name, target), target))
+        return close[0]
     prefix, _, rest = name.partition("_")
     if not rest or prefix not in ((*STAGE_PREFIXES, _EVALUATION_PREFIX) if training else (_EVALUATION_PREFIX,)):
         return None
@@ -220,27 +213,3 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
     own = [target for target in targets if target.startswith(f"{prefix}_")]
     similar = difflib.get_close_matches(name, own, n=1, cutoff=0)
     return similar[0] if similar else None
-
-
-def _is_near(name: str, target: str) -> bool:
-    if len(target) < 6 and name[0] != target[0]:
-        return False
-    return _edits(name, target) <= (1 if len(target) < 10 else 2)
-
-
-def _edits(one: str, other: str) -> int:
-    """Letters to insert, drop, replace or swap with their neighbour, to get from one word to the other; 3 for more."""
-    letters, others = set(one), set(other)
-    if abs(len(one) - len(other)) > 2 or len(letters - others) > 2 or len(others - letters) > 2:
-        return 3  # an edit brings in one letter and takes out one at most
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        current = [i]
-        for j, wanted in enumerate(other, 1):
-            cost = min(current[-1] + 1, row[j] + 1, row[j - 1] + (letter != wanted))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
-                cost = min(cost, before[j - 2] + 1)
-            current.append(cost)
-        before, row = row, current
-    return min(row[-1], 3)

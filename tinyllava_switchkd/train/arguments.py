@@ -14,25 +14,14 @@ from typing import NamedTuple, Optional
 import torch
 import transformers
 
-from tinyllava_switchkd.distill.builder import BRIDGES
 from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.distill.teacher_cache import check_method
-from tinyllava_switchkd.model.quantized import BITS
 
+from .deepspeed_config import check_deepspeed
 from .settings import check_settings
 
-TUNE_TYPES = {
-    "llm": ("frozen", "full", "lora", "qlora"),
-    "vision_tower": ("frozen", "full", "partially-tune", "lora", "qlora"),
-    "connector": ("frozen", "full", "lora", "qlora"),
-}
-"""How each part of the model may be trained (TinyLLaVA v1, ``training_recipe/base.py``)."""
-
-
-def _one_of(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(str(choice) for choice in choices)}.")
+_PARTS = ("llm", "vision_tower", "connector")
 
 
 @dataclass
@@ -69,8 +58,6 @@ class ModelArguments:
     tokenizer_padding_side: str = field(default="right", metadata={"help": "Side of the padding in training."})
 
     def __post_init__(self) -> None:
-        _one_of("mm_vision_select_feature", self.mm_vision_select_feature, ("patch", "cls_patch"))
-        _one_of("tokenizer_padding_side", self.tokenizer_padding_side, ("right", "left"))
         check_settings(self)
 
 
@@ -109,11 +96,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        _one_of("image_aspect_ratio", self.image_aspect_ratio, ("square", "pad"))
-        _one_of("image_backend", self.image_backend, ("pil", "torchvision"))
-        _one_of("on_bad_image", self.on_bad_image, ("raise", "skip"))
-        if self.eval_share is not None and not 0 < self.eval_share < 1:
-            raise ValueError(f"--eval_share is {self.eval_share}; it must be between 0 and 1.")
+        check_settings(self)
         if self.eval_share is not None and self.eval_data_path is not None:
             raise ValueError("--eval_share and --eval_data_path both name held-out data; give one of them.")
 
@@ -151,14 +134,8 @@ class TeacherArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _one_of("teacher_bits", self.teacher_bits, (16, *BITS))
-        _one_of("bridge", self.bridge, BRIDGES)
-        if self.teacher_cache_dtype is not None:
-            _one_of("teacher_cache_dtype", self.teacher_cache_dtype, ("bf16", "fp32"))
-            if self.teacher_cache is None:
-                raise ValueError(
-                    f"--teacher_cache_dtype {self.teacher_cache_dtype} does nothing without --teacher_cache."
-                )
+        if self.teacher_cache_dtype is not None and self.teacher_cache is None:
+            raise ValueError(f"--teacher_cache_dtype {self.teacher_cache_dtype} does nothing without --teacher_cache.")
         if self.fill_teacher_cache and self.teacher_cache is None:
             raise ValueError("--fill_teacher_cache True names no folder to fill; give --teacher_cache as well.")
         if self.teacher_path is None:
@@ -261,11 +238,12 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self._check_parts()
         self._check_lora()
         self._check_unsupported()
-        _one_of("on_nan", self.on_nan, ("stop", "skip"))
-        check_settings(self)  # before transformers reads the file of --deepspeed
+        if self.deepspeed is not None:
+            check_deepspeed(self.deepspeed, self)  # before transformers reads it
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
             self.greater_is_better: bool | None = self.metric_for_best_model.endswith("overlap")
@@ -283,9 +261,7 @@ class TrainingArguments(transformers.TrainingArguments):
         return getattr(self, f"tune_type_{part}")
 
     def _check_parts(self) -> None:
-        for part, choices in TUNE_TYPES.items():
-            _one_of(f"tune_type_{part}", self.tune_type(part), choices)
-        if all(self.tune_type(part) == "frozen" for part in TUNE_TYPES):
+        if all(self.tune_type(part) == "frozen" for part in _PARTS):
             raise ValueError(
                 "--tune_type_llm, --tune_type_vision_tower and --tune_type_connector are all frozen, so nothing would "
                 "be trained; set one of them to full."
@@ -299,7 +275,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check_lora(self) -> None:
         recipe = self.training_recipe.lower()
-        with_adapters = [part for part in TUNE_TYPES if self.tune_type(part) in ("lora", "qlora")]
+        with_adapters = [part for part in _PARTS if self.tune_type(part) in ("lora", "qlora")]
         if recipe == "common" and with_adapters:
             part = with_adapters[0]
             raise ValueError(
@@ -314,9 +290,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 )
             if recipe == "lora" and any(self.tune_type(part) == "qlora" for part in with_adapters):
                 raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
-        _one_of("bits", self.bits, (4, 8, 16))
-        _one_of("quant_type", self.quant_type, ("nf4", "fp4"))
-        _one_of("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
 
     def _check_unsupported(self) -> None:
         """Refuse transformers' options that this trainer would silently not honour."""

@@ -20,9 +20,11 @@ from pathlib import Path
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
 
+from .settings import ALLOWED
+
 OWN = Path(__file__).with_name("flags.json")
 
-_BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Refuse what is certainly wrong: a flag that there is not, a number that is none, a flag that is missing.
+    """Refuse what is certainly wrong: a flag that there is not or that is missing, a value that `ALLOWED` has not.
 
     Raises:
         ValueError: the first thing found, in one sentence.
@@ -114,7 +116,7 @@ def check_flags(argv: Sequence[str]) -> None:
         if flag is None and not plugins:
             refuse_unknown(name, known)
         if flag is not None and len(values) == 1:
-            _check_type(flag, values[0])
+            _check_value(flag, values[0])
     names = {name.replace("-", "_") for name, _ in given}
     for name, what in REQUIRED.items():
         if name not in names:
@@ -139,15 +141,18 @@ def refuse_unknown(name: str, known: Sequence[str] | dict[str, Flag]) -> None:
     raise ValueError(f"There is no argument --{name}; {hint}")
 
 
-def _check_type(flag: Flag, value: str) -> None:
+def _check_value(flag: Flag, value: str) -> None:
+    kinds = {"int": (int, "a whole number"), "float": (float, "a number")}
     try:
-        {"int": int, "float": float}.get(flag.type, str)(value)
-        good = flag.type != "bool" or value.lower() in _BOOLEANS
+        read, kind = kinds.get(flag.type, (str, ""))
+        read(value)
     except ValueError:
-        good = False
-    if not good:
-        kind = {"int": "a whole number", "float": "a number", "bool": "True or False"}[flag.type]
-        raise ValueError(f"The command line cannot be read: --{flag.name} is {value!r}; it must be {kind}.")
+        raise ValueError(f"The command line cannot be read: --{flag.name} is {value!r}; it must be {kind}.") from None
+    if flag.type == "bool" and value.lower() not in BOOLEANS:
+        raise ValueError(f"The command line cannot be read: --{flag.name} is {value!r}; it must be True or False.")
+    wrong = ALLOWED[flag.name].wrong(value) if flag.name in ALLOWED else None
+    if wrong is not None:
+        raise ValueError(f"--{flag.name} is {value!r}; it must be {wrong}.")
 
 
 def help_text() -> str:

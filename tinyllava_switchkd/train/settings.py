@@ -1,7 +1,7 @@
-"""Which numbers a setting may have, in one table, checked before anything is read.
+"""What a setting may be, in one table: for command lines, the environment's variables and Python alike.
 
 A NaN compares with nothing, so that a test like ``value < 0`` lets it through, and an infinite learning rate or weight
-ruins a model without a word. No setting is infinite or NaN; the rest is `RANGES`.
+ruins a model without a word. No setting is infinite or NaN; the rest is `ALLOWED`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,29 @@ import json
 import math
 import numbers
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
-
-from .deepspeed_config import check_deepspeed
+from typing import Any
 
 
-class Range(NamedTuple):
-    """The values from `low` to `high`; None is allowed where it is the default of the setting."""
+class OneOf:
+    """Words or numbers to choose from."""
+
+    def __init__(self, *choices: str | int) -> None:
+        self.choices = choices
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(str(choice) for choice in self.choices)}"
+
+    def wrong(self, text: str) -> str | None:
+        """What the text of a value must be; None if it is that."""
+        return None if text in [str(choice) for choice in self.choices] else str(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; None is allowed where it is the default of the setting."""
 
     low: float
     high: float
@@ -32,12 +48,13 @@ class Range(NamedTuple):
     """Values outside that have a meaning of their own."""
 
     def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
         if value in self.also:
             return True
         low = value > self.low if self.without_low else value >= self.low
         high = value < self.high if self.without_high else value <= self.high
-        fits = value == int(value) if self.whole or (self.share and value > 1) else True
-        return low and high and fits
+        return low and high and (value == int(value) or not (self.whole or (self.share and value > 1)))
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
@@ -47,6 +64,14 @@ class Range(NamedTuple):
         share = " (below 1 a share of all steps, otherwise whole)" if self.share else ""
         return f"{kind} {low} and {high}{share}{also}"
 
+    def wrong(self, text: str) -> str | None:
+        """What the text of a value must be; None if it is that."""
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            return str(self)
+        return None if value in self and text == text.strip() and "_" not in text else str(self)
+
 
 _COUNT = Range(1, 1_000_000_000, whole=True)
 _NATURAL = Range(0, 1_000_000_000, whole=True)
@@ -55,7 +80,7 @@ _EVERY = Range(0, 1_000_000_000, without_low=True, share=True)
 _BETA = Range(0, 1, without_high=True)
 _SEED = Range(0, 2**32 - 1, whole=True)  # what numpy takes
 
-RANGES: dict[str, Range] = {
+ALLOWED: dict[str, Range | OneOf] = {
     "log_gradient_shares": _NATURAL,
     "early_stopping_patience": _COUNT,
     "learning_rate": _RATE,
@@ -71,6 +96,7 @@ RANGES: dict[str, Range] = {
     "warmup_steps": Range(0, 1_000_000_000, share=True),
     "logging_steps": _EVERY,
     "save_steps": _EVERY,
+    "eval_steps": _EVERY,
     "save_total_limit": _COUNT,
     "per_device_train_batch_size": Range(1, 1_000_000, whole=True),
     "per_device_eval_batch_size": Range(1, 1_000_000, whole=True),
@@ -93,37 +119,47 @@ RANGES: dict[str, Range] = {
     "model_max_length": _COUNT,
     "mm_vision_select_layer": Range(-10_000, 10_000, whole=True),
     "chunk_size": _COUNT,
+    "mm_vision_select_feature": OneOf("patch", "cls_patch"),
+    "tokenizer_padding_side": OneOf("right", "left"),
+    "image_aspect_ratio": OneOf("square", "pad"),
+    "image_backend": OneOf("pil", "torchvision"),
+    "on_bad_image": OneOf("raise", "skip"),
+    "eval_share": Range(0, 1, without_low=True, without_high=True),
+    "tune_type_llm": OneOf("frozen", "full", "lora", "qlora"),
+    "tune_type_vision_tower": OneOf("frozen", "full", "partially-tune", "lora", "qlora"),
+    "tune_type_connector": OneOf("frozen", "full", "lora", "qlora"),
+    "bits": OneOf(4, 8, 16),
+    "quant_type": OneOf("nf4", "fp4"),
+    "lora_bias": OneOf("none", "all", "lora_only"),
+    "teacher_bits": OneOf(16, 8, 4),
+    "teacher_cache_dtype": OneOf("bf16", "fp32"),
+    "bridge": OneOf("auto", "none"),
+    "on_nan": OneOf("stop", "skip"),
 }
 """Setting -> its values. Methods and losses check their own (temperature, top_k, ...); here those are only finite."""
 
 
-def check_settings(*groups: Any) -> None:
+def check_settings(group: Any) -> None:
     """Refuse settings that are out of range, infinite or NaN, or of another type than a number.
 
     Args:
-        groups: dataclasses of arguments; what `RANGES` does not know is only asked to be finite.
+        group: a dataclass of arguments; what `ALLOWED` does not know is only asked to be finite.
 
     Raises:
-        ValueError, FileNotFoundError: the first that is wrong, with its value and what it may be; see also
-            `check_deepspeed`.
+        ValueError: the first that is wrong, with its value and what it may be.
     """
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            allowed = RANGES.get(field.name)
-            if value is None and (field.default is None or allowed is None):
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{field.name} is {value}; it must be {allowed or 'a finite number'}.")
-            for name, inner in _inner(field.name, value):
-                if not math.isfinite(inner):
-                    raise ValueError(f"--{field.name} has {inner} for {name!r}; it must be a finite number.")
-            if allowed is None:
-                continue
-            if not isinstance(value, numbers.Real) or isinstance(value, bool) or value not in allowed:
-                raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
-        if getattr(group, "deepspeed", None) is not None:
-            check_deepspeed(group.deepspeed, group)
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        allowed = ALLOWED.get(field.name)
+        if value is None and (field.default is None or allowed is None):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.name} is {value}; it must be {allowed or 'a finite number'}.")
+        for name, inner in _inner(field.name, value):
+            if not math.isfinite(inner):
+                raise ValueError(f"--{field.name} has {inner} for {name!r}; it must be a finite number.")
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
 
 
 def _inner(setting: str, value: object, name: str = "") -> Iterator[tuple[str, float]]:
