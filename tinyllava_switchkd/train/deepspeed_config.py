@@ -6,40 +6,42 @@ after the weights are read, and then with a traceback.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import logging
 import math
-import numbers
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.io import JsonObject, read_json
+from tinyllava_switchkd.runtime import world_size
+
+from .settings import OneOf, Range
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-MATCHES = {
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "fp16.enabled": "fp16",
-    "bf16.enabled": "bf16",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.eps": "adam_epsilon",
-    "optimizer.params.weight_decay": "weight_decay",
-    "scheduler.params.warmup_max_lr": "learning_rate",
-}
-"""Key of the configuration -> the argument that says the same."""
-
 _SECTIONS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "activation_checkpointing", "aio")
-_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
-_SWITCHES = ("fp16.enabled", "bf16.enabled", "wall_clock_breakdown", "zero_allow_untested_optimizer")
-_KNOWN = (*_SECTIONS, *_COUNTS, "gradient_clipping", "wall_clock_breakdown", "zero_allow_untested_optimizer")
+_COUNT = Range(1, 1_000_000_000, whole=True)
+_AMOUNT = Range(0, 1e30)
+_SWITCH = OneOf(True, False)
+_PARAMS = ("lr", "eps", "weight_decay", "warmup_max_lr", "warmup_min_lr", "warmup_num_steps", "total_num_steps")
+_VALUES: dict[str, Range | OneOf] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), _COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "steps_per_print"), _COUNT),
+    "gradient_clipping": _AMOUNT,
+    **dict.fromkeys(("fp16.enabled", "bf16.enabled", "wall_clock_breakdown", "zero_allow_untested_optimizer"), _SWITCH),
+    **{f"{section}.params.{name}": _AMOUNT for section in ("optimizer", "scheduler") for name in _PARAMS},
+}
+"""Dotted name -> its values, beside "auto"."""
+
+_KNOWN = (*_SECTIONS, *(name for name in _VALUES if "." not in name))
 
 
 def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> None:
@@ -61,23 +63,16 @@ def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> No
         near = difflib.get_close_matches(str(name), _KNOWN, n=1, cutoff=0.85)
         if name not in _KNOWN and near:
             raise ValueError(f"{where}: there is no {name!r}; did you mean {near[0]!r}?")
-    for name, value in _numbers(values):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {name!r} is {value}; it must be a finite number.")
-    for name in _COUNTS:
-        value = values.get(name, "auto")
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{where}: {name!r} is {value!r}; it must be a whole number of at least 1, or 'auto'.")
-    clipping = values.get("gradient_clipping", "auto")
-    if clipping != "auto" and (isinstance(clipping, bool) or not isinstance(clipping, numbers.Real) or clipping < 0):
-        raise ValueError(f"{where}: 'gradient_clipping' is {clipping!r}; it must be a number of at least 0, or 'auto'.")
-    for name in _SWITCHES:
-        switch = _value(values, name)
-        if switch not in ("auto", None) and not isinstance(switch, bool):
-            raise ValueError(f"{where}: {name!r} is {switch!r}; it must be true, false or 'auto'.")
+    for name, number in _numbers(values):
+        if not math.isfinite(number):
+            raise ValueError(f"{where}: {name!r} is {number}; it must be a finite number.")
     for section in ("optimizer", "scheduler"):
         if section in values:
             _check_named(where, section, values[section])
+    for name, allowed in _VALUES.items():
+        value = _value(values, name)
+        if value not in (None, "auto") and value not in allowed:
+            raise ValueError(f"{where}: {name!r} is {value!r}; it must be {allowed}, or 'auto'.")
     _check_zero(where, values.get("zero_optimization", {}))
     _check_contradictions(where, values, training)
 
@@ -139,12 +134,6 @@ def _check_named(where: str, section: str, values: JsonObject) -> None:
     params = values.get("params", {})
     if not isinstance(params, dict):
         raise ValueError(f"{where}: '{section}.params' is {params!r}; it must be an object of settings.")
-    for name in ("lr", "eps", "weight_decay", "warmup_max_lr", "warmup_min_lr", "warmup_num_steps", "total_num_steps"):
-        value = params.get(name, "auto")
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0):
-            raise ValueError(
-                f"{where}: '{section}.params.{name}' is {value!r}; it must be a number of at least 0, or 'auto'."
-            )
     betas = params.get("betas", "auto")
     fits = isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, float | int) and 0 <= b < 1 for b in betas)
     if betas != "auto" and not fits:
@@ -191,26 +180,13 @@ def _without_auto(values: JsonObject) -> JsonObject:
 
 
 def _check_contradictions(where: str, values: JsonObject, training: TrainingArguments) -> None:
+    """As transformers does, which tells of them after the weights are read."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
     if _value(values, "fp16.enabled") is True and _value(values, "bf16.enabled") is True:
         raise ValueError(f"{where}: 'fp16.enabled' and 'bf16.enabled' are both true; choose one.")
-    for name, argument in MATCHES.items():
-        value, asked = _value(values, name), getattr(training, argument)
-        if value not in ("auto", None) and value != asked:
-            raise ValueError(
-                f"{where}: {name!r} is {value!r}, and --{argument} is {asked!r}; write 'auto' in the file, or give "
-                "both the same."
-            )
-    betas, asked = _value(values, "optimizer.params.betas"), [training.adam_beta1, training.adam_beta2]
-    if betas not in ("auto", None) and betas != asked:
-        raise ValueError(
-            f"{where}: 'optimizer.params.betas' are {betas}, and --adam_beta1 and --adam_beta2 are {asked}; write "
-            "'auto' in the file, or give both the same."
-        )
-    batch, ranks = _value(values, "train_batch_size"), int(os.environ.get("WORLD_SIZE", "1"))
-    own = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
-    if batch not in ("auto", None) and batch != own:
-        raise ValueError(
-            f"{where}: 'train_batch_size' is {batch}, and --per_device_train_batch_size "
-            f"{training.per_device_train_batch_size} x --gradient_accumulation_steps "
-            f"{training.gradient_accumulation_steps} x {ranks} processes make {own}; write 'auto' in the file."
-        )
+    config = HfTrainerDeepSpeedConfig(copy.deepcopy(values))
+    config.trainer_config_process(SimpleNamespace(**{**vars(training), "world_size": world_size()}))
+    if config.mismatches:
+        found = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " there, ") for line in config.mismatches)
+        raise ValueError(f"{where}: {found} here; write 'auto' in the file, or give both the same.")

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import Trainer
 
-from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.io import JsonObject, write_json
 
 from . import checkpoints, fingerprint, signals, universal
@@ -30,11 +29,12 @@ from .adapters import read_adapters
 from .arguments import TrainingArguments
 from .guard import Guard, check_trained
 from .resume import REMEDY, ResumeError, reading
+from .validation import WithFillers
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
 
-    from tinyllava_switchkd.data.collator import Batch, Sample
+    from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.data.dataset import Samples
     from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 
@@ -281,24 +281,3 @@ class Filled(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
-
-
-class WithFillers(Dataset):
-    """Data, and beyond its end the same samples with nothing to learn in them."""
-
-    def __init__(self, dataset: Samples) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < len(self.dataset):
-            return self.dataset[index]
-        sample = self.dataset[index - len(self.dataset)]
-        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)

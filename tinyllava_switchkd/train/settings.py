@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ class OneOf:
         self.choices = choices
 
     def __contains__(self, value: object) -> bool:
-        return value in self.choices
+        return any(value == choice and isinstance(value, type(choice)) for choice in self.choices)  # 1 is not True
 
     def __str__(self) -> str:
         return f"one of {', '.join(str(choice) for choice in self.choices)}"
@@ -48,7 +47,7 @@ class Range:
     """Values outside that have a meaning of their own."""
 
     def __contains__(self, value: Any) -> bool:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return False
         if value in self.also:
             return True

@@ -24,7 +24,7 @@ class Subset(Dataset):
 
     Args:
         whole: the data set.
-        indices: which samples; -1 stands for one from which nothing is learned (to make ranks even).
+        indices: which samples.
     """
 
     def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
@@ -35,14 +35,10 @@ class Subset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, number: int) -> Sample:
-        index = self.indices[number]
-        sample = self.whole[max(index, 0)]
-        if index < 0:
-            sample = {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
-        return sample
+        return self.whole[self.indices[number]]
 
     def encode(self, number: int) -> Sample:
-        return self.whole.encode(max(self.indices[number], 0))
+        return self.whole.encode(self.indices[number])
 
     @property
     def lengths(self) -> list[int]:
@@ -58,6 +54,27 @@ class Subset(Dataset):
         if name in ("whole", "indices"):  # not there yet: a worker is being made
             raise AttributeError(name)
         return getattr(self.whole, name)
+
+
+class WithFillers(Dataset):
+    """Data, and beyond its end the same samples with nothing to learn in them, which make ranks even."""
+
+    def __init__(self, dataset: Samples) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index % len(self.dataset)]
+        if index < len(self.dataset):
+            return sample
+        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[Subset, Subset]:
@@ -105,10 +122,9 @@ def held_out_means(trainer: ReliableTrainer, model: nn.Module, dataset: Samples,
     """
     task: Task = trainer.model
     ranks, rank = trainer.args.world_size, trainer.args.process_index
-    rounds = -(-len(dataset) // ranks)
-    indices = [index if (index := number * ranks + rank) < len(dataset) else -1 for number in range(rounds)]
     loader = DataLoader(
-        Subset(dataset, indices),
+        WithFillers(dataset),
+        sampler=range(rank, -(-len(dataset) // ranks) * ranks, ranks),
         batch_size=batch_size,
         collate_fn=trainer.data_collator,
         num_workers=trainer.args.dataloader_num_workers,
