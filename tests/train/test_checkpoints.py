@@ -102,14 +102,13 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
 
 @pytest.mark.parametrize("claimed", [2**62, 2**40])
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(begun, tmp_path, caplog, claimed):
-    """In a folder of an older version, of which only the shape is looked at."""
+    """Sealed by a stranger."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / checkpoints.RECORD).unlink()
     folder = tmp_path / "run" / "checkpoint-2"
-    (folder / "manifest.json").unlink()
-    (folder / "training_args.bin").write_bytes(b"")
     (folder / "adapter_model.safetensors").write_bytes(claimed.to_bytes(8, "little") + b"{}")
+    checkpoints.seal(folder, 2, 1)
     assert resume.find_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
     assert "its weights are missing or cut off" in caplog.text
 
@@ -184,8 +183,8 @@ def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
     assert seen == [[]] and not (tmp_path / "run" / checkpoints.WRITING).exists()
 
 
-def test_a_checkpoint_of_this_run_is_never_taken_for_one_of_an_older_version(begun, tmp_path, caplog):
-    """By someone who can write into it alone: no manifest, and the file by which old ones are known."""
+def test_a_folder_without_a_manifest_is_no_checkpoint(begun, tmp_path, caplog):
+    """Whoever took it away; with a pickle of the kind that older versions left."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-2" / "manifest.json").unlink()

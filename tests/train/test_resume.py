@@ -130,7 +130,7 @@ def test_deepspeeds_state_counts_as_the_optimisers(run):
 
 
 def test_another_number_of_processes(run):
-    """Without shards any number goes on; DeepSpeed's shards are converted; those of older versions are refused."""
+    """Without shards any number goes on; DeepSpeed's shards are converted."""
     folder = run / "checkpoint-10"
     assert resume.find_checkpoint(run, world_size=2) == str(folder) and not resume.needs_conversion(folder, 2)
     (folder / "latest").write_text("global_step10")
@@ -139,11 +139,6 @@ def test_another_number_of_processes(run):
     seal(folder)
     assert resume.find_checkpoint(run, world_size=2) == str(folder)
     assert resume.needs_conversion(folder, 2) and not resume.needs_conversion(folder, 1)
-    (folder / checkpoints.MANIFEST).unlink()
-    (run / checkpoints.RECORD).unlink()
-    (folder / "training_args.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
-        resume.find_checkpoint(run, world_size=2)
 
 
 def test_a_run_is_finished_when_its_state_says_so(run):

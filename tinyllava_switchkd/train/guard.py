@@ -15,17 +15,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.runtime import is_main_process, rank
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 EVENTS = "non_finite.jsonl"
 """File in the output folder: one JSON object an event, with the step, the terms and the samples of every rank."""
@@ -137,7 +135,7 @@ class Guard:
         if math.isfinite(norm) and norm >= 0 and not step.left_out:  # DeepSpeed has -1 for a norm that is none
             self._in_a_row = self._scaled_in_a_row = 0
             return True
-        found = _gather(self._samples(step))
+        found = gather_object([self._samples(step)])
         terms = sorted({name for rank in found for name in rank["terms"]})
         if self.scaler and not terms and self._scaled_in_a_row < SCALER_PATIENCE:
             self._scaled_in_a_row += 1
@@ -154,7 +152,7 @@ class Guard:
                 f"Not finite at step {step.number}{again}: {what}. The run stops, and nothing was written after "
                 f"that step; {samples}."
             )
-        if _is_main():
+        if is_main_process():
             logger.warning(
                 "Not finite at step %d: %s. The step is left out (%d so far); %s.",
                 *(step.number, what, self.skipped, samples),
@@ -169,7 +167,7 @@ class Guard:
             bad.append((index, terms))
         chosen = [index for index, terms in bad if terms] or [index for index, _ in bad]
         return {
-            "rank": dist.get_rank() if _distributed() else 0,
+            "rank": rank(),
             "ids": [name for index in chosen if index < len(step.ids) for name in step.ids[index]],
             "terms": {name: str(value) for _, terms in bad for name, value in terms.items()},
         }
@@ -177,7 +175,7 @@ class Guard:
     def _write(self, event: JsonObject) -> str:
         """Note an event in `EVENTS`; says where its samples are named: here, if the disk has no room for it."""
         path = self.output_dir / EVENTS
-        if _is_main():
+        if is_main_process():
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 with open(path, "a", encoding="utf-8") as file:
@@ -205,12 +203,10 @@ def check_trained(model: torch.nn.Module) -> None:
     if not sums:
         return
     bad = (~torch.stack([total.to(sums[0].device) for total in sums]).isfinite()).any().float()
-    if _distributed():
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    if bad:
+    if reduce(bad, "sum"):
         # a sum may overflow where no weight is infinite
         names = [name for name, part in parts.items() if not part.isfinite().all()]
-        everyone = sorted({name for rank in _gather(names) for name in rank})
+        everyone = sorted({name for rank in gather_object([names]) for name in rank})
         if everyone:
             raise NonFiniteError(f"The trained weights are not finite: {everyone[0]} ({len(everyone)} tensors in all).")
 
@@ -220,20 +216,3 @@ def _read(norm: Tensor | float | None, asked: Tensor | float) -> tuple[float, fl
     if torch.is_tensor(norm) and torch.is_tensor(asked):
         norm, asked = torch.stack([norm.detach().float().reshape(()), asked.to(norm.device).float()]).tolist()
     return (0.0 if norm is None else float(norm)), float(asked)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _is_main() -> bool:
-    return not _distributed() or dist.get_rank() == 0
-
-
-def _gather(value: T) -> list[T]:
-    """The value of every rank, on every rank."""
-    if not _distributed():
-        return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

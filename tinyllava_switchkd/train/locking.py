@@ -61,7 +61,7 @@ class OutputLock:
                 os.close(descriptor)
                 return self.acquire()
             owner, age = _owner(descriptor), _age(self.path)
-            if held or (owner and _may_live(owner, age, _locks_work(descriptor))):
+            if held or (owner and _may_live(owner, age, locks_work=held is not None)):
                 raise LockedError(_refusal(self.path, owner, age))
             if owner:
                 logger.warning(
@@ -127,27 +127,17 @@ def _is_file(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _held(descriptor: int) -> bool:
-    """Try to take the record lock; whether another process has it."""
+def _held(descriptor: int) -> bool | None:
+    """Try to take the record lock; whether another process has it, None where there are no such locks."""
     try:
         import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
-        return False
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return True if error.errno in (errno.EACCES, errno.EAGAIN) else None
     return False
-
-
-def _locks_work(descriptor: int) -> bool:
-    try:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def _owner(descriptor: int) -> JsonObject:

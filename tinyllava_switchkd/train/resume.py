@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pickle
 import shutil
-import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model.weights import shard_names
 
 from . import checkpoints, fingerprint
 
@@ -105,9 +106,6 @@ def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
     Args:
         output_dir: the run's folder.
         world_size: processes of the run.
-
-    Raises:
-        ValueError: the latest complete checkpoint is one of an older version, for another number of processes.
     """
     for folder in checkpoints.checkpoints(output_dir):
         missing = what_is_missing(folder, world_size)
@@ -120,20 +118,13 @@ def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
 def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
     """What keeps a checkpoint from being resumed from, in words; None if nothing does.
 
-    Complete means that all its files are those of its manifest, and the manifest the one of the run's record. Of
-    folders that older versions of this program wrote, which have no manifest, only the shape is looked at.
-
-    Raises:
-        ValueError: it is complete, but of an older version and for another number of processes.
+    Complete means that all its files are those of its manifest, and the manifest the one of the run's record. The
+    rest of what is looked at only somebody else's can lack, which the record does not know.
     """
     folder = Path(folder)
-    # what this run's record knows had a manifest, whoever took it away
-    is_old = not (folder / checkpoints.MANIFEST).exists() and (folder / "training_args.bin").is_file()
-    is_old = is_old and folder.name not in checkpoints.read_record(folder.parent)
-    if not is_old:
-        damage = checkpoints.damage(folder)
-        if damage is not None:
-            return damage
+    damage = checkpoints.damage(folder)
+    if damage is not None:
+        return damage
     state = _read_state(folder)
     if state is None:
         return "trainer_state.json is missing, cut off or says no step"
@@ -162,14 +153,7 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
         if not zipfile.is_zipfile(file):  # torch's pickles end in a zip's directory
             return f"{file.name} is cut off"
     if written != world_size:
-        if is_old:
-            raise ValueError(
-                f"The checkpoint {folder} was written by {written} processes and this run has {world_size}; run it "
-                f"with {written}, or begin anew with --overwrite_output_dir True."
-            )
         logger.info("%s was written by %d processes; the run goes on with %d.", folder, written, world_size)
-    if is_old:
-        logger.warning("%s is of an older version, without checksums: only its shape could be looked at.", folder)
     return None
 
 
@@ -198,29 +182,18 @@ def _read_state(folder: Path) -> dict | None:
 
 
 def _weights_complete(folder: Path) -> bool:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-        own = all(isinstance(name, str) and Path(name).name == name for name in names)
-        return own and all(_safetensors_complete(folder / name) for name in names)
-    if (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts it belongs to
-        parts = [folder / part / "pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
-        return _safetensors_complete(folder / "adapter_model.safetensors") and all(part.is_file() for part in parts)
-    return _safetensors_complete(folder / "model.safetensors")
-
-
-def _safetensors_complete(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Whether all weights are there, in files as long as their headers say."""
+    names = ["model.safetensors"]
     try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > os.fstat(stream.fileno()).st_size:  # before memory is taken for it
+        if (folder / "model.safetensors.index.json").is_file():
+            names = shard_names(folder / "model.safetensors.index.json")
+        elif (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts it belongs to
+            names = ["adapter_model.safetensors"]
+            if not all((folder / part / "pytorch_model.bin").is_file() for part in SPLIT_FOLDERS):
                 return False
-            header = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        return file.stat().st_size >= 8 + length + end
-    except (OSError, ValueError, struct.error, KeyError, TypeError):
+        for name in names:
+            with safe_open(folder / name, "pt"):  # reads the header alone
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
+    return True
