@@ -33,7 +33,6 @@ FLOORS = {
 
 UPWARD = {
     ("_auto", "model"): "transformers' Auto classes are told of the configuration when transformers is imported",
-    ("serve", "quickstart"): "serve/examples/draw.py draws the demo's example pictures; nothing that serves imports it",
 }
 """Imports that go up a floor all the same, inside a function, and why."""
 

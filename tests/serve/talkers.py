@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import string
 import time
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
 
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.serve.engine import ChatModel
+from tinyllava_switchkd.serve.pool import ModelPool, Slot
 
 CONTEXT = 512
 
@@ -27,6 +29,11 @@ def talker(name: str = "tiny", seed: int = 0, seconds_per_token: float = 0.0, **
     if seconds_per_token:
         model.language_model.register_forward_pre_hook(lambda *_: time.sleep(seconds_per_token))
     return ChatModel(model, tokenizer, model.vision_tower.image_processor, CONTEXT, name, conv_version="qwen2_base")
+
+
+def pool_of(models: Iterable[ChatModel]) -> ModelPool:
+    """A pool of models that are there already."""
+    return ModelPool([Slot(model.name, model=model) for model in models])
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:

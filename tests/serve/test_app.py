@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.tab import Tab, file_data, serving
-from tests.serve.talkers import picture, talker
+from tests.serve.talkers import picture, pool_of, talker
 from tests.serve.test_images import bomb
 from tinyllava_switchkd.serve import app, render
 from tinyllava_switchkd.serve.conversation import Sampling
@@ -30,7 +30,7 @@ LIMITS = DemoLimits(ImageLimits(300_000, 1_000_000, 400), question_chars=200, ma
 
 
 def page_of(*models, limits=LIMITS):
-    return Page(Demo(ModelPool.of_models(models), limits), Sampling(max_new_tokens=10))
+    return Page(Demo(pool_of(models), limits), Sampling(max_new_tokens=10))
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ class TestPool:
     def test_a_failing_model_does_not_take_the_others_with_it(self, monkeypatch):
         good, bad = talker("Good"), talker("Bad")
         monkeypatch.setattr(bad.model, "generate", lambda *args, **kwargs: 1 / 0)
-        demo = Demo(ModelPool.of_models([bad, good]))
+        demo = Demo(pool_of([bad, good]))
         session = demo.new_session()
         list(demo.ask(session, str(FOLDER / "fruit.png"), "What?", Sampling(max_new_tokens=5)))
         cells = session.exchanges[0].cells

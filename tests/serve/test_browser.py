@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.tab import serving
-from tests.serve.talkers import picture, talker
+from tests.serve.talkers import picture, pool_of, talker
 from tinyllava_switchkd.serve.conversation import Sampling
 from tinyllava_switchkd.serve.demo import Demo
 from tinyllava_switchkd.serve.page import Page
@@ -55,7 +55,7 @@ def browser():
 @pytest.fixture(scope="module")
 def url():
     models = [talker("Student", 0, 0.01), talker("Teacher", 1, 0.02)]
-    with serving(Page(Demo(ModelPool.of_models(models)), Sampling(max_new_tokens=20))) as url:
+    with serving(Page(Demo(pool_of(models)), Sampling(max_new_tokens=20))) as url:
         yield url
 
 
@@ -180,7 +180,7 @@ def test_example(user):
 
 
 def test_stop(browser, photo):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.3), talker("Never", 1)])), Sampling(max_new_tokens=400))
+    page = Page(Demo(pool_of([talker("Slow", 0, 0.3), talker("Never", 1)])), Sampling(max_new_tokens=400))
     with serving(page) as url:
         user = User(browser, url)
         user.upload(photo)
@@ -210,7 +210,7 @@ def test_asked_once_however_often_it_is_clicked(user, photo):
 
 
 def test_waiting_for_others(browser, tmp_path):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.1)])), Sampling(max_new_tokens=400))
+    page = Page(Demo(pool_of([talker("Slow", 0, 0.1)])), Sampling(max_new_tokens=400))
     with serving(page, queue_size=1) as url:
         first, second, third = (User(browser, url) for _ in range(3))
         for seed, user in enumerate((first, second, third)):
@@ -239,7 +239,7 @@ def test_waiting_for_others(browser, tmp_path):
 
 
 def test_an_upload_during_an_answer_waits_for_the_next_question(browser, photo, tmp_path):
-    page = Page(Demo(ModelPool.of_models([talker("Slow", 0, 0.05)])), Sampling(max_new_tokens=400))
+    page = Page(Demo(pool_of([talker("Slow", 0, 0.05)])), Sampling(max_new_tokens=400))
     picture(1, (90, 70)).save(tmp_path / "next.png")
     with serving(page) as url:
         user = User(browser, url)

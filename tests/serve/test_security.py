@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.serve.tab import Tab, file_data, serving
-from tests.serve.talkers import picture, talker
+from tests.serve.talkers import picture, pool_of, talker
 from tests.serve.test_app import wait_until
 from tests.serve.test_images import bomb
 from tinyllava_switchkd.serve import app
@@ -25,7 +25,6 @@ from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 from tinyllava_switchkd.serve.images import ImageLimits, read_image
 from tinyllava_switchkd.serve.limits import DemoLimits, Gate, Hosts, Room, is_open
 from tinyllava_switchkd.serve.page import Page
-from tinyllava_switchkd.serve.pool import ModelPool
 from tinyllava_switchkd.serve.upload import REFUSED
 
 LIMITS = DemoLimits(ImageLimits(300_000, 1_000_000, 400), seconds=20, upload_bytes=500_000)
@@ -36,7 +35,7 @@ NUMBERS = itertools.count(10)
 
 @pytest.fixture(scope="module")
 def page():
-    return Page(Demo(ModelPool.of_models([talker("Student")]), LIMITS), Sampling(max_new_tokens=5))
+    return Page(Demo(pool_of([talker("Student")]), LIMITS), Sampling(max_new_tokens=5))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +289,7 @@ class TestRoutes:
 
 class TestRoom:
     def test_all_uploads_together(self, tmp_path):
-        page = Page(Demo(ModelPool.of_models([talker("S")]), LIMITS))
+        page = Page(Demo(pool_of([talker("S")]), LIMITS))
         with serving(page) as url:
             tab = Tab(url, page)
             codes = [

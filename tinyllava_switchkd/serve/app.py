@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,9 @@ def build_page(args: argparse.Namespace) -> Page:
         ValueError, FileNotFoundError: options that cannot be met.
     """
     from tinyllava_switchkd.serve.demo import Demo
-    from tinyllava_switchkd.serve.engine import display_names
+    from tinyllava_switchkd.serve.engine import ChatModel, display_names
     from tinyllava_switchkd.serve.page import Page
-    from tinyllava_switchkd.serve.pool import ModelPool
+    from tinyllava_switchkd.serve.pool import ModelPool, Slot
 
     paths = [args.model_path, *args.compare]
     for path in paths:
@@ -110,8 +111,9 @@ def build_page(args: argparse.Namespace) -> Page:
         seconds=args.time_limit,
         upload_bytes=int(args.all_uploads_mb * 2**20),
     )
-    pool = ModelPool.of_paths(paths, names, conv_version=args.template, **loading_kwargs(args))
-    return Page(Demo(pool, limits), sampling)
+    load = partial(ChatModel.load, conv_version=args.template, **loading_kwargs(args))
+    slots = [Slot(name, partial(load, path, name)) for path, name in zip(paths, names, strict=True)]
+    return Page(Demo(ModelPool(slots), limits), sampling)
 
 
 def _check_host(host: str) -> None:

@@ -18,11 +18,12 @@ from tinyllava_switchkd.serve.images import read_image
 from tinyllava_switchkd.serve.limits import DemoLimits
 from tinyllava_switchkd.serve.pool import ModelPool
 from tinyllava_switchkd.visualize.attention_map import AttentionMap
-from tinyllava_switchkd.visualize.overlay import fit, overlay
+from tinyllava_switchkd.visualize.overlay import data_address, fit, overlay
 
 logger = logging.getLogger(__name__)
 
 USER_ERRORS = (ValueError, FileNotFoundError)
+_THUMBNAIL = 160  # pixels of the longer side
 _UPDATE_SECONDS = 0.08  # between two updates of a growing answer
 
 
@@ -132,7 +133,7 @@ class Demo:
         for conversation in session.conversations:
             conversation.attach(image)
         session.attached = image_path
-        return (render.thumbnail(image),)
+        return (data_address(image, _THUMBNAIL),)
 
     def _answer(
         self, session: Session, index: int, cell: render.Cell, question: str, settings: Sampling

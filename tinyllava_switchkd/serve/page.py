@@ -275,9 +275,7 @@ class Page:
         return {
             self.session: session,
             self.notice: waits,
-            self.send: gr.update(interactive=False),
-            self.stop: gr.update(interactive=True),
-            self.clear: gr.update(interactive=False),
+            **self._buttons(busy=True),
         }
 
     def turn_away(self) -> Updates:
@@ -286,7 +284,7 @@ class Page:
             "The question was not taken: too many people are asking, or the image is no longer on the server. "
             "Please try again, if need be with the image uploaded anew."
         )
-        return {self.notice: render.notice(message, "error"), **self._idle()}
+        return {self.notice: render.notice(message, "error"), **self._buttons(busy=False)}
 
     def _own(self, path: str | None) -> str | None:
         """The file of an image on the page.
@@ -301,12 +299,12 @@ class Page:
             raise gr.Error(REFUSED, print_exception=False)
         return file
 
-    def _idle(self) -> Updates:
-        """The buttons while nothing is being answered."""
+    def _buttons(self, busy: bool) -> Updates:
+        """The buttons while something is being answered, and while nothing is."""
         return {
-            self.send: gr.update(interactive=True),
-            self.stop: gr.update(interactive=False),
-            self.clear: gr.update(interactive=True),
+            self.send: gr.update(interactive=not busy),
+            self.stop: gr.update(interactive=busy),
+            self.clear: gr.update(interactive=not busy),
         }
 
     def ask(
@@ -326,9 +324,7 @@ class Page:
             self.session: session,
             self.notice: "",
             self.question: "",
-            self.send: gr.update(interactive=False),
-            self.stop: gr.update(interactive=True),
-            self.clear: gr.update(interactive=False),
+            **self._buttons(busy=True),
             self.map: gr.update(visible=False),
             self.attention_notice: "",
         }
@@ -344,7 +340,7 @@ class Page:
             self.session: session,
             self.chat: render.transcript(session.exchanges),
             **message,
-            **self._idle(),
+            **self._buttons(busy=False),
         }
 
     def halt(self, session: Session | None) -> dict[str, object]:

@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from tinyllava_switchkd.serve.engine import ChatModel
 
@@ -21,7 +19,7 @@ class Slot:
 
     Attributes:
         name: what people see.
-        load: makes the model; not needed where it is there.
+        load: makes the model; None where it is there.
         model: the model once it is there.
         error: why it could not be loaded.
         started: when loading began (`time.monotonic`), None while it waits for the models before it.
@@ -57,18 +55,6 @@ class ModelPool:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
-
-    @classmethod
-    def of_models(cls, models: Sequence[ChatModel]) -> ModelPool:
-        """A pool of models that are there already."""
-        return cls([Slot(model.name, model=model) for model in models])
-
-    @classmethod
-    def of_paths(cls, paths: Sequence[str], names: Sequence[str], **kwargs: Any) -> ModelPool:
-        """A pool of checkpoints, nothing loaded yet; `kwargs` are those of `ChatModel.load`."""
-        return cls(
-            [Slot(name, partial(ChatModel.load, path, name, **kwargs)) for path, name in zip(paths, names, strict=True)]
-        )
 
     def start(self) -> threading.Thread:
         """Load what is missing, one after another, in a thread of its own."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from PIL import Image
 
 from tinyllava_switchkd.serve.engine import Reply
 from tinyllava_switchkd.serve.pool import Slot
 
-_THUMBNAIL = 160  # pixels
 _WITHOUT_REPLY = {"waiting": "waiting …", "working": "reading …<span class=tl-caret></span>", "done": "no answer"}
 _ENDINGS = {"length": "cut at the maximum length", "time": "cut at the time limit", "stopped": "stopped"}
 
@@ -55,18 +50,6 @@ def escape(text: str) -> str:
     for char in "{}$`\\":
         escaped = escaped.replace(char, f"&#{ord(char)};")
     return escaped
-
-
-def thumbnail(image: Image.Image) -> str:
-    """A small copy of an image as a data URL."""
-    small = image.copy()
-    if max(small.size) < _THUMBNAIL // 2:
-        scale = _THUMBNAIL // max(small.size)
-        small = small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def header(slots: Sequence[Slot]) -> str:

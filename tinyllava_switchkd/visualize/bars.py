@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .curves import STYLE
+from .curves import STYLE, save_figure
 from .radar import COLOURS, INK
 
 
@@ -14,7 +14,6 @@ def draw_bars(
     path: str | Path,
     spread: Mapping[str, Mapping[str, float]] | None = None,
     titles: Mapping[str, str] | None = None,
-    ylabel: str = "accuracy (%)",
     note: str = "",
 ) -> Path:
     """Draw one group of bars a measure, one bar a model, the value written on each.
@@ -24,7 +23,6 @@ def draw_bars(
         path: file to write.
         spread: label -> measure -> half length of an error bar (a standard deviation).
         titles: measure -> what is written under its group.
-        ylabel: of the axis.
         note: a line below the chart.
 
     Raises:
@@ -62,13 +60,10 @@ def draw_bars(
                 axis.text(x, top + 0.8, f"{height:.0f}", ha="center", va="bottom", fontsize=6.5, color="#555555")
         axis.set_xticks(range(len(measures)), [(titles or {}).get(measure, measure) for measure in measures])
         axis.tick_params(axis="x", length=0, labelcolor=INK)
-        axis.set(ylabel=ylabel, ylim=(0, 108), yticks=range(0, 101, 20), xlim=(-0.55, len(measures) - 0.45))
+        axis.set(ylabel="accuracy (%)", ylim=(0, 108), yticks=range(0, 101, 20), xlim=(-0.55, len(measures) - 0.45))
         axis.set_axisbelow(True)
         axis.grid(axis="y")
         figure.legend(loc="outside upper left", ncols=len(models), columnspacing=1.4, handlelength=1.1)
         if note:
             axis.set_xlabel(note, color="#666666", fontsize=8, loc="left", labelpad=8)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, facecolor="white")
-    return path
+        return save_figure(figure, path)

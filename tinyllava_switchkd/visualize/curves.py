@@ -139,7 +139,7 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
             panel.grid(axis="y")
         panels[0].set_ylabel("loss per answer token")
         panels[0].legend(loc="upper right")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 GRADIENT = "gradient/"
@@ -209,7 +209,7 @@ def draw_inside(history: History, path: str | Path, vocabulary: int | None = Non
             panel.grid(axis="y")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _gradients(history: History) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -237,10 +237,11 @@ def _check_number(runs: Collection[str]) -> None:
         raise ValueError(f"A chart shows one to {len(COLOURS)} runs, not {len(runs)}.")
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
+    """Write a figure, in a folder that is made for it if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200, facecolor="white")
+    figure.savefig(path, dpi=dpi, facecolor="white")
     return path
 
 

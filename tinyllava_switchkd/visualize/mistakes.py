@@ -8,8 +8,6 @@ pictures are shrunk and put into the page; questions about one picture stand tog
 
 from __future__ import annotations
 
-import base64
-import io
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +22,8 @@ from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
 from tinyllava_switchkd.io import JsonObject, write_text
+
+from .overlay import data_address
 
 SIDE = 320
 """Longer side of a picture on the page, in pixels."""
@@ -88,18 +88,13 @@ def pair(
 
 
 def thumbnail(image: Path | bytes) -> str:
-    """A picture as a data address, shrunk, or enlarged where it is tiny; a grey one where it cannot be read."""
+    """A picture as a `data_address`; a grey one where it cannot be read."""
     try:
         with opened(image) as one:
             picture = upright(one)
     except (FileNotFoundError, BadImageError):
         picture = Image.new("RGB", (SIDE, SIDE // 2), "#dddddd")
-    picture.thumbnail((SIDE, SIDE))
-    if (times := SIDE // max(picture.size)) > 1:
-        picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_address(picture, SIDE)
 
 
 STYLE = """

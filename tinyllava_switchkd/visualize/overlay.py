@@ -1,6 +1,9 @@
-"""A heat map laid over an image."""
+"""A heat map laid over an image, and images at a size that is good to look at."""
 
 from __future__ import annotations
+
+import base64
+import io
 
 import numpy as np
 from PIL import Image
@@ -71,3 +74,14 @@ def fit(image: Image.Image) -> Image.Image:
     # Tiny images are made of pixels that should stay recognisable; large ones are reduced without aliasing.
     method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return image.resize((width, height), method)
+
+
+def data_address(image: Image.Image, side: int) -> str:
+    """An RGB image as a JPEG in a data address: shrunk to `side` pixels, or enlarged by whole pixels if it is tiny."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    if (times := side // max(image.size)) > 1:
+        image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def figure1_axes() -> dict[str, tuple[str, ...]]:
     return {title: tuple(columns) for title, columns in paper_tables()["figure1_axes"].items()}
 
 
-def average(scores: Mapping[str, float], columns: tuple[str, ...]) -> float | None:
+def average(scores: Mapping[str, float], columns: Sequence[str]) -> float | None:
     """Mean over the columns; None if one of them has no score."""
     if any(scores.get(column) is None for column in columns):
         return None

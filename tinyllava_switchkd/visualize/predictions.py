@@ -11,7 +11,7 @@ from PIL import Image
 
 from tinyllava_switchkd.data.image_files import to_rgb
 
-from .curves import STYLE
+from .curves import STYLE, save_figure
 from .radar import INK
 
 RIGHT, WRONG = "#00734f", "#b3400e"
@@ -103,10 +103,7 @@ def draw_predictions(predictions: Sequence[Prediction], path: str | Path, column
                     family=["DejaVu Sans"],
                     parse_math=False,
                 )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160, facecolor="white")
-    return path
+        return save_figure(figure, path, dpi=160)
 
 
 def card_text(prediction: Prediction) -> list[tuple[str, str, str]]:

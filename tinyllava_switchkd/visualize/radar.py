@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .paper import figure1_axes
+from .paper import average, figure1_axes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -32,12 +32,8 @@ def axis_values(
         scores: column of the paper's tables -> score on 0-100.
         axes: title -> columns; Figure 1's by default.
     """
-    return {
-        title: None
-        if any(scores.get(column) is None for column in columns)
-        else sum(scores[column] for column in columns) / len(columns)
-        for title, columns in (figure1_axes() if axes is None else axes).items()
-    }
+    axes = figure1_axes() if axes is None else axes
+    return {title: average(scores, columns) for title, columns in axes.items()}
 
 
 def common_axes(models: Iterable[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:

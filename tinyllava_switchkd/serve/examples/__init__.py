@@ -1,4 +1,4 @@
-"""The demo's examples: images that this project drew, each with a question. `draw` makes the files anew."""
+"""The demo's examples: images that this project drew, each with a question."""
 
 from __future__ import annotations
 
