@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from tests.tiny import tiny_config, tiny_llava
-from tinyllava_switchkd.model import ConnectorFactory
-from tinyllava_switchkd.model.weights import load_connector_weights
+from tests.tiny import tiny_config, tiny_llava, write_tiny_llm, write_tiny_tower
+from tinyllava_switchkd.model import ConnectorFactory, build_model
 
 QFORMER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 
@@ -160,11 +159,15 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def test_v1s_folder_of_a_connector(tmp_path):
-    source, target = connector("mlp2x_gelu"), connector("mlp2x_gelu")
-    torch.save({k: v + 1 for k, v in source.state_dict().items()}, tmp_path / "pytorch_model.bin")
-    load_connector_weights(target, tmp_path)
-    assert torch.equal(target._connector[0].weight, source._connector[0].weight + 1)
+    """It starts a fresh model, or is refused before one is made."""
+    parts = write_tiny_llm(tmp_path / "qwen2-llm"), write_tiny_tower(tmp_path / "siglip-tower")
+    first = build_model(*parts, "mlp2x_gelu")[0].connector
+    for name in ("connector", "empty"):
+        (tmp_path / name).mkdir()
+    torch.save({k: v + 1 for k, v in first.state_dict().items()}, tmp_path / "connector" / "pytorch_model.bin")
+    again = build_model(*parts, "mlp2x_gelu", pretrained_connector_path=tmp_path / "connector")[0].connector
+    assert torch.equal(again._connector[0].weight, first._connector[0].weight + 1)
     with pytest.raises(ValueError, match="missing"):
-        load_connector_weights(connector("linear"), tmp_path)
+        build_model(*parts, "linear", pretrained_connector_path=tmp_path / "connector")
     with pytest.raises(FileNotFoundError, match="no connector"):
-        load_connector_weights(connector("linear"), tmp_path.parent)
+        build_model(*parts, "linear", pretrained_connector_path=tmp_path / "empty")

@@ -9,11 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, CLIPVisionModel, Dinov2Model
 
-from tests.tiny import tiny_llava, tiny_vision_config, write_tiny_tower
-from tinyllava_switchkd.model import TinyLlavaConfig, VisionTowerFactory
+from tests.tiny import tiny_llava, tiny_vision_config, write_tiny_llm, write_tiny_tower
+from tinyllava_switchkd.model import TinyLlavaConfig, VisionTowerFactory, build_model
 from tinyllava_switchkd.model.vision_tower.base import flatten_images
 from tinyllava_switchkd.model.vision_tower.transformers_towers import dinov2_positions
-from tinyllava_switchkd.model.weights import load_tower_weights
 
 
 def tower_of(name, seed=0, **kwargs):
@@ -119,7 +118,7 @@ def test_mof_from_base_folders(tmp_path):
     clip, dinov2 = write_tiny_tower(tmp_path / "clip", "clip"), write_tiny_tower(tmp_path / "dinov2", "dinov2")
     tower_class = VisionTowerFactory(f"mof:{clip}")
     tower = tower_class(tower_class.load_config(f"mof:{clip}", f"mof:{dinov2}"))
-    load_tower_weights(tower, f"mof:{clip}", f"mof:{dinov2}")
+    tower.vision_tower.load_state_dict(tower.base_state_dict(f"mof:{clip}", f"mof:{dinov2}"))
     pixels = torch.randn(1, 3, 28, 28)
     expected = Dinov2Model.from_pretrained(dinov2)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert torch.allclose(tower(pixels)[:, 1::2], expected, atol=1e-6)
@@ -134,7 +133,7 @@ def test_base_folders_load_exactly(tmp_path, name):
     folder = write_tiny_tower(tmp_path / f"{name}-tiny", name)
     tower_class = VisionTowerFactory(folder)
     tower = tower_class(tower_class.load_config(folder)).eval()
-    load_tower_weights(tower, folder)
+    tower.vision_tower.load_state_dict(tower.base_state_dict(folder))
     library = AutoModel.from_pretrained(folder).eval()
     own = encoder_of(tower).state_dict()
     assert all(torch.equal(value, own[key]) for key, value in library.state_dict().items())
@@ -155,15 +154,16 @@ def test_both_towers_of_a_clip_repository_are_told_apart(tmp_path):
     clip.save_pretrained(tmp_path / "clip-tiny")
     tower_class = VisionTowerFactory("clip")
     tower = tower_class(tower_class.load_config(str(tmp_path / "clip-tiny")))
-    load_tower_weights(tower, str(tmp_path / "clip-tiny"))
+    tower.vision_tower.load_state_dict(tower.base_state_dict(str(tmp_path / "clip-tiny")))
     expected = clip.vision_model.state_dict()
     assert all(torch.equal(expected[key], value) for key, value in encoder_of(tower).state_dict().items())
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
-    folder = write_tiny_tower(tmp_path / "siglip-tiny", "siglip", hidden=16)
+    llm, tower = write_tiny_llm(tmp_path / "qwen2-llm"), write_tiny_tower(tmp_path / "siglip-tower")
+    other = write_tiny_tower(tmp_path / "siglip-other", "siglip", hidden=16)
     with pytest.raises(ValueError, match=r"another shape.*\[16"):
-        load_tower_weights(tower_of("siglip"), folder)
+        build_model(llm, tower, pretrained_vision_tower_path=other)
 
 
 # timm and open_clip: real models, built from the libraries' own configurations
@@ -192,7 +192,7 @@ def test_timm_folder(timm_folder):
     config = tower_class.load_config(name)
     assert (config.architecture, config.hidden_size, config.num_hidden_layers) == ("vit_tiny_patch16_224", 32, 3)
     tower = tower_class(config).eval()
-    load_tower_weights(tower, name)
+    tower.vision_tower.load_state_dict(tower.base_state_dict(name))
     pixels = torch.randn(2, 3, 28, 28)
     patches, prefix = model.forward_intermediates(
         pixels, indices=[1], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
@@ -248,7 +248,7 @@ def test_open_clip_folder(open_clip_folder):
     name = f"open_clip:local-dir:{folder}"
     tower_class = VisionTowerFactory(name)
     tower = tower_class(tower_class.load_config(name)).eval()
-    load_tower_weights(tower, name)
+    tower.vision_tower.load_state_dict(tower.base_state_dict(name))
     pixels = torch.randn(2, 3, 28, 28)
     hidden = model.visual._embeds(pixels)
     for block in model.visual.transformer.resblocks[:2]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import string
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.io import JsonObject, read_json, write_text
+from tinyllava_switchkd.io import JsonObject, read_json, read_text, write_text
 
 CARD = "README.md"
 MARK = "<!-- Written by tinyllava_switchkd from the files of this folder; remove this line to keep your own text. -->"
@@ -48,103 +51,13 @@ SETTINGS = {
 }
 """Arguments of training that a card shows, in its order, and what they are to a reader."""
 
-KINDS = ("tinyllava", "hf-llava", "onnx", "gguf")
-
-RUN = {
-    "tinyllava": """\
-```bash
-pip install tinyllava_switchkd
-python -m tinyllava_switchkd.serve.chat --model_path {name} --image_file cat.jpg
-```
-
-```python
-import tinyllava_switchkd
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-print(model.chat("What is in this picture?", "cat.jpg"))
-```
-
-For other places, export it: `python -m tinyllava_switchkd.model.export --to TARGET {name} OUT` with the target
-`hf-llava` (transformers, vLLM, OpenVINO), `onnx` (onnxruntime, Node, browsers) or `gguf` (llama.cpp).
-""",
-    "hf-llava": """\
-In transformers, without another package:
-
-```python
-from transformers import pipeline
-
-ask = pipeline("image-text-to-text", model="{name}")
-content = [{{"type": "image", "url": "cat.jpg"}}, {{"type": "text", "text": "What is in this picture?"}}]
-answer = ask(text=[{{"role": "user", "content": content}}], max_new_tokens=64, return_full_text=False)
-print(answer[0]["generated_text"])
-```
-
-In vLLM:
-
-```python
-from PIL import Image
-from vllm import LLM, SamplingParams
-
-image = {{"type": "image_pil", "image_pil": Image.open("cat.jpg").convert("RGB")}}
-content = [image, {{"type": "text", "text": "What is in this picture?"}}]
-found = LLM("{name}").chat([{{"role": "user", "content": content}}], SamplingParams(temperature=0.0, max_tokens=64))
-print(found[0].outputs[0].text)
-```
-
-In OpenVINO, `optimum.intel.OVModelForVisualCausalLM.from_pretrained("{name}", export=True)` takes the place of
-transformers' model.
-""",
-    "onnx": """\
-In onnxruntime:
-
-```python
-from PIL import Image
-from tinyllava_switchkd.model.export.onnx_student import OnnxStudent
-
-student = OnnxStudent("{name}", dtype="{dtype}")
-print(student.chat("What is in this picture?", Image.open("cat.jpg").convert("RGB")))
-```
-
-In a browser or Node, with @huggingface/transformers:
-
-```js
-import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage }} from '@huggingface/transformers';
-
-const model = await LlavaForConditionalGeneration.from_pretrained('{name}', {{ dtype: '{dtype}' }});
-const processor = await AutoProcessor.from_pretrained('{name}');
-const messages = [{{ role: 'user', content: '<image>\\nWhat is in this picture?' }}];
-const text = processor.tokenizer.apply_chat_template(messages, {{ tokenize: false, add_generation_prompt: true }});
-const inputs = await processor(await RawImage.read('cat.jpg'), text, {{ add_special_tokens: false }});
-const ids = await model.generate({{ ...inputs, max_new_tokens: 64 }});
-const answer = ids.slice(null, [inputs.input_ids.dims[1], null]);
-console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
-```
-
-Its image processor scales with the browser's own filter; `playground/web/preprocess.js` of tinyllava_switchkd makes the
-pixels that the student was trained on.
-""",
-    "gguf": """\
-In llama.cpp:
-
-```bash
-llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p "What is in this picture?"
-```
-
-In llama-cpp-python:
-
-```python
-from llama_cpp import Llama
-from llama_cpp.llama_chat_format import MTMDChatHandler
-
-llama = Llama("{model}", chat_handler=MTMDChatHandler("{mmproj}"), n_ctx=2048)
-content = [{{"type": "image_url", "image_url": {{"url": "file:///path/to/cat.jpg"}}}}]
-content += [{{"type": "text", "text": "What is in this picture?"}}]
-found = llama.create_chat_completion([{{"role": "user", "content": content}}], temperature=0.0, repeat_penalty=1.0)
-print(found["choices"][0]["message"]["content"])
-```
-""",
+KINDS = {
+    "tinyllava": ("TinyLLaVA's layout", "tinyllava_switchkd"),
+    "hf-llava": ("transformers' LLaVA", "transformers"),
+    "onnx": ("ONNX, transformers.js's layout", "transformers.js"),
+    "gguf": ("GGUF", "gguf"),
 }
+"""Kind of folder -> what it is to a reader, and to the hub. ``cards/KIND.md`` beside this file says how it is run."""
 
 
 def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None) -> Path:
@@ -203,7 +116,7 @@ def model_card(folder: str | os.PathLike) -> str:
         _front_matter(kind, facts, bases, distilled, settings.get("distill_method") or "switch_kd"),
         MARK,
         f"# {name}",
-        f"A small vision-language model ({_what(kind)}), "
+        f"A small vision-language model ({KINDS[kind][0]}), "
         + ("distilled from a larger one" if distilled else "trained")
         + " with [tinyllava_switchkd](https://arxiv.org/abs/2604.14629).",
         "## Made of",
@@ -220,8 +133,8 @@ def model_card(folder: str | os.PathLike) -> str:
     files = sorted(file.name for file in folder.glob("*.gguf"))
     sections += [
         "## Run it",
-        RUN[kind]
-        .format(
+        string.Template(read_text(Path(__file__).parent / "cards" / f"{kind}.md"))
+        .substitute(
             name=name,
             dtype=(record.get("dtypes") or ["fp32"])[0],
             model=next((file for file in files if "mmproj" not in file), "model.gguf"),
@@ -257,34 +170,27 @@ def kind_of(folder: Path, config: JsonObject) -> str:
     return "hf-llava" if config.get("model_type") == "llava" else "tinyllava"
 
 
-def _what(kind: str) -> str:
-    return {
-        "tinyllava": "TinyLLaVA's layout",
-        "hf-llava": "transformers' LLaVA",
-        "onnx": "ONNX, transformers.js's layout",
-        "gguf": "GGUF",
-    }[kind]
-
-
 def _read(folder: Path, name: str) -> JsonObject:
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 
 def _front_matter(kind: str, facts: JsonObject, bases: JsonObject, distilled: bool, method: str) -> str:
     """The hub's metadata. Only names that a hub may know are given as base models."""
-    library = {"onnx": "transformers.js", "hf-llava": "transformers", "gguf": "gguf"}.get(kind, "tinyllava_switchkd")
     names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
     hub = [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))]
-    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
-    lines.append(f"license: {facts.get('license') or 'other'}")
-    if hub:
-        lines += ["base_model:", *(f"- {name}" for name in hub)]
     tags = [
         "tinyllava",
         *(["distillation", method.replace("_", "-")] if distilled else []),
         *([] if kind == "tinyllava" else [kind]),
     ]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    data = ModelCardData(
+        library_name=KINDS[kind][1],
+        pipeline_tag="image-text-to-text",
+        license=facts.get("license") or "other",
+        base_model=hub or None,
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _training(settings: JsonObject, facts: JsonObject) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -20,7 +21,7 @@ class TinyLlavaConfig(PretrainedConfig):
 
     Args:
         llm_model_name_or_path: base language model, a hub name or a folder.
-        tokenizer_name_or_path: where the tokenizer came from; the language model's path if None.
+        tokenizer_name_or_path: where the tokenizer came from; the language model's path if left out.
         vision_model_name_or_path: base vision tower; may carry a prefix (``timm:``, ``open_clip:``, ``mof:``).
         vision_model_name_or_path2: the second tower of ``mof`` (DINOv2).
         connector_type: a registered connector, e.g. ``mlp2x_gelu``.
@@ -42,64 +43,40 @@ class TinyLlavaConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 (transformers' protocol)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(
-        self,
-        llm_model_name_or_path: str = "",
-        tokenizer_name_or_path: str | None = None,
-        vision_model_name_or_path: str = "",
-        vision_model_name_or_path2: str = "",
-        connector_type: str | None = None,
-        text_config: JsonObject | PretrainedConfig | None = None,
-        vision_config: JsonObject | PretrainedConfig | None = None,
-        vision_feature_layer: int = -2,
-        vision_feature_select_strategy: str = "patch",
-        image_aspect_ratio: str = "square",
-        num_queries: int | None = None,
-        resampler_hidden_size: int | None = None,
-        num_resampler_layers: int | None = None,
-        qformer_config: JsonObject | None = None,
-        pad_token: str | None = None,
-        pad_token_id: int | None = None,
-        tokenizer_padding_side: str = "right",
-        tokenizer_model_max_length: int = 2048,
-        tokenizer_use_fast: bool = False,
-        use_cache: bool = False,
-        cache_dir: str | None = None,
-        conv_version: str | None = None,
-        tune_type_llm: str = "frozen",
-        tune_type_connector: str = "frozen",
-        tune_type_vision_tower: str = "frozen",
-        tune_vision_tower_from_layer: int = -1,
-        **kwargs: object,
-    ) -> None:
-        # Published configurations write null where a field has no value; null then means the default.
-        self.llm_model_name_or_path = llm_model_name_or_path or ""
-        self.tokenizer_name_or_path = tokenizer_name_or_path or self.llm_model_name_or_path
-        self.vision_model_name_or_path = vision_model_name_or_path or ""
-        self.vision_model_name_or_path2 = vision_model_name_or_path2 or ""
-        self.connector_type = connector_type
-        self.vision_feature_layer = -2 if vision_feature_layer is None else vision_feature_layer
-        self.vision_feature_select_strategy = vision_feature_select_strategy or "patch"
-        self.image_aspect_ratio = image_aspect_ratio or "square"
-        self.num_queries = num_queries
-        self.resampler_hidden_size = resampler_hidden_size
-        self.num_resampler_layers = num_resampler_layers
-        self.qformer_config = qformer_config
-        self.pad_token = pad_token
-        self.pad_token_id = pad_token_id
-        self.tokenizer_padding_side = tokenizer_padding_side or "right"
-        self.tokenizer_model_max_length = tokenizer_model_max_length or 2048
-        self.tokenizer_use_fast = tokenizer_use_fast
-        self.use_cache = use_cache
-        self.cache_dir = cache_dir
-        self.conv_version = conv_version
-        self.tune_type_llm = tune_type_llm
-        self.tune_type_connector = tune_type_connector
-        self.tune_type_vision_tower = tune_type_vision_tower
-        self.tune_vision_tower_from_layer = tune_vision_tower_from_layer
+    llm_model_name_or_path: str = ""
+    tokenizer_name_or_path: str = ""
+    vision_model_name_or_path: str = ""
+    vision_model_name_or_path2: str = ""
+    connector_type: str | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "patch"
+    image_aspect_ratio: str = "square"
+    num_queries: int | None = None
+    resampler_hidden_size: int | None = None
+    num_resampler_layers: int | None = None
+    qformer_config: JsonObject | None = None
+    pad_token: str | None = None
+    pad_token_id: int | None = None
+    tokenizer_padding_side: str = "right"
+    tokenizer_model_max_length: int = 2048
+    tokenizer_use_fast: bool = False
+    use_cache: bool = False
+    cache_dir: str | None = None
+    conv_version: str | None = None
+    tune_type_llm: str = "frozen"
+    tune_type_connector: str = "frozen"
+    tune_type_vision_tower: str = "frozen"
+    tune_vision_tower_from_layer: int = -1
 
-        self.text_config = self._build_text_config(text_config)
-        self.vision_config = self._build_vision_config(vision_config)
+    def __post_init__(self, **kwargs: object) -> None:
+        for name in TinyLlavaConfig.__annotations__:  # published configurations write null and mean the default
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(TinyLlavaConfig, name))
+        self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.llm_model_name_or_path
+        self.text_config = self._build_text_config(self.text_config)
+        self.vision_config = self._build_vision_config(self.vision_config)
         width = "hidden_size" if getattr(self.text_config, "hidden_size", None) else "model_dim"
         for part, config, field in (
             ("text", self.text_config, "vocab_size"),
@@ -122,7 +99,7 @@ class TinyLlavaConfig(PretrainedConfig):
         self.image_token_index = IMAGE_TOKEN_INDEX
         # The language model ties its own head; the composite has nothing of its own to tie.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def _build_text_config(self, text_config: JsonObject | PretrainedConfig | None) -> PretrainedConfig:
         if isinstance(text_config, PretrainedConfig):

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from tinyllava_switchkd.io import read_json
+
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
 from .fields import check_adapter, check_config
 from .legacy import config_from_bench, is_bench_config
 from .llm import has_tokenizer, load_tokenizer
 from .processor import check_image_processor, load_image_processor
-from .trust import CodeRefused, one_sentence, read_json, refuse_code
+from .trust import CodeRefused, one_sentence, refuse_code
 from .vision_tower import resolve_vision_tower
 from .weights import read_checkpoint, refuse_unusable
 

@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import Registry, base_name
 
-from .trust import CodeRefused, one_sentence, read_json, refuse_code
+from .trust import CodeRefused, one_sentence, refuse_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -115,53 +117,20 @@ def keep_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@register_llm("qwen2", "qwen")  # "qwen2" lies in Qwen2.5, "qwen" in Qwen1.5
-def return_qwen2class() -> LLMEntry:
-    from transformers import Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM, (AutoTokenizer, unk_is_pad)
+def _entry(model_class: str, post_load: PostLoad) -> Callable[[], LLMEntry]:
+    return lambda: (getattr(transformers, model_class), (AutoTokenizer, post_load))
 
 
-@register_llm("qwen3")
-def return_qwen3class() -> LLMEntry:
-    from transformers import Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM, (AutoTokenizer, unk_is_pad)
-
-
-@register_llm("llama", "tinyllama")
-def return_tinyllamaclass() -> LLMEntry:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM, (AutoTokenizer, pad_is_unk)
-
-
-@register_llm("phi")
-def return_phiclass() -> LLMEntry:
-    from transformers import PhiForCausalLM
-
-    return PhiForCausalLM, (AutoTokenizer, pad_is_unk)
-
-
-@register_llm("phi3", "phi-3", "phi-4")
-def return_phi3class() -> LLMEntry:
-    from transformers import Phi3ForCausalLM
-
-    return Phi3ForCausalLM, (AutoTokenizer, pad_is_unk)
-
-
-@register_llm("gemma")
-def return_gemmaclass() -> LLMEntry:
-    from transformers import GemmaForCausalLM
-
-    return GemmaForCausalLM, (AutoTokenizer, pad_is_unk)
-
-
-@register_llm("stablelm")
-def return_stablelmclass() -> LLMEntry:
-    from transformers import StableLmForCausalLM
-
-    return StableLmForCausalLM, (AutoTokenizer, keep_tokens)
+for _names, _model_class, _post_load in (
+    (("qwen2", "qwen"), "Qwen2ForCausalLM", unk_is_pad),  # "qwen2" lies in Qwen2.5, "qwen" in Qwen1.5
+    (("qwen3",), "Qwen3ForCausalLM", unk_is_pad),
+    (("llama", "tinyllama"), "LlamaForCausalLM", pad_is_unk),
+    (("phi",), "PhiForCausalLM", pad_is_unk),
+    (("phi3", "phi-3", "phi-4"), "Phi3ForCausalLM", pad_is_unk),
+    (("gemma",), "GemmaForCausalLM", pad_is_unk),
+    (("stablelm",), "StableLmForCausalLM", keep_tokens),
+):
+    register_llm(*_names)(_entry(_model_class, _post_load))
 
 
 def has_tokenizer(folder: Path) -> bool:

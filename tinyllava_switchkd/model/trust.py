@@ -8,9 +8,8 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
-from tinyllava_switchkd import io
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
-from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.io import JsonObject, read_json
 
 OUR_TYPES = ("tinyllava", "tiny_llava")
 OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")
@@ -19,21 +18,6 @@ beside such a checkpoint is not needed; it is left alone."""
 
 CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
 """Fields that name Python files (transformers' custom models, generation loops and pipelines)."""
-
-
-def read_json(file: Path) -> JsonObject:
-    """A JSON object on disk, such as a ``config.json``.
-
-    Raises:
-        ValueError: the file is not JSON in UTF-8, or not an object.
-    """
-    try:
-        return io.read_json(file)
-    except ValueError as error:
-        reason = str(error).removeprefix(str(file)).lstrip(", ").rstrip(".")
-        if reason.startswith("holds a JSON "):
-            raise ValueError(f"{file} {reason.replace('JSON ', '', 1)}.") from None
-        raise ValueError(f"{file} is not JSON ({reason}); fetch it again.") from None
 
 
 class CodeRefused(ValueError):

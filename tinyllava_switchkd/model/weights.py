@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
+from tinyllava_switchkd.io import read_json
 
-from .trust import read_json, refuse_code
-
-if TYPE_CHECKING:
-    from .vision_tower.base import VisionTower
+from .trust import refuse_code
 
 # Buffers that older versions of transformers wrote and newer ones compute.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.(cos|sin)_cached|rotary_emb\.inv_freq|masked_bias)$")
@@ -222,23 +220,6 @@ def normalise_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copy tensors into a module's parameters and buffers, every one of them.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or of another shape.
-    """
-    own = module.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if not COMPUTED_BUFFERS.search(name)}
-    wrong = [
-        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
-    ]
-    refuse(source, own.keys() - tensors.keys(), tensors.keys() - own.keys(), wrong)
-    module.load_state_dict(tensors)
-
-
 def refuse(source: object, missing: Iterable[str], unexpected: Iterable[str], wrong_shape: Iterable[str]) -> None:
     """Raise a ValueError that names what does not fit; nothing if everything does."""
     parts = [
@@ -252,21 +233,6 @@ def refuse(source: object, missing: Iterable[str], unexpected: Iterable[str], wr
     ]
     if parts:
         raise ValueError(f"The weights of {source} do not fit the configuration: {'; '.join(parts)}.")
-
-
-def load_tower_weights(tower: VisionTower, source: str, source2: str = "") -> None:
-    """Fill a vision tower from its base model (or from a folder that the pre-training stage wrote)."""
-    fill(tower.vision_tower, tower.base_state_dict(source, source2), source)
-
-
-def load_connector_weights(connector: nn.Module, source: str | Path) -> None:
-    """Fill a connector from a folder or file: v1's ``connector/pytorch_model.bin``, or a checkpoint that contains one.
-
-    Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: there are, but not of this connector.
-    """
-    fill(connector, read_connector(source), source)
 
 
 def read_connector(source: str | Path) -> dict[str, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.io import JsonObject, read_json
+from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.trust import refuse_code
 
 from .onnx_dtypes import suffix
@@ -53,7 +54,7 @@ class OnnxStudent:
                 raise FileNotFoundError(f"There is no {file}; export it with --to onnx --dtype {dtype}.")
             self.sessions[name] = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        record = _Fields(self.config["tinyllava"])
+        record = SimpleNamespace(**self.config["tinyllava"])
         image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil", trust_remote_code=False)
         self._preprocess = ImagePreprocess(image_processor, record)
         self._cache = {
@@ -172,13 +173,6 @@ class OnnxStudent:
         }
         logits, *present = self.sessions[DECODER].run(None, inputs | cache)
         return logits, dict(zip(cache, present, strict=True))
-
-
-class _Fields:
-    """A dict's entries as attributes."""
-
-    def __init__(self, fields: JsonObject) -> None:
-        self.__dict__.update(fields)
 
 
 def _positions(mask: Array) -> Array:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
+from ..processor import load_image_processor
+
 SELECT_STRATEGIES = ("patch", "cls_patch")
 
 
@@ -94,7 +96,18 @@ class VisionTower(nn.Module):
         return self._image_processor
 
     def build_image_processor(self) -> BaseImageProcessor:
-        """An image processor from the base model's files if they are there, else from the configuration."""
+        """The image processor beside the base model's files, on PIL, else that of the encoder's family.
+
+        Checkpoints name their base models by paths that may not exist on this machine: those are passed over in
+        silence, because the configuration suffices to build the latter.
+        """
+        name = strip_prefix(getattr(self.config, "model_name_or_path", "") or "")
+        if name and (Path(name) / "preprocessor_config.json").is_file():
+            return load_image_processor(name)
+        return self.default_image_processor()
+
+    def default_image_processor(self) -> BaseImageProcessor:
+        """The processor of this encoder's family at the configuration's image size."""
         raise NotImplementedError
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
@@ -187,6 +200,11 @@ class VisionTower(nn.Module):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Switch checkpointing of encoders that transformers does not manage; nothing to do for the others."""
+
+
+def strip_prefix(name: str) -> str:
+    """``"mof:openai/clip"`` -> ``"openai/clip"``; a name without a prefix is returned as it is."""
+    return name.rsplit(":", 1)[-1]
 
 
 def flatten_images(images: Tensor | list[Tensor]) -> Tensor:

@@ -13,19 +13,17 @@ from tinyllava_switchkd.io import JsonObject
 
 from ..llm import read_base_config
 from . import register_vision_tower
-from .base import VisionTower
+from .base import VisionTower, strip_prefix
 from .transformers_towers import (
     CLIPVisionTower,
     VisionModelHolder,
     build_dinov2,
     clip_image_processor,
     embed_clip,
-    find_image_processor,
     read_dinov2,
     read_vision_model,
     run_dinov2,
     run_vision_model,
-    strip_prefix,
 )
 
 
@@ -91,18 +89,11 @@ class MoFVisionTower(VisionTower):
             )
 
     @property
-    def image_size(self) -> int:
-        return int(self.config.image_size)
-
-    @property
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + 1  # of each of the two
 
     def num_tokens(self, vision_feature_select_strategy: str = "patch") -> int:
         return 2 * super().num_tokens(vision_feature_select_strategy)
-
-    def build_image_processor(self) -> BaseImageProcessor:
-        return find_image_processor(self.config) or self.default_image_processor()
 
     def default_image_processor(self) -> BaseImageProcessor:
         """CLIP's, at CLIP's size."""

@@ -6,59 +6,38 @@ Examples: ``open_clip:ViT-L-14/datacomp_xl_s13b_b90k``, ``open_clip:hf-hub:org/n
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.io import JsonObject, read_json
 
-from ..trust import read_json
 from . import register_vision_tower
-from .timm import LibraryTower, forward_by, geometry, intermediate, keep_initialisation
+from .timm import LibraryTower, LibraryVisionConfig, forward_by, geometry, intermediate, keep_initialisation
 
 
-class OpenClipVisionConfig(PretrainedConfig):
+class OpenClipVisionConfig(LibraryVisionConfig):
     """What rebuilds the vision half of an open_clip model.
 
     Args:
         vision_cfg: open_clip's own ``vision_cfg``.
         embed_dim: width of CLIP's joint space (of a projection that is not used, but stored).
         quick_gelu: OpenAI's approximation of GELU.
-        image_size, patch_size, hidden_size, num_hidden_layers, num_prefix_tokens: as in other towers.
-        image_mean, image_std, interpolation: preprocessing.
     """
 
     model_type = "open_clip_vision_tower"
+    vision_cfg: JsonObject | None = None
+    embed_dim: int = 512
+    quick_gelu: bool = False
+    num_prefix_tokens: int = 1
+    usual_mean: ClassVar = (0.48145466, 0.4578275, 0.40821073)
+    usual_std: ClassVar = (0.26862954, 0.26130258, 0.27577711)
 
-    def __init__(
-        self,
-        vision_cfg: JsonObject | None = None,
-        embed_dim: int = 512,
-        quick_gelu: bool = False,
-        image_size: int = 224,
-        patch_size: int = 16,
-        hidden_size: int = 0,
-        num_hidden_layers: int = 0,
-        num_prefix_tokens: int = 1,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        interpolation: str = "bicubic",
-        **kwargs: object,
-    ) -> None:
-        self.vision_cfg = vision_cfg or {}
-        self.embed_dim = embed_dim
-        self.quick_gelu = quick_gelu
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_prefix_tokens = num_prefix_tokens
-        self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
-        self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
-        self.interpolation = interpolation
-        super().__init__(**kwargs)
+    def __post_init__(self, **kwargs: object) -> None:
+        self.vision_cfg = self.vision_cfg or {}
+        super().__post_init__(**kwargs)
 
 
 AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig, exist_ok=True)

@@ -9,64 +9,67 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 
-from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.io import JsonObject, read_json
 
-from ..trust import read_json, refuse_code
+from ..trust import refuse_code
 from . import register_vision_tower
 from .base import VisionTower
-from .transformers_towers import clip_image_processor, find_image_processor
+from .transformers_towers import clip_image_processor
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
-class TimmVisionConfig(PretrainedConfig):
-    """What rebuilds a timm model without timm's hub.
+class LibraryVisionConfig(PretrainedConfig):
+    """What is known of a vision tower of timm or open_clip, beside what rebuilds it.
 
     Args:
-        architecture: timm's name of it, without a pretrained tag.
-        model_args: arguments for `timm.create_model`.
         image_size: pixels of a side.
         patch_size: pixels of a token's side.
         hidden_size: width of the last layer's tokens.
         num_hidden_layers: blocks of a transformer, stages of a convolutional network.
         num_prefix_tokens: class and register tokens before the patches.
-        image_mean, image_std: normalisation.
+        image_mean, image_std: normalisation; the library's usual one if None.
         interpolation: how images are resized.
     """
 
-    model_type = "timm_vision_tower"
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_prefix_tokens: int = 0
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    interpolation: str = "bicubic"
+    usual_mean: ClassVar = (0.5, 0.5, 0.5)
+    usual_std: ClassVar = (0.5, 0.5, 0.5)
 
-    def __init__(
-        self,
-        architecture: str = "",
-        model_args: JsonObject | None = None,
-        image_size: int = 224,
-        patch_size: int = 16,
-        hidden_size: int = 0,
-        num_hidden_layers: int = 0,
-        num_prefix_tokens: int = 0,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        interpolation: str = "bicubic",
-        **kwargs: object,
-    ) -> None:
-        self.architecture = architecture
-        self.model_args = model_args or {}
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_prefix_tokens = num_prefix_tokens
-        self.image_mean = image_mean or [0.5, 0.5, 0.5]
-        self.image_std = image_std or [0.5, 0.5, 0.5]
-        self.interpolation = interpolation
-        super().__init__(**kwargs)
+    def __post_init__(self, **kwargs: object) -> None:
+        self.image_mean = list(self.image_mean or self.usual_mean)
+        self.image_std = list(self.image_std or self.usual_std)
+        super().__post_init__(**kwargs)
+
+
+class TimmVisionConfig(LibraryVisionConfig):
+    """What rebuilds a timm model without timm's hub.
+
+    Args:
+        architecture: timm's name of it, without a pretrained tag.
+        model_args: arguments for `timm.create_model`.
+    """
+
+    model_type = "timm_vision_tower"
+    architecture: str = ""
+    model_args: JsonObject | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        self.model_args = self.model_args or {}
+        super().__post_init__(**kwargs)
 
 
 AutoConfig.register(TimmVisionConfig.model_type, TimmVisionConfig, exist_ok=True)
@@ -82,9 +85,6 @@ class LibraryTower(VisionTower):
     @property
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + self.config.num_prefix_tokens
-
-    def build_image_processor(self) -> BaseImageProcessor:
-        return find_image_processor(self.config) or self.default_image_processor()
 
     def default_image_processor(self) -> BaseImageProcessor:
         """Shortest side to the image size, centre crop: without timm's margin, for the answer may lie at the edge."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +19,9 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ..llm import read_base_config
-from ..processor import load_image_processor
 from ..weights import outside_zero_init, read_weights, resolve_folder
 from . import register_vision_tower
-from .base import VisionTower
+from .base import VisionTower, strip_prefix
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BICUBIC = 3
@@ -62,14 +59,6 @@ class TransformersTower(VisionTower):
     @property
     def total_tokens(self) -> int:
         return (self.image_size // self.config.patch_size) ** 2 + self.class_tokens
-
-    def build_image_processor(self) -> BaseImageProcessor:
-        processor = find_image_processor(self.config)
-        return processor if processor is not None else self.default_image_processor()
-
-    def default_image_processor(self) -> BaseImageProcessor:
-        """The processor of this encoder's family at the configuration's image size."""
-        raise NotImplementedError
 
 
 class HoldsVisionModel(TransformersTower):
@@ -280,20 +269,3 @@ def read_dinov2(source: str, config: PretrainedConfig) -> dict[str, Tensor]:
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks weights of DINOv2: {', '.join(sorted(info['missing_keys'])[:4])}.")
     return model.state_dict()
-
-
-def strip_prefix(name: str) -> str:
-    """``"mof:openai/clip"`` -> ``"openai/clip"``; a name without a prefix is returned as it is."""
-    return name.rsplit(":", 1)[-1]
-
-
-def find_image_processor(config: PretrainedConfig) -> BaseImageProcessor | None:
-    """The image processor beside the base model's files, on PIL; None where the base folder is not there.
-
-    Checkpoints name their base models by paths that may not exist on this machine: those are passed over in silence,
-    because the configuration suffices to build the processor of the encoder's family.
-    """
-    name = strip_prefix(getattr(config, "model_name_or_path", "") or "")
-    if name and (Path(name) / "preprocessor_config.json").is_file():
-        return load_image_processor(name)
-    return None
