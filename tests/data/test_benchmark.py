@@ -1,6 +1,7 @@
 """The measurement of the data runs, and what it measures is there."""
 
 import json
+import multiprocessing
 
 import pytest
 
@@ -31,7 +32,8 @@ def test_grouping_pads_less(path):
     assert shares["by modality and length"] < 0.5 * shares["random"]
 
 
-@pytest.mark.slow
-def test_opening(path):
+def test_opening(path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # a new interpreter would import torch, once for each of the two
+    monkeypatch.setattr(data_loading.multiprocessing, "get_context", lambda method: fork)
     rows = data_loading.opening(path, workers=2)
     assert [row[0] for row in rows] == ["list of dicts (TinyLLaVA)", "ours"]

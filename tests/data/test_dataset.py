@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor
 
 from tests.data.conftest import RECORDS, data_args, write
 from tests.data.tokenizers import FIXTURES, qwen2
+from tests.eval import forked
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import (
     DataCollatorForSupervisedDataset,
@@ -166,12 +168,14 @@ def test_skipping_ends_where_most_images_are_bad(folder, caplog):
             data[0]
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_count_into_one_place(folder, method):
+    """A worker of the server is handed data set and collator in writing, as one that is spawned."""
+    context = {"fork": multiprocessing.get_context("fork"), "forkserver": forked.CONTEXT}[method]
     (folder / "b.jpg").write_bytes(b"")
     data = dataset(folder, on_bad_image="skip")
     collator = DataCollatorForSupervisedDataset(qwen2(), model_max_length=95)
-    loader = DataLoader(data, batch_size=1, collate_fn=collator, num_workers=1, multiprocessing_context=method)
+    loader = DataLoader(data, batch_size=1, collate_fn=collator, num_workers=1, multiprocessing_context=context)
     assert len(list(loader)) == 3
     assert data.bad_images == 1
     assert collator.counts[0] == 3

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
 
 MESSAGES = "TINYLLAVA_EVAL_MESSAGES"
 """Environment variable: the folder where a process of `spawn` leaves what its parent is to say at the end."""
@@ -63,47 +60,40 @@ class Processes:
     def join(self) -> None:
         """Open the connection to the others."""
         if self.world > 1:
+            import torch.distributed as dist
+
             dist.init_process_group("gloo")
 
     def leave(self) -> None:
         """Close it."""
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.world > 1:
+            import torch.distributed as dist
 
-    def agree(self, failed: bool) -> None:
-        """Wait for process 0 and hear whether it goes on.
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def meet(self, failed: bool = False) -> None:
+        """Wait until everybody is here, and hear whether all of them go on.
 
         Args:
-            failed: of process 0: it does not.
+            failed: this process does not go on, and says itself why.
 
         Raises:
-            OtherProcessFailed: process 0 does not go on, and says itself why.
+            OtherProcessFailed: another one does not go on, or has died on the way.
         """
-        verdict = [failed]
-        if self.world > 1:
-            with _deaths_reported():
-                dist.broadcast_object_list(verdict, src=0)
-        if verdict[0] and not self.first:
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        verdicts = [failed] * self.world
+        try:
+            dist.all_gather_object(verdicts, failed)
+        except RuntimeError as error:
+            if failed:
+                return
+            raise OtherProcessFailed(f"Another process has ended before the generation began ({error}).") from None
+        if any(verdicts) and not failed:
             raise OtherProcessFailed
-
-    def meet(self) -> None:
-        """Wait until everybody is here.
-
-        Raises:
-            OtherProcessFailed: somebody has died on the way.
-        """
-        if self.world > 1:
-            with _deaths_reported():
-                dist.barrier()
-
-
-@contextlib.contextmanager
-def _deaths_reported() -> Iterator[None]:
-    """Say in one sentence what torch says when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OtherProcessFailed(f"Another process has ended before the generation began ({error}).") from None
 
 
 def tell(message: str, rank: int) -> None:

@@ -26,11 +26,11 @@ from tinyllava_switchkd.registry import checkpoint_name
 
 from .benchmarks import BenchmarkFactory, names
 from .benchmarks.files import sentence_of
+from .processes import OtherProcessFailed, Processes, spawn, tell
 from .score import rows_file, score_file, write_rows
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
     from .job import Job
-    from .processes import Processes
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
@@ -68,7 +68,6 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
         OtherProcessFailed: another process has failed.
     """
     from .job import Job, finish, generate, set_up, still_open
-    from .processes import tell
 
     processes.join()
     job, description = None, {}
@@ -80,7 +79,7 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
                 description = set_up(job)
             failed = False
         finally:
-            processes.agree(failed)
+            processes.meet(failed)
         if job is None:
             job = Job.of(arguments, processes)
             job.answers.lock(processes.rank)
@@ -166,13 +165,11 @@ def _terminate(*_: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 only if every question wanted has its answer."""
     arguments = parse_arguments(argv)
+    if arguments.processes is not None and "RANK" not in os.environ:
+        return spawn("tinyllava_switchkd.eval.run", sys.argv[1:] if argv is None else argv, arguments.processes)
 
     import torch
 
-    from .processes import OtherProcessFailed, Processes, spawn, tell
-
-    if arguments.processes is not None and "RANK" not in os.environ:
-        return spawn("tinyllava_switchkd.eval.run", sys.argv[1:] if argv is None else argv, arguments.processes)
     rank, prefix = 0, ""
     handler = None
     if threading.current_thread() is threading.main_thread():
