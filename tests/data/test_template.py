@@ -217,17 +217,7 @@ def test_template_is_usable_as_v1s():
         prompt = template.prompt(questions, answers)
         ids = template.tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
         assert ids.tolist() == case["input_ids"] == template.tokenizer_image_token(prompt, tokenizer)
-        if "labels" in case:
-            assert template.make_labels(ids, prompt, tokenizer).tolist() == case["labels"]
-    template = TemplateFactory("phi")()
-    assert template.prompt("Q", None).endswith("USER: Q ASSISTANT:")
-    ambiguous = template.prompt(["say ASSISTANT: x"], ["y"])
-    with pytest.raises(ValueError, match="does not hold"):
-        template.make_labels(
-            template.tokenizer_image_token(ambiguous, tokenizer, return_tensors="pt"), ambiguous, tokenizer
-        )
-    with pytest.raises(ValueError, match="not those of the prompt"):
-        template.make_labels(torch.tensor([1, 2]), template.prompt(["a"], ["b"]), tokenizer)
+    assert TemplateFactory("phi")().prompt("Q", None).endswith("USER: Q ASSISTANT:")
 
 
 class TestPlugins:

@@ -7,20 +7,20 @@ ranks and workers of a machine), and one pass over it leaves a few numbers per r
 
 from __future__ import annotations
 
-import codecs
 import json
 import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from tinyllava_switchkd.io import JsonObject
 
 _WINDOW = 4 << 20  # bytes read at a time
-_LONGEST_RECORD = 64 << 20  # characters; beyond it a record counts as malformed
+_LONGEST_RECORD = 64 << 20  # bytes; beyond it a record counts as malformed
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -131,6 +131,8 @@ def _count_words(record: JsonObject, where: str) -> int:
 def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
     """Read a JSON list of objects, or JSON lines, object by object.
 
+    The file is looked through as Latin-1, in which a character is a byte; what is special to JSON is the same there.
+
     Yields:
         the first and the last byte (exclusive) of an object, and the object.
 
@@ -138,104 +140,95 @@ def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
         ValueError: not JSON, not UTF-8, or something other than objects, with the record and the byte.
     """
     decode_json = json.JSONDecoder().raw_decode
-    text = _Text(path)
-    is_list = text.skip_space() == "["
-    if is_list:
-        text.position += 1
-    count = 0
-    while True:
-        character = text.skip_space()
-        if character == ("]" if is_list else ""):
-            break
-        if is_list and count and character:
-            if character != ",":
-                raise ValueError(
-                    f"{path}: a comma or the end of the list should follow record {count - 1} at byte {text.byte()}, "
-                    f"not {character!r}."
-                )
+    with open(path, "rb") as file:
+        text = _Window(path, file)
+        is_list = text.skip_space() == "["
+        if is_list:
             text.position += 1
-            character = text.skip_space()
-        if not character:
-            raise ValueError(f"{path} ends in the middle of its list, after {count} records; it may be cut off.")
-        if character != "{":
-            raise ValueError(
-                f"{path}: record {count}, at byte {text.byte()}, is no object but begins with {character!r}; "
-                f"a LLaVA JSON is a list of objects."
-            )
-        start = text.byte()
+        count = 0
         while True:
-            try:
-                record, end = decode_json(text.window, text.position)
+            character = text.skip_space()
+            if character == ("]" if is_list else ""):
                 break
-            except RecursionError:
-                raise ValueError(f"{path}: record {count}, at byte {start}, is nested too deeply to be read.") from None
-            except json.JSONDecodeError as error:
-                if not text.grow():
+            if is_list and count and character:
+                if character != ",":
                     raise ValueError(
-                        f"{path}: record {count}, at byte {start}, is not JSON: {error.msg} "
-                        f"(at byte {text.byte(error.pos)})."
-                    ) from None
-            except ValueError as error:  # a number of thousands of digits
-                raise ValueError(f"{path}: record {count}, at byte {start}, cannot be read: {error}.") from None
-        text.position = end
-        yield start, text.byte(), record
-        count += 1
-    text.position += 1
-    if is_list and text.skip_space():
-        raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte()}.")
+                        f"{path}: a comma or the end of the list should follow record {count - 1} at byte {text.byte}, "
+                        f"not {character!r}."
+                    )
+                text.position += 1
+                character = text.skip_space()
+            if not character:
+                raise ValueError(f"{path} ends in the middle of its list, after {count} records; it may be cut off.")
+            start = text.byte
+            where = f"{path}: record {count}, at byte {start},"
+            if character != "{":
+                raise ValueError(
+                    f"{where} is no object but begins with {character!r}; a LLaVA JSON is a list of objects."
+                )
+            while True:
+                try:
+                    record, end = decode_json(text.text, text.position)
+                    found = text.text[text.position : end]
+                    if not found.isascii():
+                        record = json.loads(found.encode("latin-1").decode())
+                    break
+                except RecursionError:
+                    raise ValueError(f"{where} is nested too deeply to be read.") from None
+                except json.JSONDecodeError as error:
+                    if not text.grow():
+                        place = start + error.pos - text.position
+                        raise ValueError(f"{where} is not JSON: {error.msg} (at byte {place}).") from None
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not in UTF-8 ({error.reason}); save the file as UTF-8.") from None
+                except ValueError as error:  # a number of thousands of digits
+                    raise ValueError(f"{where} cannot be read: {error}.") from None
+            text.position = end
+            yield start, text.byte, record
+            count += 1
+        text.position += 1
+        if is_list and text.skip_space():
+            raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte}.")
 
 
-class _Text:
-    """A file's text in a window that moves along with `position`, and the byte that a character of it stands at."""
+class _Window:
+    """A part of a file, a character a byte, that moves along with `position`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._path = path
-        self._chunks = self._read()
-        self._window_byte = 0
-        self._mark = (0, 0)  # a character of the window, and the bytes of the window before it
-        self.window = ""
+        self._file = file
+        self._start = 0  # the window's first byte
+        self.text = ""
         self.position = 0
         self.grow()
-        if self.window.startswith("\ufeff"):
-            self.position = 1
+        if self.text.startswith("\xef\xbb\xbf"):  # the mark that some editors write
+            self.position = 3
 
-    def _read(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with open(self._path, "rb") as file:
-            while chunk := file.read(_WINDOW):
-                yield decoder.decode(chunk)
-        yield decoder.decode(b"", final=True)
-
-    def byte(self, position: int | None = None) -> int:
-        """Byte in the file of a character of the window, by default the current one."""
-        position = self.position if position is None else position
-        if self.window.isascii():
-            return self._window_byte + position
-        character, byte = self._mark if self._mark[0] <= position else (0, 0)
-        self._mark = (position, byte + len(self.window[character:position].encode()))
-        return self._window_byte + self._mark[1]
+    @property
+    def byte(self) -> int:
+        """Where in the file the current character is."""
+        return self._start + self.position
 
     def skip_space(self) -> str:
         """Move on to the next character that is no white space and return it, '' at the end of the file."""
         while True:
-            space = _SPACE.match(self.window, self.position)
+            space = _SPACE.match(self.text, self.position)
             assert space is not None  # it may be empty
             self.position = space.end()
-            if self.position < len(self.window):
-                return self.window[self.position]
+            if self.position < len(self.text):
+                break
             if not self.grow():
                 return ""
+        character = self.text[self.position]
+        if not character.isascii():
+            raise ValueError(f"{self._path} is no JSON in UTF-8 (byte {self.byte}); save it as UTF-8.")
+        return character
 
     def grow(self) -> bool:
         """Drop what lies behind the current character and read on; False if there is no more to read."""
-        if len(self.window) - self.position > _LONGEST_RECORD:
+        if len(self.text) - self.position > _LONGEST_RECORD:
             return False
-        try:
-            chunk = next(self._chunks, None)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self._path} is not a text in UTF-8 ({error.reason}); save it as UTF-8.") from None
-        if chunk is None:
-            return False
-        self._window_byte, self._mark = self.byte(), (0, 0)
-        self.window, self.position = self.window[self.position :] + chunk, 0
-        return True
+        chunk = self._file.read(_WINDOW)
+        self._start = self.byte
+        self.text, self.position = self.text[self.position :] + chunk.decode("latin-1"), 0
+        return bool(chunk)

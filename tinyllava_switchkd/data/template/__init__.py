@@ -1,28 +1,22 @@
 """Conversation templates: `TemplateFactory`, `register_template` and the built-in ones."""
 
-from tinyllava_switchkd.data.template.base import Message, Template
-from tinyllava_switchkd.data.template.chatml import ChatMLTemplate
-from tinyllava_switchkd.data.template.check import check_template
-from tinyllava_switchkd.data.template.conversations import (
-    GemmaTemplate,
-    LlamaTemplate,
-    PhiTemplate,
-    PretrainTemplate,
-    Qwen2InstructTemplate,
+from tinyllava_switchkd.data.template.base import (
+    EmptyFormatter,
+    Formatter,
+    Message,
+    StringFormatter,
+    Template,
+    TemplateFactory,
+    register_template,
 )
-from tinyllava_switchkd.data.template.factory import TemplateFactory, register_template
-from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
+from tinyllava_switchkd.data.template.check import check_template
+
+from . import chatml, conversations  # noqa: F401  # they register themselves
 
 __all__ = [
-    "ChatMLTemplate",
     "EmptyFormatter",
     "Formatter",
-    "GemmaTemplate",
-    "LlamaTemplate",
     "Message",
-    "PhiTemplate",
-    "PretrainTemplate",
-    "Qwen2InstructTemplate",
     "StringFormatter",
     "Template",
     "TemplateFactory",

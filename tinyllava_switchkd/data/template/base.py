@@ -9,12 +9,13 @@ once, and a token is learned if the character it starts at lies in an answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data.template.formatter import Formatter
+from tinyllava_switchkd.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,54 @@ def _reveal(text: str) -> str:
     return text.replace(_LITERAL_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN)
 
 
+# eq=False keeps the identity hash, which is what lets a template of v1's style give a formatter as a plain dataclass
+# default (``format_user: "Formatter" = StringFormatter(...)``): since Python 3.11 a dataclass refuses unhashable ones.
+@dataclass(eq=False)
+class Formatter(ABC):
+    """A slot that is turned into text (or, for a separator, into a pair of texts)."""
+
+    slot: Any = ""
+
+    @abstractmethod
+    def apply(self, **kwargs: str | None) -> Any:
+        """The slot with its fields filled in."""
+
+
+@dataclass(eq=False)
+class EmptyFormatter(Formatter):
+    """A slot without fields: whatever it is given, it returns the slot."""
+
+    def apply(self, **kwargs: str | None) -> Any:
+        return self.slot
+
+
+@dataclass(eq=False)
+class StringFormatter(Formatter):
+    """A text with one ``{{content}}`` field.
+
+    ``apply(content=None)`` is the text that precedes an answer yet to be generated: v1 cuts the slot at its first
+    colon (``"ASSISTANT: {{content}}</s>"`` -> ``"ASSISTANT:"``). A slot without a colon before the field is cut at
+    the field, spaces stripped.
+    """
+
+    def apply(self, **kwargs: str | None) -> str:
+        """Fill the fields.
+
+        Raises:
+            TypeError: a value is neither a string nor None.
+        """
+        text = self.slot
+        for name, value in kwargs.items():
+            field = "{{" + name + "}}"
+            if value is None:
+                before = self.slot.partition(field)[0]
+                return before.partition(":")[0] + ":" if ":" in before else before.rstrip(" ")
+            if not isinstance(value, str):
+                raise TypeError(f"A turn of a conversation is a text, not {value!r}.")
+            text = text.replace(field, value, 1)
+        return text
+
+
 @dataclass
 class Template:
     """A conversation format.
@@ -69,6 +118,8 @@ class Template:
     system: Formatter
     separator: Formatter
 
+    make_labels: ClassVar[Callable[..., torch.Tensor] | None] = None
+    """A third party's own labels [T], made from token ids [T], the prompt and the tokenizer (v1's interface)."""
     _warned_about: ClassVar[set[type]] = set()
 
     @property
@@ -120,7 +171,7 @@ class Template:
         if mode == "eval":
             input_ids = torch.as_tensor(self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
             return {"input_ids": input_ids, "prompt": _reveal(prompt)}
-        if type(self).make_labels is not Template.make_labels:  # a third party's own labels
+        if self.make_labels is not None:
             input_ids = torch.as_tensor(self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
             return {"input_ids": input_ids, "labels": self.make_labels(input_ids, _reveal(prompt), tokenizer)}
         self._warn_about_masks()
@@ -206,20 +257,6 @@ class Template:
             text += self.format_user.apply(content=question) + self.format_assistant.apply(content=answer)
         return text
 
-    def make_labels(self, input_ids: torch.Tensor, prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Labels of a prompt of which nothing but its text is known (v1's interface; `encode` knows more).
-
-        Raises:
-            ValueError: the separator does not stand once in every round, so where its answer starts is anyone's
-                guess, or `input_ids` are not the prompt's.
-        """
-        expected, labels = _tokenize(prompt, tokenizer, self._spans_of_text(prompt))
-        if input_ids.tolist() != expected:
-            raise ValueError("The token ids are not those of the prompt, so its answers cannot be found in them.")
-        import torch
-
-        return torch.tensor(labels)
-
     @classmethod
     def tokenizer_image_token(
         cls,
@@ -266,19 +303,6 @@ class Template:
             spans.append((start, end - tail))
         return spans
 
-    def _spans_of_text(self, prompt: str) -> list[tuple[int, int]]:
-        separator, eos = self.separator.apply()
-        opening = separator.rstrip(" ")
-        spans, start = [], 0
-        while start < len(prompt):
-            end = prompt.find(eos, start)
-            text = prompt[start : end if end >= 0 else len(prompt)]
-            if end < 0 or text.count(separator) != 1:
-                raise ValueError(f"The round {text!r} does not hold {separator!r} once and end in {eos!r}.")
-            spans.append((start + text.index(separator) + len(opening), end + len(eos)))
-            start = end + len(eos)
-        return spans
-
     def _warn_about_masks(self) -> None:
         cls = type(self)
         if hasattr(cls, "_make_masks") and cls not in self._warned_about:
@@ -288,6 +312,13 @@ class Template:
                 "make your own.",
                 cls.__name__,
             )
+
+
+TemplateFactory: Registry[Callable[[], Template]] = Registry("conversation template")
+"""``TemplateFactory("phi")`` is a `Template` class; ``TemplateFactory("phi")()`` the template."""
+
+register_template = TemplateFactory.register
+"""``@register_template("name", override=False)`` on a `Template` class."""
 
 
 def _is_unicode(text: str) -> bool:

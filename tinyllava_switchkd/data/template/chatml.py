@@ -1,14 +1,21 @@
 """A template made from the tokenizer's own chat template (ChatML in Qwen's, but any turn-by-turn format will do)."""
+# ruff: noqa: RUF009  # formatters never change, so that templates may share them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Template, begin_tokens, is_special
-from tinyllava_switchkd.data.template.factory import register_template
-from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
+from tinyllava_switchkd.data.template.base import (
+    EmptyFormatter,
+    Formatter,
+    StringFormatter,
+    Template,
+    begin_tokens,
+    is_special,
+    register_template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,17 +46,11 @@ class ChatMLTemplate(Template):
     thinking is off, so that what is trained is what generation meets.
     """
 
-    format_image_token: Formatter = field(
-        default_factory=lambda: StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
-    )
-    format_user: Formatter = field(
-        default_factory=lambda: OpeningFormatter(slot="<|im_start|>user\n{{content}}<|im_end|>\n")
-    )
-    format_assistant: Formatter = field(
-        default_factory=lambda: OpeningFormatter(slot="<|im_start|>assistant\n{{content}}<|im_end|>\n")
-    )
-    system: Formatter = field(default_factory=EmptyFormatter)
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=["<|im_start|>assistant\n", "<|im_end|>"]))
+    format_image_token: Formatter = StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
+    format_user: Formatter = OpeningFormatter(slot="<|im_start|>user\n{{content}}<|im_end|>\n")
+    format_assistant: Formatter = OpeningFormatter(slot="<|im_start|>assistant\n{{content}}<|im_end|>\n")
+    system: Formatter = EmptyFormatter()
+    separator: Formatter = EmptyFormatter(slot=["<|im_start|>assistant\n", "<|im_end|>"])
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
         """A copy whose formatters are those of the tokenizer's chat template.

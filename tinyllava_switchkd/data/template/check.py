@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.data.template.base import Template, is_special
-from tinyllava_switchkd.data.template.factory import TemplateFactory
+from tinyllava_switchkd.data.template.base import Template, TemplateFactory, is_special
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,13 +1,18 @@
 """TinyLLaVA v1's templates, string for string (``data/template/*_template.py``)."""
+# ruff: noqa: RUF009  # formatters never change, so that templates may share them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
-from tinyllava_switchkd.data.template.base import Template
-from tinyllava_switchkd.data.template.factory import register_template
-from tinyllava_switchkd.data.template.formatter import EmptyFormatter, Formatter, StringFormatter
+from tinyllava_switchkd.data.template.base import (
+    EmptyFormatter,
+    Formatter,
+    StringFormatter,
+    Template,
+    register_template,
+)
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -20,15 +25,11 @@ SYSTEM_PROMPT = (
 class PhiTemplate(Template):
     """``USER: … ASSISTANT: …<|endoftext|>``: Phi, StableLM, and the base models of Qwen1.5, Qwen2 and Qwen2.5."""
 
-    format_image_token: Formatter = field(
-        default_factory=lambda: StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
-    )
-    format_user: Formatter = field(default_factory=lambda: StringFormatter(slot="USER: {{content}} "))
-    format_assistant: Formatter = field(
-        default_factory=lambda: StringFormatter(slot="ASSISTANT: {{content}}<|endoftext|>")
-    )
-    system: Formatter = field(default_factory=lambda: EmptyFormatter(slot=SYSTEM_PROMPT))
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=[" ASSISTANT: ", "<|endoftext|>"]))
+    format_image_token: Formatter = StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
+    format_user: Formatter = StringFormatter(slot="USER: {{content}} ")
+    format_assistant: Formatter = StringFormatter(slot="ASSISTANT: {{content}}<|endoftext|>")
+    system: Formatter = EmptyFormatter(slot=SYSTEM_PROMPT)
+    separator: Formatter = EmptyFormatter(slot=[" ASSISTANT: ", "<|endoftext|>"])
 
 
 @register_template("qwen2_instruct")
@@ -36,10 +37,8 @@ class PhiTemplate(Template):
 class Qwen2InstructTemplate(PhiTemplate):
     """``USER: … ASSISTANT: …<|im_end|>``: the instruct models of Qwen2 and Qwen2.5."""
 
-    format_assistant: Formatter = field(
-        default_factory=lambda: StringFormatter(slot="ASSISTANT: {{content}}<|im_end|>")
-    )
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=[" ASSISTANT: ", "<|im_end|>"]))
+    format_assistant: Formatter = StringFormatter(slot="ASSISTANT: {{content}}<|im_end|>")
+    separator: Formatter = EmptyFormatter(slot=[" ASSISTANT: ", "<|im_end|>"])
 
 
 @register_template("llama")
@@ -47,8 +46,8 @@ class Qwen2InstructTemplate(PhiTemplate):
 class LlamaTemplate(PhiTemplate):
     """``USER: … ASSISTANT: …</s>``: Llama 2 and TinyLlama."""
 
-    format_assistant: Formatter = field(default_factory=lambda: StringFormatter(slot="ASSISTANT: {{content}}</s>"))
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=[" ASSISTANT: ", "</s>"]))
+    format_assistant: Formatter = StringFormatter(slot="ASSISTANT: {{content}}</s>")
+    separator: Formatter = EmptyFormatter(slot=[" ASSISTANT: ", "</s>"])
 
 
 @register_template("gemma")
@@ -56,8 +55,8 @@ class LlamaTemplate(PhiTemplate):
 class GemmaTemplate(PhiTemplate):
     """``USER: … ASSISTANT: …<eos>``: Gemma."""
 
-    format_assistant: Formatter = field(default_factory=lambda: StringFormatter(slot="ASSISTANT: {{content}}<eos>"))
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=[" ASSISTANT: ", "<eos>"]))
+    format_assistant: Formatter = StringFormatter(slot="ASSISTANT: {{content}}<eos>")
+    separator: Formatter = EmptyFormatter(slot=[" ASSISTANT: ", "<eos>"])
 
 
 @register_template("pretrain")
@@ -69,11 +68,11 @@ class PretrainTemplate(Template):
     place at every turn, and so takes the images of the samples that follow).
     """
 
-    format_image_token: Formatter = field(default_factory=EmptyFormatter)
-    format_user: Formatter = field(default_factory=lambda: EmptyFormatter(slot=DEFAULT_IMAGE_TOKEN))
-    format_assistant: Formatter = field(default_factory=lambda: StringFormatter(slot="{{content}}\n"))
-    system: Formatter = field(default_factory=EmptyFormatter)
-    separator: Formatter = field(default_factory=lambda: EmptyFormatter(slot=["", ""]))
+    format_image_token: Formatter = EmptyFormatter()
+    format_user: Formatter = EmptyFormatter(slot=DEFAULT_IMAGE_TOKEN)
+    format_assistant: Formatter = StringFormatter(slot="{{content}}\n")
+    system: Formatter = EmptyFormatter()
+    separator: Formatter = EmptyFormatter(slot=["", ""])
 
     def _prompt(self, question_list: list[str], answer_list: list[str | None]) -> str:
         images = sum(question.count(DEFAULT_IMAGE_TOKEN) for question in question_list)
@@ -81,9 +80,6 @@ class PretrainTemplate(Template):
         return self.format_user.apply() * max(1, images) + captions
 
     def _answer_spans(self, prompt: str, questions: list[str], answers: list[str | None]) -> list[tuple[int, int]]:
-        return self._spans_of_text(prompt)
-
-    def _spans_of_text(self, prompt: str) -> list[tuple[int, int]]:
         start = 0
         while prompt.startswith(DEFAULT_IMAGE_TOKEN, start):
             start += len(DEFAULT_IMAGE_TOKEN)
