@@ -19,7 +19,7 @@ from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
 from .benchmarks import Benchmark, BenchmarkFactory, Question
-from .benchmarks.base import prepare_hint
+from .benchmarks.files import prepare_hint
 from .cache import ResponseCache
 from .generate import Answerer, Setting
 from .processes import Processes

@@ -442,18 +442,32 @@ class Benchmark(ABC):
     def result(
         self,
         *,
-        score: float | None,
         split: str,
-        total: int,
-        answered: int,
         details: JsonObject,
-        fallback: int = 0,
-        rows: list[JsonObject] | None = None,
+        rows: Sequence[JsonObject] = (),
+        score: float | None = None,
+        total: int | None = None,
+        answered: int | None = None,
+        fallback: int | None = None,
     ) -> Score:
-        """A `Score` under this benchmark's name and metric; a row without a `value` has it from its `correct`."""
-        for row in rows or ():
+        """A `Score` under this benchmark's name and metric.
+
+        What is not given is counted in the rows, the score is the metric among the details, and a row without a
+        `value` has it from its `correct`.
+        """
+        for row in rows:
             row.setdefault("value", float(row.get("correct", 0.0)))
-        return Score(self.name, self.metric, score, split, total, answered, fallback, details, rows or [])
+        return Score(
+            benchmark=self.name,
+            metric=self.metric,
+            score=details.get(self.metric) if score is None else score,
+            split=split,
+            total=len(rows) if total is None else total,
+            answered=sum(row["text"] is not None for row in rows) if answered is None else answered,
+            fallback=sum(row.get("unread", False) for row in rows) if fallback is None else fallback,
+            details=details,
+            rows=list(rows),
+        )
 
     # ------------------------------------------------------------------------------------------- preparation
 
@@ -513,7 +527,7 @@ class QuestionFileBenchmark(Benchmark):
             if path is not None:
                 return candidate, path
         names = tuple(name for candidates in wanted.values() for name in candidates)
-        raise missing_file(data_dir, names, f"{self.title} question file", prepare_hint(self.name))
+        raise missing_file(data_dir, names, f"{self.title} question file", self.name)
 
     def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, JsonObject]]:
         """Rows of the question file, each with its place for messages."""
@@ -527,6 +541,9 @@ class QuestionFileBenchmark(Benchmark):
         for where, row in self.read_questions(data_dir, split):
             image = picture_path(folder, row["image"], where)
             yield Question(row["question_id"], row["text"], image, row.get("category", "default"))
+
+    def images(self, root: Path, split: str) -> Iterable[str]:
+        return question_images(root, self.question_files[split][0], self.image_folders[split][0])
 
 
 def said(answer: Answer | None) -> dict[str, str | None]:
@@ -550,11 +567,6 @@ BenchmarkFactory: Registry[Benchmark] = Registry("benchmark", resolve=lambda ben
 """`BenchmarkFactory("pope")` is an instance of the benchmark registered under that name."""
 
 register_benchmark = BenchmarkFactory.register
-
-
-def prepare_hint(name: str) -> str:
-    """The remedy for absent data."""
-    return f"Build it with `python -m tinyllava_switchkd.eval.prepare {name}`"
 
 
 def image_folder(data_dir: str | Path, candidates: Sequence[str]) -> Path:

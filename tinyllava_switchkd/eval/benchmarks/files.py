@@ -16,29 +16,29 @@ def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
     return next((Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()), None)
 
 
-def need_file(data_dir: str | Path, names: Sequence[str], what: str, remedy: str) -> Path:
-    """The first of `names` (relative to `data_dir`) that is a file.
-
-    Args:
-        data_dir: a benchmark's folder.
-        names: candidates, in order of preference.
-        what: what the file is, for the message.
-        remedy: what to do about it, a clause without a full stop.
+def need_file(data_dir: str | Path, names: Sequence[str], what: str, benchmark: str) -> Path:
+    """The first of `names` (relative to `data_dir`) that is a file of the benchmark; `what` is for the message.
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = find_file(data_dir, names)
     if path is None:
-        raise missing_file(data_dir, names, what, remedy)
+        raise missing_file(data_dir, names, what, benchmark)
     return path
 
 
-def missing_file(data_dir: str | Path, names: Sequence[str], what: str, remedy: str) -> FileNotFoundError:
+def missing_file(data_dir: str | Path, names: Sequence[str], what: str, benchmark: str) -> FileNotFoundError:
     """The error that says which file is expected where, and the remedy."""
+    lacking = f"No {what} in {data_dir}: expected {' or '.join(names)}."
     if not Path(data_dir).is_dir():
-        return FileNotFoundError(f"The data folder {data_dir} does not exist. {remedy}.")
-    return FileNotFoundError(f"No {what} in {data_dir}: expected {' or '.join(names)}. {remedy}.")
+        lacking = f"The data folder {data_dir} does not exist."
+    return FileNotFoundError(f"{lacking} {prepare_hint(benchmark)}.")
+
+
+def prepare_hint(benchmark: str) -> str:
+    """The remedy for absent data."""
+    return f"Build it with `python -m tinyllava_switchkd.eval.prepare {benchmark}`"
 
 
 def sentence_of(error: Exception) -> str:

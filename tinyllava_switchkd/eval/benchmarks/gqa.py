@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,6 @@ from .base import (
     join,
     percentage,
     percentage_by,
-    prepare_hint,
-    question_images,
     question_line,
     refuse_missing,
     register_benchmark,
@@ -89,15 +87,13 @@ class GQA(QuestionFileBenchmark):
                 gold[group][question["answer"]] += 1
                 if parsed is not None:
                     predicted[group][parsed] += 1
-        accuracy = percentage([row["correct"] for row in rows])
         kinds = percentage_by((row["kind"], row["correct"]) for row in rows)
-        details: JsonObject = {"accuracy": accuracy, "binary": kinds.get("binary"), "open": kinds.get("open")}
+        details: JsonObject = {"accuracy": percentage([row["correct"] for row in rows])}
+        details |= {"binary": kinds.get("binary"), "open": kinds.get("open")}
         for column in ("structural", "semantic", "steps", "words"):
             details[column] = percentage_by((row[column], row["correct"]) for row in rows)
         details["distribution"] = distribution(gold, predicted)
-        return self.result(
-            score=accuracy, split="testdev", total=len(questions), answered=len(joined), details=details, rows=rows
-        )
+        return self.result(split="testdev", details=details, rows=rows)
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -111,7 +107,7 @@ class GQA(QuestionFileBenchmark):
 
     def _truth(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The balanced questions by id, and their file."""
-        path = need_file(data_dir, self.truth_files, "GQA ground truth", prepare_hint(self.name))
+        path = need_file(data_dir, self.truth_files, "GQA ground truth", self.name)
         questions = {}
         for key, question in read_json(path).items():
             where = f"{path}, question {key}"
@@ -131,9 +127,6 @@ class GQA(QuestionFileBenchmark):
 
     def files(self, split: str) -> list[ExpectedFile]:
         return [ExpectedFile(QUESTION_FILE, (12_578,)), ExpectedFile(f"data/{TRUTH_FILE}", (12_578,))]
-
-    def images(self, root: Path, split: str) -> Iterable[str]:
-        return question_images(root, QUESTION_FILE, "data/images")
 
     def from_hf(self, build: Build) -> None:
         for row in build.rows("testdev", "testdev_balanced_images", columns=("id", "image")):

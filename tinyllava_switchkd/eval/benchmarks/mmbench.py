@@ -28,7 +28,6 @@ from .base import (
     join,
     percentage,
     percentage_by,
-    prepare_hint,
     refuse_missing,
     register_benchmark,
     said,
@@ -155,10 +154,7 @@ class _MMBench(Benchmark):
                 split=split,
                 total=len(table),
             )
-        groups: dict[int, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(row["group"], []).append(row)
-        # As in VLMEvalKit, a rotated copy whose original is not in the table counts nowhere.
+        groups = _groups(rows)
         base = [row for row in rows if row["question_id"] == row["group"]]
         hits = {row["group"]: all(copy["correct"] for copy in groups[row["group"]]) for row in base}
         read = {row["group"]: all(copy["read_correct"] for copy in groups[row["group"]]) for row in base}
@@ -178,24 +174,12 @@ class _MMBench(Benchmark):
             details[column] = percentage_by((row[column], hits[row["group"]]) for row in base)
             details[f"{column}_vanilla"] = percentage_by((row[column], row["correct"]) for row in base)
             details[f"{column}_vanilla_all_rows"] = percentage_by((row[column], row["correct"]) for row in rows)
-        return self.result(
-            score=details["circular"],
-            split="+".join(sorted({row["split"] for row in base})),
-            total=len(rows),
-            answered=sum(row["text"] is not None for row in rows),
-            fallback=sum(row["unread"] for row in rows),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="+".join(sorted({row["split"] for row in base})), details=details, rows=rows)
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
-        groups: dict[int, list[JsonObject]] = {}
-        for row in rows:
-            groups.setdefault(row["group"], []).append(row)
-        for group, members in groups.items():
-            if any(row["question_id"] == group for row in members):
-                value = float(all(row["correct"] for row in members))
-                yield members[0]["cluster"], group, {"value": value, "count": 1.0}
+        for group, copies in _groups(rows).items():
+            value = float(all(row["correct"] for row in copies))
+            yield copies[0]["cluster"], group, {"value": value, "count": 1.0}
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -230,7 +214,7 @@ class _MMBench(Benchmark):
         present = {path.name.lower(): path for path in sorted(folder.glob("*.tsv"))} if folder.is_dir() else {}
         found = {(key, name): present[name.lower()] for key, name in known if name.lower() in present}
         if not found:
-            raise missing_file(data_dir, [name for _, name in known], f"{self.title} table", prepare_hint(self.name))
+            raise missing_file(data_dir, [name for _, name in known], f"{self.title} table", self.name)
         return found
 
     def _joined(
@@ -370,6 +354,11 @@ class _MMBench(Benchmark):
             )
 
 
+def _tables(*names: str) -> dict[str, tuple[str, ...]]:
+    """File names of both splits' tables."""
+    return {split: tuple(name.format(split, split.upper()) for name in names) for split in ("dev", "test")}
+
+
 @register_benchmark("mmbench")
 class MMBench(_MMBench):
     """MMBench in English; the paper's row is the dev set of the legacy tables."""
@@ -379,22 +368,10 @@ class MMBench(_MMBench):
     repos = ("lmms-lab-encoder/MMBench_EN", "lmms-lab/MMBench_EN")
     rows_of_table = 4_377
     by_hand = f"{OFFICIAL_URL}mmbench_dev_20230712.tsv"
-    tables = {  # noqa: RUF012
-        "dev": (
-            "mmbench_dev_20230712.tsv",
-            "MMBench_DEV_EN_legacy.tsv",
-            "mmbench_dev_en_20231003.tsv",
-            "MMBench_DEV_EN.tsv",
-            "MMBench_DEV_EN_V11.tsv",
-        ),
-        "test": (
-            "mmbench_test_20230712.tsv",
-            "MMBench_TEST_EN_legacy.tsv",
-            "mmbench_test_en_20231003.tsv",
-            "MMBench_TEST_EN.tsv",
-            "MMBench_TEST_EN_V11.tsv",
-        ),
-    }
+    tables = _tables(
+        *("mmbench_{0}_20230712.tsv", "MMBench_{1}_EN_legacy.tsv", "mmbench_{0}_en_20231003.tsv"),
+        *("MMBench_{1}_EN.tsv", "MMBench_{1}_EN_V11.tsv"),
+    )
 
 
 @register_benchmark("mmbench_cn")
@@ -408,20 +385,17 @@ class MMBenchCN(_MMBench):
     rows_of_table = 4_329
     by_hand = f"{OFFICIAL_URL}mmbench_dev_cn_20231003.tsv"
     suffix = LETTER_SUFFIX_CN
-    tables = {  # noqa: RUF012
-        "dev": (
-            "mmbench_dev_cn_20231003.tsv",
-            "MMBench_DEV_CN_legacy.tsv",
-            "MMBench_DEV_CN.tsv",
-            "MMBench_DEV_CN_V11.tsv",
-        ),
-        "test": (
-            "mmbench_test_cn_20231003.tsv",
-            "MMBench_TEST_CN_legacy.tsv",
-            "MMBench_TEST_CN.tsv",
-            "MMBench_TEST_CN_V11.tsv",
-        ),
-    }
+    tables = _tables(
+        *("mmbench_{0}_cn_20231003.tsv", "MMBench_{1}_CN_legacy.tsv", "MMBench_{1}_CN.tsv", "MMBench_{1}_CN_V11.tsv")
+    )
+
+
+def _groups(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """The rotations of each question; as in VLMEvalKit, a copy whose original is not in the table counts nowhere."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return {key: copies for key, copies in groups.items() if any(row["question_id"] == key for row in copies)}
 
 
 def options_of(row: Mapping[str, str], missing: frozenset[str]) -> dict[str, str]:

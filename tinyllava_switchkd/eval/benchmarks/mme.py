@@ -16,7 +16,6 @@ from .base import (
     QuestionFileBenchmark,
     Score,
     join,
-    question_images,
     question_line,
     register_benchmark,
     said,
@@ -103,8 +102,6 @@ class MME(QuestionFileBenchmark):
         return self.result(
             score=perception / hundredth if hundredth else None,
             split="test",
-            total=len(truth),
-            answered=len(joined),
             fallback=sum(row["parsed"] == "other" for row in rows),
             details=details,
             rows=rows,
@@ -139,7 +136,7 @@ class MME(QuestionFileBenchmark):
 
     def images(self, root: Path, split: str) -> Iterable[str]:
         """Images, and beside each the text file with its two questions and answers."""
-        for image in question_images(root, "llava_mme.jsonl", RELEASE):
+        for image in super().images(root, split):
             yield image
             yield answer_file(image)
 

@@ -25,7 +25,6 @@ from .base import (
     join,
     percentage,
     percentage_by,
-    prepare_hint,
     refuse_missing,
     register_benchmark,
     said,
@@ -150,7 +149,6 @@ class MMMU(Benchmark):
             score=percentage([row["correct"] for row in rows]),
             split="val",
             total=len(rows) - skipped,
-            answered=len(joined),
             fallback=sum(row["drawn"] for row in rows),
             details=details,
             rows=rows,
@@ -196,7 +194,7 @@ class MMMU(Benchmark):
 
     def _samples(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The questions by id, and their file."""
-        path = need_file(data_dir, (QUESTION_FILE,), "MMMU question file", prepare_hint(self.name))
+        path = need_file(data_dir, (QUESTION_FILE,), "MMMU question file", self.name)
         samples = {}
         for number, sample in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"

@@ -16,8 +16,6 @@ from .base import (
     QuestionFileBenchmark,
     Score,
     join,
-    prepare_hint,
-    question_images,
     question_line,
     register_benchmark,
     said,
@@ -93,15 +91,7 @@ class POPE(QuestionFileBenchmark):
         for figure in ("f1", "accuracy"):
             details[f"mean_{figure}"] = sum(block[figure] for block in blocks.values()) / len(blocks)
         details["pooled"] = score_category(rows)
-        return self.result(
-            score=details["mean_f1"],
-            split="test",
-            total=len(questions),
-            answered=len(joined),
-            fallback=sum(row["unread"] for row in rows),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="test", details=details, rows=rows)
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         for row in rows:
@@ -130,7 +120,7 @@ class POPE(QuestionFileBenchmark):
                 if labels.setdefault(key, row["label"]) != row["label"]:
                     raise ValueError(f"{where}: the question {row['text']!r} has another label further up.")
         if not labels:
-            raise missing_file(data_dir, names, "POPE labels", prepare_hint(self.name))
+            raise missing_file(data_dir, names, "POPE labels", self.name)
         return labels
 
     # ------------------------------------------------------------------------------------------- preparation
@@ -139,9 +129,6 @@ class POPE(QuestionFileBenchmark):
         rows = {"random": (2_910, 3_000)}
         labels = [ExpectedFile(f"coco/coco_pope_{name}.json", rows.get(name, (3_000,))) for name in CATEGORIES]
         return [ExpectedFile("llava_pope_test.jsonl", (8_910, 9_000)), *labels]
-
-    def images(self, root: Path, split: str) -> Iterable[str]:
-        return question_images(root, "llava_pope_test.jsonl", "val2014")
 
     def from_official(self, build: Build) -> None:
         labels = {}

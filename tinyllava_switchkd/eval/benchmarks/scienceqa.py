@@ -21,7 +21,6 @@ from .base import (
     image_folder,
     join,
     percentage,
-    prepare_hint,
     register_benchmark,
     said,
 )
@@ -67,7 +66,7 @@ class ScienceQA(Benchmark):
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
         if split not in (None, "test"):
             raise ValueError(f"{self.title} is evaluated on its test split, not on {split!r}.")
-        path = need_file(data_dir, (QUESTION_FILE,), "ScienceQA question file", prepare_hint(self.name))
+        path = need_file(data_dir, (QUESTION_FILE,), "ScienceQA question file", self.name)
         folder = image_folder(data_dir, ("images/test", "images", "test"))
         for number, item in enumerate(read_json(path, list)):
             where = f"{path}, entry {number}"
@@ -110,24 +109,15 @@ class ScienceQA(Benchmark):
             "image_missing": sum(row["text"] is None for row in with_image),
             "correct": sum(row["correct"] for row in rows),
         }
-        return self.result(
-            score=details["image_accuracy"],
-            split="test",
-            total=len(rows),
-            answered=len(joined),
-            fallback=sum(row["unread"] for row in rows),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="test", details=details, rows=rows)
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
         return super().units(row for row in rows if row["image"])
 
     def _problems(self, data_dir: str | Path) -> tuple[dict[str, dict], Path]:
         """The test split's problems by id, and the file that lists them."""
-        hint = prepare_hint(self.name)
-        problems_path = need_file(data_dir, ("problems.json",), "ScienceQA problems", hint)
-        splits_path = need_file(data_dir, ("pid_splits.json",), "ScienceQA splits", hint)
+        problems_path = need_file(data_dir, ("problems.json",), "ScienceQA problems", self.name)
+        splits_path = need_file(data_dir, ("pid_splits.json",), "ScienceQA splits", self.name)
         problems, splits = read_json(problems_path), read_json(splits_path)
         require(splits, {"test": list}, str(splits_path))
         test = {}

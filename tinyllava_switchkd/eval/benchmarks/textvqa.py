@@ -17,8 +17,6 @@ from .base import (
     Question,
     QuestionFileBenchmark,
     Score,
-    prepare_hint,
-    question_images,
     question_line,
     register_benchmark,
 )
@@ -58,7 +56,7 @@ class TextVQA(QuestionFileBenchmark):
     by_hand = f"{TEXTVQA_URL}data/{TRUTH_FILE}, {TEXTVQA_URL}data/{OCR_FILE}, {TEXTVQA_URL}images/train_val_images.zip"
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
-        path = need_file(data_dir, (TRUTH_FILE,), "TextVQA annotations", prepare_hint(self.name))
+        path = need_file(data_dir, (TRUTH_FILE,), "TextVQA annotations", self.name)
         data = read_json(path)
         require(data, {"data": list}, str(path))
         annotations, by_annotation_id = {}, {}
@@ -102,15 +100,7 @@ class TextVQA(QuestionFileBenchmark):
             rows.append(self._row(key, annotations[key], answer, path))
         for key in (asked - seen).elements():
             rows.append(self._row(key, annotations[key], None, path))
-        details = summarise(rows, ("accuracy",), {})
-        return self.result(
-            score=details["accuracy"],
-            split="val",
-            total=asked.total(),
-            answered=seen.total(),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="val", details=summarise(rows, ("accuracy",), {}), rows=rows)
 
     def _row(self, key: tuple[str, str], annotation: dict, answer: Answer | None, path: Path) -> dict:
         annotators = annotator_answers(annotation, f"{path}, question {key[1]!r} about the image {key[0]}")
@@ -125,9 +115,6 @@ class TextVQA(QuestionFileBenchmark):
 
     def files(self, split: str) -> list[ExpectedFile]:
         return [ExpectedFile(QUESTION_FILE, (5_000,)), ExpectedFile(TRUTH_FILE, (5_000,))]
-
-    def images(self, root: Path, split: str) -> Iterable[str]:
-        return question_images(root, QUESTION_FILE, "train_images")
 
     def from_hf(self, build: Build) -> None:
         truth, tokens = [], []

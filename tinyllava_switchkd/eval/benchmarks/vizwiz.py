@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,6 @@ from .base import (
     QuestionFileBenchmark,
     Score,
     join,
-    prepare_hint,
-    question_images,
     question_line,
     refuse_missing,
     register_benchmark,
@@ -87,7 +85,7 @@ class VizWiz(QuestionFileBenchmark):
                     total=len(self._images(data_dir, "test")),
                 )
             if path is None:
-                raise missing_file(data_dir, self.annotation_files, "VizWiz annotations", prepare_hint(self.name))
+                raise missing_file(data_dir, self.annotation_files, "VizWiz annotations", self.name)
         joined = join(answers, annotations, path, image_of)
         annotations = self.asked_of(annotations, image_of)
         rows = []
@@ -97,14 +95,7 @@ class VizWiz(QuestionFileBenchmark):
             rows.append(row | {"answer_type": annotation.get("answer_type", "")})
         details = summarise(rows, SCORERS, {"answer_type": "answer_type"})
         details |= unanswerability(annotations, joined)
-        return self.result(
-            score=details[self.metric],
-            split="val",
-            total=len(annotations),
-            answered=len(joined),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="val", details=details, rows=rows)
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -141,9 +132,6 @@ class VizWiz(QuestionFileBenchmark):
     def files(self, split: str) -> list[ExpectedFile]:
         rows = (4_319,) if split == "val" else (8_000,)
         return [ExpectedFile(f"llava_{split}.jsonl", rows), ExpectedFile(f"{split}.json", rows)]
-
-    def images(self, root: Path, split: str) -> Iterable[str]:
-        return question_images(root, f"llava_{split}.jsonl", split)
 
     def from_hf(self, build: Build) -> None:
         truth = []

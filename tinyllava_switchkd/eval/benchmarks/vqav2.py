@@ -16,13 +16,11 @@ from .base import (
     QuestionFileBenchmark,
     Score,
     join,
-    prepare_hint,
-    question_images,
     question_line,
     refuse_missing,
     register_benchmark,
 )
-from .files import ID, find_file, read_jsonl, require, write_upload
+from .files import ID, find_file, prepare_hint, read_jsonl, require, write_upload
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
 
 if TYPE_CHECKING:
@@ -83,14 +81,7 @@ class VQAv2(QuestionFileBenchmark):
             row["cluster"] = annotation.get("image_id")
             rows.append(row | {column: annotation.get(column, "") for column in ("answer_type", "question_type")})
         details = summarise(rows, SCORERS, {"answer_type": "answer_type", "question_type": "question_type"})
-        return self.result(
-            score=details[self.metric],
-            split="val",
-            total=len(annotations),
-            answered=len(joined),
-            details=details,
-            rows=rows,
-        )
+        return self.result(split="val", details=details, rows=rows)
 
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
@@ -197,8 +188,7 @@ class VQAv2(QuestionFileBenchmark):
         ]
 
     def images(self, root: Path, split: str) -> Iterable[str]:
-        split = "val" if split == "val" else "test-dev"
-        return question_images(root, self.question_files[split][0], self.image_folders[split][0])
+        return super().images(root, "val" if split == "val" else "test-dev")
 
     def from_hf(self, build: Build) -> None:
         if build.split == "test":
