@@ -7,6 +7,7 @@ then moved), and work that was interrupted continues where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -139,9 +140,8 @@ def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]
     if not missing:
         return []
     archive = Path(archive)
-    with _Archive(archive) as opened:
-        bar = tqdm(total=len(missing), unit=" files", desc=archive.name, leave=False)
-        for name, open_member in opened.members():
+    with _members(archive) as members, tqdm(total=len(missing), unit=" files", desc=archive.name, leave=False) as bar:
+        for name, open_member in members:
             match = _match(name, missing)
             if match is None:
                 continue
@@ -151,7 +151,6 @@ def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]
             bar.update()
             if not missing:
                 break
-        bar.close()
     return sorted(missing)
 
 
@@ -161,42 +160,22 @@ def _match(name: str, wanted: Collection[str]) -> str | None:
     return next((tail for start in range(len(parts)) if (tail := "/".join(parts[start:])) in wanted), None)
 
 
-class _Archive:
-    """A zip or tar archive, opened for reading; every sign of damage is one ValueError."""
-
-    DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error)
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> _Archive:
-        if not self.path.is_file():
-            raise FileNotFoundError(f"There is no archive {self.path}.")
-        if not (zipfile.is_zipfile(self.path) or tarfile.is_tarfile(self.path)):
-            raise ValueError(f"{self.path} is neither a zip nor a tar archive; delete it and run again.")
-        self._archive = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else tarfile.open(self.path)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._archive.close()
-        if isinstance(error, self.DAMAGE):
-            raise ValueError(f"{self.path} is damaged ({error}); delete it and run again.") from error
-
-    def members(self) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-        """Every file's name, and what opens it."""
-        archive = self._archive
-        if isinstance(archive, zipfile.ZipFile):
-            yield from (
-                (info.filename, partial(archive.open, info)) for info in archive.infolist() if not info.is_dir()
-            )
+@contextlib.contextmanager
+def _members(path: Path) -> Iterator[Iterator[tuple[str, Callable[[], Any]]]]:
+    """The name of every file in a zip or tar archive, and what opens it; every sign of damage is one ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no archive {path}.")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                yield ((info.filename, partial(file.open, info)) for info in file.infolist() if not info.is_dir())
+        elif tarfile.is_tarfile(path):
+            with tarfile.open(path) as tar:
+                yield ((info.name, partial(tar.extractfile, info)) for info in tar if info.isfile())
         else:
-            yield from ((info.name, partial(_open_in_tar, archive, info)) for info in archive if info.isfile())
-
-
-def _open_in_tar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    file = archive.extractfile(member)
-    assert file is not None, "members are files"
-    return file
+            raise ValueError(f"{path} is neither a zip nor a tar archive; delete it and run again.")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again.") from error
 
 
 # ------------------------------------------------------------------------------------------------ hub data sets

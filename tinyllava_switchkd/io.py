@@ -115,8 +115,11 @@ def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
 
 def digest(path: StrPath) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
+    total = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
 def digest_of_files(folder: Path, files: Iterable[Path]) -> str:
@@ -124,11 +127,4 @@ def digest_of_files(folder: Path, files: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
         total.update(f"{name} {digest(file)}\n".encode())
-    return total.hexdigest()
-
-
-def _digest(file: BinaryIO) -> str:  # Python 3.10
-    total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
     return total.hexdigest()

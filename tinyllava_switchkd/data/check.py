@@ -52,18 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        print(_look(args))
-    except _NotReadyError as error:
-        print(error)
-        return 1
+        lines, ready = _look(args)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return 0
-
-
-class _NotReadyError(Exception):
-    """The data has problems; the message is the report."""
+    print("\n".join(lines))
+    return 0 if ready else 1
 
 
 class _Model(NamedTuple):
@@ -75,7 +69,8 @@ class _Model(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def _look(args: argparse.Namespace) -> str:
+def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
+    """The report's lines, and whether the data is ready."""
     for name in ("num_image_tokens", "model_max_length", "num_queries"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -111,10 +106,7 @@ def _look(args: argparse.Namespace) -> str:
         settings = argparse.Namespace(image_aspect_ratio=aspect_ratio)
         fate = ImagePreprocess(model.image_processor, settings).on_wide_picture()
         lines.append(f"{'':>12}  a wide picture {fate}")
-    lines.append(str(report))
-    if not report.ok:
-        raise _NotReadyError("\n".join(lines))
-    return "\n".join(lines)
+    return [*lines, str(report)], report.ok
 
 
 def _model_of(args: argparse.Namespace) -> _Model:

@@ -244,46 +244,35 @@ class ImageFolder:
         return f"it lies outside the image folder {self.root or os.curdir}, at {real}" + _LINKS
 
 
-def missing_and_outside(folder: ImageFolder, names: dict[str, set[str]], few: int) -> Iterator[tuple[str, str | None]]:
+def missing_and_outside(folder: ImageFolder, names: dict[str, set[str]]) -> Iterator[tuple[str, str | None]]:
     """The files that are not there, or not in the folder.
 
-    A folder of which many files are wanted is listed once, which asks a network file system one question where a
-    look-up of each would ask thousands.
+    Folders are listed, which asks a network file system one question where a look-up of each file asks thousands.
 
     Args:
         folder: what the names start from.
         names: file names by folder.
-        few: wanted of a folder: fewer are looked up one by one.
 
     Yields:
         path, and why the file may not be read, None if it does not exist.
     """
     for parent, files in names.items():
         path = os.path.join(folder.root, parent)
+        links: dict[str, bool] = {}  # of the files that are there
         try:
             folder.path(os.path.join(parent, "x"))
+            with os.scandir(path or os.curdir) as listing:
+                links = {entry.name: entry.is_symlink() for entry in listing if entry.name in files and entry.is_file()}
         except BadImageError as error:
             yield from ((os.path.join(path, file), str(error)) for file in files)
             continue
-        if len(files) <= few:
-            entries = {file: os.path.islink(os.path.join(path, file)) for file in files if _is_file(path, file)}
-        elif os.path.isdir(path):
-            with os.scandir(path) as listing:
-                entries = {entry.name: entry.is_symlink() for entry in listing if entry.name in files}
-        else:
-            entries = {}
+        except OSError:  # no such folder
+            pass
         for file in files:
-            if file not in entries:
+            if file not in links:
                 yield os.path.join(path, file), None
-            elif entries[file]:
+            elif links[file]:
                 try:
                     folder.path(os.path.join(parent, file))
                 except BadImageError as error:
                     yield os.path.join(path, file), str(error)
-
-
-def _is_file(path: str, file: str) -> bool:
-    try:
-        return os.path.isfile(os.path.join(path, file))
-    except ValueError:  # a name that no file can have
-        return False

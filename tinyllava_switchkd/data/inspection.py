@@ -33,7 +33,6 @@ DECODE = ("sample", "all", "none")
 """Which images are decoded when data is looked over."""
 
 _SHOWN = 10  # cases of a kind that a report spells out
-_FEW_FILES = 64  # wanted of a folder: fewer are looked up one by one, more by listing the folder once
 _DECODED_AT_ONCE = 64
 _ENCODED = 2000  # samples that are tokenised
 _DECODED = 256  # images that are decoded of a sample of them
@@ -202,7 +201,7 @@ class DataChecker:
             report.problem("samples, which are all of them, without an answer to learn", "every answer is empty")
         counts["different images"] = sum(map(len, self.names.values()))
         folder = ImageFolder(image_folder, allow_outside)
-        unreadable = dict(sorted(missing_and_outside(folder, self.names, _FEW_FILES)))
+        unreadable = dict(sorted(missing_and_outside(folder, self.names)))
         for path, outside in unreadable.items():
             if outside is None:
                 report.problem(MISSING_IMAGES, path)

@@ -7,7 +7,6 @@ whole when a process dies and lets several processes of one machine write to it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -44,7 +43,7 @@ class ResponseCache:
         self._pictures: dict[Path, str] = {}
         self._writes = True
         try:
-            self._file = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self._file = sqlite3.connect(self.path, timeout=60)
             self._file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
         except sqlite3.OperationalError as error:  # no room, or no right to write
             raise ValueError(
@@ -69,13 +68,10 @@ class ResponseCache:
             return
         rows = [(key, text) for task, text in answered if (key := self._key(task))]
         try:
-            self._file.execute("BEGIN")
-            self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
-            self._file.execute("COMMIT")
+            with self._file:  # one transaction
+                self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
         except sqlite3.OperationalError as error:  # no reason to lose an evaluation
             self._writes = False
-            with contextlib.suppress(sqlite3.Error):
-                self._file.execute("ROLLBACK")
             logger.warning("The response cache %s is no longer written to: %s.", self.path, error)
 
     def close(self) -> None:

@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 MISSING_FILE = "missing.json"
 
 
-class Incomplete(ValueError):
-    """Questions are left without an answer."""
-
-
 @dataclass
 class Job:
     """One benchmark, one checkpoint, one folder.
@@ -276,7 +272,7 @@ def finish(job: Job, run: JsonObject) -> JsonObject:
         the `run` object with its counts.
 
     Raises:
-        Incomplete: questions have no answer; the answers there are stay where they are.
+        ValueError: questions have no answer; the answers there are stay where they are.
     """
     for process in range(1, job.processes.world):
         job.answers.wait_for(process)
@@ -288,7 +284,7 @@ def finish(job: Job, run: JsonObject) -> JsonObject:
     if missing:
         message = note_missing(job, missing, unreadable)
         if unreadable is None or not job.arguments.skip_bad_images:
-            raise Incomplete(message)
+            raise ValueError(message)
     job.answers.merge(in_question_order(job.questions, rows, job.answers.folder))
     answered, unanswered = split_answered(job.questions, rows)
     run = {

@@ -30,7 +30,7 @@ from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_ro
 logger = logging.getLogger(__name__)
 
 MARKS = {"val": " val", "missing": "*", "part": "§", "own data": "‡"}
-LATEX_MARKS = {"val": r"$^{\mathrm{val}}$", "missing": "$^{*}$", "part": r"$^{\S}$", "own data": r"$^{\ddagger}$"}
+LATEX_MARKS = str.maketrans({"*": "$^{*}$", "§": r"$^{\S}$", "‡": r"$^{\ddagger}$", "–": "--", "±": r"$\pm$"})
 RADAR_NOTES = {
     "val": "val split",
     "missing": "answers are missing",
@@ -117,51 +117,34 @@ def _some(items: Sequence[str], most: int = 6) -> str:
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
-def _cell(row: Row, column: str, marks: dict[str, str]) -> str:
-    if column not in row.scores:
-        return ""
-    result = row.results.get(column)
-    return f"{row.scores[column]:.1f}" + "".join(marks[mark] for mark in (result.marks if result else ()))
+def _lines(report: Report, rows: Sequence[Row]) -> list[list[str]]:
+    """A model's cells and, below them, its standard errors where they are known."""
+    lines = []
+    for row in rows:
+        line = [row.label]
+        for column in report.columns:
+            marks = row.results[column].marks if column in row.results else ()
+            line.append(_marked(row.scores[column], marks) if column in row.scores else "")
+        for name in AVERAGES:
+            average = row.average(name, report.include_val)
+            missing = f"– ({average.found}/{average.wanted})"
+            line.append(missing if average.value is None else _marked(average.value, average.marks))
+        lines.append(line)
+        errors = [getattr(row.results.get(column), "standard_error", None) for column in report.columns]
+        if any(error is not None for error in errors):
+            errors += [row.average_error(name, report.include_val) for name in AVERAGES]
+            lines.append(["  standard error", *("" if error is None else f"± {error:.1f}" for error in errors)])
+    return lines
 
 
-def _average_cell(row: Row, name: str, include_val: bool, marks: dict[str, str], dash: str = "–") -> str:
-    average = row.average(name, include_val)
-    if average.value is not None:
-        return f"{average.value:.1f}" + "".join(marks[mark] for mark in average.marks)
-    return f"{dash} ({average.wanted - len(average.lacking)}/{average.wanted})"
-
-
-def _lines(report: Report, rows: list[Row], marks: dict[str, str], dash: str = "–") -> list[list[str]]:
-    return [
-        [
-            row.label,
-            *(_cell(row, column, marks) for column in report.columns),
-            *(_average_cell(row, name, report.include_val, marks, dash) for name in AVERAGES),
-        ]
-        for row in rows
-    ]
-
-
-def _errors(report: Report, row: Row) -> list[str]:
-    """The line of standard errors below a model's line; empty where none is known."""
-    errors = {column: result.standard_error for column, result in row.results.items()}
-    if not any(error is not None for error in errors.values()):
-        return []
-    cells = ["" if errors.get(column) is None else f"± {errors[column]:.1f}" for column in report.columns]
-    averages = [row.average_error(name, report.include_val) for name in AVERAGES]
-    return ["  standard error", *cells, *("" if error is None else f"± {error:.1f}" for error in averages)]
-
-
-def _with_errors(report: Report, rows: list[Row], marks: dict[str, str], dash: str = "–") -> list[list[str]]:
-    """`_lines`, each with its standard errors below."""
-    pairs = zip(rows, _lines(report, rows, marks, dash), strict=True)
-    return [line for row, cells in pairs for line in (cells, _errors(report, row)) if line]
+def _marked(score: float, marks: Sequence[str]) -> str:
+    return f"{score:.1f}" + "".join(MARKS[mark] for mark in marks)
 
 
 def terminal(report: Report) -> str:
     """Aligned columns, for a terminal of any width."""
     header = ["Model", *report.columns, *AVERAGES]
-    own, paper = _with_errors(report, report.rows, MARKS), _lines(report, report.paper, MARKS)
+    own, paper = _lines(report, report.rows), _lines(report, report.paper)
     head, rule, *lines = cli.table([header, *own, *paper], rule="─")
     between = [rule] if own and paper else []
     parts = [head, rule, *lines[: len(own)], *between, *lines[len(own) :], rule]
@@ -171,7 +154,7 @@ def terminal(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The table, its notes, and how every score came about."""
     header = ["Model", *report.columns, *AVERAGES]
-    text = _markdown_table(header, _with_errors(report, [*report.rows, *report.paper], MARKS))
+    text = _markdown_table(header, _lines(report, [*report.rows, *report.paper]))
     text += "".join(f"\n- {_escape_markdown(note)}" for note in report.notes()) + "\n"
     results = [(row.label, result) for row in report.rows for result in row.results.values()]
     if results:
@@ -253,7 +236,7 @@ def as_csv(report: Report) -> str:
         for name in AVERAGES:
             average = row.average(name, report.include_val)
             line += ["" if average.value is None else average.value]
-            line += [f"{average.wanted - len(average.lacking)}/{average.wanted}", " ".join(average.marks)]
+            line += [f"{average.found}/{average.wanted}", " ".join(average.marks)]
         found = [row.results.get(column) for column in splits]
         line += [result.split if result else "" for result in found]
         line += [" ".join(result.marks) if result else "" for result in found]
@@ -269,8 +252,8 @@ def latex(report: Report) -> str:
     groups = [group for group in (report.rows, report.paper) if group]
     for number, group in enumerate(groups):
         body += [r"\midrule"] * (number > 0)
-        for label, *cells in _with_errors(report, group, LATEX_MARKS, "--"):
-            cells = [cell.replace("±", r"$\pm$") for cell in cells]
+        for label, *cells in _lines(report, group):
+            cells = [cell.replace(" val", r"$^{\mathrm{val}}$").translate(LATEX_MARKS) for cell in cells]
             body.append(" & ".join([_escape_latex(label), *cells]) + r" \\")
     notes = [_escape_latex(note).replace("‡", r"$\ddagger$").replace("–", "--") for note in report.notes()]
     return "\n".join(

@@ -124,13 +124,12 @@ class Row:
         """Avg7 or Avg10 over unrounded scores, with what it lacks."""
         columns = AVERAGES[name]
         scores = self.comparable(include_val)
-        lacking = [column for column in columns if column not in scores]
+        found = [column for column in columns if column in scores]
         if self.averages is not None:
-            return Average(self.averages.get(name), tuple(lacking), len(columns), ())
-        used = [self.results[column] for column in columns if column not in lacking]
-        marks = dict.fromkeys(mark for result in used for mark in result.marks)
-        value = None if lacking else sum(self.scores[column] for column in columns) / len(columns)
-        return Average(value, tuple(lacking), len(columns), tuple(marks))
+            return Average(self.averages.get(name), len(found), len(columns), ())
+        marks = dict.fromkeys(mark for column in found for mark in self.results[column].marks)
+        value = sum(scores[column] for column in columns) / len(columns) if len(found) == len(columns) else None
+        return Average(value, len(found), len(columns), tuple(marks))
 
     def average_error(self, name: str, include_val: bool) -> float | None:
         """Standard error of an average: its benchmarks ask different questions, so their variances add up."""
@@ -147,13 +146,13 @@ class Average:
 
     Attributes:
         value: None if a column is lacking.
-        lacking: these columns.
+        found: number of columns that have a score.
         wanted: number of columns of the average.
         marks: of the scores that went in.
     """
 
     value: float | None
-    lacking: tuple[str, ...]
+    found: int
     wanted: int
     marks: tuple[str, ...]
 
