@@ -430,7 +430,7 @@ def test_nothing_is_written_where_the_export_answers_otherwise(tmp_path, monkeyp
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    with whole_folder(tmp_path / "a" / "b") as folder:
+    with whole_folder("student", tmp_path / "a" / "b") as folder:
         (folder / "file").touch()
         assert not (tmp_path / "a" / "b").exists()
     assert (tmp_path / "a" / "b" / "file").is_file() and (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
@@ -439,19 +439,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()  # it stays the same folder: a shell may be in it, or a disk be mounted there
     same = (tmp_path / "here").stat().st_ino
     monkeypatch.chdir(tmp_path / "here")
-    with whole_folder(".") as folder:
+    with whole_folder("student", ".") as folder:
         (folder / "file").touch()
         assert not Path("file").exists()
-    assert [path.name for path in Path.cwd().iterdir()] == ["file"] and Path.cwd().stat().st_ino == same
+    assert {path.name for path in Path.cwd().iterdir()} == {"file", "README.md", "card.json"}
+    assert Path.cwd().stat().st_ino == same
 
     full = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
     full += (OSError("2048 requested and 1008 written"),)  # numpy's
     for error in full:
-        with pytest.raises(OSError, match="MB are free"), whole_folder(tmp_path / "x" / "y") as folder:
+        with pytest.raises(OSError, match="MB are free"), whole_folder("student", tmp_path / "x" / "y") as folder:
             (folder / "half").touch()
             raise error
         assert not (tmp_path / "x").exists()
-    with pytest.raises(NotADirectoryError, match=r"cannot be made: .* is no folder"), whole_folder("file/out"):
+    with (
+        pytest.raises(NotADirectoryError, match=r"cannot be made: .* is no folder"),
+        whole_folder("student", "file/out"),
+    ):
         pass
 
 

@@ -49,7 +49,7 @@ def refuse_code_in(fields: JsonObject, source: object) -> None:
     Raises:
         ValueError: they ask for code.
     """
-    for part in _objects(fields):
+    for part in objects_in(fields):
         for key in CODE_KEYS:
             if part.get(key) and not (key == "auto_map" and _is_native(part)):
                 raise CodeRefused(_sentence(source, f"has the field {key!r}, which names"))
@@ -82,7 +82,7 @@ def _is_native(part: JsonObject) -> bool:
     return all(name.startswith(stem) and hasattr(transformers, name) for name in names)
 
 
-def _objects(value: object) -> Iterator[JsonObject]:
+def objects_in(value: object) -> Iterator[JsonObject]:
     """All JSON objects in a value."""
     stack = [value]
     while stack:

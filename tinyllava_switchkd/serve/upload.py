@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -11,7 +10,7 @@ from gradio.blocks import BlockFunction
 from gradio.component_meta import ComponentMeta
 from gradio.data_classes import ImageData
 
-from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.model.trust import objects_in
 from tinyllava_switchkd.serve.examples import EXAMPLES, FOLDER
 
 REFUSED = "Images are uploaded, not fetched from elsewhere: this one is no upload of this page. Please upload it."
@@ -34,7 +33,7 @@ class GuardedBlocks(gr.Blocks):
             if isinstance(block, UploadedImage):
                 if value is not None and self.own_file(_path_of(value)) is None:
                     raise gr.Error(REFUSED, print_exception=False)
-            elif any(True for _ in _objects(value)):
+            elif any(True for _ in objects_in(value)):
                 raise gr.Error("A field of the page holds text or a number, no object.", print_exception=False)
 
     def own_file(self, path: str | None) -> str | None:
@@ -62,15 +61,6 @@ def _path_of(value: object) -> str | None:
     """The path in what a client says of an image; None where it is not of that form."""
     path = value.get("path") if isinstance(value, dict) else None
     return path if isinstance(path, str) else None
-
-
-def _objects(value: object) -> Iterator[JsonObject]:
-    """All JSON objects in a value."""
-    if isinstance(value, dict):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _objects(item)
 
 
 class _WithoutStub(ComponentMeta):

@@ -21,7 +21,7 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
-from tinyllava_switchkd.io import JsonObject, write_text
+from tinyllava_switchkd.io import JsonObject, read_text, write_text
 
 from .overlay import data_address
 
@@ -97,35 +97,6 @@ def thumbnail(image: Path | bytes) -> str:
     return data_address(picture, SIDE)
 
 
-STYLE = """
-:root { color-scheme: light; font: 15px/1.45 system-ui, sans-serif; color: #222; background: #f6f6f4; }
-body { max-width: 1180px; margin: 0 auto; padding: 1.5rem; }
-h1 { font-size: 1.35rem; margin: 0 0 .3rem; } p { margin: .3rem 0; }
-table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .8rem; border: 1px solid #ccc; }
-td { text-align: right; } th { font-weight: 600; text-align: left; }
-nav { position: sticky; top: 0; padding: .6rem 0; background: #f6f6f4; } label { margin-right: 1.2rem; }
-article { display: grid; grid-template-columns: 320px 1fr; gap: 1.2rem; margin: 1rem 0; padding: 1rem;
-  background: #fff; border: 1px solid #ddd; border-radius: 8px; }
-img { max-width: 100%; border-radius: 4px; display: block; margin-bottom: .4rem; }
-section { padding: .5rem 0; border-top: 1px solid #eee; } section:first-child { border-top: 0; padding-top: 0; }
-.q { white-space: pre-wrap; font-weight: 600; overflow-wrap: anywhere; } .id { color: #777; font-size: .8rem; }
-.a { white-space: pre-wrap; overflow-wrap: anywhere; } .right { color: #00734f; } .wrong { color: #b3400e; }
-@media (max-width: 720px) { article { grid-template-columns: 1fr; } }
-"""
-
-SCRIPT = """
-const boxes = [...document.querySelectorAll('nav input')];
-function show() {
-  const kinds = boxes.filter(box => box.checked).map(box => box.value);
-  for (const section of document.querySelectorAll('section')) section.hidden = !kinds.includes(section.dataset.kind);
-  for (const card of document.querySelectorAll('article'))
-    card.hidden = [...card.querySelectorAll('section')].every(section => section.hidden);
-}
-boxes.forEach(box => box.addEventListener('change', show));
-show();
-"""
-
-
 def page(title: str, labels: Sequence[str], verdicts: Sequence[Verdict], limit: int) -> str:
     """The page.
 
@@ -152,20 +123,25 @@ def page(title: str, labels: Sequence[str], verdicts: Sequence[Verdict], limit: 
         f"<tr><th>{escape(text)}</th><td>{count:,}</td></tr>"
         for text, count in [*((names[kind], counts[kind]) for kind in KINDS), ("equally right", same)]
     )
+    head = f"{escape(title)}: {escape(labels[0])} and {escape(labels[1])}"
     shown = f"{len(chosen):,} of {sum(counts.values()):,} questions are on this page." if chosen else "Nothing differs."
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}: {escape(labels[0])} and {escape(labels[1])}</title><style>{STYLE}</style></head>",
-            f"<body><h1>{escape(title)}: {escape(labels[0])} and {escape(labels[1])}</h1>",
+            f"<title>{head}</title><style>{_beside('css')}</style></head>",
+            f"<body><h1>{head}</h1>",
             f"<p>{len(verdicts):,} questions that both have answered. {shown}</p>",
             f"<table>{table}</table><nav>{boxes}</nav>",
             *(_card(of_picture, labels) for of_picture in cards.values()),
-            f"<script>{SCRIPT}</script></body></html>",
+            f"<script>{_beside('js')}</script></body></html>",
             "",
         ]
     )
+
+
+def _beside(ending: str) -> str:
+    return read_text(Path(__file__).with_suffix(f".{ending}"))
 
 
 def _card(verdicts: Sequence[Verdict], labels: Sequence[str]) -> str:

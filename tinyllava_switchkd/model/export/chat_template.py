@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template import Template, TemplateFactory
 from tinyllava_switchkd.data.template.base import exchange
+from tinyllava_switchkd.io import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,48 +24,7 @@ _MARK = "\ufdd5"
 
 # Written for every reader: transformers.js has no `string * number`.
 # As `Template.prompt`: the images of a question stand in front of it, and only a question with images is stripped.
-_JINJA = """\
-{{- BOS -}}
-{%- if messages and messages[0]['role'] == 'system' -%}
-  {%- if not SYSTEM_IS_TEXT -%}{{- raise_exception('This model has a system prompt of its own.') -}}{%- endif -%}
-  {%- set system = messages[0]['content'] -%}
-  {%- if system is not string -%}{%- set system = system | map(attribute='text') | join('') -%}{%- endif -%}
-  {{- (system | trim) ~ SYSTEM_END -}}
-  {%- set turns = messages[1:] -%}
-{%- else -%}
-  {{- SYSTEM -}}
-  {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-  {%- set turn = namespace(text='', images=0) -%}
-  {%- if message['content'] is string -%}
-    {%- set turn.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] in ['image', 'image_url'] -%}
-        {%- set turn.images = turn.images + 1 -%}
-      {%- elif part['type'] == 'text' -%}
-        {%- set turn.text = turn.text ~ part['text'] -%}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- if message['role'] == 'user' -%}
-    {%- set pieces = turn.text.split(IMAGE) -%}
-    {%- set turn.images = turn.images + (pieces | length) - 1 -%}
-    {%- if turn.images -%}
-      {%- set turn.text = pieces | join('') | trim -%}
-      {%- for _ in range(turn.images) -%}{%- set turn.text = IMAGE_LINE ~ turn.text -%}{%- endfor -%}
-      {%- set turn.text = turn.text | trim -%}
-    {%- endif -%}
-    {{- USER_BEGIN ~ turn.text ~ USER_END -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- ANSWER_BEGIN ~ turn.text ~ ANSWER_END -}}
-  {%- else -%}
-    {{- raise_exception('The roles are system (first), user and assistant, not ' ~ message['role']) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- PROMPT -}}{%- endif -%}
-"""
+_JINJA = Path(__file__).with_suffix(".jinja")
 
 # Conversations on which a chat template must agree with the template it was made from.
 PROBES: tuple[Turns, ...] = (
@@ -161,7 +122,8 @@ def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str |
         "IMAGE_LINE": image_line[0].replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN + gap),
         "PROMPT": template.format_assistant.apply(content=None),
     }
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items()) + _JINJA
+    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
+    return settings + read_text(_JINJA)
 
 
 def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

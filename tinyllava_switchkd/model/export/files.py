@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllava_switchkd.io import read_json, write_json
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..card import facts_of, write_model_card
 
@@ -39,10 +40,11 @@ def empty_folder(output_dir: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
-    """A folder whose files appear in `output_dir` only if the block ends without an exception.
+def whole_folder(source: str | os.PathLike, output_dir: str | os.PathLike) -> Iterator[Path]:
+    """A folder whose files appear in `output_dir` only if the block ends without an exception, with a model card.
 
     It lies beside `output_dir`, or in it where that is there already (it may be the current folder or a mounted disk).
+    The card has what the folder of the checkpoint `source` knows beyond its configuration.
 
     Raises:
         FileExistsError: there is something in `output_dir`.
@@ -60,6 +62,8 @@ def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
         except OSError as error:
             raise type(error)(f"{output_dir} cannot be made ({error.strerror}); name another folder.") from error
         yield unfinished
+        name = output_dir.resolve().name
+        write_model_card(unfinished, {**facts_of(source), "source": Path(source).name, "name": name})
         if exists:
             for file in unfinished.iterdir():
                 file.rename(output_dir / file.name)
@@ -84,14 +88,16 @@ def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def card_of_export(source: str | os.PathLike, folder: str | os.PathLike, name: str) -> None:
-    """Write the model card of an export, with what the checkpoint's folder knows beyond its configuration.
+def require(*packages: str) -> None:
+    """Refuse an export early where a package of the extra ``export`` is missing.
 
-    Args:
-        folder: where the export is now.
-        name: what it will be called.
+    Raises:
+        ImportError: naming what is missing.
     """
-    write_model_card(folder, {**facts_of(source), "source": Path(source).name, "name": name})
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"This export needs {', '.join(missing)}; install it with pip install 'tinyllava_switchkd[export]'."
+        )
 
 
 def read_by_older_versions(folder: Path) -> None:
@@ -110,16 +116,20 @@ def read_by_older_versions(folder: Path) -> None:
     write_json(folder / "config.json", fields, sort_keys=True)
 
     file = folder / "tokenizer_config.json"
-    fields = read_json(file)
-    if fields.get("tokenizer_class") == "TokenizersBackend":
-        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields = tokenizer_settings(folder)
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    for name in ("backend", "is_local", "local_files_only"):
-        fields.pop(name, None)
     write_json(file, fields, sort_keys=True)
 
     file = folder / "processor_config.json"
     if file.is_file():  # the image processor has a file of its own, preprocessor_config.json
         write_json(file, {k: v for k, v in read_json(file).items() if k != "image_processor"}, sort_keys=True)
+
+
+def tokenizer_settings(folder: Path) -> JsonObject:
+    """A folder's ``tokenizer_config.json`` under a class name that everybody knows, without this machine's fields."""
+    fields = read_json(folder / "tokenizer_config.json")
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return {key: value for key, value in fields.items() if key not in ("backend", "is_local", "local_files_only")}

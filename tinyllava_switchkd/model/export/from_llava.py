@@ -1,4 +1,4 @@
-"""transformers' LLaVA -> TinyLLaVA: the way back of an export, and the way in for LLaVAs trained elsewhere."""
+"""``--to v1``: TinyLLaVA v1's full layout, from any of its layouts or from transformers' LLaVA, trained wherever."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
-from ..checkpoint import save_pretrained_model
+from ..checkpoint import load_pretrained_model, save_pretrained_model
 from ..configuration import TinyLlavaConfig
 from ..modeling import TinyLlavaForConditionalGeneration
 from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
 from .chat_template import conv_version_of
-from .files import card_of_export, empty_folder, read_by_older_versions, whole_folder
+from .files import empty_folder, read_by_older_versions, whole_folder
 from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
 
 # transformers 5's names -> the hub's -> v1's.
@@ -82,12 +82,25 @@ def from_hf_llava(
     image_processor = type(model.vision_tower.default_image_processor())(**settings)
     tokenizer.chat_template = record.get("chat_template", tokenizer.chat_template)
     tokenizer.padding_side = config.tokenizer_padding_side
-    with whole_folder(output_dir) as returned:
+    with whole_folder(folder, output_dir) as returned:
         save_pretrained_model(model, tokenizer, image_processor, returned)
         if record.get("adds_image_token"):
             _forget_image_token(returned)
         read_by_older_versions(returned)
-        card_of_export(folder, returned, Path(output_dir).resolve().name)
+
+
+def to_v1(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    conv_version: str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Write a TinyLLaVA checkpoint of any layout (split, LoRA, TinyLLaVABench) in v1's full layout, self-contained."""
+    empty_folder(output_dir)
+    model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
+    with whole_folder(source, output_dir) as folder:
+        save_pretrained_model(model, tokenizer, image_processor, folder, conv_version=conv_version)
+        read_by_older_versions(folder)
 
 
 def why_not_tinyllava(fields: JsonObject) -> str | None:

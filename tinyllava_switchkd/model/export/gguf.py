@@ -13,7 +13,6 @@ The numbers are not torch's bit for bit: the graph approximates GELU by its tanh
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from tinyllava_switchkd.io import JsonObject, write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model
 from .chat_template import jinja_template
-from .files import card_of_export, empty_folder, whole_folder
+from .files import empty_folder, require, whole_folder
 from .hf_llava import _add_image_token, _generation_config, _record
 from .questions import default_questions
 from .targets import GgufTarget
@@ -110,7 +109,7 @@ def to_gguf(
         ValueError: llama.cpp cannot run the model, or not exactly and `allow_approximate` is not set.
         ImportError: the package gguf is not installed.
     """
-    check_package()
+    require("gguf")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     empty_folder(output_dir)
@@ -133,7 +132,7 @@ def to_gguf(
     vocabulary = _Vocabulary(model, tokenizer, conv_version)
 
     language, vision = dict(language_tensors(model)), dict(vision_tensors(model))
-    with whole_folder(output_dir) as folder:
+    with whole_folder(source, output_dir) as folder:
         _write_language(model, vocabulary, language, folder / MODEL, dtype)
         _write_vision(model, image_processor, vision, folder / MMPROJ, "f32" if dtype == "f32" else "f16")
         if verify:
@@ -141,18 +140,7 @@ def to_gguf(
             verify_file(folder / MMPROJ, vision)
         record["bytes"] = {name: (folder / name).stat().st_size for name in (MODEL, MMPROJ)}
         write_json(folder / RECORD, record)
-        card_of_export(source, folder, Path(output_dir).resolve().name)
     return record
-
-
-def check_package() -> None:
-    """Refuse early where the package is missing.
-
-    Raises:
-        ImportError: gguf is not installed.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("The GGUF export needs gguf; install it with pip install 'tinyllava_switchkd[export]'.")
 
 
 def why_not_gguf(
@@ -310,17 +298,13 @@ class _Vocabulary:
         # llama.cpp refuses a vocabulary without merges; one that makes no token falls apart into its bytes again.
         self.merges = merges or ["! !"]
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        template = jinja_template(conv_version, _with_image_token(tokenizer))
+        _add_image_token(tokenizer)
+        template = jinja_template(conv_version, tokenizer)
         self.chat_template = template.replace(DEFAULT_IMAGE_TOKEN, MARKER)
         stops = _generation_config(model, tokenizer, conv_version, 0, 0).eos_token_id
         self.stops = [stops] if isinstance(stops, int) else list(stops or [])
         if tokenizer.eos_token_id in self.stops:  # the one that GGUF calls "the" end comes first
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)
-
-
-def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    _add_image_token(tokenizer)
-    return tokenizer
 
 
 def _split(backend: JsonObject) -> str:

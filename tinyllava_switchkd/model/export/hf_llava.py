@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +33,7 @@ from tinyllava_switchkd.io import JsonObject, write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import RECORD, card_of_export, empty_folder, read_by_older_versions, whole_folder
+from .files import RECORD, empty_folder, read_by_older_versions, whole_folder
 from .verify import verify_export
 
 if TYPE_CHECKING:
@@ -88,14 +87,13 @@ def to_hf_llava(
     tensors = _tensors(model, image_token)
     rows = len(tensors["language_model.model.embed_tokens.weight"])
 
-    with whole_folder(output_dir) as folder:
+    with whole_folder(source, output_dir) as folder:
         save_torch_state_dict(tensors, folder)
         write_json(folder / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
         _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
         processor.save_pretrained(folder)
         save_image_processor(processor.image_processor, folder)
         read_by_older_versions(folder)
-        card_of_export(source, folder, Path(output_dir).resolve().name)
         if verify:
             del model, tensors  # the room for them is needed again
             return verify_export(source, folder)

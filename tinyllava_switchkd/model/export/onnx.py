@@ -7,7 +7,6 @@ a browser. Any tower, connector and language model of the registries goes throug
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model, save_image_processor
 from .chat_template import jinja_template
-from .files import card_of_export, empty_folder, whole_folder
+from .files import empty_folder, require, tokenizer_settings, whole_folder
 from .hf_llava import RECORD, _add_image_token, _generation_config, _record
 from .onnx_dtypes import quantise, suffix
 from .onnx_graphs import (
@@ -91,7 +90,7 @@ def to_onnx(
         ValueError: a part of the model does not fit into a graph, or what was written computes something else.
         ImportError: the packages of the extra ``export`` are not installed.
     """
-    check_packages()
+    require("onnx", "onnxscript", "onnxruntime")
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"--dtype is one or more of {', '.join(DTYPES)}, not {', '.join(unknown) or 'none'}.")
@@ -118,7 +117,7 @@ def to_onnx(
     if approximate:
         _make_static(model)
     freeze_positions(model)
-    with whole_folder(output_dir) as folder:
+    with whole_folder(source, output_dir) as folder:
         outside = _write_graphs(model, folder / "onnx", dtypes, inline_bytes)
         config = _config(model, image_token, dtypes, outside) | {RECORD: record}
         write_json(folder / "config.json", config, sort_keys=True)
@@ -135,7 +134,6 @@ def to_onnx(
                 measured[dtype] = expected.compare(OnnxStudent(folder, dtype), dtype, exact=not approximate)
                 measured[dtype]["bytes"] = size_of(folder, dtype)
             write_json(folder / MEASURED, measured)
-        card_of_export(source, folder, Path(output_dir).resolve().name)
     return measured
 
 
@@ -145,19 +143,6 @@ def sentence(found: JsonObject) -> str:
         f"{found['bytes'] / 1e6:.1f} MB, {found['equal']} of {found['questions']} answers equal, "
         f"logits within {found['logits']:.2g}"
     )
-
-
-def check_packages() -> None:
-    """Refuse early where a package of the extra ``export`` is missing.
-
-    Raises:
-        ImportError: naming what is missing.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"The ONNX export needs {', '.join(missing)}; install them with pip install 'tinyllava_switchkd[export]'."
-        )
 
 
 def approximate_parts(model: TinyLlava) -> list[str]:
@@ -256,13 +241,9 @@ def _processor_config(model: TinyLlava) -> JsonObject:
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The tokenizer, with its chat template in the one file that every version of transformers.js reads, too."""
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    fields = read_json(file)
-    if fields.get("tokenizer_class") == "TokenizersBackend":
-        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("backend", "is_local", "local_files_only", "processor_class"):
-        fields.pop(name, None)
-    write_json(file, fields | {"chat_template": tokenizer.chat_template}, sort_keys=True)
+    fields = tokenizer_settings(folder) | {"chat_template": tokenizer.chat_template}
+    fields.pop("processor_class", None)
+    write_json(folder / "tokenizer_config.json", fields, sort_keys=True)
 
 
 class _Original:

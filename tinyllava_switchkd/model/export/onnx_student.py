@@ -14,6 +14,7 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.trust import refuse_code
 
+from .chat_template import messages_of
 from .onnx_dtypes import suffix
 from .onnx_graphs import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER
 
@@ -75,12 +76,8 @@ class OnnxStudent:
     def prompt_ids(self, question: str, num_images: int = 1, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a prompt as the folder's chat template writes it, each image's token once for every visual token."""
         count = self.config["image_seq_length"]
-        messages = []
-        for index, (asked, answer) in enumerate([*history, (question, None)]):
-            marks = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images if index == 0 else ""
-            messages.append({"role": "user", "content": marks + asked})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
+        (first, answer), *rest = [*history, (question, None)]
+        messages = messages_of([(f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + first, answer), *rest])
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(
             text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN * count), add_special_tokens=False

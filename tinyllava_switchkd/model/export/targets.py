@@ -126,8 +126,7 @@ class V1Target(ExportTarget):
 
     def export(self, args: argparse.Namespace) -> None:
         from ..weights import resolve_folder
-        from .from_llava import from_hf_llava, is_hf_llava
-        from .v1 import to_v1
+        from .from_llava import from_hf_llava, is_hf_llava, to_v1
 
         write = from_hf_llava if is_hf_llava(resolve_folder(args.model)) else to_v1
         write(args.model, args.out, args.template, args.dtype)
