@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
 
-from .benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory
+from .benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory, Score
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +21,17 @@ SERVER_SPLITS = {
 """Benchmarks whose number in the paper is a server's: the ground truth of the split is not public, val's is."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """One score file: a model on one benchmark.
+@dataclass(kw_only=True)
+class Result(Score):
+    """A score file: a model on one benchmark; `run` as the file has it, empty where it has none.
 
     Attributes:
-        benchmark: registered name.
-        score: on 0-100, unrounded.
-        run: how the answers were made (model, checkpoint digest, prompt protocol, decoding, package versions, ...), as
-            the file has it.
         path: the file.
-        standard_error: of the score, on its scale; None where the file does not say.
-        asked: what part of the split was asked, None for all of it.
     """
 
-    benchmark: str
-    metric: str
     score: float
-    split: str
-    total: int
-    answered: int
-    fallback: int
     run: JsonObject
     path: Path
-    standard_error: float | None = None
-    asked: JsonObject | None = None
 
     @property
     def registered(self) -> Benchmark | None:
@@ -58,11 +44,6 @@ class Result:
         if self.registered is None:
             return COLUMNS.get(self.benchmark, self.benchmark)
         return self.registered.column or self.registered.title
-
-    @property
-    def missing(self) -> int:
-        """Questions without an answer; they counted as wrong."""
-        return self.total - self.answered
 
     @property
     def stand_in(self) -> bool:
@@ -221,17 +202,13 @@ def _result(document: JsonObject, path: Path) -> Result:
     score = document["score"]
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise ValueError(f"{path}: the score is {score!r}, not a number on 0-100.")
-    counts: dict[str, int] = {}
-    for key, default in (("total", 0), ("answered", None), ("fallback", 0)):
-        value = document.get(key, counts.get("total") if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{path}: {key!r} is {value!r}, not a count.")
-        counts[key] = value
+    total = _count(document, "total", 0, path)
     run = {} if document.get("run") is None else document["run"]
     if not isinstance(run, dict):
         raise ValueError(f"{path}: 'run' is a JSON {type(run).__name__}, not an object.")
     details, asked = document.get("details"), document.get("asked")
-    error = details.get("standard_error") if isinstance(details, dict) else None
+    details = details if isinstance(details, dict) else {}
+    error = details.get("standard_error")
     return Result(
         standard_error=float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else None,
         asked=asked if isinstance(asked, dict) and isinstance(asked.get("of"), int) else None,
@@ -239,10 +216,20 @@ def _result(document: JsonObject, path: Path) -> Result:
         metric=str(document.get("metric", "")),
         score=float(score),
         split=str(document.get("split", "")),
+        details=details,
         run=run,
         path=path,
-        **counts,
+        total=total,
+        answered=_count(document, "answered", total, path),
+        fallback=_count(document, "fallback", 0, path),
     )
+
+
+def _count(document: JsonObject, key: str, default: int, path: Path) -> int:
+    value = document.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{path}: {key!r} is {value!r}, not a count.")
+    return value
 
 
 def _model_name(result: Result) -> str:

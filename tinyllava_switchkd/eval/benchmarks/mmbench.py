@@ -120,7 +120,7 @@ class _MMBench(Benchmark):
             names = ", ".join(other.name for other in others)
             logger.info("%s is asked from %s; %s is there, too (--split chooses).", self.title, table.name, names)
         rows = self._rows(table)
-        encoded = {row["index"]: row["image"] for row in rows}
+        encoded = _pictures(rows)
         for row in rows:
             text = row["question"]
             if row.get("hint", "") not in _MISSING:
@@ -133,7 +133,7 @@ class _MMBench(Benchmark):
             yield Question(
                 row["index"],
                 f"{text}\n{self.suffix}",
-                self._picture(row, encoded, pictures),
+                self._decoded(encoded[row["index"]], row, pictures),
                 category=row.get("category", "default"),
                 logged_prompt=text,
                 extra={"round_id": 0, "options": list(options.values()), "option_char": list(options)},
@@ -142,9 +142,9 @@ class _MMBench(Benchmark):
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         (split, path), table, joined = self._joined(data_dir, answers)
         asked = self.asked_of({str(row["index"]): row for row in table}).values()
-        pictures = _clusters(table)
+        clusters = {index: hashlib.sha1(cell.encode()).hexdigest()[:16] for index, cell in _pictures(table).items()}
         rows = [
-            self._judge(row, joined.get(str(row["index"])), split) | {"cluster": pictures[row["index"]]}
+            self._judge(row, joined.get(str(row["index"])), split) | {"cluster": clusters[row["index"]]}
             for row in asked
             if row.get("answer", "") not in _MISSING
         ]
@@ -291,16 +291,15 @@ class _MMBench(Benchmark):
             "none": named_none,
         }
 
-    def _picture(self, row: Row, encoded: Mapping[int, str], pictures: dict[str, bytes]) -> bytes:
-        """The row's image file; a short cell is the index of the row that has it (VLMEvalKit's tables)."""
-        cell = _cell(row, encoded)
-        digest = hashlib.sha1(cell.encode()).hexdigest()
-        if digest not in pictures:
+    @staticmethod
+    def _decoded(picture: str, row: Row, pictures: dict[str, bytes]) -> bytes:
+        """The row's image file."""
+        if picture not in pictures:
             try:
-                pictures[digest] = base64.b64decode(cell, validate=True)
+                pictures[picture] = base64.b64decode(picture, validate=True)
             except (binascii.Error, ValueError) as error:
                 raise ValueError(f"The image of question {row['index']} is not base64 ({error}).") from None
-        return pictures[digest]
+        return pictures[picture]
 
     # ------------------------------------------------------------------------------------------- preparation
 
@@ -418,16 +417,13 @@ def _asked_without(answer: Answer | None, options: Mapping[str, str]) -> bool:
     return answer is not None and answer.letters is not None and not set(options) <= set(answer.letters)
 
 
-def _cell(row: Row, encoded: Mapping[int, str]) -> str:
-    """A row's picture in base64."""
-    cell = row["image"]
-    return encoded[int(cell)] if len(cell) <= 64 and cell.isdigit() and int(cell) in encoded else cell
-
-
-def _clusters(table: Sequence[Row]) -> dict[int, str]:
-    """A name for each row's picture, equal for equal pictures."""
-    encoded = {row["index"]: row["image"] for row in table}
-    return {row["index"]: hashlib.sha1(_cell(row, encoded).encode()).hexdigest()[:16] for row in table}
+def _pictures(table: Sequence[Row]) -> dict[int, str]:
+    """Each row's picture in base64; a short cell is the index of the row that has it (VLMEvalKit's tables)."""
+    cells = {row["index"]: row["image"] for row in table}
+    return {
+        index: cells[int(cell)] if len(cell) <= 64 and cell.isdigit() and int(cell) in cells else cell
+        for index, cell in cells.items()
+    }
 
 
 def _present(text: str | None) -> str:

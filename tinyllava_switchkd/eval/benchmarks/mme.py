@@ -158,9 +158,11 @@ class MME(QuestionFileBenchmark):
         release = build.root / RELEASE
         if not release.is_dir():
             raise build.unavailable(f"MME's release is not unpacked at {release}; {self.by_hand}")
-        pairs = {image: _answer_lines(release / answer_file(image)) for image in _release_images(release)}
+        images = (path for path in sorted(release.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        names = [name for path in images if not (name := path.relative_to(release).as_posix()).startswith("eval_tool/")]
+        pairs = {image: [question for question, _ in read_pairs(release / answer_file(image))] for image in names}
         _check_pairs(pairs)
-        questions = (_question(image, line.split("\t")[0]) for image, lines in pairs.items() for line in lines)
+        questions = (_question(image, question) for image, both in pairs.items() for question in both)
         write_jsonl(build.root / "llava_mme.jsonl", questions)
 
     @staticmethod
@@ -190,29 +192,39 @@ def read_truth(folder: Path) -> dict[tuple[str, str, str], str]:
 
     Raises:
         FileNotFoundError: the folder holds no subtask.
-        ValueError: a line is not "question<TAB>Yes|No", or a question comes twice.
+        ValueError: a file is malformed, or has a question twice.
     """
     truth: dict[tuple[str, str, str], str] = {}
     for subtask in PERCEPTION + COGNITION:
         # Some subtasks keep their pictures and their texts in folders of their own.
         own = folder / subtask / "questions_answers_YN"
         for path in sorted((own if own.is_dir() else folder / subtask).glob("*.txt")):
-            for number, line in enumerate(read_text(path).split("\n"), start=1):
-                if not line.strip():
-                    continue
-                question, tab, expected = line.strip().partition("\t")
-                if not tab or expected.strip().lower() not in ("yes", "no"):
-                    raise ValueError(f"{path}, line {number}: not a question, a tab and Yes or No, but {line!r}.")
+            for question, expected in read_pairs(path):
                 key = subtask, path.stem.split(".")[0], question
                 if key in truth:
-                    raise ValueError(f"{path}, line {number}: the question {question!r} is there already.")
-                truth[key] = expected.strip().lower()
+                    raise ValueError(f"{path}: the question {question!r} is there twice.")
+                truth[key] = expected
     if not truth:
         raise FileNotFoundError(
             f"No MME ground truth in {folder}: expected <subtask>/<picture>.txt. "
             f"The release is given on request by its authors; unpack it there."
         )
     return truth
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """The questions about a picture, and their answers, "yes" or "no".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not "question<TAB>Yes|No".
+    """
+    for number, line in enumerate(read_text(path, what="text of a picture of MME").split("\n"), start=1):
+        if line.strip():
+            question, tab, expected = line.strip().partition("\t")
+            if not tab or expected.strip().lower() not in ("yes", "no"):
+                raise ValueError(f"{path}, line {number}: not a question, a tab and Yes or No, but {line!r}.")
+            yield question, expected.strip().lower()
 
 
 def read_yes_no(text: str) -> str:
@@ -257,19 +269,3 @@ def _check_pairs(pairs: Mapping[str, list[str]]) -> None:
     odd = [image for image, lines in pairs.items() if len(lines) != 2]
     if odd:
         raise ValueError(f"MME asks two questions an image, but {len(pairs[odd[0]])} on {odd[0]} ({len(odd)} images).")
-
-
-def _release_images(release: Path) -> Iterator[str]:
-    for path in sorted(release.rglob("*")):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.relative_to(release).parts[0] != "eval_tool":
-            yield path.relative_to(release).as_posix()
-
-
-def _answer_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"MME's release lacks {path}, the questions on an image; unpack it again.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        if line.count("\t") != 1:
-            raise ValueError(f"{path}, line {number} is not 'question<TAB>answer': {line!r}.")
-    return lines

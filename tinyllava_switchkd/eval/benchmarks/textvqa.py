@@ -100,7 +100,7 @@ class TextVQA(QuestionFileBenchmark):
             rows.append(self._row(key, annotations[key], answer, path))
         for key in (asked - seen).elements():
             rows.append(self._row(key, annotations[key], None, path))
-        return self.result(split="val", details=summarise(rows, ("accuracy",), {}), rows=rows)
+        return self.result(split="val", details=summarise(rows, ("accuracy",)), rows=rows)
 
     def _row(self, key: tuple[str, str], annotation: dict, answer: Answer | None, path: Path) -> dict:
         annotators = annotator_answers(annotation, f"{path}, question {key[1]!r} about the image {key[0]}")

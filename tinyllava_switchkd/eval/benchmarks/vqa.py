@@ -130,11 +130,6 @@ def vizwiz_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     return leave_one_out(normalise_vizwiz(prediction), annotators)
 
 
-def vizwiz_accuracy_ascii(prediction: str, annotators: Sequence[str]) -> float:
-    """`vizwiz_accuracy` with the contractions that were meant."""
-    return leave_one_out(normalise(prediction), annotators)
-
-
 def m4c_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     """m4c accuracy (0-1) of one answer: both sides normalised."""
     return leave_one_out(submission_form(prediction), [submission_form(answer) for answer in annotators])
@@ -168,7 +163,7 @@ def score_row(
         answer: the model's answer, or None.
         annotators: ten strings.
         scorers: functions of prediction and annotators, by name, the headline's first. A name that ends in
-            "on_submission" (or has it before a further suffix) is given the submission form instead of the raw text.
+            "on_submission" is given the submission form instead of the raw text.
     """
     row: JsonObject = {"question_id": question_id, **said(answer)}
     row["truth"] = max(annotators, key=annotators.count)
@@ -176,26 +171,24 @@ def score_row(
         if answer is None:
             row[name] = 0.0
         else:
-            text = submission_form(answer.text) if "on_submission" in name else answer.text
+            text = submission_form(answer.text) if name.endswith("on_submission") else answer.text
             row[name] = scorer(text, annotators)
     row["value"] = row[next(iter(scorers))]
     return row
 
 
-def summarise(rows: Sequence[JsonObject], scorers: Iterable[str], groups: Mapping[str, str]) -> JsonObject:
-    """Overall score of each scorer, and by group; the group of the headline has the plain name.
+def summarise(rows: Sequence[JsonObject], scorers: Iterable[str], columns: Iterable[str] = ()) -> JsonObject:
+    """Overall score of each scorer, and by the rows' columns; by a column the headline has its plain name.
 
     Args:
-        rows: of `score_row`, with the group columns.
+        rows: of `score_row`.
         scorers: their names, the headline first.
-        groups: name in the result -> column of the rows, e.g. {"answer_type": "answer_type"}.
+        columns: what the rows are grouped by.
     """
     headline, *others = scorers
-    details: JsonObject = {}
-    for name in (headline, *others):
-        details[name] = percentage([row[name] for row in rows])
-    for group, column in groups.items():
-        details[group] = percentage_by((row[column], row[headline]) for row in rows)
+    details: JsonObject = {name: percentage([row[name] for row in rows]) for name in (headline, *others)}
+    for column in columns:
+        details[column] = percentage_by((row[column], row[headline]) for row in rows)
         for name in others:
-            details[f"{group}_{name}"] = percentage_by((row[column], row[name]) for row in rows)
+            details[f"{column}_{name}"] = percentage_by((row[column], row[name]) for row in rows)
     return details

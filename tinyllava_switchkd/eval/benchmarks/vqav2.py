@@ -80,7 +80,7 @@ class VQAv2(QuestionFileBenchmark):
             row = score_row(key, joined.get(key), annotator_answers(annotation, where), SCORERS)
             row["cluster"] = annotation.get("image_id")
             rows.append(row | {column: annotation.get(column, "") for column in ("answer_type", "question_type")})
-        details = summarise(rows, SCORERS, {"answer_type": "answer_type", "question_type": "question_type"})
+        details = summarise(rows, SCORERS, ("answer_type", "question_type"))
         return self.result(split="val", details=details, rows=rows)
 
     def write_submission(
