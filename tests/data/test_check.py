@@ -108,21 +108,21 @@ def test_command(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "model, tokens, fate",
+    "model, tokens",
     [
-        (["--vision_tower", "clip-tiny", "--num_queries", "7", "--connector_type", "resampler"], 7, "loses its ends"),
-        (["--vision_tower", "siglip-tiny"], 15, "is squeezed"),
-        (["--vision-tower", "siglip-tiny", "--mm-vision-select-feature", "cls_patch"], 16, "is squeezed"),
-        (["--vision_tower", "clip-tiny", "--image_aspect_ratio", "pad"], 16, "is filled up"),
-        (["--model_path", "ckpt_clip_patch"], 16, "is filled up"),
-        (["--model_path", "ckpt_siglip_patch"], 15, "is squeezed"),
+        (["--vision_tower", "clip-tiny", "--num_queries", "7", "--connector_type", "resampler"], 7),
+        (["--vision_tower", "siglip-tiny"], 15),
+        (["--vision-tower", "siglip-tiny", "--mm-vision-select-feature", "cls_patch"], 16),
+        (["--vision_tower", "clip-tiny", "--image_aspect_ratio", "pad"], 16),
+        (["--model_path", "ckpt_clip_patch"], 16),
+        (["--model_path", "ckpt_siglip_patch"], 15),
     ],
 )
-def test_visual_tokens_of_the_model_named(folder, capsys, model, tokens, fate):
+def test_visual_tokens_of_the_model_named(folder, capsys, model, tokens):
     model = [str(FIXTURES / "upstream" / word) if "tiny" in word or "ckpt" in word else word for word in model]
     assert main([str(folder / "data.json"), "--image_folder", str(folder), *model]) == 0
     out = capsys.readouterr().out
-    assert f" {tokens}  visual tokens of an image" in out and f"a wide picture {fate}" in out
+    assert f" {tokens}  visual tokens of an image" in out
     assert ("samples encoded" in out) == ("--model_path" in model)
 
 

@@ -83,14 +83,13 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
         from tinyllava_switchkd.model.llm import open_tokenizer
 
         tokenizer = open_tokenizer(args.tokenizer)
-    aspect_ratio = args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None)
     report = check_data(
         args.data_path,
         args.image_folder,
         template=args.template,
         tokenizer=tokenizer,
         image_processor=getattr(model, "image_processor", None),
-        image_aspect_ratio=aspect_ratio,
+        image_aspect_ratio=args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None),
         num_image_tokens=args.num_image_tokens or getattr(model, "num_image_tokens", 1),
         model_max_length=args.model_max_length,
         decode=args.decode,
@@ -101,11 +100,6 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
         lines.append(
             f"{model.num_image_tokens:>12,}  visual tokens of an image ({args.model_path or args.vision_tower})"
         )
-        from tinyllava_switchkd.data.image import ImagePreprocess
-
-        settings = argparse.Namespace(image_aspect_ratio=aspect_ratio)
-        fate = ImagePreprocess(model.image_processor, settings).on_wide_picture()
-        lines.append(f"{'':>12}  a wide picture {fate}")
     return [*lines, str(report)], report.ok
 
 

@@ -16,7 +16,7 @@ from tinyllava_switchkd.data.errors import SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import ImageFolder, read_image
 from tinyllava_switchkd.data.records import Records, images_of
-from tinyllava_switchkd.data.text import DataSettings, TextPreprocess, template_of
+from tinyllava_switchkd.data.text import DataSettings, TextPreprocess
 from tinyllava_switchkd.io import JsonObject
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LazySupervisedDataset(Dataset):
         data_path: a LLaVA JSON: a list of ``{"id", "image": name or names (optional), "conversations"}``, or JSON
             lines of the same.
         tokenizer: the language model's tokenizer.
-        data_args: the data arguments; read are ``template`` (v1: ``conv_version``), ``image_folder``,
+        data_args: the data arguments; read are ``conv_version``, ``image_folder``,
             ``image_processor``, ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
             ``keep_in_memory`` (no if absent), ``allow_outside_images`` (see `ImageFolder`; no if absent) and
             ``on_bad_image``: what becomes of an image that cannot be read, "raise" (the default) or "skip", which
@@ -87,7 +87,7 @@ class LazySupervisedDataset(Dataset):
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.text_preprocess = TextPreprocess(
-            tokenizer, template_of(data_args), getattr(data_args, "eos_token_ids", None)
+            tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None)
         )
         self.on_bad_image = getattr(data_args, "on_bad_image", None) or "raise"
         if self.on_bad_image not in BAD_IMAGE_POLICIES:

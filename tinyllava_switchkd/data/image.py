@@ -94,15 +94,6 @@ class ImagePreprocess:
         kept = min(crop.get("width", width), width) * min(crop.get("height", height), height)
         return kept / (width * height)
 
-    def on_wide_picture(self) -> str:
-        """What becomes of a picture that is wider than high, in a few words."""
-        if self.image_aspect_ratio == "pad":
-            return "is filled up to a square, all of it seen"
-        kept = self.kept_share((3000, 1000))
-        if kept < 1:
-            return f"loses its ends to a crop: {kept:.0%} of a 3:1 picture is seen; --image_aspect_ratio pad shows all"
-        return "is squeezed into a square, all of it seen"
-
     def _check_size(self, size: tuple[int, int]) -> None:
         scaled = _sides(getattr(self.image_processor, "size", None))
         if self.image_aspect_ratio == "pad":

@@ -11,7 +11,7 @@ from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.data.dataset import LazySupervisedDataset
 from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport
 from tinyllava_switchkd.data.template import check_template
-from tinyllava_switchkd.data.text import DataSettings, template_of
+from tinyllava_switchkd.data.text import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,9 +48,9 @@ def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: D
         FileNotFoundError, ValueError: the data cannot be read, the template does not fit the tokenizer, or more than a
             tenth of the samples lose every answer by being cut.
     """
-    check_template(tokenizer, template_of(data_args), getattr(data_args, "eos_token_ids", None))
+    check_template(tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None))
     # One process a machine looks the data over; a launcher ends the others when it fails.
-    checker = DataChecker(template_of(data_args)) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    checker = DataChecker(data_args.conv_version) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
         allow_outside = bool(getattr(data_args, "allow_outside_images", False))

@@ -27,11 +27,6 @@ class DataSettings(Protocol):
     def conv_version(self) -> str: ...
 
 
-def template_of(data_args: DataSettings) -> str:
-    """Name of the conversation template in data arguments: ``template``, or by v1's name ``conv_version``."""
-    return getattr(data_args, "template", None) or data_args.conv_version
-
-
 class TextPreprocess:
     """Encodes conversations with one template (TinyLLaVA v1, ``data/text_preprocess.py``).
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from tinyllava_switchkd.io import JsonObject
 
@@ -12,21 +11,6 @@ from .benchmarks.files import read_jsonl
 from .results import Result, Row, read_results
 from .score import rows_file
 from .statistics import Comparison, compare, holm
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A benchmark's comparison.
-
-    Attributes:
-        column: its column in the report.
-        comparison: second minus first.
-        adjusted: its p-value, adjusted for the number of benchmarks compared (Holm).
-    """
-
-    column: str
-    comparison: Comparison
-    adjusted: float
 
 
 def read_rows(result: Result) -> list[JsonObject]:
@@ -59,11 +43,14 @@ def scored(result: Result) -> Benchmark:
     return benchmark
 
 
-def compare_models(first: str, second: str) -> tuple[Row, Row, list[Compared]]:
+def compare_models(first: str, second: str) -> tuple[Row, Row, dict[str, Comparison]]:
     """Compare two models on every benchmark that both have a score of.
 
     Args:
         first, second: score file or folder, or LABEL=PATH.
+
+    Returns:
+        both, and the comparisons (second minus first) by column.
 
     Raises:
         FileNotFoundError: a folder or the verdicts of a score are not there.
@@ -82,8 +69,7 @@ def compare_models(first: str, second: str) -> tuple[Row, Row, list[Compared]]:
             comparisons[column] = compare(ours, theirs, benchmark.headline)
         except ValueError as error:
             raise ValueError(f"{column}: {one.path} and {other.path} cannot be compared: {error}") from None
-    adjusted = holm({column: comparison.p for column, comparison in comparisons.items()})
-    return a, b, [Compared(column, comparisons[column], adjusted[column]) for column in shared]
+    return a, b, comparisons
 
 
 def _one(source: str) -> Row:
@@ -96,24 +82,22 @@ def _one(source: str) -> Row:
 HEADER = ("Benchmark", "A", "B", "B - A", "95 % interval", "p", "p, Holm", "test", "questions", "pictures", "+", "-")
 
 
-def lines(compared: Sequence[Compared]) -> list[list[str]]:
+def lines(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
     """Cells of the table, a row a benchmark."""
+    adjusted = holm({column: comparison.p for column, comparison in comparisons.items()})
     return [
         [
-            item.column,
-            f"{item.comparison.first:.1f}",
-            f"{item.comparison.second:.1f}",
-            f"{item.comparison.difference:+.1f}",
-            f"{item.comparison.low:+.1f} to {item.comparison.high:+.1f}",
-            _p(item.comparison.p),
-            _p(item.adjusted),
-            item.comparison.test,
-            f"{item.comparison.questions:,}",
-            f"{item.comparison.clusters:,}",
-            f"{item.comparison.gained:,}",
-            f"{item.comparison.lost:,}",
+            column,
+            f"{of.first:.1f}",
+            f"{of.second:.1f}",
+            f"{of.difference:+.1f}",
+            f"{of.low:+.1f} to {of.high:+.1f}",
+            _p(of.p),
+            _p(adjusted[column]),
+            of.test,
+            *(f"{count:,}" for count in (of.questions, of.clusters, of.gained, of.lost)),
         ]
-        for item in compared
+        for column, of in comparisons.items()
     ]
 
 

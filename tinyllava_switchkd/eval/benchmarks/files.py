@@ -84,19 +84,16 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
     csv.field_size_limit(2**31 - 1)  # a cell holds a whole image in base64
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t")
+        reader = csv.DictReader(file, delimiter="\t")
         try:
-            header = next(reader, [])
-            absent = [column for column in required if column not in header]
+            absent = [column for column in required if column not in (reader.fieldnames or ())]
             if absent:
                 raise ValueError(f"{path}, line 1: no column {', '.join(absent)}; is it the benchmark's own table?")
-            for cells in reader:
-                if not cells:
-                    continue
+            for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                if len(cells) != len(header):
-                    raise ValueError(f"{where}: {len(cells)} cells, but the header has {len(header)}.")
-                rows.append((where, dict(zip(header, cells, strict=True))))
+                if None in row or None in row.values():
+                    raise ValueError(f"{where}: more or fewer cells than the header has.")
+                rows.append((where, row))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
         except csv.Error as error:
