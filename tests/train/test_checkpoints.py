@@ -301,7 +301,7 @@ def test_room_is_looked_at_before_a_save(tmp_path, monkeypatch):
         return usage._replace(free=1000 if trainer.state.global_step == 2 else usage.free)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(CheckpointError, match=r"step 2 needs about .* KB in .* 1.0 KB are free.*from checkpoint-1"):
+    with pytest.raises(CheckpointError, match=r"step 2 needs about .*kB in .* 1.00kB are free.*from checkpoint-1"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-1"] and checkpoints.damage(tmp_path / "checkpoint-1") is None
 

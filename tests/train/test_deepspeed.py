@@ -152,6 +152,6 @@ def test_room_is_looked_at_before_it_is_converted(tmp_path, converter, monkeypat
     folder = shards(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(checkpoints.CheckpointError, match="100 bytes are free"):
+    with pytest.raises(checkpoints.CheckpointError, match="100B are free"):
         universal.convert(folder, tmp_path)
     assert not converter

@@ -14,57 +14,13 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), 
 
 def write_tiny_world(folder: Path) -> None:
     """Write qwen2-teacher, qwen2-student, siglip-tiny, images, captions.json and conversations.json; none twice."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen2Tokenizer,
-        SiglipImageProcessor,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
+    from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 
     if (folder / "conversations.json").is_file():  # the last one to be written
         return
-    end = "<|endoftext|>"
-    vocabulary = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]  # text goes byte by byte
-    tokenizer = Qwen2Tokenizer(
-        vocab={piece: index for index, piece in enumerate(vocabulary)},
-        merges=[],
-        eos_token=end,
-        pad_token=end,
-        unk_token=None,
-        model_max_length=512,
-    )
-    for seed, (who, width) in enumerate((("student", 32), ("teacher", 48))):
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        Qwen2ForCausalLM(config).save_pretrained(folder / f"qwen2-{who}")
-        tokenizer.save_pretrained(folder / f"qwen2-{who}")
-    vision = SiglipVisionConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vision_use_head=False,
-    )
-    SiglipVisionModel(vision).save_pretrained(folder / "siglip-tiny")
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "siglip-tiny")
+    write_llm(folder / "qwen2-student", width=32, layers=2)
+    write_llm(folder / "qwen2-teacher", width=48, layers=2, seed=1)
+    write_vision_tower(folder / "siglip-tiny", width=32)
     _write_data(folder)
 
 

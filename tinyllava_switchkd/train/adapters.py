@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,13 @@ def begin_adapters(
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
         chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]
         batches = (collate([dataset[index]]) for index in chosen)
-        with gathered(task.student.vision_tower):
+        parameters = list(task.student.vision_tower.parameters())
+        whole = nullcontext()
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3 has split them
+            from deepspeed import zero
+
+            whole = zero.GatheredParameters(parameters)
+        with whole:
             explained = task.fit_bridge(batches)
         logger.info(
             "The student's vision features have another shape than the teacher's: a bridge begins as the least-squares "
@@ -82,28 +88,15 @@ def begin_adapters(
         )
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, a module's weights are whole, where ZeRO-3 has split them."""
-    parameters = list(module.parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters(parameters):
-        yield
-
-
-def read_adapters(task: nn.Module, folder: str | Path) -> bool:
-    """Read a task's adapters back; whether there were any.
+def read_adapters(task: nn.Module, folder: str | Path) -> None:
+    """Read a task's adapters back, if it has any.
 
     Raises:
         ValueError: the folder has none although the task wants some, or they do not fit.
     """
     adapters = getattr(task, "adapters", None)
     if adapters is None:
-        return False
+        return
     file = Path(folder, FILE)
     if not file.is_file():
         raise ValueError(f"{file} is missing: the checkpoint was written by a method that trains nothing of its own.")
@@ -112,4 +105,3 @@ def read_adapters(task: nn.Module, folder: str | Path) -> bool:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} holds the trained parts of another method or pair of models ({reason}).") from None
-    return True

@@ -10,6 +10,7 @@ nor have anything executed: nothing in a checkpoint is read by a reader that exe
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -18,6 +19,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 
@@ -45,6 +48,7 @@ ASIDE = "aside-"
 """In front of the name of a checkpoint that a run was told not to go on from."""
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_size = functools.partial(tqdm.format_sizeof, suffix="B")
 _FULL = re.compile(
     r"no space left|disk quota|file too large|os error (28|27|122)|inline_container|PytorchStreamWriter|"
     r"write failed|failed to write",
@@ -96,13 +100,13 @@ def publish(folder: Path, final: Path, manifest_digest: str) -> None:
     """
     record = read_record(final.parent)
     write_json(final.parent / RECORD, {**record, final.name: manifest_digest})
+    old = final.with_name(f".old-{final.name}")
     if final.exists():
-        old = final.with_name(f".old-{final.name}")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     folder.rename(final)
     _sync_folder(final.parent)
-    shutil.rmtree(final.with_name(f".old-{final.name}"), ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | Path | None = None) -> None:
@@ -337,11 +341,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 from tinyllava_switchkd.data.template import TemplateFactory
-from tinyllava_switchkd.distill import check_compatible
 from tinyllava_switchkd.model.connector import ConnectorFactory
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
 from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
@@ -17,7 +16,6 @@ from .arguments import Arguments, TrainingArguments
 from .attention import attention_of
 from .compiling import check_compile
 from .recipes import TrainingRecipeFactory
-from .skeleton import Skeleton
 
 
 def check_names(arguments: Arguments) -> None:
@@ -61,8 +59,6 @@ def check_paths(arguments: Arguments) -> None:
                 f"--{name} {path} does not exist; give the folder of a trained model"
                 + (" (pretrain.sh writes one)." if name == "pretrained_model_path" else ".")
             )
-    if isinstance(training.deepspeed, str) and not Path(training.deepspeed).is_file():
-        raise FileNotFoundError(f"--deepspeed {training.deepspeed} does not exist; scripts/train has zero2.json.")
     check_writable(training.output_dir)
     check_overwriting(arguments)
 
@@ -140,22 +136,6 @@ def prepare_output(output_dir: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"--output_dir {output_dir} cannot be written to: {reason}; choose another.") from error
-
-
-def check_teacher(arguments: Arguments, student: Skeleton, teacher: Skeleton) -> None:
-    """Refuse a teacher that the student cannot learn from.
-
-    Raises:
-        ValueError: with what differs, on both sides.
-    """
-    check_compatible(
-        student.model,
-        teacher.model,
-        arguments.distill.method(),
-        student_tokenizer=student.tokenizer,
-        teacher_tokenizer=teacher.tokenizer,
-        bridge=arguments.distill.bridge,
-    )
 
 
 def _check_base_model(name: str, value: str) -> None:

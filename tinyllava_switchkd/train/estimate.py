@@ -75,7 +75,6 @@ def estimate(
     master_weights: bool = True,
     checkpointing: bool = False,
     switch: bool = True,
-    logit_terms: int | None = None,
     chunk_size: int | None = None,
     half_teacher: bool | None = None,
     teacher_bits: int = 16,
@@ -95,7 +94,6 @@ def estimate(
         master_weights: in mixed precision, optimiser state and a copy of the weights in float32, as DeepSpeed keeps.
         checkpointing: activation checkpointing in the student and in the teacher's switch pass.
         switch: whether the switch pass runs.
-        logit_terms: losses between logits; None takes one, and one more with the switch.
         chunk_size: as in `build_distiller`.
         half_teacher: whether the teacher is in bfloat16 or float16; None as the student. Under torch's autocast the
             student's weights are in float32 and the teacher's are not; the student's activations, of which autocast
@@ -127,7 +125,7 @@ def estimate(
     head = student.get_output_embeddings().weight
     supervised *= batch_size
     chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
-    terms = 0 if teacher is None else 1 + switch if logit_terms is None else logit_terms
+    terms = 0 if teacher is None else 1 + switch
     # The head's gradient waits for the backward pass, in float32 while chunks are added up.
     head_gradient = head.numel() * (4 if chunk < supervised else size) if head.requires_grad else 0
     return Estimate(
@@ -137,7 +135,7 @@ def estimate(
         teacher=0 if teacher is None else weight_bytes(teacher, guide_size, teacher_bits),
         activations=activations,
         recomputed=recomputed,
-        logits=LOGIT_COPIES[min(terms, len(LOGIT_COPIES) - 1)] * chunk * head.shape[0] * 4,
+        logits=LOGIT_COPIES[terms] * chunk * head.shape[0] * 4,
         head_gradient=head_gradient,
     )
 

@@ -22,11 +22,8 @@ def set_tune_type(module: nn.Module, tune_type: str) -> None:
         module.requires_grad_(tune_type == "full")
 
 
-def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> int:
+def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> None:
     """Train a vision tower's encoder layers from a number on, and nothing else of it ("partially-tune").
-
-    Returns:
-        the number of layers that train.
 
     Raises:
         ValueError: the tower has no such layer.
@@ -37,13 +34,11 @@ def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> int:
         parameter.requires_grad_(match is not None and int(match[1]) >= from_layer)
         if match is not None:
             layers.add(int(match[1]))
-    trained = {layer for layer in layers if layer >= from_layer}
-    if not trained:
+    if from_layer > max(layers, default=-1):
         raise ValueError(
             f"--tune_vision_tower_from_layer is {from_layer}, but the vision tower has {len(layers)} encoder layers, "
             f"the first of them 0; nothing of it would be trained."
         )
-    return len(trained)
 
 
 def describe(model: nn.Module) -> str:

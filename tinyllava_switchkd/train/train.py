@@ -27,7 +27,7 @@ from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTo
 
 from tinyllava_switchkd.data.errors import SampleError
 from tinyllava_switchkd.data.module import make_supervised_data_module
-from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller
+from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller, check_compatible
 from tinyllava_switchkd.distill.teacher_cache import tell_size
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
@@ -69,56 +69,6 @@ USER_ERRORS = (ValueError, OSError, ImportError, LockedError)
 """What a wrong argument, file or installation raises before training, with a sentence that says so."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a training from a command line; the exit code.
-
-    What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
-    """
-    _set_up_logging()
-    signals.follow_launcher()
-    signals.install()
-    try:
-        return _main(argv)
-    finally:
-        signals.uninstall()
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    run = None
-    try:
-        arguments = parse_arguments(argv)
-        if arguments.training.estimate:
-            checks.check_names(arguments)
-            checks.check_paths(arguments)
-            print(estimate_run(arguments))
-        else:
-            run = prepare(arguments)
-    except OtherRankFailedError:
-        return 1
-    except (*USER_ERRORS, checkpoints.CheckpointError) as error:
-        if os.environ.get("TINYLLAVA_TRACEBACK"):
-            raise
-        if is_main_process():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return checkpoints.NO_ROOM if isinstance(error, checkpoints.CheckpointError) else 1
-    if run is None:
-        return 0
-    try:
-        run()
-    except tuple(EXIT_CODES) as error:
-        # a bad sample and a full disk are met by one rank alone, everything else by all of them
-        if is_main_process() or isinstance(error, (SampleError, checkpoints.CheckpointError)):
-            print(f"error: {error}", file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    except KeyboardInterrupt:  # at once, where the signals of a cluster wait for the next step
-        if is_main_process():
-            print(f"error: Interrupted; {run.left()}.", file=sys.stderr)
-        return 130
-    finally:
-        run.release()
-    return 0
-
-
 EXIT_CODES: dict[type[Exception], int] = {
     resume.ResumeError: 1,
     SampleError: 1,
@@ -131,6 +81,48 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 class OtherRankFailedError(RuntimeError):
     """A check failed on another rank, which says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a training from a command line; the exit code.
+
+    What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
+    """
+    _set_up_logging()
+    signals.follow_launcher()
+    signals.install()
+    run = None
+    try:
+        arguments = parse_arguments(argv)
+        if arguments.training.estimate:
+            checks.check_names(arguments)
+            checks.check_paths(arguments)
+            print(estimate_run(arguments))
+            return 0
+        run = prepare(arguments)
+        if run is not None:
+            run()
+        return 0
+    except OtherRankFailedError:
+        return 1
+    except Exception as error:
+        expected = tuple(EXIT_CODES) if run is not None else (*USER_ERRORS, checkpoints.CheckpointError)
+        if not isinstance(error, expected) or (run is None and os.environ.get("TINYLLAVA_TRACEBACK")):
+            raise
+        # while training, a bad sample and a full disk are met by one rank alone, everything else by all of them
+        if is_main_process() or (run is not None and isinstance(error, (SampleError, checkpoints.CheckpointError))):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    except KeyboardInterrupt:  # at once, where the signals of a cluster wait for the next step
+        if run is None:
+            raise
+        if is_main_process():
+            print(f"error: Interrupted; {run.left()}.", file=sys.stderr)
+        return 130
+    finally:
+        if run is not None:
+            run.release()
+        signals.uninstall()
 
 
 @dataclass
@@ -225,7 +217,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     recipe = plan.recipe
     cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
-    model = recipe.load(recipe.add_args(model_settings(arguments)))
+    model = recipe.load(model_settings(arguments))
     apply_run_settings(model, model.tokenizer, arguments)
     model = recipe(model)
     callbacks = []
@@ -368,7 +360,14 @@ def check(arguments: Arguments) -> Plan | None:
     teacher = None
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
-        checks.check_teacher(arguments, skeleton, teacher)
+        check_compatible(
+            skeleton.model,
+            teacher.model,
+            arguments.distill.method(),
+            student_tokenizer=skeleton.tokenizer,
+            teacher_tokenizer=teacher.tokenizer,
+            bridge=arguments.distill.bridge,
+        )
     logger.info("An image takes %s.", visual_tokens(skeleton.model))
     data = _data(arguments, skeleton, teacher)
     few = checks.few_steps(training, len(data[0]))

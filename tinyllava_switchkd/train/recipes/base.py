@@ -42,16 +42,6 @@ class BaseTrainingRecipe:
     def __init__(self, training_arguments: TrainingArguments) -> None:
         self.training_arguments = training_arguments
 
-    def add_args(self, model_args: dict[str, Any]) -> dict[str, Any]:
-        """Complete the arguments for loading with what the training arguments say.
-
-        Adds `dtype`, and `pretrained_model_path` if the run starts from a checkpoint.
-        """
-        model_args = {**model_args, "dtype": self.weights_dtype()}
-        if self.training_arguments.pretrained_model_path is not None:
-            model_args["pretrained_model_path"] = self.training_arguments.pretrained_model_path
-        return model_args
-
     def weights_dtype(self) -> torch.dtype:
         """What weights are held in: DeepSpeed keeps float32 copies of what it trains, torch's autocast does not."""
         if self.training_arguments.deepspeed:
@@ -62,19 +52,19 @@ class BaseTrainingRecipe:
         """What is computed in."""
         return self.training_arguments.compute_dtype
 
-    def load(self, model_args: dict[str, Any]) -> TinyLlava:
+    def load(self, settings: dict[str, Any]) -> TinyLlava:
         """The model with its weights, tokenizer and image processor (attributes of it), on the CPU.
 
         Args:
-            model_args: from `add_args`: a checkpoint in `pretrained_model_path`, or else the base models, as
-                `tinyllava_switchkd.model.build_model` takes them.
+            settings: of a model of base models, as `tinyllava_switchkd.model.build_model` takes them; where the run
+                starts from a checkpoint, that says most of it.
         """
-        model_args = dict(model_args)
-        path = model_args.pop("pretrained_model_path", None)
+        settings = {**settings, "dtype": self.weights_dtype(), "device": "cpu"}
+        path = self.training_arguments.pretrained_model_path
         if path is None:
-            return build_model(**model_args, device="cpu")[0]
-        kept = ("dtype", "attn_implementation", "cache_dir")
-        return load_pretrained_model(path, device="cpu", **{name: model_args[name] for name in kept})[0]
+            return build_model(**settings)[0]
+        kept = ("dtype", "device", "attn_implementation", "cache_dir")
+        return load_pretrained_model(path, **{name: settings[name] for name in kept})[0]
 
     def __call__(self, model: TinyLlava) -> TinyLlava:
         """Bring the model into the form in which it trains, and note that in its configuration."""
