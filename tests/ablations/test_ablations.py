@@ -141,7 +141,7 @@ def test_a_table_says_what_does_not_beat_what():
     said = summary.sentences(stored, table)
     assert any(line.startswith("with the switch is better than PT-SFT: +10.1 [") for line in said)
     assert any(line.startswith("with the switch does not beat without the switch") for line in said)
-    assert "| PT-SFT | 51.0 | 1.0 |" in summary.markdown(stored, table)
+    assert "| PT-SFT | 51.0 | 1.0 |" in summary.markdown_of(summary.lines(stored, table))
     one = {"runs": {key: run for key, run in runs.items() if run["seed"] == 1}}
     assert summary.sentences(one, table) == ["One seed: no difference can be told from chance."]
     assert "no seed is complete" in summary.text_of({"runs": {}}, table)

@@ -164,10 +164,12 @@ def _interval(values: Sequence[float], measure: str, sign: str = "") -> str:
     return "{:{s}.{d}f} [{:{s}.{d}f}, {:{s}.{d}f}]".format(*mean_interval(values), s=sign, d=digits)
 
 
+CELLS = ("ce, align, switch", "gradients at the tower", "cosine switch, CE", "top 1 / top 100 in the pairs")
+
+
 def state_lines(stored: JsonObject) -> list[list[str]]:
     """Cells of what the terms are to one another, a row a state, at tau 3."""
-    heads = ["", "k, teacher leads (5, 50, 95 %)", "k, student leads", "overlap", "ce, align, switch"]
-    rows = [[*heads, "gradients at the tower", "cosine switch, CE", "top 1 / top 100 in the pairs"]]
+    rows = [["", "k, teacher leads (5, 50, 95 %)", "k, student leads", "overlap", *CELLS]]
     for name, state in stored["states"].items():
         at = state["temperatures"]["3"]
         rows.append(
@@ -175,10 +177,7 @@ def state_lines(stored: JsonObject) -> list[list[str]]:
                 name,
                 *(" / ".join(f"{k:,}" for k in state[side]) for side in ("knee_teacher", "knee_student")),
                 f"{state['overlap']:.2f}",
-                ", ".join(f"{value:.3g}" for value in at["means"].values()),
-                ", ".join(f"{value:.3g}" for value in at["norms"].values()),
-                "–" if at["cosine"] is None else f"{at['cosine']:+.2f}",
-                f"{100 * at['top_1']:.1f} % / {100 * at['top_100']:.0f} %",
+                *_cells(at),
             ]
         )
     return rows
@@ -186,15 +185,18 @@ def state_lines(stored: JsonObject) -> list[list[str]]:
 
 def temperature_lines(stored: JsonObject) -> list[list[str]]:
     """Cells of the states that were measured at several temperatures."""
-    rows = [
-        ["", "tau", "ce, align, switch", "gradients at the tower", "cosine switch, CE", "top 1 / top 100 in the pairs"]
-    ]
+    rows = [["", "tau", *CELLS]]
     for name, state in stored["states"].items():
         for tau, at in state["temperatures"].items() if len(state["temperatures"]) > 1 else ():
-            means, norms = (", ".join(f"{value:.3g}" for value in at[part].values()) for part in ("means", "norms"))
-            cosine = "–" if at["cosine"] is None else f"{at['cosine']:+.2f}"
-            rows.append([name, tau, means, norms, cosine, f"{100 * at['top_1']:.1f} % / {100 * at['top_100']:.0f} %"])
+            rows.append([name, tau, *_cells(at)])
     return rows
+
+
+def _cells(at: JsonObject) -> list[str]:
+    """What the terms are to one another at one temperature: means, gradients, cosine, and the top tokens' share."""
+    means, norms = (", ".join(f"{value:.3g}" for value in at[part].values()) for part in ("means", "norms"))
+    cosine = "–" if at["cosine"] is None else f"{at['cosine']:+.2f}"
+    return [means, norms, cosine, f"{100 * at['top_1']:.1f} % / {100 * at['top_100']:.0f} %"]
 
 
 def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:

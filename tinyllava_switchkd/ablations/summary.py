@@ -123,16 +123,8 @@ def text_of(stored: Stored, table: Table) -> str:
     return "\n".join([head, "", *cli.table(lines(stored, table)), "", *sentences(stored, table)])
 
 
-def markdown(stored: Stored, table: Table) -> str:
-    """The table for a page."""
-    return markdown_of(lines(stored, table))
-
-
 def markdown_of(cells: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the heads first, for a page."""
     head, *rows = cells
-    return "\n".join(_row(row) for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    every = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in every)

@@ -10,10 +10,10 @@ missed one kind, it trains for another round, and then begins anew from other ra
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
-
-Scores = Mapping[str, float]
-"""Kind of question -> right answers in per cent."""
-
-Train = Callable[[int, int, "Path | None"], Path]
-"""Start, round and the checkpoint of the round before -> checkpoint."""
-
-Keep = Callable[[Path, Path], None]
-"""Writes a part of a checkpoint to a folder."""
-
 
 LEARNED = {"digits": 75, "position": 65, "colour": 65, "where": 90, "read": 30, "yes_no": 62, "choice": 62}
 """What counts as learned, in per cent: far above chance (10, 10, 10, 25, 0, 50, 50), and as high as a tower that reads
@@ -93,113 +83,127 @@ def make_bases(
         StageError: a training failed, or something was not learned in any of the attempts.
     """
     plan = plan or BasePlan()
-    experiment, folder = Experiment(root, Plan(), root / "models", say), root / "models"
-    # The young models learn from descriptions what those adapted later know: more of them
-    data = experiment.data("font", "font", plan.scenes, 0, caption_share=0.5)
-    asked = scenes.question_set("font", "val", plan.val_scenes, seed=0)
-    code = [digest(base_models.__file__), digest(scenes.__file__)]
-    everything = {
-        **PRETRAIN,
-        "image_folder": data / "images",
-        "tune_type_llm": "full",
-    }
+    bases = _Bases(root, plan, say)
+    for name, width in plan.towers:
+        bases.settle(name, partial(bases.train_tower, name, width), bases.what_tower_sees, _keep_tower)
+    vision_tower = vision_tower or bases.bases / plan.towers[0][0]
+    for who, width in plan.widths:
+        train = partial(bases.train_llm, who, width, vision_tower)
+        bases.settle(f"base-qwen2-{who}", train, bases.what_llm_knows, _keep_llm)
+    return bases.bases
 
-    def random_llm(who: str, width: int, seed: int) -> Path:
-        made = folder / f"random{seed}-qwen2-{who}"
-        source = ["llm", width, plan.layers, plan.padding, seed, code]
-        once(
-            made,
-            source,
-            lambda path: base_models.write_llm(path, width, plan.layers, seed=seed, padding=plan.padding),
-        )
+
+class _Bases(Experiment):
+    """Trainings of bases; those that have learned all go to the folder ``models``."""
+
+    def __init__(self, root: Path, sizes: BasePlan, say: Callable[[str], object]) -> None:
+        super().__init__(root, Plan(), root / "models", say)
+        self.sizes = sizes
+        # The young models learn from descriptions what those adapted later know: more of them
+        self.grown_on = self.data("font", "font", sizes.scenes, 0, caption_share=0.5)
+        self.asked = scenes.question_set("font", "val", sizes.val_scenes, seed=0)
+
+    def random(self, name: str, source: Sequence[object], write: Callable[[Path], None]) -> Path:
+        """A folder of random weights, made once."""
+        made = self.bases / name
+        once(made, [*source, [digest(base_models.__file__), digest(scenes.__file__)]], write)
         return made
 
-    def tower(name: str, width: int) -> Train:
-        """Captions of font scenes, everything tuned; the language model is thrown away afterwards."""
+    def random_llm(self, who: str, width: int, seed: int) -> Path:
+        sizes = self.sizes
+        write = partial(base_models.write_llm, width=width, layers=sizes.layers, seed=seed, padding=sizes.padding)
+        return self.random(f"random{seed}-qwen2-{who}", ["llm", width, sizes.layers, sizes.padding, seed], write)
 
-        def train(seed: int, number: int, before: Path | None) -> Path:
-            vision = folder / f"random{seed}-{name}"
-            once(
-                vision,
-                [width, seed, code],
-                lambda path: base_models.write_vision_tower(path, width, seed=seed),
-            )
-            flags = {
-                **everything,
-                "conv_version": "pretrain",
-                "data_path": data / "captions.json",
-                "model_name_or_path": random_llm("tower", plan.companion_width, seed),
-                "vision_tower": vision,
-                "tune_type_vision_tower": "full",
-                "per_device_train_batch_size": 32,
-                "max_steps": plan.tower_steps,
-                "pretrained_model_path": before,
-                "seed": number,
-            }
-            return experiment.train("Base vision tower", f"{name}-start{seed}-round{number}", flags)
+    def train_tower(self, name: str, width: int, seed: int, number: int, before: Path | None) -> Path:
+        """Captions of font scenes, everything tuned; the language model is thrown away afterwards.
 
-        return train
+        Args:
+            name, width: of the tower.
+            seed: of the start's random weights.
+            number: of the round.
+            before: checkpoint of the round before.
+        """
+        write = partial(base_models.write_vision_tower, width=width, seed=seed)
+        flags = {
+            "conv_version": "pretrain",
+            "data_path": self.grown_on / "captions.json",
+            "model_name_or_path": self.random_llm("tower", self.sizes.companion_width, seed),
+            "vision_tower": self.random(f"random{seed}-{name}", [width, seed], write),
+            "tune_type_vision_tower": "full",
+            "per_device_train_batch_size": 32,
+            "max_steps": self.sizes.tower_steps,
+        }
+        return self.grow("Base vision tower", f"{name}-start{seed}-round{number}", flags, number, before)
 
-    def llm(who: str, width: int) -> Train:
+    def train_llm(self, who: str, width: int, vision_tower: Path, seed: int, number: int, before: Path | None) -> Path:
         """Descriptions of and questions about font scenes, from random weights and with the base tower.
 
         (Language models that grew up with the tower know cells by their order, and hardly unlearn it.)
         """
+        flags = {
+            "conv_version": base_models.CONV_VERSION,
+            "data_path": self.grown_on / "questions.json",
+            "model_name_or_path": self.random_llm(who, width, seed),
+            "vision_tower": vision_tower,
+            "max_steps": self.sizes.llm_steps,
+        }
+        name = f"base-qwen2-{who}-start{seed}-round{number}"
+        return self.grow(f"Base language model ({who})", name, flags, number, before)
 
-        def train(seed: int, number: int, before: Path | None) -> Path:
-            flags = {
-                **everything,
-                "conv_version": base_models.CONV_VERSION,
-                "data_path": data / "questions.json",
-                "model_name_or_path": random_llm(who, width, seed),
-                "vision_tower": vision_tower or folder / plan.towers[0][0],
-                "max_steps": plan.llm_steps,
-                "pretrained_model_path": before,
-                "seed": number,
-            }
-            name = f"base-qwen2-{who}-start{seed}-round{number}"
-            return experiment.train(f"Base language model ({who})", name, flags)
+    def grow(self, title: str, name: str, flags: Mapping[str, object], number: int, before: Path | None) -> Path:
+        """One round of a base's training."""
+        common = {**PRETRAIN, "image_folder": self.grown_on / "images", "tune_type_llm": "full"}
+        return self.train(title, name, {**common, **flags, "pretrained_model_path": before, "seed": number})
 
-        return train
-
-    def what_tower_sees(checkpoint: Path) -> Scores:
+    def what_tower_sees(self, checkpoint: Path) -> Mapping[str, float]:
+        """Digits that a probe reads off the tower, in per cent."""
         from . import evaluate
 
-        fitted = scenes.make_scenes("font", "train", 2 * plan.val_scenes, 10_000)
-        return {"digits": evaluate.probe(evaluate.load(checkpoint), fitted, asked.scenes, asked.scenes)}
+        fitted = scenes.make_scenes("font", "train", 2 * self.sizes.val_scenes, 10_000)
+        return {"digits": evaluate.probe(evaluate.load(checkpoint), fitted, self.asked.scenes, self.asked.scenes)}
 
-    def what_llm_knows(checkpoint: Path) -> Scores:
+    def what_llm_knows(self, checkpoint: Path) -> Mapping[str, float]:
+        """Kind of question -> right answers in per cent."""
         from . import evaluate
 
-        return evaluate.accuracy(asked.questions, evaluate.answer_questions(evaluate.load(checkpoint), asked))[1]
+        answers = evaluate.answer_questions(evaluate.load(checkpoint), self.asked)
+        return evaluate.accuracy(self.asked.questions, answers)[1]
 
-    def settle(name: str, train: Train, ask: Callable[[Path], Scores], keep: Keep) -> None:
-        """Train until all is learned, a round longer or from other weights if need be, and keep that part."""
-        checkpoint = None
-        for attempt in range(plan.starts * plan.rounds):
-            start, number = divmod(attempt, plan.rounds)
-            seed = plan.first_start + start
-            checkpoint = train(seed, number, checkpoint if number else None)
-            with logged(f"Asking {name}", root / "logs" / f"{name}.log"):
+    def settle(
+        self,
+        name: str,
+        train: Callable[[int, int, Path | None], Path],
+        ask: Callable[[Path], Mapping[str, float]],
+        keep: Callable[[Path, Path], None],
+    ) -> None:
+        """Train until all is learned, a round longer or from other weights if need be, and keep that part.
+
+        Args:
+            name: of the folder with the part.
+            train: makes a checkpoint of a start's seed, a round's number and the checkpoint of the round before.
+            ask: what a checkpoint knows.
+            keep: writes the part of a checkpoint to a folder.
+        """
+        sizes, checkpoint = self.sizes, None
+        for attempt in range(sizes.starts * sizes.rounds):
+            start, number = divmod(attempt, sizes.rounds)
+            checkpoint = train(sizes.first_start + start, number, checkpoint if number else None)
+            with logged(f"Asking {name}", self.root / "logs" / f"{name}.log"):
                 found = ask(checkpoint)
-            say("    right answers, validation: " + ", ".join(f"{kind} {value:.0f} %" for kind, value in found.items()))
-            missed = [kind for kind, value in found.items() if value < plan.learned.get(kind, 0)]
+            known = ", ".join(f"{kind} {value:.0f} %" for kind, value in found.items())
+            self.say(f"    right answers, validation: {known}")
+            missed = [kind for kind, value in found.items() if value < sizes.learned.get(kind, 0)]
             if not missed:
-                once(folder / name, digest(checkpoint / "model.safetensors"), functools.partial(keep, checkpoint))
+                once(self.bases / name, digest(checkpoint / "model.safetensors"), partial(keep, checkpoint))
                 return
-            left = plan.starts * plan.rounds - attempt - 1
-            go_on = "a round longer" if number + 1 < plan.rounds else "from other weights"
-            say(f"    not learned: {', '.join(missed)}; " + (f"{go_on}, attempts left: {left}" if left else "enough"))
+            left = sizes.starts * sizes.rounds - attempt - 1
+            go_on = "a round longer" if number + 1 < sizes.rounds else "from other weights"
+            after = f"{go_on}, attempts left: {left}" if left else "enough"
+            self.say(f"    not learned: {', '.join(missed)}; {after}")
         raise StageError(
-            f"{name} did not learn every kind of question from any of {plan.starts} starts. Use the bases that are "
+            f"{name} did not learn every kind of question from any of {sizes.starts} starts. Use the bases that are "
             f"shipped (without --from_scratch), or tell us the versions that you use."
         )
-
-    for name, width in plan.towers:
-        settle(name, tower(name, width), what_tower_sees, _keep_tower)
-    for who, width in plan.widths:
-        settle(f"base-qwen2-{who}", llm(who, width), what_llm_knows, _keep_llm)
-    return folder
 
 
 def _keep_tower(checkpoint: Path, folder: Path) -> None:
