@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -169,7 +170,7 @@ def test_maps_of_the_figure_are_those_of_each_model(tmp_path, monkeypatch):
         return Look("", "" if empty else f"{model}: {question.split()[-1]}", found, ())
 
     monkeypatch.setattr(toy, "look", look)
-    machine = toy.Toy(Experiment(tmp_path, Plan(test_scenes=12)))
+    machine = toy.Toy(Experiment(tmp_path, dataclasses.replace(SMALL, test_scenes=12)))
     machine.figure(3)
     stored = read_json(tmp_path / toy.RESULTS)["figure"]["scenes"]
     assert stored["seed"] == 3 and len(stored["by_question"]) == toy.SCENES_DRAWN

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -87,6 +88,11 @@ class Planned:
     samples: int
     seconds: float | None = None
 
+    @cached_property
+    def models(self) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaForConditionalGeneration | None]:
+        """Student and teacher on the meta device."""
+        return build(self.student, self.flags), None if self.teacher is None else build(self.teacher, self.flags)
+
 
 def build(models: tuple[str, str], flags: Flags) -> TinyLlavaForConditionalGeneration:
     """A model on the meta device."""
@@ -140,16 +146,14 @@ def memory(planned: Planned) -> Estimate:
         ValueError: student and teacher do not fit each other.
     """
     flags = planned.flags
-    student = build(planned.student, flags).train()
-    teacher, switch = None, False
-    if planned.teacher is not None:
-        teacher = build(planned.teacher, flags).requires_grad_(False)
+    student, teacher = planned.models
+    switch = False
+    if teacher is not None:
         method = method_of(flags)
-        build_distiller(
-            student, teacher, method
-        )  # before parts are frozen: it would compare two frozen towers' weights
+        # before parts are frozen: it would compare two frozen towers' weights
+        build_distiller(student.train(), teacher.requires_grad_(False), method)
         switch = method.switch
-    freeze(student, flags)
+    freeze(student.train(), flags)
     half = str(flags.get("bf16", "False")) == "True"
     zero = str(flags.get("zero", ""))
     return estimate(
@@ -169,15 +173,14 @@ def memory(planned: Planned) -> Estimate:
 def operations(planned: Planned) -> float:
     """Floating-point operations of a sample: a weight and token take 2 forward, 2 for the gradient of the input, and 2
     for the weight's own."""
-    student = build(planned.student, planned.flags)
+    student, teacher = planned.models
     length = student.num_image_tokens + TEXT_TOKENS[planned.stage]
     again = 2 if str(planned.flags.get("gradient_checkpointing", "False")) == "True" else 0
     language, tower = _weights(student.language_model), _weights(student.vision_tower)
     patches = student.vision_tower.num_tokens("cls_patch")
     learns = [str(planned.flags.get(f"tune_type_{part}", "full")) != "frozen" for part in ("llm", "vision_tower")]
     total = (4 + 2 * learns[0] + again) * language * length + (2 + (4 + again) * learns[1]) * tower * patches
-    if planned.teacher is not None:
-        teacher = build(planned.teacher, planned.flags)
+    if teacher is not None:
         language = _weights(teacher.language_model)
         total += 2 * language * length + 2 * _weights(teacher.vision_tower) * teacher.vision_tower.num_tokens(
             "cls_patch"
