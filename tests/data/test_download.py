@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava_switchkd.data import download
-from tinyllava_switchkd.data.download import HubFile, ImageSource, TrainingSet, main
+from tinyllava_switchkd.data.download import TrainingSet, main
 
 from ..eval.fake_hub import FakeHub, serve
 from ..eval.hub_schemas import picture
@@ -62,13 +62,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             "pretrain": replace(download.TRAINING_SETS["pretrain"], records=4),
             "finetune": TrainingSet(
                 "LLaVA-Mix-665K",
-                HubFile("liuhaotian/LLaVA-Instruct-150K", "llava_v1_5_mix665k.json"),
+                "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
                 7,
-                (
-                    ImageSource("coco/train2017/", "coco/train2017", (f"{server.url}/train2017.zip",)),
-                    ImageSource("vg/VG_100K/", "vg/VG_100K", (f"{server.url}/vg/images.zip",)),
-                    ImageSource("vg/VG_100K_2/", "vg/VG_100K_2", (f"{server.url}/other/images.zip",)),
-                ),
+                "",
+                {
+                    "coco/train2017": (f"{server.url}/train2017.zip",),
+                    "vg/VG_100K": (f"{server.url}/vg/images.zip",),
+                    "vg/VG_100K_2": (f"{server.url}/other/images.zip",),
+                },
             ),
         }
         monkeypatch.setattr(download, "TRAINING_SETS", sets)
@@ -118,12 +119,11 @@ def test_lost_and_broken_images_are_found_and_come_back(
 
 
 def test_archive_that_lacks_an_image_is_followed_by_the_next(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
-    first = HubFile("weizhiwang/llava_v15_instruction_images", "ocr.zip")
-    second = HubFile("qnguyen3/ocr_vqa", "ocr_vqa.zip")
-    write_zip(hub.folder(first.repo_id) / first.name, {"ocr/1.jpg": b"one"})
-    write_zip(hub.folder(second.repo_id) / second.name, {"images/1.jpg": b"other", "images/2.jpg": b"two"})
-    source = ImageSource("", "ocr_vqa/images", (first, second))
-    lacking = download.get_images(source, ["1.jpg", "2.jpg", "3.jpg"], tmp_path, tmp_path / "downloads", keep=False)
+    write_zip(hub.folder("weizhiwang/llava_v15_instruction_images") / "ocr.zip", {"ocr/1.jpg": b"one"})
+    write_zip(hub.folder("qnguyen3/ocr_vqa") / "ocr_vqa.zip", {"images/1.jpg": b"other", "images/2.jpg": b"two"})
+    archives = ("weizhiwang/llava_v15_instruction_images/ocr.zip", "qnguyen3/ocr_vqa/ocr_vqa.zip")
+    folder, names = tmp_path / "ocr_vqa/images", ["1.jpg", "2.jpg", "3.jpg"]
+    lacking = download.get_images(folder, names, archives, tmp_path / "downloads", keep=False)
     assert lacking == ["3.jpg"]
     assert [(tmp_path / "ocr_vqa/images" / name).read_bytes() for name in ("1.jpg", "2.jpg")] == [b"one", b"two"]
     assert len(list((tmp_path / "downloads").rglob("*.zip"))) == 2  # kept while something is missing
@@ -192,8 +192,7 @@ def test_eval_script_for_real(tmp_path: Path) -> None:
 
 def test_official_sets() -> None:
     assert [download.TRAINING_SETS[name].records for name in ("pretrain", "finetune")] == [558_128, 665_298]
-    folders = [source.folder for source in download.TRAINING_SETS["finetune"].images]
-    assert folders == [
+    assert list(download.TRAINING_SETS["finetune"].images) == [
         "coco/train2017",
         "gqa/images",
         "ocr_vqa/images",

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,128 +25,105 @@ from tqdm import tqdm
 
 from ..cli import CommandParser
 from ..fetch import SourceError, download, extract, hub_folder
-from ..io import write_bytes
+from ..io import atomic_file, write_bytes
 from .image_files import image_problem
 from .records import images_of, scan
 
 logger = logging.getLogger(__name__)
 
-COCO_URL = "http://images.cocodataset.org/zips/train2017.zip"
-GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
-TEXTVQA_URL = "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
-VG_URL = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a data set on the Hugging Face hub."""
-
-    repo_id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """A folder of images and the archives that hold them.
-
-    Attributes:
-        prefix: how the JSON's image names begin; the rest is the name within `folder`.
-        folder: below the data directory.
-        archives: addresses or hub files; each is asked for what those before it lacked.
-    """
-
-    prefix: str
-    folder: str
-    archives: tuple[str | HubFile, ...]
-
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A LLaVA JSON, the number of its records, and where its images are from."""
+    """A LLaVA JSON and where its images are from; a file is an address or, on the hub, ``owner/data set/name``.
+
+    Attributes:
+        title: for messages.
+        json: the file.
+        records: how many it has.
+        root: folder below the data directory from which the JSON's image names start.
+        images: folder below `root` -> archives, each of which is asked for what those before it lacked.
+    """
 
     title: str
-    json: HubFile
+    json: str
     records: int
-    images: tuple[ImageSource, ...]
+    root: str
+    images: Mapping[str, tuple[str, ...]]
 
     @property
     def path(self) -> str:
         """The JSON below the data directory."""
-        return f"text_files/{self.json.name}"
+        return f"text_files/{self.json.rpartition('/')[2]}"
 
-
-# OCR-VQA's own addresses are mostly dead (LLaVA #1458, #1618); these are collections of its images for LLaVA-1.5.
-OCR_VQA = (
-    HubFile("weizhiwang/llava_v15_instruction_images", "ocr_vqa_images_llava_v15.zip"),
-    HubFile("qnguyen3/ocr_vqa", "ocr_vqa.zip"),
-)
 
 TRAINING_SETS = {
     "pretrain": TrainingSet(
         "LLaVA-558K",
-        HubFile("liuhaotian/LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json"),
+        "liuhaotian/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         558_128,
-        (ImageSource("", "llava/llava_pretrain/images", (HubFile("liuhaotian/LLaVA-Pretrain", "images.zip"),)),),
+        "llava/llava_pretrain/images",
+        {"": ("liuhaotian/LLaVA-Pretrain/images.zip",)},
     ),
     "finetune": TrainingSet(
         "LLaVA-Mix-665K",
-        HubFile("liuhaotian/LLaVA-Instruct-150K", "llava_v1_5_mix665k.json"),
+        "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
         665_298,
-        (
-            ImageSource("coco/train2017/", "coco/train2017", (COCO_URL,)),
-            ImageSource("gqa/images/", "gqa/images", (GQA_URL,)),
-            ImageSource("ocr_vqa/images/", "ocr_vqa/images", OCR_VQA),
-            ImageSource("textvqa/train_images/", "textvqa/train_images", (TEXTVQA_URL,)),
-            ImageSource("vg/VG_100K/", "vg/VG_100K", (f"{VG_URL}images.zip",)),
-            ImageSource("vg/VG_100K_2/", "vg/VG_100K_2", (f"{VG_URL}images2.zip",)),
-        ),
+        "",
+        {
+            "coco/train2017": ("http://images.cocodataset.org/zips/train2017.zip",),
+            "gqa/images": ("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",),
+            # OCR-VQA's own addresses are mostly dead (LLaVA #1458, #1618); these are collections made for LLaVA-1.5.
+            "ocr_vqa/images": (
+                "weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip",
+                "qnguyen3/ocr_vqa/ocr_vqa.zip",
+            ),
+            "textvqa/train_images": ("https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",),
+            "vg/VG_100K": ("https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip",),
+            "vg/VG_100K_2": ("https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",),
+        },
     ),
 }
 
 
-def get_json(training_set: TrainingSet, data_dir: Path, downloads: Path) -> Path:
-    """The JSON of a training set in its place, downloaded unless it is there.
+def get_json(training_set: TrainingSet, data_dir: Path, downloads: Path) -> None:
+    """Download the JSON of a training set to its place, unless it is there.
 
     Raises:
         SourceError: the hub can't be reached or doesn't have it.
     """
     path = data_dir / training_set.path
     if not path.is_file():
-        logger.info("%s: getting %s from %s.", training_set.title, training_set.json.name, training_set.json.repo_id)
-        source = _get(training_set.json, downloads)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return path
+        logger.info("%s: getting %s.", training_set.title, training_set.json)
+        with open(_get(training_set.json, downloads), "rb") as source, atomic_file(path) as target:
+            shutil.copyfileobj(source, target)
 
 
-def named_images(path: Path, sources: Sequence[ImageSource]) -> tuple[int, list[list[str]]]:
+def named_images(path: Path, folders: Collection[str]) -> tuple[int, dict[str, list[str]]]:
     """What a LLaVA JSON asks for.
 
     Returns:
-        the number of records, and for every source the names of its images within its folder.
+        the number of records, and for every folder the names of its images within it.
 
     Raises:
-        ValueError: the file is malformed, or names an image that belongs to no source.
+        ValueError: the file is malformed, or names an image that is in none of the folders.
     """
-    names: list[dict[str, None]] = [{} for _ in sources]
+    names: dict[str, dict[str, None]] = {folder: {} for folder in folders}
     count = 0
     for _, _, record in scan(str(path)):
         for image in images_of(record, f"Record {count} of {path}"):
-            # The longest prefix decides: "" takes everything.
-            fitting = [index for index, source in enumerate(sources) if image.startswith(source.prefix)]
-            if not fitting or ".." in image.split("/") or image.startswith("/"):
+            folder = next((folder for folder in folders if not folder or image.startswith(f"{folder}/")), None)
+            if folder is None or ".." in image.split("/") or image.startswith("/"):
                 raise ValueError(f"Record {count} of {path}: the image {image!r} is in none of the known folders.")
-            index = max(fitting, key=lambda index: len(sources[index].prefix))
-            names[index].setdefault(image[len(sources[index].prefix) :])
+            names[folder].setdefault(image.removeprefix(f"{folder}/"))
         count += 1
-    return count, [list(found) for found in names]
+    return count, {folder: list(found) for folder, found in names.items()}
 
 
-def get_images(source: ImageSource, names: Iterable[str], data_dir: Path, downloads: Path, keep: bool) -> list[str]:
-    """Unpack the named images of a source that are not there yet.
+def get_images(folder: Path, names: Iterable[str], archives: Iterable[str], downloads: Path, keep: bool) -> list[str]:
+    """Unpack the named images of a folder that are not there yet.
 
     Args:
+        archives: as in `TrainingSet`.
         keep: keep the archives although all images are there.
 
     Returns:
@@ -156,13 +133,12 @@ def get_images(source: ImageSource, names: Iterable[str], data_dir: Path, downlo
         SourceError: no archive could be had.
         ValueError: an archive is damaged.
     """
-    folder = data_dir / source.folder
     missing = [name for name in names if not (folder / name).is_file()]
     used, problems = [], []
-    for archive in source.archives:
+    for archive in archives:
         if not missing:
             break
-        logger.info("%s: %d images are missing; getting %s.", source.folder, len(missing), archive)
+        logger.info("%s: %d images are missing; getting %s.", folder, len(missing), archive)
         try:
             path = _get(archive, downloads)
         except SourceError as error:
@@ -171,21 +147,21 @@ def get_images(source: ImageSource, names: Iterable[str], data_dir: Path, downlo
         used.append(path)
         missing = extract(path, {name: folder / name for name in missing})
     if missing and not used:
-        raise SourceError(f"{source.folder}: {'; '.join(problems)}")
+        raise SourceError(f"{folder}: {'; '.join(problems)}")
     if not missing and not keep:
         for path in used:
             path.unlink(missing_ok=True)
     return missing
 
 
-def _get(archive: str | HubFile, downloads: Path) -> Path:
-    if isinstance(archive, HubFile):
-        _, folder = hub_folder([archive.repo_id], [archive.name], to=downloads / archive.repo_id.replace("/", "--"))
-        if not (folder / archive.name).is_file():
-            raise SourceError(f"{archive.repo_id} has no file {archive.name}.")
-        return folder / archive.name
-    # images.zip is the name of three archives: the address tells them apart.
-    return download(archive, downloads / archive.split("://", 1)[1].replace("/", "_"))
+def _get(file: str, downloads: Path) -> Path:
+    if "://" in file:  # images.zip is the name of three archives: the address tells them apart
+        return download(file, downloads / file.split("://", 1)[1].replace("/", "_"))
+    repo_id, _, name = file.rpartition("/")
+    _, folder = hub_folder([repo_id], [name], to=downloads / repo_id.replace("/", "--"))
+    if not (folder / name).is_file():
+        raise SourceError(f"{repo_id} has no file {name}.")
+    return folder / name
 
 
 def bad_images(paths: Sequence[Path], workers: int) -> list[tuple[Path, str]]:
@@ -246,25 +222,29 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
         raise FileNotFoundError(
             f"{path} is missing; get it with python -m tinyllava_switchkd.data.download {arguments.training_set}."
         )
-    sources = training_set.images
-    count, names = named_images(path, sources)
+    folders = training_set.images
+    count, names = named_images(path, folders)
     if count != training_set.records and not arguments.any_count:
         raise ValueError(
             f"{path} has {count:,} records, not {training_set.records:,}; delete it and run again, or pass --any_count "
             f"if it is meant to be another."
         )
     print(f"{training_set.title}: {count:,} records in {path}")
-    chosen = _chosen(sources, arguments.only)
+    only = tuple(name.rstrip("/") for name in arguments.only or ("",))
+    for name in only:
+        if not any(folder.startswith(name) for folder in folders):
+            raise ValueError(f"There is no folder {name!r} among {', '.join(folders)} (--only).")
     bad: list[tuple[Path, str]] = []
-    for source, wanted in zip(sources, names, strict=True):
-        if source not in chosen or not wanted:
+    for folder, wanted in names.items():
+        if not folder.startswith(only) or not wanted:
             continue
+        place = data_dir / training_set.root / folder
         if not arguments.check:
             try:
-                get_images(source, wanted, data_dir, downloads, arguments.keep_archives)
+                get_images(place, wanted, folders[folder], downloads, arguments.keep_archives)
             except (SourceError, ValueError) as error:  # the other folders go on
                 print(f"error: {error}", file=sys.stderr)
-        paths = [data_dir / source.folder / name for name in wanted]
+        paths = [place / name for name in wanted]
         if arguments.no_decode:
             found = [(image, "missing") for image in paths if not image.is_file()]
         else:
@@ -272,18 +252,9 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
         bad += found
         missing = sum(reason == "missing" for _, reason in found)
         broken = f", {len(found) - missing:,} don't decode" if len(found) > missing else ""
-        print(f"  {source.folder:<28} {len(wanted) - len(found):>9,} of {len(wanted):,} images{broken}")
+        shown = place.relative_to(data_dir).as_posix()
+        print(f"  {shown:<28} {len(wanted) - len(found):>9,} of {len(wanted):,} images{broken}")
     return _report(bad, path.with_suffix(".bad_images.txt"))
-
-
-def _chosen(sources: Sequence[ImageSource], only: Sequence[str] | None) -> list[ImageSource]:
-    for wanted in only or ():
-        if not any(source.folder.startswith(wanted.rstrip("/")) for source in sources):
-            folders = ", ".join(source.folder for source in sources)
-            raise ValueError(f"There is no folder {wanted!r} among {folders} (--only).")
-    return [
-        source for source in sources if not only or any(source.folder.startswith(name.rstrip("/")) for name in only)
-    ]
 
 
 def _report(bad: list[tuple[Path, str]], path: Path) -> bool:
