@@ -24,6 +24,7 @@ from tinyllava_switchkd.data import (
     LazySupervisedDataset,
     SampleError,
     check_data,
+    inspection,
     make_supervised_data_module,
     read_image,
     to_rgb,
@@ -139,8 +140,10 @@ def test_what_is_read_otherwise_than_it_is_shown(tmp_path):
     ]
 
 
-def test_which_images_are_decoded(folder):
-    names = [f"{index:04}.png" for index in range(600)]
+def test_which_images_are_decoded(folder, monkeypatch):
+    assert inspection._DECODED == 256
+    monkeypatch.setattr(inspection, "_DECODED", 16)
+    names = [f"{index:04}.png" for index in range(40)]
     for name in names:
         (folder / name).symlink_to(folder / "a" / "red.png")
     (folder / "0001.png").unlink()
@@ -148,7 +151,7 @@ def test_which_images_are_decoded(folder):
     talk = RECORDS[0]["conversations"]
     path = write(folder, [{"id": name, "image": name, "conversations": talk} for name in names])
     counts = {decode: check_data(path, str(folder), decode=decode) for decode in ("none", "sample", "all")}
-    assert [report.counts.get("images decoded") for report in counts.values()] == [None, 256, 600]
+    assert [report.counts.get("images decoded") for report in counts.values()] == [None, 16, 40]
     assert [report.ok for report in counts.values()] == [True, True, False]
     with pytest.raises(ValueError, match="sample, all, none, not 'some'"):
         check_data(path, str(folder), decode="some")

@@ -14,7 +14,7 @@ from tinyllava_switchkd import runtime
 from tinyllava_switchkd.eval import lmms_plugin
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
 from tinyllava_switchkd.eval.generate import Answerer, dtype_of
-from tinyllava_switchkd.eval.provenance import checkpoint_digest
+from tinyllava_switchkd.eval.job import checkpoint_digest
 from tinyllava_switchkd.eval.run import main
 from tinyllava_switchkd.registry import checkpoint_name
 

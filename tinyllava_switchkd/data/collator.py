@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data.errors import SampleError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +21,17 @@ logger = logging.getLogger(__name__)
 Text = Literal["input_ids", "labels", "attention_mask"]
 Pictures = Literal["images", "teacher_images"]
 """Of a sample or a batch: what the model sees, and what a teacher sees that prepares them in another way."""
+
+
+class SampleError(ValueError):
+    """A sample or a batch cannot be made, in one sentence.
+
+    A loader makes the exception of its worker anew in the main process, out of the worker's whole traceback; what is
+    kept of that is the sentence.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.rpartition(f"{type(self).__name__}: ")[2].split()))
 
 
 class Sample(TypedDict, total=False):

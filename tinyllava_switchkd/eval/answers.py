@@ -148,10 +148,6 @@ class AnswerFolder:
                         f"The answers in {self.folder} were made with {name} = {known.get(name)!r}, and now it is "
                         f"{run.get(name)!r}; move them away, or choose another folder."
                     )
-        self.write_run(run)
-
-    def write_run(self, run: JsonObject) -> None:
-        """Replace `run.json`."""
         write_json(self.run_file, run)
 
     # ---------------------------------------------------------------------------------------------------- the rows

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import shortuuid
 import torch
 from tqdm import tqdm
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json
+from tinyllava_switchkd import __version__
+from tinyllava_switchkd.constants import SPLIT_FOLDERS
+from tinyllava_switchkd.io import JsonObject, digest_of_files, read_json, write_json
 
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
@@ -23,11 +27,20 @@ from .benchmarks.files import prepare_hint
 from .cache import ResponseCache
 from .generate import Answerer, Setting
 from .processes import Processes
-from .provenance import PROMPT_PROTOCOL, checkpoint_digest, describe_parts, package_versions
 
 logger = logging.getLogger(__name__)
 
 MISSING_FILE = "missing.json"
+
+PROMPT_PROTOCOL = "LLaVA-1.5: one turn, the image first, then the question file's text as it is"
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "timm", "open_clip_torch", "pillow")
+
+_FILES = (
+    *("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "adapter_model*.bin"),
+    *("config.json", "adapter_config.json", "preprocessor_config.json", "generation_config.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+)
 
 
 @dataclass
@@ -102,7 +115,9 @@ def describe(job: Job) -> JsonObject:
         "model_name": arguments.model_name,
         "model_path": arguments.model_path,
         "checkpoint_digest": checkpoint_digest(setting.folder),
-        **describe_parts(setting.config),
+        "language_model": setting.config.llm_model_name_or_path,
+        "vision_tower": setting.config.vision_model_name_or_path,
+        "connector": setting.config.connector_type,
         "benchmark": job.benchmark.name,
         "split": job.split,
         "options": dict(job.benchmark.settings),
@@ -121,6 +136,34 @@ def describe(job: Job) -> JsonObject:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "packages": package_versions(),
     }
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """SHA-256 over all that a checkpoint's answers depend on: weights, configuration, tokenizer, image processor.
+
+    Optimiser states, logs and the model card are left out, so that they may come and go.
+
+    Args:
+        folder: the checkpoint, of any layout (parts in folders of their own included).
+
+    Returns:
+        ``sha256:`` and 64 hexadecimal digits.
+    """
+    folder = Path(folder)
+    places = ("", *(f"{part}/" for part in SPLIT_FOLDERS))
+    found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
+    return f"sha256:{digest_of_files(folder, found)}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what takes part in an answer, Python's included; packages that are not installed are left out."""
+    versions = {"python": platform.python_version(), "tinyllava_switchkd": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def check_images(job: Job) -> None:
@@ -253,11 +296,6 @@ def answer_row(job: Job, question: Question, text: str) -> JsonObject:
     return question.answer_row(text, answer_id=shortuuid.uuid(), model_id=job.arguments.model_name)
 
 
-def picture_keys(question: Question) -> Sequence[str]:
-    """A name for each of a question's pictures."""
-    return () if question.image_key is None else question.image_key.split("\n")
-
-
 def name_of(images: Sequence[Path | bytes]) -> str:
     """What to call a question's pictures in a message."""
     return ", ".join(
@@ -294,11 +332,11 @@ def finish(job: Job, run: JsonObject) -> JsonObject:
             "questions": len(job.questions),
             "answered": len(answered),
             "generated": len({pair_of(question) for question in answered}),
-            "images": len({image for question in answered for image in picture_keys(question)}),
+            "images": len({key for question in answered for key in (question.image_key or "").split("\n")} - {""}),
             "unreadable_images": len(unreadable or ()),
         },
     }
-    job.answers.write_run(run)
+    write_json(job.answers.run_file, run)
     logger.info("%s: %d answers in %s.", job.benchmark.title, len(answered), job.answers.merged)
     return run
 

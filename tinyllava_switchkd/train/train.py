@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
-from tinyllava_switchkd.data.errors import SampleError
-from tinyllava_switchkd.data.module import make_supervised_data_module
+from tinyllava_switchkd.data.collator import SampleError
+from tinyllava_switchkd.data.dataset import make_supervised_data_module
 from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_distiller, check_compatible
 from tinyllava_switchkd.distill.teacher_cache import tell_size
 from tinyllava_switchkd.model.card import write_model_card

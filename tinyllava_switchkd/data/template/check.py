@@ -19,8 +19,6 @@ def check_template(
     With the wrong pair (`qwen2_instruct` and a base tokenizer, say) v1 masks every label and trains on nothing.
 
     Args:
-        tokenizer: the language model's tokenizer.
-        template: name of a conversation template.
         eos_token_ids: the ids that generation stops at; the tokenizer's own eos if None.
 
     Raises:

@@ -388,9 +388,6 @@ class Benchmark(ABC):
         """What the headline is made of: (cluster, unit, what it adds to the sums) for each question, or group of them.
 
         Units of one cluster (the questions about one picture) are not independent of each other.
-
-        Args:
-            rows: of a score.
         """
         for row in rows:
             unit, cluster = row["question_id"], row.get("cluster")  # a picture may be number 0
@@ -403,12 +400,7 @@ class Benchmark(ABC):
     def asked_of(
         self, truth: Mapping[K, V], key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id
     ) -> dict[K, V]:
-        """The part of the ground truth that was asked.
-
-        Args:
-            truth: by key.
-            key_of: the key of an answer (as for `join`).
-        """
+        """The part of the ground truth, which is by key, that was asked; `key_of` as for `join`."""
         if self.asked is None:
             return dict(truth)
         keys = {key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked}
@@ -586,13 +578,7 @@ def join(
     source: str | Path,
     key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id,
 ) -> dict[Hashable, Answer]:
-    """Answers by key.
-
-    Args:
-        answers: rows of an answers file.
-        known: keys of the questions.
-        source: the file the questions are from, for messages.
-        key_of: an answer's key.
+    """Answers by key; `known` are the keys of the questions, and `source` is the file that these are from.
 
     Raises:
         ValueError: a key is unknown or comes twice.

@@ -28,7 +28,6 @@ def match_exactly(text: str, options: Mapping[str, str]) -> str | None:
     long as all options together.
 
     Args:
-        text: the model's answer.
         options: option texts by letter.
 
     Returns:
@@ -86,7 +85,6 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     A letter that is denied ("Not B") is no answer; what the model does say may stand beside it.
 
     Args:
-        text: the model's answer.
         options: option texts by letter, "None" being one of them where it is one.
     """
     text = unicodedata.normalize("NFKC", text).strip()

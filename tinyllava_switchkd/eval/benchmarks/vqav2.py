@@ -59,7 +59,7 @@ class VQAv2(QuestionFileBenchmark):
 
     def __init__(self) -> None:
         super().__init__()
-        self._read: tuple[Path, dict[str, dict]] | None = None
+        self._read: dict[Path, dict[str, dict]] = {}
 
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         split = self._split_of(data_dir, answers)
@@ -162,15 +162,13 @@ class VQAv2(QuestionFileBenchmark):
 
     def _annotations(self, path: Path) -> dict[str, dict]:
         """Annotations by question id; kept, for val's file takes long to read."""
-        if self._read is not None and self._read[0] == path:
-            return self._read[1]
-        data = read_json(path)
-        require(data, {"annotations": list}, str(path))
-        for number, annotation in enumerate(data["annotations"]):
-            require(annotation, {"question_id": ID}, f"{path}, annotation {number}")
-        annotations = {str(annotation["question_id"]): annotation for annotation in data["annotations"]}
-        self._read = path, annotations
-        return annotations
+        if path not in self._read:
+            data = read_json(path)
+            require(data, {"annotations": list}, str(path))
+            for number, annotation in enumerate(data["annotations"]):
+                require(annotation, {"question_id": ID}, f"{path}, annotation {number}")
+            self._read[path] = {str(annotation["question_id"]): annotation for annotation in data["annotations"]}
+        return self._read[path]
 
     # ------------------------------------------------------------------------------------------- preparation
 
