@@ -30,16 +30,16 @@ def task(distil=True, **kwargs):
     student = tiny_llava(seed=1, **ONE_LAYER).train()
     student.freeze_unused_parameters()
     if not distil:
-        return SupervisedTask(student)
+        return SupervisedTask(student, **kwargs)
     return build_distiller(student, tiny_llava(seed=2, **{**ONE_LAYER, "text": {"hidden": 48, "layers": 2}}), **kwargs)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_other_lengths_and_numbers_of_images_need_no_other_compilation(packing):
-    """Five kinds of pass: the two towers, the student, the teacher with and without gradient; packed a few more."""
-    compiled, eager = task(packing=packing), task(packing=packing)
+    """Five kinds of pass: the two towers, the student, the teacher with and without gradient; packed, the student's."""
+    compiled, eager = (task(distil=not packing, packing=packing) for _ in range(2))
     names = set(compiled.state_dict())
-    assert compile_layers(compiled, "eager") == 2 + 1 + 2 + 2
+    assert compile_layers(compiled, "eager") == (2 + 1 if packing else 2 + 1 + 2 + 2)
     stats = torch._dynamo.utils.counters["stats"]
     seen = []
     for samples in (
@@ -57,7 +57,7 @@ def test_other_lengths_and_numbers_of_images_need_no_other_compilation(packing):
     # Batches of one sample and ordinary ones together pass torch's own limit of eight forms, and stay compiled.
     compiled(make_batch("ippaaa"))["loss"].backward()
     frames = torch._dynamo.utils.counters["frames"]
-    assert frames["ok"] == frames["total"] > 8
+    assert frames["ok"] == frames["total"] > (3 if packing else 8)
 
 
 def test_checkpointing_saves_as_much_compiled():

@@ -210,7 +210,7 @@ def test_a_run_in_the_background_outlives_its_shell(tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_one_processs_gradient(tmp_path):
-    """41 samples: in every epoch the last step has one, and the ranks are filled up with what counts nothing."""
+    """13 samples: in every epoch the last step has one, and the ranks are filled up with what counts nothing."""
     both = train_on_ranks(2, UNEVEN, str(tmp_path))
     for name, settings in UNEVEN.items():
         one = train_once(str(tmp_path / "one"), **{**settings, "batch_size": 4, "gradient_accumulation_steps": 1})
