@@ -67,9 +67,9 @@ def test_a_signal_reaches_the_rank_and_its_meaning_the_caller(tmp_path, name, de
 
 
 def test_launchers_are_told_from_ranks():
-    assert processes.is_rank(["python", "-m", processes.TRAINING, "--seed", "1"])
-    assert not processes.is_rank(["python", "-m", "torch.distributed.run", "-m", processes.TRAINING])
-    assert not processes.is_rank(["python", "-m", "deepspeed.launcher.runner", "--module", processes.TRAINING])
+    assert processes.is_rank(["python", "-m", processes.MODULE, "--seed", "1"])
+    assert not processes.is_rank(["python", "-m", "torch.distributed.run", "-m", processes.MODULE])
+    assert not processes.is_rank(["python", "-m", "deepspeed.launcher.runner", "--module", processes.MODULE])
     assert processes.ranks_below(os.getpid()) == []
 
 

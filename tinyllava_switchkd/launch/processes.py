@@ -16,16 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllava_switchkd.train.signals import INTERRUPTED, LAUNCHER
+
+from .launcher import MODULE
+
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-
-TRAINING = "tinyllava_switchkd.train.train"
-"""The module that a rank runs."""
-
-LAUNCHER = "TINYLLAVA_LAUNCHER"
-"""Environment variable: ``host:pid`` of this process; ranks end when it does (train/signals.py)."""
-
-INTERRUPTED = 75
-"""Exit code of a training that a signal ended after a checkpoint; torchrun itself has 1 whatever its ranks return."""
 
 _AGAIN_SECONDS = 5.0
 """A rank that has not come far enough to hear a signal hears it the next time."""
@@ -92,7 +87,7 @@ class Commands:
         self._child = None
         if code and self._ends_ranks:
             self.interrupted = True
-            return INTERRUPTED
+            return INTERRUPTED  # torchrun itself has 1 whatever its ranks return
         return 128 - code if code < 0 else code
 
 
@@ -114,7 +109,7 @@ def ranks_below(process: int) -> list[int]:
 def is_rank(command: Sequence[str]) -> bool:
     """Whether a command is a training itself and not a launcher of it, whose own module comes first."""
     first = list(command).index("-m") if "-m" in command else len(command)
-    return list(command[first + 1 : first + 2]) == [TRAINING]
+    return list(command[first + 1 : first + 2]) == [MODULE]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> int:

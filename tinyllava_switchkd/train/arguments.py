@@ -248,6 +248,15 @@ class TrainingArguments(transformers.TrainingArguments):
             # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
             self.greater_is_better: bool | None = self.metric_for_best_model.endswith("overlap")
         super().__post_init__()
+        chosen = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        if chosen["use_reentrant"]:
+            raise ValueError(
+                "--gradient_checkpointing_kwargs asks for use_reentrant, by which layers behind frozen ones get no "
+                "gradient; leave it out."
+            )
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if hasattr(self, name):
+                setattr(self, name, chosen)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -293,18 +302,15 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check_unsupported(self) -> None:
         """Refuse transformers' options that this trainer would silently not honour."""
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                f"--label_smoothing_factor {self.label_smoothing_factor} is not supported: the task computes the loss."
-            )
-        if self.neftune_noise_alpha is not None:
-            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} is not supported.")
-        if self.use_liger_kernel:
-            raise ValueError("--use_liger_kernel is not supported: logits are already made for supervised tokens only.")
-        if self.fsdp:
-            raise ValueError(f"--fsdp {self.fsdp} is not supported; shard with --deepspeed zero3.json.")
-        if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns True is not supported: the data set is no table.")
+        for name, why in {
+            "label_smoothing_factor": "the task computes the loss",
+            "neftune_noise_alpha": "the embeddings are the student's own",
+            "use_liger_kernel": "logits are already made for supervised tokens only",
+            "fsdp": "shard with --deepspeed zero3.json",
+            "remove_unused_columns": "the data set is no table",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(f"--{name} {getattr(self, name)} is not supported: {why}.")
 
 
 class Arguments(NamedTuple):

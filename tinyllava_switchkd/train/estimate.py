@@ -8,7 +8,6 @@ fragments and the CUDA context take comes on top.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -109,18 +108,13 @@ def estimate(
     optimizer = 0 if offload else shard(1, trained * states)
     length = text_tokens + student.num_image_tokens
     with _fused_attention(student, teacher):
-        passes = [lambda recompute: _student_bytes(student, batch_size, length, recompute, size)]
-        layers = [_layers(student)]
+        passes = [(student, lambda recompute: _student_bytes(student, batch_size, length, recompute, size))]
         if teacher is not None and switch:
-            passes.append(
-                lambda recompute: _switch_bytes(
-                    student, teacher, batch_size, length, recompute, guide_size, teacher_bits
-                )
-            )
-            layers.append(_layers(teacher))
-        activations, recomputed = sum(run(checkpointing) for run in passes), 0
-        if checkpointing:
-            recomputed = max(run(False) // count for run, count in zip(passes, layers, strict=True))
+            of_teacher = (student, teacher, batch_size, length)
+            passes.append((teacher, lambda recompute: _switch_bytes(*of_teacher, recompute, guide_size, teacher_bits)))
+        activations = sum(run(checkpointing) for _, run in passes)
+        layers = [model.config.text_config.num_hidden_layers for model, _ in passes]
+        again = [run(False) // count for (_, run), count in zip(passes, layers, strict=True)] if checkpointing else [0]
     supervised = supervised_tokens if supervised_tokens is not None else text_tokens // 2
     head = student.get_output_embeddings().weight
     supervised *= batch_size
@@ -134,7 +128,7 @@ def estimate(
         optimizer=optimizer,
         teacher=0 if teacher is None else weight_bytes(teacher, guide_size, teacher_bits),
         activations=activations,
-        recomputed=recomputed,
+        recomputed=max(again),
         logits=LOGIT_COPIES[terms] * chunk * head.shape[0] * 4,
         head_gradient=head_gradient,
     )
@@ -198,9 +192,8 @@ def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArgum
 
 def _student_bytes(student: TinyLlava, batch: int, length: int, checkpointing: bool, size: int) -> int:
     def run() -> Tensor:
-        features = student.vision_features(_pixels(student, batch))
-        visual = student.connector(features)
-        return _decode(student, visual, length)
+        pixels = torch.empty(batch, 3, student.image_size, student.image_size, device="meta")
+        return _decode(student, student.connector(student.vision_features(pixels)), length)
 
     return _saved(run, [student], student.train(), checkpointing, size)
 
@@ -220,10 +213,6 @@ def _switch_bytes(
     # bitsandbytes' 8-bit layers keep their inputs, which a frozen linear layer need not
     keeping = linears_to_quantize(teacher) if bits == 8 and not checkpointing else []
     return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size, keeping)
-
-
-def _pixels(model: TinyLlava, batch: int) -> Tensor:
-    return torch.empty(batch, 3, model.image_size, model.image_size, device="meta")
 
 
 def _decode(model: TinyLlava, visual: Tensor, length: int) -> Tensor:
@@ -262,7 +251,7 @@ def _saved(
 
     hooks = [keeper.register_forward_pre_hook(keep_input) for keeper in keeping]
     if checkpointing:
-        _checkpoint(module, True)
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run()
@@ -271,21 +260,7 @@ def _saved(
         for hook in hooks:
             hook.remove()
         if checkpointing:
-            _checkpoint(module, False)
-
-
-def _checkpoint(module: TinyLlava | Task, on: bool) -> None:
-    """Turn checkpointing on or off by the names that all supported versions of transformers understand."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
-        if on:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
             module.gradient_checkpointing_disable()
-
-
-def _layers(model: TinyLlava) -> int:
-    return model.config.text_config.num_hidden_layers
 
 
 class _FlashLike(torch.autograd.Function):

@@ -50,11 +50,7 @@ class Flag:
 def own_flags() -> dict[str, Flag]:
     """This package's flags by name, in the order of the help."""
     rows = read_json(OWN)
-    flags = {name: Flag(name, type_, group, *rest) for group, own in rows.items() for name, type_, *rest in own}
-    source = Path(__file__).with_name("arguments.py").read_text(encoding="utf-8")
-    for name, annotation in fields_of_source(source):  # one that has been added since the file was written
-        flags.setdefault(name, Flag(name, _plain_type(annotation), "Others"))
-    return flags
+    return {name: Flag(name, type_, group, *rest) for group, own in rows.items() for name, type_, *rest in own}
 
 
 @functools.cache

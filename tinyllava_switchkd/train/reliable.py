@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from tinyllava_switchkd.io import JsonObject, write_json
@@ -57,6 +57,9 @@ class ReliableTrainer(Trainer):
         # transformers' filter hides NaN and infinity in what is logged, and waits for the device in every micro-batch
         args.logging_nan_inf_filter = False
         super().__init__(args=args, **kwargs)
+        self._fills_up = self.train_dataset is not None and args.world_size > 1 and not args.dataloader_drop_last
+        if self._fills_up:
+            self.train_dataset: Samples = WithFillers(self.train_dataset)
         self.guard = Guard(args.output_dir, skip=args.on_nan == "skip", most=args.max_nan_steps, scaler=args.fp16)
         self.fingerprint: JsonObject = {}
         self.interrupted = False
@@ -244,19 +247,9 @@ class ReliableTrainer(Trainer):
 
     # The samples that fill up
 
-    def get_train_dataloader(self) -> DataLoader:
-        if self.args.world_size == 1 or self.args.dataloader_drop_last:
-            return super().get_train_dataloader()
-        dataset = self.train_dataset
-        self.train_dataset: Samples = WithFillers(dataset)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
-
     def fill_up(self, sampler: Sampler | None) -> Sampler | None:
         """The sampler, with fillers at its end until all ranks have whole batches."""
-        if self.args.world_size == 1 or self.args.dataloader_drop_last or sampler is None:
+        if not self._fills_up or sampler is None:
             return sampler
         if type(sampler) is RandomSampler:  # what accelerate would make of it, had it been left bare
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

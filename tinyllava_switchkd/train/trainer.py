@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DynamoBackend
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -43,7 +40,6 @@ from .validation import held_out_means
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers.trainer_utils import TrainOutput
 
     from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.data.dataset import Samples
@@ -73,8 +69,6 @@ class LLaVATrainer(ReliableTrainer):
         **kwargs: object,
     ) -> None:
         task = model if isinstance(model, Task) else SupervisedTask(model, packing=args.packing)
-        reentrant = args.gradient_checkpointing and _choose_checkpointing(args)
-        self._gradient_of_images = reentrant and _needs_gradient_of_images(task.student)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
         self._epoch_sampler: Sampler | None = None
         self._window = _Window(task.measures)
@@ -120,8 +114,6 @@ class LLaVATrainer(ReliableTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The task's loss; the rest of what it reports goes into the logging window."""
-        if self._gradient_of_images:
-            inputs["images"].requires_grad_()
         counts = self._step_counts if num_items_in_batch is not None else None
         every = self.args.log_gradient_shares
         if every and self._first_of_step and self.state.global_step % every == 0 and isinstance(self.model, Distiller):
@@ -147,12 +139,6 @@ class LLaVATrainer(ReliableTrainer):
             logs, self._gradients = {**logs, **self._gradients}, {}
             logs = {**logs, **self._window.close(self.accelerator, self.state.global_step)}
         super().log(logs, start_time)
-
-    def train(self, *args: object, **kwargs: object) -> TrainOutput:
-        with warnings.catch_warnings():
-            # tasks speak of gradient checkpointing, as all supported versions of transformers understand
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
-            return super().train(*args, **kwargs)
 
     def _note_gradients(self, norms: Mapping[str, Mapping[str, float]]) -> None:
         """Have the next line of the log tell how strongly each term pulls; warn once of one that hardly does."""
@@ -346,32 +332,3 @@ class _Window:
         logs["padding_share"] = 1 - tokens / max(computed, 1)
         logs["data_wait_share"] = waited / accelerator.num_processes
         return logs
-
-
-def _choose_checkpointing(args: TrainingArguments) -> bool:
-    """Choose the kind of activation checkpointing, unless the user has; whether it is the reentrant one.
-
-    Before DeepSpeed 0.19.8, ZeRO-3 hands torch's non-reentrant checkpointing other tensors on recomputing a frozen
-    module than it saved, which is an error (transformers issue 47254, DeepSpeed pull request 8130).
-    """
-    chosen = dict(args.gradient_checkpointing_kwargs or {})
-    config = getattr(args, "hf_deepspeed_config", None)
-    if "use_reentrant" not in chosen:
-        old = config is not None and config.is_zero3() and Version(version("deepspeed")) < Version("0.19.8")
-        chosen["use_reentrant"] = old
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if hasattr(args, name):
-            setattr(args, name, chosen)
-    return chosen["use_reentrant"]
-
-
-def _needs_gradient_of_images(student: TinyLlava) -> bool:
-    """Whether something trains that no other trained weight comes before.
-
-    Reentrant checkpointing sees only whether a module's inputs have gradients: a trained layer behind frozen ones (a
-    tower tuned from some layer on, adapters) would silently get none. A gradient of the images leads to all of them.
-    """
-    tower = [parameter.requires_grad for parameter in student.vision_tower.parameters()]
-    before_llm = [*tower, *(p.requires_grad for p in student.connector.parameters())]
-    embeddings = student.get_input_embeddings().weight.requires_grad
-    return (any(tower) and not tower[0]) or not (any(before_llm) or embeddings)

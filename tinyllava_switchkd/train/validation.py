@@ -19,16 +19,26 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.train.reliable import ReliableTrainer
 
 
-class Subset(Dataset):
-    """Some samples of a data set, with their lengths.
+class _Around(Dataset):
+    """A data set over another one, which answers for what it has not itself."""
 
-    Args:
-        whole: the data set.
-        indices: which samples.
-    """
+    def __init__(self, whole: Samples) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "whole":  # not there yet: a worker is being made
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+class Subset(_Around):
+    """Some samples of a data set, by their indices, with their lengths."""
 
     def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
-        self.whole = whole
+        super().__init__(whole)
         self.indices = list(indices)
 
     def __len__(self) -> int:
@@ -50,31 +60,15 @@ class Subset(Dataset):
         lengths = self.whole.modality_lengths
         return [lengths[index] for index in self.indices]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("whole", "indices"):  # not there yet: a worker is being made
-            raise AttributeError(name)
-        return getattr(self.whole, name)
 
-
-class WithFillers(Dataset):
+class WithFillers(_Around):
     """Data, and beyond its end the same samples with nothing to learn in them, which make ranks even."""
 
-    def __init__(self, dataset: Samples) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[index % len(self.dataset)]
-        if index < len(self.dataset):
+        sample = self.whole[index % len(self.whole)]
+        if index < len(self.whole):
             return sample
         return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
 
 def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[Subset, Subset]:

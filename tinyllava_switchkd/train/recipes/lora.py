@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +48,8 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
             bias=arguments.lora_bias,
             target_modules=self.linear_names(model),
         )
-        with warnings.catch_warnings():  # peft asks transformers by a name that is going away
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            # without a task type: the wrapper for causal language models expects one's methods
-            self._peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+        # without a task type: the wrapper for causal language models expects one's methods
+        self._peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         return model
 
     def linear_names(self, model: TinyLlava, tune_types: tuple[str, ...] = ("lora", "qlora")) -> list[str]:
