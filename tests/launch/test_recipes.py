@@ -163,7 +163,7 @@ WRONG_RECIPES = {
     "extends: swichkd_clip_ldpv2\n": "did you mean switchkd_clip_ldpv2?",
     "extends: mine\n": "extends itself",
     "version: ../x\n": "version is '../x'",
-    "world: big\n": "there is only tiny",
+    "world: big\n": "world is 'big'; it must be tiny",
     "models: {student: [a]}\n": "must be a single value",
     "models: {pupil: a}\n": "there is no model 'pupil'",
     "settings: {learning_rate: {a: b}}\n": "must be a value",

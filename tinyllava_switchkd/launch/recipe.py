@@ -165,7 +165,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     )
     base = Recipe("")
     if content.get("extends"):
-        base = _read(_beside(path, _text(content["extends"], path, "extends")), (*seen, path))
+        base = _read(_beside(path, _text(content, "extends", path)), (*seen, path))
     settings = _settings(content.get("settings", {}), path, "settings")
     defaults = _mapping(content.get("defaults", {}), path, "defaults")
     _known(defaults, KINDS, path, "stage")
@@ -178,22 +178,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
         layers["settings"][kind] = base.settings.get(kind, {}) | own
     models = _mapping(content.get("models", {}), path, "models")
     _known(models, ("teacher", "student"), path, "model")
-    version = _text(content.get("version", base.version), path, "version")
+    version = _text(content, "version", path, base.version)
     if version and folder_name(version):
         raise ValueError(f"{path}: version is {version!r}; it must be {folder_name(version)}.")
-    world = _text(content.get("world", base.world), path, "world")
-    if world not in ("", "tiny"):
-        raise ValueError(f"{path}: world is {world!r}; there is only tiny.")
     stages = content.get("stages")
     if stages is not None and (not isinstance(stages, list) or not stages):
         raise ValueError(f"{path}: stages must be a list of stages.")
     return Recipe(
         name=path.stem,
         version=version,
-        models=base.models | {who: _text(name, path, who) for who, name in models.items()},
+        models=base.models | {who: _text(models, who, path) for who in models},
         **layers,
         stages=base.stages if stages is None else tuple(_item(item, path) for item in stages),
-        world=world,
+        world=_text(content, "world", path, base.world, ("tiny",)),
     )
 
 
@@ -206,19 +203,10 @@ def _beside(path: Path, name: str) -> Path:
 def _item(content: object, path: Path) -> Item:
     content = _mapping(content, path, "a stage")
     _known(content, ("stage", "model", "start", "distills", "settings"), path, "part of a stage")
-    stage = _text(content.get("stage", ""), path, "stage")
-    model = _text(content.get("model", ""), path, "model")
-    start = _text(content.get("start", ""), path, "start")
-    for what, value, choices in (
-        ("stage", stage, ("pretrain", "finetune", "distill", "")),
-        ("model", model, ("teacher", "student", "")),
-        ("start", start, ("pretrain", "finetune", "distill", "")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{path}: {what} is {value!r}; it must be {', '.join(filter(None, choices))}.")
-    distills = _text(content.get("distills", "False"), path, "distills").lower()
-    if distills not in ("true", "false"):
-        raise ValueError(f"{path}: distills is {distills!r}; it must be True or False.")
+    stage = _text(content, "stage", path, choices=KINDS[:3])
+    model = _text(content, "model", path, choices=("teacher", "student"))
+    start = _text(content, "start", path, choices=KINDS[:3])
+    distills = _text(content, "distills", path, choices=("True", "False", "true", "false")).lower()
     settings = _settings(content.get("settings", {}), path, f"settings of {stage or 'the stage'}")
     return Item(stage, model, start, distills == "true" or stage == "distill", settings)
 
@@ -263,9 +251,14 @@ def _mapping(content: object, path: Path, what: str) -> Mapping[str, object]:
     return content
 
 
-def _text(value: object, path: Path, what: str) -> str:
+def _text(
+    content: Mapping[str, object], name: str, path: Path, default: str = "", choices: tuple[str, ...] = ()
+) -> str:
+    value = content.get(name, default)
     if not isinstance(value, str):
-        raise ValueError(f"{path}: {what} must be a single value.")
+        raise ValueError(f"{path}: {name} must be a single value.")
+    if value and choices and value not in choices:
+        raise ValueError(f"{path}: {name} is {value!r}; it must be {', '.join(choices)}.")
     return value
 
 

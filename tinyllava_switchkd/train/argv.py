@@ -187,10 +187,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     parser = HfArgumentParser(list(groups), allow_abbrev=False)
     parser.error = _error  # one sentence rather than a usage of two hundred arguments
     options = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
-    given = {name.replace("-", "_"): values for name, values in pairs([token for token in argv if token != "-h"])}
-    for name, _ in pairs([token for token in argv if token != "-h"]):
+    split = dict(pairs(argv))
+    for name in split:
         if name not in options:
             refuse_unknown(name, options)
+    given = {name.replace("-", "_"): values for name, values in split.items()}
     model, data, distill, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments = Arguments(model, data, training, distill, given)
     _check_together(arguments)

@@ -8,7 +8,6 @@ that checkpoints, resuming, adapters and distributed training need not know.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from tinyllava_switchkd.distill import Task
 
 from .arguments import TrainingArguments
+from .parts import LAYER
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ VARIANTS = 64
 Student and teacher, each with and without gradient, batches of one and of more, make about a dozen; past torch's own
 limit of 8 it would go on uncompiled.
 """
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.\d+$")
-"""Layers by their names in transformers' (layers, layer), timm's and open_clip's models."""
 
 
 def check_compile(training: TrainingArguments) -> None:
@@ -90,7 +87,7 @@ def _layers(part: nn.Module) -> Iterator[nn.Module]:
     for name, module in part.named_modules():
         if outer is not None and name.startswith(f"{outer}."):
             continue
-        if _LAYER.search(name):
+        if LAYER.search(f"{name}."):
             outer = name
             if not any(type(child).__module__.startswith("bitsandbytes") for child in module.modules()):
                 yield module

@@ -130,8 +130,11 @@ class Guard:
         return all([self._judge(step) for step in steps])
 
     def _judge(self, step: _Step) -> bool:
-        norm, asked = _read(step.norm, step.asked)
-        self.asked_to_stop |= asked > 0
+        norm, asked = step.norm, step.asked
+        if torch.is_tensor(norm) and torch.is_tensor(asked):  # both by one transfer from the device
+            norm, asked = torch.stack([norm.detach().float().reshape(()), asked.to(norm.device).float()]).tolist()
+        norm = 0.0 if norm is None else float(norm)
+        self.asked_to_stop |= float(asked) > 0
         if math.isfinite(norm) and norm >= 0 and not step.left_out:  # DeepSpeed has -1 for a norm that is none
             self._in_a_row = self._scaled_in_a_row = 0
             return True
@@ -209,10 +212,3 @@ def check_trained(model: torch.nn.Module) -> None:
         everyone = sorted({name for rank in gather_object([names]) for name in rank})
         if everyone:
             raise NonFiniteError(f"The trained weights are not finite: {everyone[0]} ({len(everyone)} tensors in all).")
-
-
-def _read(norm: Tensor | float | None, asked: Tensor | float) -> tuple[float, float]:
-    """Both numbers, by one transfer from the device."""
-    if torch.is_tensor(norm) and torch.is_tensor(asked):
-        norm, asked = torch.stack([norm.detach().float().reshape(()), asked.to(norm.device).float()]).tolist()
-    return (0.0 if norm is None else float(norm)), float(asked)

@@ -57,12 +57,16 @@ class OutputLock:
         descriptor = _open(self.path)
         try:
             held = _held(descriptor)
-            if not held and not _is_file(descriptor, self.path):  # its owner has just removed it
+            if not held and not os.fstat(descriptor).st_nlink:  # its owner has just removed it
                 os.close(descriptor)
                 return self.acquire()
             owner, age = _owner(descriptor), _age(self.path)
             if held or (owner and _may_live(owner, age, locks_work=held is not None)):
-                raise LockedError(_refusal(self.path, owner, age))
+                raise LockedError(
+                    f"--output_dir {self.path.parent} is being written to by process {owner.get('process', '?')} on "
+                    f"{owner.get('host', '?')} (since {owner.get('since', '?')}, last sign of life {_span(age)} ago); "
+                    f"wait for it to end, or choose another folder."
+                )
             if owner:
                 logger.warning(
                     "The run that held %s (process %s on %s, %s ago) has ended without a word; it is taken over.",
@@ -121,12 +125,6 @@ def _open(path: Path) -> int:
     raise LockedError(f"{path} is no file but a link, a folder, a pipe or a device; remove it, no run has made it.")
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
-
-
 def _held(descriptor: int) -> bool | None:
     """Try to take the record lock; whether another process has it, None where there are no such locks."""
     try:
@@ -168,14 +166,6 @@ def _age(path: Path) -> float:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-
-
-def _refusal(path: Path, owner: JsonObject, age: float) -> str:
-    return (
-        f"--output_dir {path.parent} is being written to by process {owner.get('process', '?')} on "
-        f"{owner.get('host', '?')} (since {owner.get('since', '?')}, last sign of life {_span(age)} ago); wait for it "
-        f"to end, or choose another folder."
-    )
 
 
 def _span(seconds: float) -> str:

@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 MODULES = {"llm": "language_model", "vision_tower": "vision_tower", "connector": "connector"}
 """The parts of a model, as the arguments call them, and their sub-modules."""
 
-_ENCODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.(\d+)\.")
-"""The layer number in the parameter names of transformers' (layers, layer), timm's and open_clip's encoders."""
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.(\d+)\.")
+"""The number of a layer in names of what is in it: transformers' (layers, layer), timm's and open_clip's encoders."""
 
 
 def set_tune_type(module: nn.Module, tune_type: str) -> None:
@@ -30,7 +30,7 @@ def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> None:
     """
     layers: set[int] = set()
     for name, parameter in vision_tower.named_parameters():
-        match = _ENCODER_LAYER.search(name)
+        match = LAYER.search(name)
         parameter.requires_grad_(match is not None and int(match[1]) >= from_layer)
         if match is not None:
             layers.add(int(match[1]))

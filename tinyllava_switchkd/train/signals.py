@@ -88,14 +88,14 @@ def follow_launcher(interval: float = 1.0) -> None:
 
 def launchers() -> list[tuple[int, str]]:
     """The processes above this one that it must not outlive, nearest first: number and start time."""
-    outermost = _outermost()
+    host, _, outermost = os.environ.get(LAUNCHER, "").rpartition(":")
     found, above, process = [], [], os.getppid()
     while process > 1:
         started = started_at(process)
         if started is None:
             break
         above.append((process, started))
-        if process == outermost:
+        if str(process) == outermost and host == socket.gethostname():
             found = list(above)
             break
         if _is_launcher(process):
@@ -117,11 +117,6 @@ def _stat(process: int) -> list[str] | None:
     except OSError:
         return None
     return text.rpartition(")")[2].split()  # the name before it may hold blanks
-
-
-def _outermost() -> int:
-    host, _, process = os.environ.get(LAUNCHER, "").rpartition(":")
-    return int(process) if process.isdigit() and host == socket.gethostname() else 0
 
 
 def _is_launcher(process: int) -> bool:

@@ -66,17 +66,6 @@ def model_settings(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def fresh_skeleton(settings: dict[str, Any]) -> Skeleton:
-    """The model that `build_model(**settings)` will make.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: a part does not exist or the parts do not fit together.
-    """
-    config, tokenizer = plan_model(**{name: value for name, value in settings.items() if name != "attn_implementation"})
-    model = _on_meta(config)
-    return Skeleton(model, tokenizer, model.vision_tower.image_processor)
-
-
 def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> Skeleton:
     """The model in a checkpoint of any layout.
 
@@ -93,11 +82,15 @@ def student_skeleton(arguments: Arguments) -> Skeleton:
     """The student before its weights are read, with this run's settings.
 
     Raises:
-        ValueError: the command line contradicts the checkpoint that the run starts from.
+        FileNotFoundError, OSError: a part does not exist.
+        ValueError: the parts do not fit together, or the command line contradicts the checkpoint that is started from.
     """
     path = arguments.training.pretrained_model_path
     if path is None:
-        return fresh_skeleton(model_settings(arguments))
+        settings = model_settings(arguments)
+        config, tokenizer = plan_model(**{name: settings[name] for name in settings if name != "attn_implementation"})
+        model = _on_meta(config)
+        return Skeleton(model, tokenizer, model.vision_tower.image_processor)
     skeleton = checkpoint_skeleton(path, arguments.model.cache_dir)
     for name, field in FROM_ARGUMENTS.items():
         asked, stored = getattr(arguments.model, name), getattr(skeleton.model.config, field)

@@ -230,7 +230,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     if training.deepspeed is not None:
         warn_of_builds()
     if universal.is_universal(checkpoint):
-        universal.configure(training.hf_deepspeed_config.config)
+        training.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True  # is read so
     trainer = LLaVATrainer(
         task,
         training,

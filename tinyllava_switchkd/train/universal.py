@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject
-
 from . import checkpoints
 from .resume import ResumeError, reading
 
@@ -77,11 +75,6 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(arguments)
     return view
-
-
-def configure(config: JsonObject) -> None:
-    """Have DeepSpeed read the universal form."""
-    config.setdefault("checkpoint", {})["load_universal"] = True
 
 
 def complete(optimizer: Optimizer, before: list[dict[str, object]], rates: list[float]) -> None:
