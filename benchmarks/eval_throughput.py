@@ -87,7 +87,7 @@ def make_answerer(size: str, device: str) -> Answerer:
         llm_model_name_or_path="phi",
         vision_model_name_or_path="clip",
         connector_type="mlp2x_gelu",
-        conv_version="phi",
+        template="phi",
         text_config=CONFIG_MAPPING["phi"](
             **shape,
             num_attention_heads=4,

@@ -33,7 +33,7 @@ def in_torch(folder: str) -> Callable[[], Iterator[Any]]:
     model, tokenizer, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
     question = default_questions()[0]
     messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
-    prompt = TextPreprocess(tokenizer, model.config.conv_version)(messages, mode="eval")["input_ids"][None]
+    prompt = TextPreprocess(tokenizer, model.config.template)(messages, mode="eval")["input_ids"][None]
     pixels = ImagePreprocess(processor, model.config)(question.open())[None]
 
     def steps() -> Iterator[Any]:

@@ -24,7 +24,7 @@ def blocks(page, language="python"):
 def write_checkpoint(folder):
     model = tiny_llava()
     processor = model.vision_tower.image_processor
-    save_pretrained_model(model, tiny_tokenizer(), processor, folder, conv_version="qwen2_base")
+    save_pretrained_model(model, tiny_tokenizer(), processor, folder, template="qwen2_base")
 
 
 def write_picture(file):

@@ -45,7 +45,7 @@ def data_args(folder: Path, **kwargs: Any) -> SimpleNamespace:
         "data_path": str(folder / "data.json"),
         "image_folder": str(folder),
         "image_aspect_ratio": "square",
-        "conv_version": "phi",
+        "template": "phi",
         "is_multimodal": True,
         "image_processor": AutoImageProcessor.from_pretrained(FIXTURES / "v1" / "siglip-tiny"),
         "num_image_tokens": 15,

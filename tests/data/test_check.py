@@ -181,7 +181,7 @@ class TestModule:
 
     def test_refusals(self, folder, monkeypatch):
         with pytest.raises(ValueError, match="'gemma' does not fit"):
-            make_supervised_data_module(qwen2(), data_args(folder, conv_version="gemma"))
+            make_supervised_data_module(qwen2(), data_args(folder, template="gemma"))
         with pytest.raises(FileNotFoundError, match="nowhere"):
             make_supervised_data_module(qwen2(), data_args(folder, data_path="nowhere.json"))
         (folder / "b.jpg").unlink()
@@ -196,7 +196,7 @@ class TestModule:
         assert "b.jpg" in caplog.text
 
     def test_eos_that_generation_stops_at(self, folder):
-        args = data_args(folder, conv_version="qwen2_instruct", eos_token_ids=[1202])
+        args = data_args(folder, template="qwen2_instruct", eos_token_ids=[1202])
         assert len(make_supervised_data_module(qwen2(), args)["train_dataset"]) == 3
 
     def test_too_short_a_model(self, folder):

@@ -120,7 +120,7 @@ def test_lengths_are_v1s(folder):
 
 
 def test_pretrain_gives_a_sample_without_image_no_place(folder):
-    data = dataset(folder, conv_version="pretrain")
+    data = dataset(folder, template="pretrain")
     assert [int((data[i]["input_ids"] == IMAGE_TOKEN_INDEX).sum()) for i in range(3)] == [1, 0, 2]
 
 

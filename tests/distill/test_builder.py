@@ -48,9 +48,9 @@ def test_other_widths_are_refused_for_the_switch_only(student):
 
 
 def test_other_templates_are_refused(student, teacher):
-    student.config.conv_version, teacher.config.conv_version = "phi", "qwen2_base"
+    student.config.template, teacher.config.template = "phi", "qwen2_base"
     refused(student, teacher, "'phi'", "'qwen2_base'")
-    student.config.conv_version = "pretrain"
+    student.config.template = "pretrain"
     build_distiller(student, teacher)
 
 

@@ -82,7 +82,7 @@ def picture(size=(40, 30)):
 
 def survives_a_checkpoint(model, tokenizer, image_processor, folder):
     """Saved and loaded again, a model answers the same."""
-    save_pretrained_model(model, tokenizer, image_processor, folder, conv_version="qwen2_base")
+    save_pretrained_model(model, tokenizer, image_processor, folder, template="qwen2_base")
     loaded = load_pretrained_model(folder, device="cpu")[0]
     assert model.chat("What?", picture(), max_new_tokens=4) == loaded.chat("What?", picture(), max_new_tokens=4)
     own, other = model.state_dict(), loaded.state_dict()
@@ -251,7 +251,7 @@ def test_benchmark(plugin, bases, tmp_path, capsys):
     assert score.score == pytest.approx(100 / 3) and score.missing == 1
 
     model, tokenizer, processor = build_model(bases["llm"], bases["tower"])
-    save_pretrained_model(model, tokenizer, processor, checkpoint, conv_version="qwen2_base")
+    save_pretrained_model(model, tokenizer, processor, checkpoint, template="qwen2_base")
     command = ["colours", "--model_path", checkpoint, "--data_dir", data, "--output_dir", tmp_path / "out"]
     command += ["--score", tmp_path / "score.json", "--max_new_tokens", 2, "--device", "cpu"]
     assert eval_run.main([str(word) for word in command]) == 0, capsys.readouterr().err

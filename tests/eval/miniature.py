@@ -35,12 +35,10 @@ def legible_model(seed: int = 0, **kwargs: Any) -> TinyLlavaForConditionalGenera
     return model
 
 
-def write_checkpoint(folder: Path, conv_version: str | None = "phi", **kwargs: Any) -> str:
+def write_checkpoint(folder: Path, template: str | None = "phi", **kwargs: Any) -> str:
     """`legible_model` on disk."""
     model = legible_model(**kwargs)
-    save_pretrained_model(
-        model, tiny_tokenizer("phi"), model.vision_tower.image_processor, folder, conv_version=conv_version
-    )
+    save_pretrained_model(model, tiny_tokenizer("phi"), model.vision_tower.image_processor, folder, template=template)
     return str(folder)
 
 

@@ -131,7 +131,7 @@ def test_an_agreeing_flag_does_not(checkpoint, pope, tmp_path, caplog):
 
 
 def test_a_checkpoint_without_a_template(pope, tmp_path, capsys):
-    checkpoint = write_checkpoint(tmp_path / "v1", conv_version=None)
+    checkpoint = write_checkpoint(tmp_path / "v1", template=None)
     assert main(command(checkpoint, "pope", pope, tmp_path / "out")) == 1
     assert "does not name its conversation template" in capsys.readouterr().err
     assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--conv_mode", "phi", "--limit", "1")) == 0
@@ -140,7 +140,7 @@ def test_a_checkpoint_without_a_template(pope, tmp_path, capsys):
 
 
 def test_the_checkpoint_decides(pope, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "padded", conv_version="llama", image_aspect_ratio="pad")
+    checkpoint = write_checkpoint(tmp_path / "padded", template="llama", image_aspect_ratio="pad")
     answerer = Answerer.from_pretrained(checkpoint, device="cpu")
     assert (answerer.template, answerer.image_aspect_ratio) == ("llama", "pad")
     assert answerer.pixels_of.image_aspect_ratio == "pad"

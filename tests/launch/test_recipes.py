@@ -64,7 +64,7 @@ def test_llava_kds_three_stages():
     assert dpt["distill_method"] == dft["distill_method"] == "llava_kd"
     assert not {"distill_loss", "temperature", "switch_weight"} & (dpt.keys() | dft.keys())
     assert (dpt["seed"], sft["seed"], dft["seed"]) == ("1234", "42", "1234")
-    assert (dpt["conv_version"], dft["conv_version"]) == ("pretrain", "qwen2_base")
+    assert (dpt["template"], dft["template"]) == ("pretrain", "qwen2_base")
     assert {stage["tune_type_vision_tower"] for stage in (pretrain, finetune, dpt, sft, dft)} == {"frozen"}
     assert dft["data_path"] == sft["data_path"] == "/d/text_files/llava_v1_5_mix665k.json"
 
@@ -119,6 +119,16 @@ def test_what_overrules_what(tmp_path):
 
 
 NINE = ["d.json", "images", "Qwen/Qwen2.5-0.5B", "g/siglip", "", "mlp2x_gelu", "base", "common", "2048"]
+
+
+@pytest.mark.parametrize("older", ["conv_version", "conv-version", "conv_mode"])
+def test_older_names_of_the_template(older, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: align_kd\ndefaults:\n  distill: {{{older}: phi}}\n")
+    distill = resolved(str(file))[-1]
+    assert distill["template"] == "phi"
+    assert not {"conv_version", "conv_mode"} & distill.keys()
+    assert resolved("align_kd", flags=(f"--{older}", "llama"))[-1]["template"] == "llama"
 
 
 def test_one_stage_with_a_teacher():

@@ -85,7 +85,7 @@ CONFIG = {
     "tokenizer_use_fast": ["yes", 1],
     "use_cache": ["no", 5],
     "cache_dir": [5],
-    "conv_version": [5, LIST],
+    "template": [5, LIST],
     "tune_type_llm": [5],
     "tune_vision_tower_from_layer": ["x", 1.5],
     "hidden_size": ["x", -1, 0, 1.5],

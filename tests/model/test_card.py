@@ -15,7 +15,7 @@ from tinyllava_switchkd.model.export import from_hf_llava, to_hf_llava
 def trained(tmp_path):
     """A folder as the trainer leaves it."""
     model = tiny_llava(llm_model_name_or_path="Qwen/Qwen2.5-0.5B", vision_model_name_or_path="google/siglip-base")
-    folder = save(model, tmp_path / "student", conv_version="qwen2_base")
+    folder = save(model, tmp_path / "student", template="qwen2_base")
     settings = {"distill_loss": "dbild", "temperature": 3.0, "learning_rate": 2e-3, "teacher_path": "f" * 64}
     (folder / "fingerprint.json").write_text(json.dumps({**settings, "data_path": "a" * 64}))
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 600, "log_history": []}))

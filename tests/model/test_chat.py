@@ -25,7 +25,7 @@ def expected(model, messages, images):
 
 
 def test_question_about_an_image(tmp_path):
-    model = tiny_llava(conv_version="qwen2_base")
+    model = tiny_llava(template="qwen2_base")
     tokenizer = tiny_tokenizer()
     image = picture(0)
     messages = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": None}]
@@ -37,7 +37,7 @@ def test_question_about_an_image(tmp_path):
 
 
 def test_history_several_images_and_none():
-    model = tiny_llava(conv_version="qwen2_base")
+    model = tiny_llava(template="qwen2_base")
     model.tokenizer = tiny_tokenizer()
     images = [picture(1), picture(2)]
     messages = [
@@ -54,21 +54,21 @@ def test_history_several_images_and_none():
 
 def test_template_of_a_checkpoint_that_names_none():
     base, instruct = tiny_tokenizer("qwen2"), tiny_tokenizer("qwen2_instruct")
-    assert conversation_template(tiny_llava(conv_version="chatml"), base) == "chatml"
+    assert conversation_template(tiny_llava(template="chatml"), base) == "chatml"
     assert conversation_template(tiny_llava(), base) == "qwen2_base"
     assert conversation_template(tiny_llava(), instruct) == "qwen2_instruct"
     assert conversation_template(tiny_llava("stablelm"), base) == "phi"
     model = tiny_llava()
     model.config.text_config.__class__.model_type, kept = "other", model.config.text_config.model_type
     try:
-        with pytest.raises(ValueError, match="'other'; pass conv_version"):
+        with pytest.raises(ValueError, match="'other'; pass template"):
             conversation_template(model, base)
     finally:
         model.config.text_config.__class__.model_type = kept
 
 
 def test_bad_input_is_one_sentence(tmp_path):
-    model = tiny_llava(conv_version="qwen2_base")
+    model = tiny_llava(template="qwen2_base")
     with pytest.raises(ValueError, match="no tokenizer"):
         model.chat("What?")
     with pytest.raises(FileNotFoundError, match="no image"):
@@ -81,7 +81,7 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 
 def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
-    model = tiny_llava(conv_version="qwen2_base")
+    model = tiny_llava(template="qwen2_base")
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     picture(3).save(tmp_path / "phone.png", exif=exif)

@@ -43,7 +43,7 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(str(v) for v in parts.values())[:40])
 def test_saved_and_loaded(parts, layout, tmp_path):
     model = tiny_llava(**parts)
-    save(model, tmp_path, conv_version="phi") if layout == "full" else write_v1_split(model, tmp_path)
+    save(model, tmp_path, template="phi") if layout == "full" else write_v1_split(model, tmp_path)
     loaded, tokenizer, image_processor, context_len = load_pretrained_model(tmp_path, device="cpu")
     assert torch.equal(logits(loaded), logits(model))
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
@@ -51,7 +51,7 @@ def test_saved_and_loaded(parts, layout, tmp_path):
     assert image_processor(torch.zeros(3, 9, 9), return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
     assert loaded.config.vision_feature_select_strategy == model.config.vision_feature_select_strategy
     if layout == "full":
-        assert loaded.config.conv_version == "phi"
+        assert loaded.config.template == "phi"
         keys = load_file(tmp_path / "model.safetensors")
         assert all(
             key.startswith(("language_model.", "vision_tower._vision_tower.", "connector._connector")) for key in keys
@@ -290,14 +290,14 @@ def test_build_model_from_base_folders(tower, tmp_path):
     from transformers import AutoModel, AutoModelForCausalLM
 
     llm, vision = write_tiny_llm(tmp_path / "qwen2-tiny"), write_tiny_tower(tmp_path / f"{tower}-tiny", tower)
-    model, tokenizer, image_processor = build_model(llm, vision, "linear", conv_version="qwen2_base")
+    model, tokenizer, image_processor = build_model(llm, vision, "linear", template="qwen2_base")
     expected = AutoModelForCausalLM.from_pretrained(llm).state_dict()
     assert all(torch.equal(expected[key], value) for key, value in model.language_model.state_dict().items())
     encoder = getattr(model.vision_tower.vision_tower, "vision_model", model.vision_tower.vision_tower)
     expected = AutoModel.from_pretrained(vision).state_dict()
     assert all(torch.equal(expected[key], value) for key, value in encoder.state_dict().items())
     assert model.connector._connector.weight.std() > 0 and model.dtype == torch.float32
-    assert model.config.conv_version == "qwen2_base" and model.config.pad_token == tokenizer.pad_token
+    assert model.config.template == "qwen2_base" and model.config.pad_token == tokenizer.pad_token
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert image_processor is model.image_processor and model.tokenizer is tokenizer
     assert all(p.requires_grad for p in model.parameters())

@@ -25,7 +25,7 @@ from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPrepro
 from tinyllava_switchkd.model import load_pretrained_model, save_pretrained_model
 from tinyllava_switchkd.model.export import from_hf_llava, jinja_template, to_hf_llava, verify_export
 from tinyllava_switchkd.model.export.__main__ import main
-from tinyllava_switchkd.model.export.chat_template import PROBES, conv_version_of, messages_of
+from tinyllava_switchkd.model.export.chat_template import PROBES, messages_of, template_behind
 from tinyllava_switchkd.model.export.files import whole_folder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -37,20 +37,20 @@ def picture(width=50, height=30, seed=0):
     return Image.fromarray(pixels)
 
 
-def write(folder, llm="qwen2", tower="siglip", connector="mlp2x_gelu", conv_version="qwen2_base", style=None, **kwargs):
+def write(folder, llm="qwen2", tower="siglip", connector="mlp2x_gelu", template="qwen2_base", style=None, **kwargs):
     """A tiny TinyLLaVA on disk, its language model stopping at its tokenizer's end token."""
     tokenizer = tiny_tokenizer(style or (llm if llm in ("llama", "gemma") else "qwen2"))
     text = {"eos_token_id": tokenizer.eos_token_id, **kwargs.pop("text", {})}
     model = tiny_llava(llm, tower, connector, text=text, **kwargs)
-    save_pretrained_model(model, tokenizer, model.vision_tower.image_processor, folder, conv_version=conv_version)
+    save_pretrained_model(model, tokenizer, model.vision_tower.image_processor, folder, template=template)
     return folder
 
 
-def ask_ours(folder, question, image, conv_version, dtype=None):
+def ask_ours(folder, question, image, template, dtype=None):
     """(model, prompt with -200, pixels) of a TinyLLaVA checkpoint."""
     model, tokenizer, image_processor, _ = load_pretrained_model(folder, device="cpu", dtype=dtype)
     messages = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": None}]
-    prompt = TextPreprocess(tokenizer, conv_version)(messages, mode="eval")["input_ids"][None]
+    prompt = TextPreprocess(tokenizer, template)(messages, mode="eval")["input_ids"][None]
     return model, prompt, ImagePreprocess(image_processor, model.config)(image)[None]
 
 
@@ -79,7 +79,7 @@ def expand(prompt, image_token, count):
 CASES = {
     "qwen2, tied head, SigLIP": ({}, 15),
     "llama, own head, CLIP, pad": (
-        {"llm": "llama", "tower": "clip", "conv_version": "llama", "image_aspect_ratio": "pad"},
+        {"llm": "llama", "tower": "clip", "template": "llama", "image_aspect_ratio": "pad"},
         16,
     ),
     "linear connector, SigLIP, pad": ({"connector": "linear", "image_aspect_ratio": "pad"}, 15),
@@ -91,9 +91,9 @@ CASES = {
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "cls_patch"},
         16,
     ),
-    "qwen3, ChatML": ({"llm": "qwen3", "conv_version": "chatml", "style": "qwen2_instruct"}, 15),
-    "stablelm": ({"llm": "stablelm", "conv_version": "phi"}, 15),
-    "phi3, untied": ({"llm": "phi3", "conv_version": "phi", "text": {"tie_word_embeddings": False}}, 15),
+    "qwen3, ChatML": ({"llm": "qwen3", "template": "chatml", "style": "qwen2_instruct"}, 15),
+    "stablelm": ({"llm": "stablelm", "template": "phi"}, 15),
+    "phi3, untied": ({"llm": "phi3", "template": "phi", "text": {"tie_word_embeddings": False}}, 15),
     "the real grid of 27 x 27": ({"vision": {"image_size": 384, "patch_size": 14}}, 728),
 }
 
@@ -101,11 +101,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_same_prompt_logits_and_text(case, tmp_path):
     arguments, num_image_tokens = CASES[case]
-    conv_version = arguments.get("conv_version", "qwen2_base")
+    template = arguments.get("template", "qwen2_base")
     write(tmp_path / "ours", **arguments)
     to_hf_llava(tmp_path / "ours", tmp_path / "theirs")
     image = picture()
-    ours, prompt, pixels = ask_ours(tmp_path / "ours", " What is this?\n", image, conv_version)
+    ours, prompt, pixels = ask_ours(tmp_path / "ours", " What is this?\n", image, template)
     theirs, inputs = ask_theirs(tmp_path / "theirs", " What is this?\n", image)
 
     assert ours.num_image_tokens == num_image_tokens == theirs.config.image_seq_length
@@ -124,7 +124,7 @@ def test_same_prompt_logits_and_text(case, tmp_path):
 def test_against_tinyllava_v1_itself(tower, tmp_path):
     """A checkpoint that v1 wrote, exported: the logits and the greedy tokens that v1 recorded."""
     name = f"ckpt_{tower}_patch"
-    to_hf_llava(UPSTREAM / name, tmp_path / "theirs", conv_version="qwen2_base")
+    to_hf_llava(UPSTREAM / name, tmp_path / "theirs", template="qwen2_base")
     stored = np.load(UPSTREAM / f"{name}_expect.npz")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
@@ -206,7 +206,7 @@ def test_chat_template_gives_the_ids_of_training(version, make):
             messages_of(turns), chat_template=jinja, add_generation_prompt=turns[-1][1] is None, return_dict=False
         )
         assert ids == torch.where(expected == -200, image, expected).tolist()
-    assert TemplateFactory(conv_version_of(jinja, tokenizer)) is TemplateFactory(version)
+    assert TemplateFactory(template_behind(jinja, tokenizer)) is TemplateFactory(version)
 
 
 def test_chat_template_writes_v1s_text():
@@ -243,7 +243,7 @@ def test_generation_stops_where_the_template_ends_an_answer(tmp_path):
     to_hf_llava(tmp_path / "base", tmp_path / "a")
     stops = json.loads((tmp_path / "a" / "generation_config.json").read_text())
     assert stops["eos_token_id"] == [tiny_tokenizer().convert_tokens_to_ids("<|endoftext|>")]
-    write(tmp_path / "instruct", style="qwen2_instruct", conv_version="qwen2_instruct")
+    write(tmp_path / "instruct", style="qwen2_instruct", template="qwen2_instruct")
     to_hf_llava(tmp_path / "instruct", tmp_path / "b")
     stops = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert stops["eos_token_id"] == [tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")]
@@ -255,8 +255,8 @@ def test_generation_stops_where_the_template_ends_an_answer(tmp_path):
 
 @pytest.mark.parametrize("llm", ["qwen2", "llama"])
 def test_a_new_row_is_never_chosen_and_a_spare_one_is_left_alone(llm, tmp_path):
-    conv_version = {"qwen2": "qwen2_base"}.get(llm, llm)
-    write(tmp_path / "full", llm, conv_version=conv_version)
+    template = {"qwen2": "qwen2_base"}.get(llm, llm)
+    write(tmp_path / "full", llm, template=template)
     to_hf_llava(tmp_path / "full", tmp_path / "a")
     theirs, inputs = ask_theirs(tmp_path / "a", "What?", picture())
     assert theirs.config.image_token_index == VOCAB_SIZE == theirs.config.text_config.vocab_size - 1
@@ -265,7 +265,7 @@ def test_a_new_row_is_never_chosen_and_a_spare_one_is_left_alone(llm, tmp_path):
     assert torch.allclose(logits[..., -1], logits[..., :-1].mean(-1), atol=1e-5)
     assert theirs.generation_config.suppress_tokens == [VOCAB_SIZE]
 
-    write(tmp_path / "spare", llm, vocab=VOCAB_SIZE + 5, conv_version=conv_version)
+    write(tmp_path / "spare", llm, vocab=VOCAB_SIZE + 5, template=template)
     to_hf_llava(tmp_path / "spare", tmp_path / "b")
     ours = load_file(tmp_path / "spare" / "model.safetensors")
     tensors = load_file(tmp_path / "b" / "model.safetensors")
@@ -282,9 +282,9 @@ def test_a_new_row_is_never_chosen_and_a_spare_one_is_left_alone(llm, tmp_path):
     "arguments",
     [
         {},
-        {"llm": "llama", "tower": "clip", "conv_version": "llama", "image_aspect_ratio": "pad"},
+        {"llm": "llama", "tower": "clip", "template": "llama", "image_aspect_ratio": "pad"},
         {"connector": "linear", "image_aspect_ratio": "pad", "vocab": VOCAB_SIZE + 3},
-        {"connector": "mlp1x_gelu", "conv_version": "chatml", "style": "qwen2_instruct"},
+        {"connector": "mlp1x_gelu", "template": "chatml", "style": "qwen2_instruct"},
     ],
     ids=str,
 )
@@ -314,14 +314,14 @@ def test_back_again(arguments, tmp_path):
 
 def test_a_llava_from_elsewhere(tmp_path):
     """Without our record: the template is recognised by what it renders, or has to be named."""
-    write(tmp_path / "ours", "llama", "clip", conv_version="llama")
+    write(tmp_path / "ours", "llama", "clip", template="llama")
     to_hf_llava(tmp_path / "ours", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     del config["tinyllava"]
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     from_hf_llava(tmp_path / "theirs", tmp_path / "back")
     back, *_ = load_pretrained_model(tmp_path / "back", device="cpu")
-    assert back.config.conv_version == "llama" and back.config.connector_type == "mlp2x_gelu"
+    assert back.config.template == "llama" and back.config.connector_type == "mlp2x_gelu"
     assert back.config.vocab_size == VOCAB_SIZE + 1  # <image> stays the token it is there
     image = picture()
     ours, prompt, pixels = ask_ours(tmp_path / "ours", "What?", image, "llama")
@@ -332,7 +332,7 @@ def test_a_llava_from_elsewhere(tmp_path):
     (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ValueError, match=r"none of ours \(chatml, .*--template"):
         from_hf_llava(tmp_path / "theirs", tmp_path / "none")
-    from_hf_llava(tmp_path / "theirs", tmp_path / "named", conv_version="phi")
+    from_hf_llava(tmp_path / "theirs", tmp_path / "named", template="phi")
     for change, reason in (
         ({"vision_feature_layer": [-2, -1]}, "several layers"),
         ({"multimodal_projector_bias": False}, "no bias"),
@@ -355,9 +355,9 @@ def test_a_llava_from_elsewhere(tmp_path):
         ({"connector": "resampler"}, "'resampler' is not"),
         ({"connector": "mlp3x_gelu"}, "'mlp3x_gelu' is not"),
         ({"connector": "identity"}, "'identity' is not"),
-        ({"llm": "phi", "conv_version": "phi"}, "'phi' has"),
-        ({"llm": "gemma", "conv_version": "gemma"}, "'gemma' scales its embeddings"),
-        ({"conv_version": "pretrain"}, "'pretrain' does not write one question"),
+        ({"llm": "phi", "template": "phi"}, "'phi' has"),
+        ({"llm": "gemma", "template": "gemma"}, "'gemma' scales its embeddings"),
+        ({"template": "pretrain"}, "'pretrain' does not write one question"),
     ],
     ids=str,
 )
@@ -466,7 +466,7 @@ def test_v1s_full_layout_from_its_split_one(tmp_path):
     full, *_ = load_pretrained_model(tmp_path / "full", device="cpu")
     expected, tensors = model.state_dict(), full.state_dict()
     assert expected.keys() == tensors.keys() and all(torch.equal(expected[k], tensors[k]) for k in expected)
-    assert full.config.conv_version == "qwen2_base"
+    assert full.config.template == "qwen2_base"
     assert json.loads((tmp_path / "full" / "config.json").read_text())["text_config"]["rope_theta"] == 1e6
 
 

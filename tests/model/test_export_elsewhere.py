@@ -16,7 +16,7 @@ from tests.model.test_export import write
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "export"
 LLAVA = {
     "SigLIP without its first patch": {},
-    "CLIP, Llama, pad": {"llm": "llama", "tower": "clip", "conv_version": "llama", "image_aspect_ratio": "pad"},
+    "CLIP, Llama, pad": {"llm": "llama", "tower": "clip", "template": "llama", "image_aspect_ratio": "pad"},
 }
 CASES = [("vllm", "VLLM_ENV", case) for case in LLAVA.values()] + [
     *(("openvino", "OPENVINO_ENV", case) for case in LLAVA.values()),

@@ -21,8 +21,8 @@ from tinyllava_switchkd.model.export.gguf import to_gguf
 EVERY_PATCH = {"vision_feature_select_strategy": "cls_patch"}
 CASES = {
     "qwen2": EVERY_PATCH,
-    "qwen3": EVERY_PATCH | {"llm": "qwen3", "conv_version": "chatml", "style": "qwen2_instruct"},
-    "llama": EVERY_PATCH | {"llm": "llama", "conv_version": "llama"},
+    "qwen3": EVERY_PATCH | {"llm": "qwen3", "template": "chatml", "style": "qwen2_instruct"},
+    "llama": EVERY_PATCH | {"llm": "llama", "template": "llama"},
     "ldpv2": EVERY_PATCH | {"connector": "ldpv2", "vision": {"image_size": 96, "patch_size": 4}},
 }
 
@@ -90,7 +90,7 @@ def test_smaller_types(dtype, allowed, tmp_path):
         ({"tower": "clip"}, "class token"),
         ({"connector": "linear", **EVERY_PATCH}, "not 'linear'"),
         ({"connector": "ldpv2", **EVERY_PATCH}, "24 patches a side, and this tower makes 4"),
-        ({"llm": "phi", "conv_version": "phi", **EVERY_PATCH}, "not 'phi'"),
+        ({"llm": "phi", "template": "phi", **EVERY_PATCH}, "not 'phi'"),
     ],
     ids=["patch", "class token", "connector", "grid", "language model"],
 )

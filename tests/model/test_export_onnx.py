@@ -26,10 +26,10 @@ QUESTIONS = ("What is this?", "Is there a dog in this picture, or anything else 
 NEW_TOKENS = 12
 
 
-def ours(folder, conv_version):
+def ours(folder, template):
     """(model, prompts with -200, images, pixels): two questions of unequal length about two images."""
     model, tokenizer, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
-    text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(processor, model.config)
+    text, preprocess = TextPreprocess(tokenizer, template), ImagePreprocess(processor, model.config)
     images = [picture(50, 30), picture(31, 64, seed=1)]
     prompts = [
         text([{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": None}], mode="eval")
@@ -38,9 +38,9 @@ def ours(folder, conv_version):
     return model, [prompt["input_ids"] for prompt in prompts], images, [preprocess(image) for image in images]
 
 
-def assert_same(source, folder, conv_version="qwen2_base"):
+def assert_same(source, folder, template="qwen2_base"):
     """Pixels, logits at every position, and greedy answers, one by one and as a batch padded on the left."""
-    model, prompts, images, pixels = ours(source, conv_version)
+    model, prompts, images, pixels = ours(source, template)
     student = OnnxStudent(folder, threads=1)
     rows = [student.prompt_ids(question) for question in QUESTIONS]
     expected = []
@@ -128,20 +128,20 @@ CASES = {
         "tower": "clip",
         "connector": "ldpv2",
         "llm": "qwen3",
-        "conv_version": "chatml",
+        "template": "chatml",
         "style": "qwen2_instruct",
     },
     "tower dinov2, connector resampler, llm llama": {
         "tower": "dinov2",
         "connector": "resampler",
         "llm": "llama",
-        "conv_version": "llama",
+        "template": "llama",
         "vision": {"image_size": 56},
     },
     "llm phi, connector qformer": {
         "llm": "phi",
         "connector": "qformer",
-        "conv_version": "phi",
+        "template": "phi",
         "qformer_config": {
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -153,13 +153,13 @@ CASES = {
         "llm": "gemma",
         "tower": "clip",
         "connector": "mlp3x_gelu",
-        "conv_version": "gemma",
+        "template": "gemma",
     },
     "llm phi3 with a window, connector identity, tower open_clip": {
         "tower": "open_clip",
         "llm": "phi3",
         "connector": "identity",
-        "conv_version": "phi",
+        "template": "phi",
         "text": {"sliding_window": 20, "pad_token_id": 0},
     },
     "llm qwen2 with a window in some layers, tower mof": {
@@ -170,7 +170,7 @@ CASES = {
         "llm": "stablelm",
         "tower": "timm",
         "connector": "mlp1x_gelu",
-        "conv_version": "phi",
+        "template": "phi",
     },
     "the real grid of 27 x 27": {"vision": {"image_size": 384, "patch_size": 14}},
     "the real grid, every patch, connector ldpv2": {
@@ -187,7 +187,7 @@ def test_every_part(case, tmp_path):
     arguments = CASES[case]
     write(tmp_path / "ours", **arguments)
     to_onnx(tmp_path / "ours", tmp_path / "onnx", verify=False)
-    student = assert_same(tmp_path / "ours", tmp_path / "onnx", arguments.get("conv_version", "qwen2_base"))
+    student = assert_same(tmp_path / "ours", tmp_path / "onnx", arguments.get("template", "qwen2_base"))
     count = {"the real grid of 27 x 27": 728, "the real grid, every patch, connector ldpv2": 169}.get(case)
     assert count is None or student.config["image_seq_length"] == count
 
@@ -221,7 +221,7 @@ def test_masks_are_transformers_own():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"conv_version": "pretrain"}, "'pretrain' does not write one question"),
+        ({"template": "pretrain"}, "'pretrain' does not write one question"),
         (
             {"text": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
             "positions .'dynamic'. turn by other angles .* --allow_approximate",
@@ -244,7 +244,7 @@ def test_approximate_positions_are_measured(tmp_path, caplog):
     caplog.set_level("INFO", logger="tinyllava_switchkd")
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     text = {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": rope}
-    write(tmp_path / "ours", llm="phi3", conv_version="phi", text=text)
+    write(tmp_path / "ours", llm="phi3", template="phi", text=text)
     main(["--to", "onnx", str(tmp_path / "ours"), str(tmp_path / "onnx"), "--allow_approximate"])
     found = json.loads((tmp_path / "onnx" / "measured.json").read_text())["fp32"]
     assert found["logits"] > 1e-3  # the template alone is longer than 64

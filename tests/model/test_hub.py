@@ -118,13 +118,13 @@ auto = AutoModelForCausalLM.from_pretrained("someone/student")
 assert auto.chat("What is this?", "image.png", max_new_tokens=5) == answer
 again, *_ = load_pretrained_model("someone/student", device="cpu")
 assert again.chat("What is this?", "image.png", max_new_tokens=5) == answer
-assert again.config.conv_version == "qwen2_base"
+assert again.config.template == "qwen2_base"
 print("done")
 """
 
 
 def test_round_trip(tmp_path):
-    save(tiny_llava(), tmp_path / "local", conv_version="qwen2_base")
+    save(tiny_llava(), tmp_path / "local", template="qwen2_base")
     Image.new("RGB", (40, 30), (200, 30, 60)).save(tmp_path / "image.png")
     with hub(tmp_path / "hub") as (url, requests):
         environment = os.environ | {

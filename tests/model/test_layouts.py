@@ -135,11 +135,11 @@ def test_pushed_and_pulled(hub):
 
     model = tiny_llava()
     url = push_pretrained_model(
-        model, tiny_tokenizer(), model.vision_tower.image_processor, "someone/tiny", conv_version="qwen2_base"
+        model, tiny_tokenizer(), model.vision_tower.image_processor, "someone/tiny", template="qwen2_base"
     )
     assert url == "https://hub/someone/tiny"
     loaded, tokenizer, _, _ = load_pretrained_model("someone/tiny", device="cpu", cache_dir=str(hub))
-    assert torch.equal(logits(loaded), logits(model)) and loaded.config.conv_version == "qwen2_base"
+    assert torch.equal(logits(loaded), logits(model)) and loaded.config.template == "qwen2_base"
     assert tokenizer("a").input_ids == tiny_tokenizer()("a").input_ids
     auto = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=str(hub))
     assert torch.equal(logits(auto), logits(model))

@@ -326,10 +326,10 @@ def test_resize_token_embeddings_updates_both_configurations():
 
 
 def test_configuration_survives_json(tmp_path):
-    config = tiny_llava(conv_version="qwen2_base", tower="clip").config
+    config = tiny_llava(template="qwen2_base", tower="clip").config
     config.save_pretrained(tmp_path)
     again = TinyLlavaConfig.from_pretrained(tmp_path)
-    assert again.conv_version == "qwen2_base"
+    assert again.template == "qwen2_base"
     assert again.to_dict() == config.to_dict()
     assert again.vision_config.model_type == "clip_vision_model" and again.hidden_size == 32
 
@@ -339,6 +339,14 @@ def test_configuration_names_of_v1():
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "patch")
     assert (config.text_config.model_type, config.vision_config.image_size) == ("llama", 336)
     assert (config.ignore_index, config.image_token_index, config.image_aspect_ratio) == (-100, -200, "square")
+
+
+def test_a_configuration_from_before_0_2_names_its_template():
+    fields = tiny_llava(template="qwen2_base", tower="clip").config.to_dict()
+    fields["conv_version"] = fields.pop("template")
+    again = TinyLlavaConfig.from_dict(fields)
+    assert again.template == "qwen2_base"
+    assert "conv_version" not in again.to_dict()
 
 
 def test_configuration_of_an_unknown_model_type():

@@ -61,12 +61,12 @@ def test_parity(name, beside, tmp_path, monkeypatch):
 def test_written_again_it_is_the_same(name, tmp_path):
     """Saved by us: v1's keys in safetensors, everything inside, same outputs. Saved and loaded twice: same bytes."""
     model, tokenizer, image_processor = check(UPSTREAM / name, expectation(name))
-    save_pretrained_model(model, tokenizer, image_processor, tmp_path / "once", conv_version="qwen2_base")
+    save_pretrained_model(model, tokenizer, image_processor, tmp_path / "once", template="qwen2_base")
     names = {path.name for path in (tmp_path / "once").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"} <= names
     assert not any(name.endswith(".bin") for name in names)
     again, *rest = check(tmp_path / "once", expectation(name))
-    assert again.config.conv_version == "qwen2_base"
+    assert again.config.template == "qwen2_base"
     save_pretrained_model(again, *rest, tmp_path / "twice")
     for file in ("model.safetensors", "preprocessor_config.json", "config.json"):
         assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file

@@ -28,7 +28,7 @@ def talker(name: str = "tiny", seed: int = 0, seconds_per_token: float = 0.0, **
     model.language_model.generation_config.suppress_tokens = sorted(set(range(len(tokenizer))) - spoken)
     if seconds_per_token:
         model.language_model.register_forward_pre_hook(lambda *_: time.sleep(seconds_per_token))
-    return ChatModel(model, tokenizer, model.vision_tower.image_processor, CONTEXT, name, conv_version="qwen2_base")
+    return ChatModel(model, tokenizer, model.vision_tower.image_processor, CONTEXT, name, template="qwen2_base")
 
 
 def pool_of(models: Iterable[ChatModel]) -> ModelPool:

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     model = talker()
     save_pretrained_model(
-        model.model, tiny_tokenizer(), model.image_processor, folder / "student", conv_version="qwen2_base"
+        model.model, tiny_tokenizer(), model.image_processor, folder / "student", template="qwen2_base"
     )
     picture(1).save(folder / "one.png")
     picture(2).save(folder / "two with a space.png")
@@ -168,7 +168,7 @@ class TestCommandLine:
     def test_quantisation_and_dtype_reach_the_loader(self, folder, monkeypatch, capsys):
         seen = {}
 
-        def load(path, name=None, conv_version=None, **kwargs):
+        def load(path, name=None, template=None, **kwargs):
             seen.update(kwargs)
             raise ValueError("enough")
 

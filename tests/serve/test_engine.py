@@ -218,9 +218,9 @@ class TestLoad:
     def test_from_a_folder(self, tmp_path):
         made = tiny_llava()
         save_pretrained_model(made, tiny_tokenizer(), made.vision_tower.image_processor, tmp_path / "mine")
-        assert ChatModel.load(str(tmp_path / "mine"), device="cpu").conv_version == "qwen2_base"  # of its LLM
-        model = ChatModel.load(str(tmp_path / "mine"), device="cpu", conv_version="phi")
-        assert (model.name, model.conv_version, model.context_len) == ("mine", "phi", 512)
+        assert ChatModel.load(str(tmp_path / "mine"), device="cpu").template == "qwen2_base"  # of its LLM
+        model = ChatModel.load(str(tmp_path / "mine"), device="cpu", template="phi")
+        assert (model.name, model.template, model.context_len) == ("mine", "phi", 512)
         assert model.num_parameters == sum(parameter.numel() for parameter in made.parameters())
         assert ask(model, "Hello?", picture()).finish in ("length", "end")
 

@@ -35,7 +35,7 @@ def test_names_and_defaults_are_v1s():
     assert model.mm_vision_select_feature == "patch"
     assert (model.resampler_hidden_size, model.num_queries, model.num_resampler_layers) == (768, 128, 3)
     assert (model.model_max_length, model.tokenizer_padding_side) == (512, "right")
-    assert (data.image_aspect_ratio, data.conv_version, data.is_multimodal) == ("square", "pretrain", True)
+    assert (data.image_aspect_ratio, data.template, data.is_multimodal) == ("square", "pretrain", True)
     assert (training.training_recipe, training.tune_type_llm) == ("common", "frozen")
     assert (training.tune_type_vision_tower, training.tune_type_connector) == ("frozen", "full")
     assert (training.tune_vision_tower_from_layer, training.optim, training.bits) == (10, "adamw_torch", 16)
@@ -134,6 +134,6 @@ def test_groups_check_themselves_when_constructed():
         distill_arguments()(teacher_path="t", chunk_size=0)
 
 
-@pytest.mark.parametrize("name", ["conv_version", "template", "conv_mode"])
+@pytest.mark.parametrize("name", ["template", "conv_version", "conv_mode"])
 def test_the_template_has_one_meaning_under_all_its_names(name):
-    assert parse(f"--{name}", "phi").data.conv_version == "phi"
+    assert parse(f"--{name}", "phi").data.template == "phi"

@@ -107,14 +107,14 @@ def test_stages_have_tinyllavas_settings_and_names():
     assert "deepspeed" in launcher and "localhost:0" in launcher
     name = "/out/tiny-llava-Qwen2.5-0.5B-siglip-so400m-patch14-384-base"
     assert pretrain["output_dir"] == f"{name}-pretrain"
-    assert (pretrain["learning_rate"], pretrain["conv_version"], pretrain["bf16"]) == ("1e-3", "pretrain", "True")
+    assert (pretrain["learning_rate"], pretrain["template"], pretrain["bf16"]) == ("1e-3", "pretrain", "True")
     tuned = ("tune_type_llm", "tune_type_vision_tower", "tune_type_connector")
     assert [pretrain[part] for part in tuned] == ["frozen", "frozen", "full"]
     assert pretrain["deepspeed"].endswith("zero2.json") and "vision_tower2" not in pretrain
 
     _, finetune = dry_run("finetune.sh", *TEN, OUTPUT_ROOT="/out", ZERO=3)
     assert finetune["output_dir"] == f"{name}-finetune" and finetune["pretrained_model_path"] == f"{name}-pretrain"
-    assert (finetune["learning_rate"], finetune["conv_version"]) == ("2e-5", "qwen2_base")
+    assert (finetune["learning_rate"], finetune["template"]) == ("2e-5", "qwen2_base")
     assert [finetune[part] for part in tuned] == ["full", "frozen", "full"]
     assert finetune["deepspeed"].endswith("zero3.json") and finetune["group_by_modality_length"] == "True"
 

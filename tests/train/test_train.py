@@ -49,7 +49,7 @@ def test_pretraining_changes_the_connector_alone_and_stands_by_itself(world):
     for name, value in base.items():
         assert torch.equal(state[f"language_model.{name}"], value)
     model, tokenizer, processor, length = load_pretrained_model(world["student_pt"], device="cpu")
-    assert (model.config.conv_version, length) == ("pretrain", 96)
+    assert (model.config.template, length) == ("pretrain", 96)
     assert tokenizer.eos_token == "<|endoftext|>" and processor.size == {"height": 28, "width": 28}
     connectors = [state[name] for name in sorted(state) if name.startswith("connector.")]
     assert len(connectors) == 4
@@ -65,7 +65,7 @@ def test_distillation_starts_from_pretraining_and_trains_the_whole_student(world
     changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"language_model", "vision_tower", "connector"}
     model, _, _, length = load_pretrained_model(tmp_path, device="cpu")
-    assert (model.config.conv_version, length, model.config.tune_type_vision_tower) == ("qwen2_base", 400, "full")
+    assert (model.config.template, length, model.config.tune_type_vision_tower) == ("qwen2_base", 400, "full")
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     parts = {"ce", "align", "visual_switch", "knee_teacher", "knee_student", "topk_overlap", "tokens_per_second"}
     assert parts <= log[0].keys() and len(log) == 3
@@ -171,9 +171,9 @@ def spoilt(world, tmp_path, name):
             data.write_text(json.dumps(records))
             return {**sft, "data_path": data}, ["data.json"]
         case "unknown template":
-            return {**sft, "conv_version": "vicuna"}, ["'vicuna'", "qwen2_base"]
+            return {**sft, "template": "vicuna"}, ["'vicuna'", "qwen2_base"]
         case "template of another tokenizer":
-            return {**sft, "conv_version": "llama"}, ["'llama'", "does not fit the tokenizer", "qwen2_base"]
+            return {**sft, "template": "llama"}, ["'llama'", "does not fit the tokenizer", "qwen2_base"]
         case "unknown recipe":
             return {**sft, "training_recipe": "dora"}, ["'dora'", "common, lora, qlora"]
         case "unknown connector":
@@ -196,7 +196,7 @@ def spoilt(world, tmp_path, name):
         case "unknown loss":
             return {**sft, "teacher_path": world["teacher_sft"], "distill_loss": "mse"}, ["'mse'", "dbild"]
         case "teacher of another template":
-            changes = {"conv_version": "phi", "teacher_path": world["teacher_sft"]}
+            changes = {"template": "phi", "teacher_path": world["teacher_sft"]}
             return {**sft, **changes}, ["'phi'", "'qwen2_base'"]
         case "teacher of another vision tower":
             config = Path(world["teacher_sft"]) / "config.json"
@@ -208,7 +208,7 @@ def spoilt(world, tmp_path, name):
         case "teacher of another tokenizer":
             other = tmp_path / "teacher"
             llm = write_tiny_llm(tmp_path / "qwen2-instruct", style="qwen2_instruct")
-            changes = {"model_name_or_path": llm, "conv_version": "qwen2_instruct"}
+            changes = {"model_name_or_path": llm, "template": "qwen2_instruct"}
             assert main(command_line(world, other, **changes)) == 0
             return {**sft, "teacher_path": other}, ["eos_token"]
         case "output is a file":

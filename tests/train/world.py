@@ -55,7 +55,7 @@ def command_line(world: dict[str, str], output_dir: str | Path, stage: str = "fi
         "model_name_or_path": world["llm"],
         "vision_tower": world["tower"],
         "connector_type": "mlp2x_gelu",
-        "conv_version": "pretrain" if stage == "pretrain" else "qwen2_base",
+        "template": "pretrain" if stage == "pretrain" else "qwen2_base",
         "mm_vision_select_layer": -2,
         "model_max_length": LENGTH if stage == "pretrain" else 400,
         "output_dir": output_dir,

@@ -202,7 +202,7 @@ class TestCommand:
         for index, name in enumerate(["teacher", "sft", "switch_kd"]):
             model = tiny_llava(seed=index)
             save_pretrained_model(
-                model, tiny_tokenizer(), model.vision_tower.image_processor, folder / name, conv_version="qwen2_base"
+                model, tiny_tokenizer(), model.vision_tower.image_processor, folder / name, template="qwen2_base"
             )
         gradient(60, 40).save(folder / "image.png")
         return folder
@@ -296,7 +296,7 @@ def test_look_asks_in_the_checkpoint_s_own_format():
     assert result.answer == model.chat("What?", image, tokenizer, image_processor=processor, max_new_tokens=6)
     assert result.attention is None or result.attention.weights.shape[1:] == (1, 4, 4)
     with pytest.raises(ValueError, match="nonsense"):
-        look(model, tokenizer, processor, image, "What?", name="mine", conv_version="nonsense")
+        look(model, tokenizer, processor, image, "What?", name="mine", template="nonsense")
 
 
 def test_a_trained_model_s_map_points_at_what_it_names():
@@ -333,6 +333,6 @@ def test_a_trained_model_s_map_points_at_what_it_names():
     model.eval()
     hits = 0
     for cell in range(1, 16):
-        seen = look(model, tokenizer, processor, scene(cell), "?", conv_version="pretrain", max_new_tokens=1)
+        seen = look(model, tokenizer, processor, scene(cell), "?", template="pretrain", max_new_tokens=1)
         hits += seen.attention is not None and int(np.nan_to_num(seen.attention.of(0)).argmax()) == cell
     assert hits >= 10  # 13 to 14 of 15 where this was written; a map that is off by one cell has none

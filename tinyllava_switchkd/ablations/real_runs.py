@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 TEMPLATE = "chatml"
 
 STAGE: dict[str, object] = {
-    "conv_version": TEMPLATE,
+    "template": TEMPLATE,
     "model_max_length": 512,  # the longest conversation has about 250 tokens, those of the image counted
     "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",

@@ -61,7 +61,7 @@ class LazySupervisedDataset(Dataset):
         data_path: a LLaVA JSON: a list of ``{"id", "image": name or names (optional), "conversations"}``, or JSON
             lines of the same.
         tokenizer: the language model's tokenizer.
-        data_args: the data arguments; read are ``conv_version``, ``image_folder``,
+        data_args: the data arguments; read are ``template``, ``image_folder``,
             ``image_processor``, ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
             ``keep_in_memory`` (no if absent), ``allow_outside_images`` (see `ImageFolder`; no if absent) and
             ``on_bad_image``: what becomes of an image that cannot be read, "raise" (the default) or "skip", which
@@ -88,9 +88,7 @@ class LazySupervisedDataset(Dataset):
         self.records = Records(data_path, visit)
         self.tokenizer = tokenizer
         self.data_args = data_args
-        self.text_preprocess = TextPreprocess(
-            tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None)
-        )
+        self.text_preprocess = TextPreprocess(tokenizer, data_args.template, getattr(data_args, "eos_token_ids", None))
         self.on_bad_image = getattr(data_args, "on_bad_image", None) or "raise"
         if self.on_bad_image not in BAD_IMAGE_POLICIES:
             raise ValueError(
@@ -245,9 +243,9 @@ def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: D
         FileNotFoundError, ValueError: the data cannot be read, the template does not fit the tokenizer, or more than a
             tenth of the samples lose every answer by being cut.
     """
-    check_template(tokenizer, data_args.conv_version, getattr(data_args, "eos_token_ids", None))
+    check_template(tokenizer, data_args.template, getattr(data_args, "eos_token_ids", None))
     # One process a machine looks the data over; a launcher ends the others when it fails.
-    checker = DataChecker(data_args.conv_version) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    checker = DataChecker(data_args.template) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
         allow_outside = bool(getattr(data_args, "allow_outside_images", False))

@@ -179,7 +179,7 @@ def _check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrain
 
 
 def _check_templates(student: object, teacher: object) -> None:
-    ours, theirs = (getattr(config, "conv_version", None) for config in (student, teacher))
+    ours, theirs = (getattr(config, "template", None) for config in (student, teacher))
     # Captions of the pre-training stage carry no conversation, so any teacher may read them.
     if ours and theirs and ours != theirs and ours != "pretrain":
         raise ValueError(

@@ -48,7 +48,7 @@ def template_of(config: TinyLlavaConfig, wanted: str | None, where: str | Path) 
     Raises:
         ValueError: neither names a template, or the name is unknown.
     """
-    own = config.conv_version
+    own = config.template
     if wanted is None and own is None:
         raise ValueError(
             f"The checkpoint {where} does not name its conversation template, as those of TinyLLaVA v1 do not: pass "

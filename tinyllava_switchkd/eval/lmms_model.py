@@ -35,13 +35,14 @@ class TinyLlavaSwitchKD(lmms):
 
     Args:
         pretrained: checkpoint, a folder or a hub repository.
-        conv_mode: conversation template; the checkpoint's own by default.
+        template: conversation template; the checkpoint's own by default.
         image_aspect_ratio: "square" or "pad"; the checkpoint's own by default.
         dtype: auto, float32, float16 or bfloat16.
         attn_implementation: as in transformers.
         device: this process's GPU if there is one, else the CPU.
         batch_size: requests at once; "auto" is 16, and half of it where memory runs out.
         max_batch_size: of lmms-eval's interface; caps `batch_size`.
+        conv_mode: LLaVA's name of `template`.
     """
 
     is_simple = True
@@ -49,13 +50,14 @@ class TinyLlavaSwitchKD(lmms):
     def __init__(
         self,
         pretrained: str,
-        conv_mode: str | None = None,
+        template: str | None = None,
         image_aspect_ratio: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | str | None = None,
+        conv_mode: str | None = None,
     ) -> None:
         super().__init__()
         size = DEFAULT_BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
@@ -66,7 +68,7 @@ class TinyLlavaSwitchKD(lmms):
             pretrained,
             device=own,
             dtype=dtype,
-            template=conv_mode,
+            template=template or conv_mode,
             image_aspect_ratio=image_aspect_ratio,
             attn_implementation=attn_implementation,
         )

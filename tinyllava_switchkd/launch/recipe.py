@@ -233,8 +233,10 @@ SAME = {
     "per_device_train_batch_size": "per_device_batch_size",
     "gradient_accumulation_steps": "grad_accum",
     "deepspeed": "zero",
+    "conv_version": "template",
+    "conv_mode": "template",
 }
-"""Flags that the launcher computes itself, by the names of its own settings."""
+"""Other names of settings: flags that the launcher computes itself, and those that TinyLLaVA v1 and LLaVA have."""
 
 
 def setting_name(name: str) -> str:

@@ -37,7 +37,7 @@ _FLAG_OF = {
     "VT_VERSION": "vision_tower",
     "VT_VERSION2": "vision_tower2",
     "CN_VERSION": "connector_type",
-    "CONV_VERSION": "conv_version",
+    "CONV_VERSION": "template",
     "TRAIN_RECIPE": "training_recipe",
     "MODEL_MAX_LENGTH": "model_max_length",
     "TEACHER_PATH": "teacher_path",

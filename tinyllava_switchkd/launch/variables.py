@@ -114,7 +114,7 @@ TRAINING = {
     "STUDENT_LLM": Variable(recipe_only=True),
     "VISION_TOWER": Variable("vision_tower", recipe_only=True),
     "CONNECTOR": Variable("connector_type", check=word, recipe_only=True),
-    "CONV_VERSION": Variable("conv_version", check=word, recipe_only=True),
+    "CONV_VERSION": Variable("template", check=word, recipe_only=True),
     "VERSION": Variable(check=folder_name, recipe_only=True),
     "DATA_ROOT": Variable(recipe_only=True),
     "PRETRAIN_DATA": Variable(recipe_only=True),

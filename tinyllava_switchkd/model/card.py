@@ -108,7 +108,7 @@ def model_card(folder: str | os.PathLike) -> str:
         "vision tower": record.get("vision_model_name_or_path"),
         "second vision tower": record.get("vision_model_name_or_path2"),
         "connector": record.get("connector_type"),
-        "conversation template": record.get("conv_version"),
+        "conversation template": record.get("template", record.get("conv_version")),
         "teacher": facts.get("teacher"),
     }
     distilled = bool(settings.get("teacher_path") or facts.get("teacher"))

@@ -45,18 +45,18 @@ def conversation_template(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ValueError: neither is known.
     """
-    if model.config.conv_version:
-        return model.config.conv_version
+    if model.config.template:
+        return model.config.template
     model_type = model.config.text_config.model_type
-    version = TEMPLATE_OF_LLM.get(model_type)
-    if version is None:
+    template = TEMPLATE_OF_LLM.get(model_type)
+    if template is None:
         raise ValueError(
-            f"The checkpoint names no conversation template, and none is known for {model_type!r}; pass conv_version."
+            f"The checkpoint names no conversation template, and none is known for {model_type!r}; pass template."
         )
-    if version == "qwen2_base" and tokenizer.eos_token == "<|im_end|>":
-        version = "qwen2_instruct"
-    logger.info("The checkpoint names no conversation template; using %r.", version)
-    return version
+    if template == "qwen2_base" and tokenizer.eos_token == "<|im_end|>":
+        template = "qwen2_instruct"
+    logger.info("The checkpoint names no conversation template; using %r.", template)
+    return template
 
 
 def chat(
@@ -67,7 +67,7 @@ def chat(
     *,
     image_processor: BaseImageProcessor | None = None,
     history: Sequence[tuple[str, str]] = (),
-    conv_version: str | None = None,
+    template: str | None = None,
     max_new_tokens: int = 512,
     **generate: Any,
 ) -> str:
@@ -80,7 +80,7 @@ def chat(
         tokenizer: the model's own if None, read from its checkpoint where nobody has done so yet.
         image_processor: the same.
         history: earlier (question, answer) pairs of this conversation.
-        conv_version: conversation template; the checkpoint's own if None.
+        template: conversation template; the checkpoint's own if None.
         max_new_tokens: longest answer.
         generate: for `generate` (`do_sample`, `temperature`, `num_beams`, ...); greedy by default.
 
@@ -102,12 +102,12 @@ def chat(
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
     given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     images = [item if isinstance(item, Image.Image) else _open(item) for item in given]
-    template = TextPreprocess(tokenizer, conv_version or conversation_template(model, tokenizer))
+    text = TextPreprocess(tokenizer, template or conversation_template(model, tokenizer))
     messages: list[Message] = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):
         marks = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) if index == 0 else ""
         messages += exchange(marks + question, answer)
-    encoded = template(messages, mode="eval", num_images=len(images))
+    encoded = text(messages, mode="eval", num_images=len(images))
     input_ids = encoded["input_ids"][None].to(model.device)  # [1, T]
     pixels = None
     if images:

@@ -107,7 +107,7 @@ def save_pretrained_model(
     tokenizer: PreTrainedTokenizerBase,
     image_processor: BaseImageProcessor,
     output_dir: str | os.PathLike,
-    conv_version: str | None = None,
+    template: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint that needs nothing else: v1's layout in safetensors, tokenizer, image processor, template.
@@ -117,11 +117,11 @@ def save_pretrained_model(
         tokenizer: saved beside it.
         image_processor: saved beside it, as ``preprocessor_config.json``.
         output_dir: made if it does not exist.
-        conv_version: conversation template of the model; None keeps the configuration's.
+        template: conversation template of the model; None keeps the configuration's.
         state_dict: weights to write instead of the model's own (gathered from a partitioned model).
     """
-    if conv_version is not None:
-        model.config.conv_version = conv_version
+    if template is not None:
+        model.config.template = template
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir, state_dict=state_dict)
@@ -135,7 +135,7 @@ def push_pretrained_model(
     tokenizer: PreTrainedTokenizerBase,
     image_processor: BaseImageProcessor,
     repo_id: str,
-    conv_version: str | None = None,
+    template: str | None = None,
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
@@ -148,7 +148,7 @@ def push_pretrained_model(
         own = model.config.name_or_path
         if own and Path(own, CARD).is_file():  # somebody's own text goes along
             shutil.copy(Path(own, CARD), folder)
-        save_pretrained_model(model, tokenizer, image_processor, folder, conv_version)
+        save_pretrained_model(model, tokenizer, image_processor, folder, template)
         write_model_card(folder, {**(facts_of(own) if own else {}), "name": repo_id})
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model"))
 

@@ -15,7 +15,7 @@ from tinyllava_switchkd.io import JsonObject
 class TinyLlavaConfig(PretrainedConfig):
     """Configuration of a TinyLLaVA model: a language model, a vision tower and the connector between them.
 
-    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `conv_version` and `qformer_config`.
+    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `template` and `qformer_config`.
     A nested `text_config` or `vision_config` is enough to build the part; only where one is absent is the base model's
     read, from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
 
@@ -35,7 +35,7 @@ class TinyLlavaConfig(PretrainedConfig):
         qformer_config: overrides of the Q-Former's own configuration (a dict), None for v1's (BERT base).
         image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (to a square of the mean colour first).
         tokenizer_model_max_length: positions of a sequence, image tokens included.
-        conv_version: name of the conversation template the model was trained with; None if unknown.
+        template: name of the conversation template the model was trained with; None if unknown.
         tune_type_llm, tune_type_connector, tune_type_vision_tower, tune_vision_tower_from_layer: what was trained.
     """
 
@@ -64,13 +64,16 @@ class TinyLlavaConfig(PretrainedConfig):
     tokenizer_use_fast: bool = False
     use_cache: bool = False
     cache_dir: str | None = None
-    conv_version: str | None = None
+    template: str | None = None
     tune_type_llm: str = "frozen"
     tune_type_connector: str = "frozen"
     tune_type_vision_tower: str = "frozen"
     tune_vision_tower_from_layer: int = -1
 
     def __post_init__(self, **kwargs: object) -> None:
+        older = kwargs.pop("conv_version", None)  # the template's name until 0.2.0
+        if isinstance(older, str):
+            self.template = self.template or older
         for name in TinyLlavaConfig.__annotations__:  # published configurations write null and mean the default
             if getattr(self, name) is None:
                 setattr(self, name, getattr(TinyLlavaConfig, name))

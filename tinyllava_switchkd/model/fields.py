@@ -55,7 +55,8 @@ DTYPE = one_of(*(prefix + name for prefix in ("", "torch.") for name in ("float3
 
 OWN: dict[str, Rule] = {
     **dict.fromkeys(("llm_model_name_or_path", "tokenizer_name_or_path", "cache_dir", "connector_type"), TEXT),
-    **dict.fromkeys(("vision_model_name_or_path", "vision_model_name_or_path2", "pad_token", "conv_version"), TEXT),
+    **dict.fromkeys(("vision_model_name_or_path", "vision_model_name_or_path2", "pad_token"), TEXT),
+    **dict.fromkeys(("template", "conv_version"), TEXT),
     **dict.fromkeys(("tune_type_llm", "tune_type_connector", "tune_type_vision_tower", "_name_or_path"), TEXT),
     **dict.fromkeys(("text_config", "vision_config", "qformer_config"), OBJECT),
     **dict.fromkeys(("use_cache", "tokenizer_use_fast"), FLAG),

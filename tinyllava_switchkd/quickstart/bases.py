@@ -125,7 +125,7 @@ class _Bases(Experiment):
         """
         write = partial(base_models.write_vision_tower, width=width, seed=seed)
         flags = {
-            "conv_version": "pretrain",
+            "template": "pretrain",
             "data_path": self.grown_on / "captions.json",
             "model_name_or_path": self.random_llm("tower", self.sizes.companion_width, seed),
             "vision_tower": self.random(f"random{seed}-{name}", [width, seed], write),
@@ -141,7 +141,7 @@ class _Bases(Experiment):
         (Language models that grew up with the tower know cells by their order, and hardly unlearn it.)
         """
         flags = {
-            "conv_version": base_models.CONV_VERSION,
+            "template": base_models.CONV_VERSION,
             "data_path": self.grown_on / "questions.json",
             "model_name_or_path": self.random_llm(who, width, seed),
             "vision_tower": vision_tower,

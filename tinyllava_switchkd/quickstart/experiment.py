@@ -64,7 +64,7 @@ COMMON = {
 """Flags of every stage."""
 
 PRETRAIN = {
-    "conv_version": CONV_VERSION,  # the template that the base language models know; those of full size read anything
+    "template": CONV_VERSION,  # the template that the base language models know; those of full size read anything
     "learning_rate": 3e-3,
     "tune_type_llm": "frozen",
     "tune_type_vision_tower": "frozen",
@@ -73,7 +73,7 @@ PRETRAIN = {
 """Flags of pre-training (PT), scripts/train/pretrain.sh."""
 
 FINETUNE = {
-    "conv_version": CONV_VERSION,
+    "template": CONV_VERSION,
     "learning_rate": 2e-3,
     "vision_tower_lr": 1e-3,
     "tune_type_llm": "full",

@@ -111,7 +111,7 @@ def build_page(args: argparse.Namespace) -> Page:
         seconds=args.time_limit,
         upload_bytes=int(args.all_uploads_mb * 2**20),
     )
-    load = partial(ChatModel.load, conv_version=args.template, **loading_kwargs(args))
+    load = partial(ChatModel.load, template=args.template, **loading_kwargs(args))
     slots = [Slot(name, partial(load, path, name)) for path, name in zip(paths, names, strict=True)]
     return Page(Demo(ModelPool(slots), limits), sampling)
 

@@ -201,10 +201,10 @@ def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     print(f"Loading {args.model_path} ...", file=sys.stderr)
-    model = ChatModel.load(args.model_path, conv_version=args.template, **loading_kwargs(args))
+    model = ChatModel.load(args.model_path, template=args.template, **loading_kwargs(args))
     print(
         f"{model.name}: {model.num_parameters / 1e6:,.1f} million parameters on {model.model.device}, template "
-        f"{model.conv_version}, {model.model.num_image_tokens} tokens an image; loaded in "
+        f"{model.template}, {model.model.num_image_tokens} tokens an image; loaded in "
         f"{time.perf_counter() - started:.1f} s.",
         file=sys.stderr,
     )

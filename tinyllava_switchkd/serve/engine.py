@@ -70,7 +70,7 @@ class ChatModel:
         image_processor: its image processor.
         context_len: positions that prompt and answer may take together.
         name: what people see.
-        conv_version: conversation template; None for the checkpoint's own, or else v1's for its language model.
+        template: conversation template; None for the checkpoint's own, or else v1's for its language model.
 
     Raises:
         ValueError: no template is known.
@@ -83,24 +83,24 @@ class ChatModel:
         image_processor: BaseImageProcessor,
         context_len: int,
         name: str,
-        conv_version: str | None = None,
+        template: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.context_len = context_len
         self.name = name
-        self.conv_version = conv_version or conversation_template(model, tokenizer)
-        self._text = TextPreprocess(tokenizer, self.conv_version)
+        self.template = template or conversation_template(model, tokenizer)
+        self._text = TextPreprocess(tokenizer, self.template)
         self._pixels = ImagePreprocess(image_processor, model.config)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # the model, its attention implementation and the cache of features
 
     @classmethod
-    def load(cls, path: str, name: str | None = None, conv_version: str | None = None, **kwargs: Any) -> ChatModel:
+    def load(cls, path: str, name: str | None = None, template: str | None = None, **kwargs: Any) -> ChatModel:
         """Load a checkpoint; `kwargs` are those of `load_pretrained_model`."""
         model, tokenizer, image_processor, context_len = load_pretrained_model(path, **kwargs)
-        return cls(model, tokenizer, image_processor, context_len, name or display_names([path])[0], conv_version)
+        return cls(model, tokenizer, image_processor, context_len, name or display_names([path])[0], template)
 
     @property
     def num_parameters(self) -> int:

@@ -70,7 +70,7 @@ class DataArguments:
     image_aspect_ratio: str = field(
         default="square", metadata={"help": "square: the processor alone; pad: to a square in the mean colour first."}
     )
-    conv_version: str = field(default="pretrain", metadata={"help": "Conversation template."})
+    template: str = field(default="pretrain", metadata={"help": "Conversation template."})
     is_multimodal: bool = field(default=True, metadata={"help": "Whether samples may have images."})
     image_backend: str = field(
         default="pil", metadata={"help": "pil resizes as TinyLLaVA v1 did, bit for bit; torchvision is faster."}

@@ -38,8 +38,8 @@ RENAMED = {
 NEVER_WERE = {"connector_lr": "mm_projector_lr"}
 """Names that one would guess -> what the argument is called."""
 
-TEMPLATE = dict.fromkeys(("template", "conv_mode"), "conv_version")
-"""Other commands' names of the conversation template -> v1's in training; nobody need be told."""
+TEMPLATE = dict.fromkeys(("conv_version", "conv_mode"), "template")
+"""TinyLLaVA v1's and LLaVA's names of the conversation template -> ours; nobody need be told."""
 
 BOTH_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",

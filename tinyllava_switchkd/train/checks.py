@@ -26,7 +26,7 @@ def check_names(arguments: Arguments) -> None:
     """
     model, data, training, distill, _ = arguments
     TrainingRecipeFactory.name_of(training.training_recipe)
-    TemplateFactory.name_of(data.conv_version)
+    TemplateFactory.name_of(data.template)
     if training.pretrained_model_path is None:
         _check_base_model("model_name_or_path", model.model_name_or_path)
         _check_base_model("vision_tower", model.vision_tower)

@@ -62,7 +62,7 @@ def model_settings(arguments: Arguments) -> dict[str, Any]:
         "attn_implementation": attention_of(arguments),
         "cache_dir": model.cache_dir,
         "image_aspect_ratio": arguments.data.image_aspect_ratio,
-        "conv_version": arguments.data.conv_version,
+        "template": arguments.data.template,
     }
 
 
@@ -111,7 +111,7 @@ def apply_run_settings(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, arg
             setattr(config, field, getattr(arguments.model, name))
     if "image_aspect_ratio" in arguments.given:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
-    config.conv_version = arguments.data.conv_version
+    config.template = arguments.data.template
     tokenizer.model_max_length = config.tokenizer_model_max_length
     tokenizer.padding_side = config.tokenizer_padding_side
 

@@ -51,7 +51,7 @@ def look(
     image: Image.Image,
     question: str,
     name: str = "",
-    conv_version: str | None = None,
+    template: str | None = None,
     max_new_tokens: int = 64,
     layers: slice | None = None,
 ) -> Look:
@@ -59,7 +59,7 @@ def look(
 
     Args:
         model: a `TinyLlavaForConditionalGeneration`, with its tokenizer and image processor.
-        conv_version: conversation template; None for the checkpoint's own.
+        template: conversation template; None for the checkpoint's own.
 
     Raises:
         ValueError: no template is known for the checkpoint; or see `attention_map`.
@@ -73,7 +73,7 @@ def look(
     from tinyllava_switchkd.visualize.grid import visible_box
     from tinyllava_switchkd.visualize.pieces import text_groups
 
-    template = conv_version or conversation_template(model, tokenizer)
+    template = template or conversation_template(model, tokenizer)
     input_ids = TextPreprocess(tokenizer, template).prompt_ids(question)  # [T]
     pixels = ImagePreprocess(image_processor, model.config)(image)[None].to(model.device)  # [1, 3, H, W]
     with torch.no_grad():
@@ -251,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
                     _open(image),
                     question,
                     name=name,
-                    conv_version=args.template,
+                    template=args.template,
                     max_new_tokens=args.max_new_tokens,
                     layers=args.layers,
                 )

@@ -36,50 +36,50 @@ PROBES: tuple[Turns, ...] = (
 )
 
 
-def jinja_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template that renders what a conversation template writes, image marks included.
 
     Where the tokenizer puts a begin token in front, the chat template writes it: whoever renders a chat template
     tokenises the text without adding one.
 
     Args:
-        version: name of a conversation template.
+        template: name of a conversation template.
         tokenizer: the exported tokenizer, to which ``<image>`` is one token.
 
     Raises:
         ValueError: the template does not write turn after turn, or this tokenizer makes other ids of the text.
     """
-    plain = TemplateFactory(version)()
-    template = plain.for_tokenizer(tokenizer)
-    fitted = template is not plain
+    plain = TemplateFactory(template)()
+    written = plain.for_tokenizer(tokenizer)
+    fitted = written is not plain
     bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
-    jinja = _fill(template, bos, "", system_is_text=not fitted)
-    if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(template, probe) for probe in PROBES):
+    jinja = _fill(written, bos, "", system_is_text=not fitted)
+    if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(written, probe) for probe in PROBES):
         raise ValueError(
-            f"The conversation template {version!r} does not write one question and answer after the other, so no chat "
-            f"template can be made of it; pass --template with the one to converse in."
+            f"The conversation template {template!r} does not write one question and answer after the other, so no "
+            f"chat template can be made of it; pass --template with the one to converse in."
         )
     # In training, the text after an image is tokenised by itself. Tokenizers of the SentencePiece kind begin every text
     # with a space, but (Llama's) not the text after a special token: there the space has to be written.
-    spaced = _fill(template, bos, " ", system_is_text=not fitted)
-    expected = [_ids_in_training(template, probe, tokenizer) for probe in PROBES]
+    spaced = _fill(written, bos, " ", system_is_text=not fitted)
+    expected = [_ids_in_training(written, probe, tokenizer) for probe in PROBES]
     for candidate in filter(None, (jinja, spaced)):
         texts = [_render(tokenizer, candidate, probe) for probe in PROBES]
         if [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == expected:
             return candidate
     raise ValueError(
         f"The tokenizer splits the text around {DEFAULT_IMAGE_TOKEN} otherwise once that is a token of its own, so no "
-        f"chat template renders what the model was trained on with the template {version!r}."
+        f"chat template renders what the model was trained on with the template {template!r}."
     )
 
 
-def conv_version_of(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_behind(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Which of our conversation templates a chat template found in a checkpoint renders; None if it is none of them."""
-    for version in TemplateFactory.list():
+    for template in TemplateFactory.list():
         try:
-            own = jinja_template(version, tokenizer)
+            own = jinja_template(template, tokenizer)
             if all(_render(tokenizer, jinja, probe) == _render(tokenizer, own, probe) for probe in PROBES):
-                return version
+                return template
         except Exception:  # another's Jinja may fail on these conversations in ways of its own
             continue
     return None

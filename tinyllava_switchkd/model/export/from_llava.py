@@ -18,7 +18,7 @@ from ..checkpoint import load_pretrained_model, save_pretrained_model
 from ..configuration import TinyLlavaConfig
 from ..modeling import TinyLlavaForConditionalGeneration
 from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
-from .chat_template import conv_version_of
+from .chat_template import template_behind
 from .files import empty_folder, read_by_older_versions, whole_folder
 from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
 
@@ -40,7 +40,7 @@ def is_hf_llava(folder: Path) -> bool:
 def from_hf_llava(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
-    conv_version: str | None = None,
+    template: str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> None:
     """Write a checkpoint of transformers' LLaVA in TinyLLaVA v1's layout.
@@ -50,7 +50,7 @@ def from_hf_llava(
     Args:
         source: the checkpoint, a folder or a name on the hub.
         output_dir: a folder that is empty or does not exist.
-        conv_version: conversation template; None finds the one that the chat template renders.
+        template: conversation template; None finds the one that the chat template renders.
         dtype: of the weights; None keeps the checkpoint's own.
 
     Raises:
@@ -64,10 +64,13 @@ def from_hf_llava(
         raise ValueError(f"{source} cannot be converted: {reason}")
     record = fields.get(RECORD) or {}
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    conv_version = (
-        conv_version or record.get("conv_version") or conv_version_of(tokenizer.chat_template or "", tokenizer)
+    template = (
+        template
+        or record.get("template")
+        or record.get("conv_version")
+        or template_behind(tokenizer.chat_template or "", tokenizer)
     )
-    if conv_version is None:
+    if template is None:
         raise ValueError(
             f"The chat template of {source} is none of ours ({', '.join(TemplateFactory.list())}); register a "
             f"conversation template that writes the same, or pass --template with one that comes close."
@@ -77,7 +80,7 @@ def from_hf_llava(
     if tensors is None:
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors or pytorch_model.bin).")
     tensors = _tensors(tensors, fields, record)
-    config = _config(fields, record, tensors, tokenizer, conv_version, bool(settings.pop("do_pad", False)))
+    config = _config(fields, record, tensors, tokenizer, template, bool(settings.pop("do_pad", False)))
     model = TinyLlavaForConditionalGeneration.from_tensors(config, tensors, source, dtype=dtype)
     image_processor = type(model.vision_tower.default_image_processor())(**settings)
     tokenizer.chat_template = record.get("chat_template", tokenizer.chat_template)
@@ -92,14 +95,14 @@ def from_hf_llava(
 def to_v1(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
-    conv_version: str | None = None,
+    template: str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> None:
     """Write a TinyLLaVA checkpoint of any layout (split, LoRA, TinyLLaVABench) in v1's full layout, self-contained."""
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
     with whole_folder(source, output_dir) as folder:
-        save_pretrained_model(model, tokenizer, image_processor, folder, conv_version=conv_version)
+        save_pretrained_model(model, tokenizer, image_processor, folder, template=template)
         read_by_older_versions(folder)
 
 
@@ -161,7 +164,7 @@ def _config(
     record: JsonObject,
     tensors: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    conv_version: str,
+    template: str,
     pad: bool,
 ) -> TinyLlavaConfig:
     text, vision = dict(fields["text_config"]), dict(fields["vision_config"])
@@ -179,7 +182,7 @@ def _config(
     own.setdefault("pad_token_id", tokenizer.pad_token_id)
     strategy = fields.get("vision_feature_select_strategy", "default")
     own |= {
-        "conv_version": conv_version,
+        "template": template,
         "image_aspect_ratio": "pad" if pad else "square",
         "vision_feature_layer": fields.get("vision_feature_layer", -2),
         "vision_feature_select_strategy": next(ours for ours, theirs in STRATEGIES.items() if theirs == strategy),

@@ -87,7 +87,7 @@ def to_gguf(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
     dtype: str = "f16",
-    conv_version: str | None = None,
+    template: str | None = None,
     allow_approximate: bool = False,
     verify: bool = True,
 ) -> JsonObject:
@@ -98,7 +98,7 @@ def to_gguf(
         output_dir: a folder that is empty or does not exist; it appears whole or not at all.
         dtype: of the language model's matrices, one of `DTYPES`. One whose rows do not divide into a quantisation's
             blocks of 32 stays f16. The other file is f32 with f32, else f16; vectors are f32 always.
-        conv_version: conversation template; the checkpoint's own if None.
+        template: conversation template; the checkpoint's own if None.
         allow_approximate: write also what llama.cpp computes differently, and measure it where torch can tell.
         verify: read the files back and compare every tensor with the checkpoint's.
 
@@ -117,19 +117,19 @@ def to_gguf(
     reason = why_not_gguf(model, tokenizer, image_processor)
     if reason is not None:
         raise ValueError(f"{source} cannot be exported: {reason}")
-    conv_version = conv_version or conversation_template(model, tokenizer)
+    template = template or conversation_template(model, tokenizer)
     approximate = approximate_parts(model, tokenizer)
     if approximate and not allow_approximate:
         raise ValueError(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
             f"nevertheless."
         )
-    record = _record(model, tokenizer, conv_version) | {"dtype": dtype, "images": image_note(model, image_processor)}
+    record = _record(model, tokenizer, template) | {"dtype": dtype, "images": image_note(model, image_processor)}
     if approximate:
         record["approximate"] = approximate
     if model.config.vision_feature_select_strategy == "patch":
-        record["every_patch"] = _measure_every_patch(model, tokenizer, image_processor, conv_version)
-    vocabulary = _Vocabulary(model, tokenizer, conv_version)
+        record["every_patch"] = _measure_every_patch(model, tokenizer, image_processor, template)
+    vocabulary = _Vocabulary(model, tokenizer, template)
 
     language, vision = dict(language_tensors(model)), dict(vision_tensors(model))
     with whole_folder(source, output_dir) as folder:
@@ -279,7 +279,7 @@ def _layers(model: TinyLlava) -> int:
 class _Vocabulary:
     """Tokens, their kinds and merges, and the chat template, as GGUF has them."""
 
-    def __init__(self, model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> None:
+    def __init__(self, model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         import gguf
 
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -299,9 +299,8 @@ class _Vocabulary:
         self.merges = merges or ["! !"]
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         _add_image_token(tokenizer)
-        template = jinja_template(conv_version, tokenizer)
-        self.chat_template = template.replace(DEFAULT_IMAGE_TOKEN, MARKER)
-        stops = _generation_config(model, tokenizer, conv_version, 0, 0).eos_token_id
+        self.chat_template = jinja_template(template, tokenizer).replace(DEFAULT_IMAGE_TOKEN, MARKER)
+        stops = _generation_config(model, tokenizer, template, 0, 0).eos_token_id
         self.stops = [stops] if isinstance(stops, int) else list(stops or [])
         if tokenizer.eos_token_id in self.stops:  # the one that GGUF calls "the" end comes first
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)
@@ -443,10 +442,10 @@ def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 @torch.no_grad()
 def _measure_every_patch(
-    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, conv_version: str
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, template: str
 ) -> JsonObject:
     """What the patch that training left out changes, asked in torch about drawn images."""
-    text, preprocess = TextPreprocess(tokenizer, conv_version), ImagePreprocess(image_processor, model.config)
+    text, preprocess = TextPreprocess(tokenizer, template), ImagePreprocess(image_processor, model.config)
     questions, equal, difference = default_questions(), 0, 0.0
     for question in questions:
         prompt = text.prompt_ids(question.text)[None]  # [1, T]

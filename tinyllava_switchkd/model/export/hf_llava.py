@@ -51,7 +51,7 @@ STRATEGIES = {"patch": "default", "cls_patch": "full"}
 def to_hf_llava(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
-    conv_version: str | None = None,
+    template: str | None = None,
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
 ) -> float | None:
@@ -64,7 +64,7 @@ def to_hf_llava(
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
         output_dir: a folder that is empty or does not exist; it appears whole or not at all.
-        conv_version: conversation template; the checkpoint's own if None.
+        template: conversation template; the checkpoint's own if None.
         dtype: of the weights; None keeps the checkpoint's own.
         verify: ask both the same before the folder takes its place, see `verify_export`.
 
@@ -80,17 +80,17 @@ def to_hf_llava(
     reason = why_not_llava(model)
     if reason is not None:
         raise ValueError(f"{source} cannot be exported: {reason}")
-    conv_version = conv_version or conversation_template(model, tokenizer)
-    record = _record(model, tokenizer, conv_version)  # before the tokenizer changes
+    template = template or conversation_template(model, tokenizer)
+    record = _record(model, tokenizer, template)  # before the tokenizer changes
     image_token = _add_image_token(tokenizer)
-    processor = _processor(model, tokenizer, image_processor, jinja_template(conv_version, tokenizer))
+    processor = _processor(model, tokenizer, image_processor, jinja_template(template, tokenizer))
     tensors = _tensors(model, image_token)
     rows = len(tensors["language_model.model.embed_tokens.weight"])
 
     with whole_folder(source, output_dir) as folder:
         save_torch_state_dict(tensors, folder)
         write_json(folder / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
-        _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
+        _generation_config(model, tokenizer, template, image_token, rows).save_pretrained(folder)
         processor.save_pretrained(folder)
         save_image_processor(processor.image_processor, folder)
         read_by_older_versions(folder)
@@ -117,13 +117,13 @@ def why_not_llava(model: TinyLlava) -> str | None:
     return None
 
 
-def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str) -> JsonObject:
+def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> JsonObject:
     """What the TinyLLaVA's configuration and tokenizer say and LLaVA's do not."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
         fields.pop(name, None)
     return fields | {
-        "conv_version": conv_version,
+        "template": template,
         "vocab_size": model.config.vocab_size,
         "chat_template": tokenizer.chat_template,
         "adds_image_token": DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab(),
@@ -242,13 +242,13 @@ def _config(model: TinyLlava, image_token: int, rows: int) -> JsonObject:
 
 
 def _generation_config(
-    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, conv_version: str, image_token: int, rows: int
+    model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str, image_token: int, rows: int
 ) -> GenerationConfig:
     """Greedy; stops where the model stopped and where the conversation template ends an answer."""
     eos = model.language_model.generation_config.eos_token_id
     stops = {eos} if isinstance(eos, int) else set(eos or ())
-    template = TemplateFactory(conv_version)().for_tokenizer(tokenizer)
-    end = tokenizer(template.eos, add_special_tokens=False).input_ids
+    written = TemplateFactory(template)().for_tokenizer(tokenizer)
+    end = tokenizer(written.eos, add_special_tokens=False).input_ids
     if len(end) == 1:
         stops |= set(end)
     return GenerationConfig(

@@ -65,7 +65,7 @@ def to_onnx(
     source: str | os.PathLike,
     output_dir: str | os.PathLike,
     dtypes: Sequence[str] = ("fp32",),
-    conv_version: str | None = None,
+    template: str | None = None,
     allow_approximate: bool = False,
     verify: bool = True,
     questions: Sequence[Question] | None = None,
@@ -77,7 +77,7 @@ def to_onnx(
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
         output_dir: a folder that is empty or does not exist; it appears whole or not at all.
         dtypes: of `DTYPES`.
-        conv_version: conversation template; the checkpoint's own if None.
+        template: conversation template; the checkpoint's own if None.
         allow_approximate: write also what no graph can hold exactly.
         verify: compare the graphs with the checkpoint.
         questions: what both are asked; drawings of our own if None.
@@ -96,7 +96,7 @@ def to_onnx(
         raise ValueError(f"--dtype is one or more of {', '.join(DTYPES)}, not {', '.join(unknown) or 'none'}.")
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=torch.float32)
-    conv_version = conv_version or conversation_template(model, tokenizer)
+    template = template or conversation_template(model, tokenizer)
     approximate = approximate_parts(model)
     if approximate and not allow_approximate:
         raise ValueError(
@@ -106,13 +106,13 @@ def to_onnx(
     for part in approximate:
         logger.warning("Approximate: %s", part)
     record = (
-        _record(model, tokenizer, conv_version)
+        _record(model, tokenizer, template)
         | {"dtypes": list(dtypes)}
         | ({"approximate": approximate} if approximate else {})
     )
-    expected = _Original(model, tokenizer, image_processor, conv_version, questions) if verify else None
+    expected = _Original(model, tokenizer, image_processor, template, questions) if verify else None
     image_token = _add_image_token(tokenizer)
-    tokenizer.chat_template = jinja_template(conv_version, tokenizer)
+    tokenizer.chat_template = jinja_template(template, tokenizer)
 
     if approximate:
         _make_static(model)
@@ -122,7 +122,7 @@ def to_onnx(
         config = _config(model, image_token, dtypes, outside) | {RECORD: record}
         write_json(folder / "config.json", config, sort_keys=True)
         rows = model.config.vocab_size  # the graphs' logits have no column for the image's token
-        _generation_config(model, tokenizer, conv_version, image_token, rows).save_pretrained(folder)
+        _generation_config(model, tokenizer, template, image_token, rows).save_pretrained(folder)
         _write_tokenizer(tokenizer, folder)
         save_image_processor(image_processor, folder)
         file = folder / "preprocessor_config.json"  # transformers.js's AutoProcessor asks this file for the processor
@@ -254,14 +254,14 @@ class _Original:
         model: TinyLlava,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: BaseImageProcessor,
-        conv_version: str,
+        template: str,
         questions: Sequence[Question] | None,
     ) -> None:
         from tinyllava_switchkd.data.image import ImagePreprocess
 
         self.questions = list(questions or default_questions())
         preprocess = ImagePreprocess(image_processor, model.config)
-        text = TextPreprocess(tokenizer, conv_version)
+        text = TextPreprocess(tokenizer, template)
         self.prompts, self.pixels, self.answers = [], [], []
         eos = model.language_model.generation_config.eos_token_id
         self.stops = {eos} if isinstance(eos, int) else set(eos or ())

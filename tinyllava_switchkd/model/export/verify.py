@@ -50,7 +50,7 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         return_tensors="pt",
     ).to(dtype=theirs.dtype)
     record = getattr(theirs.config, RECORD)
-    prompt = TextPreprocess(tokenizer, record["conv_version"]).prompt_ids(QUESTION)[None]  # [1, T]
+    prompt = TextPreprocess(tokenizer, record["template"]).prompt_ids(QUESTION)[None]  # [1, T]
     pixels = ImagePreprocess(image_processor, ours.config)(image)[None]  # [1, 3, H, W]
 
     image_token = theirs.config.image_token_index
