@@ -189,11 +189,3 @@ def test_settings(folder):
         dataset(folder, image_processor=None)
     write(folder, [RECORDS[1]])
     assert "images" not in dataset(folder, image_processor=None)[0]
-
-
-def test_a_template_that_does_not_count_is_counted(folder, monkeypatch):
-    data = dataset(folder)
-    one = TextPreprocess(qwen2(), "phi")(RECORDS[0]["conversations"])
-    monkeypatch.setattr(data, "text_preprocess", lambda messages, num_images: copy.deepcopy(one))
-    with pytest.raises(ValueError, match=r"Sample 2 .* has 2 image\(s\) and 1 place"):
-        data[2]

@@ -258,15 +258,6 @@ class TestPlugins:
         encoded = TextPreprocess(tokenizer, "own-labels")(talk("who?", "me"))
         assert torch.equal(encoded["labels"], encoded["input_ids"])
 
-    def test_v1_encode_without_num_images(self):
-        @register_template("v1-encode")
-        @dataclass
-        class Fixed(TemplateFactory("phi")):
-            def encode(self, messages, tokenizer, mode="train"):
-                return {"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}
-
-        assert TextPreprocess(qwen2(), "v1-encode")(talk("a", "b"), num_images=0)["input_ids"].tolist() == [1]
-
 
 class TestCheck:
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset, Pictures, Sample, SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import ImageFolder, read_image
@@ -172,9 +172,6 @@ class LazySupervisedDataset(Dataset):
             sample = self.text_preprocess(record["conversations"], num_images=len(names))
         except ValueError as error:
             raise SampleError(f"{where}: {error}") from None
-        places = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-        if places != len(names):  # a template of v1's interface does not count
-            raise SampleError(f"{where} has {len(names)} image(s) and {places} place(s) for them.")
         sample["id"] = self.records.id_of(index, record)
         return sample, names, where
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,8 +43,6 @@ class TextPreprocess:
         self.eos_token_ids = eos_token_ids
         self.template = TemplateFactory(template)()
         self._checked = False
-        # A third party's template may have v1's encode(messages, tokenizer, mode).
-        self._counts_images = "num_images" in inspect.signature(self.template.encode).parameters
 
     def __call__(self, messages: Sequence[Message], mode: str = "train", num_images: int | None = None) -> Sample:
         """Encode a conversation.
@@ -65,9 +62,7 @@ class TextPreprocess:
         if mode == "train" and not self._checked:
             check_template(self.tokenizer, self.template_name, self.eos_token_ids)
             self._checked = True
-        if self._counts_images:
-            return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)
-        return self.template.encode(messages, self.tokenizer, mode)
+        return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)
 
     def prompt_ids(self, question: str, num_images: int = 1) -> Tensor:
         """Token ids [T] of a question up to its answer, in front an `IMAGE_TOKEN_INDEX` for each of its images."""

@@ -185,19 +185,14 @@ def check_images(job: Job) -> None:
     logger.warning("%s.", message)
 
 
-def set_up(job: Job) -> JsonObject:
-    """What process 0 does before the others begin: check everything, take the folder, tidy it up.
-
-    Returns:
-        the `run` object.
-    """
+def set_up(job: Job) -> None:
+    """What process 0 does before the others begin: check everything, take the folder, tidy it up."""
     check_keys(job.questions, job.arguments.data_dir)
     check_images(job)
     run = describe(job)
     job.answers.lock(0)
     job.answers.repair()
     job.answers.claim(run)
-    return run
 
 
 def generate(job: Job) -> None:
@@ -303,11 +298,8 @@ def name_of(images: Sequence[Path | bytes]) -> str:
     )
 
 
-def finish(job: Job, run: JsonObject) -> JsonObject:
-    """Wait for the other processes, check that nothing is missing, and merge.
-
-    Returns:
-        the `run` object with its counts.
+def finish(job: Job) -> None:
+    """Wait for the other processes, check that nothing is missing, merge, and count in `run.json`.
 
     Raises:
         ValueError: questions have no answer; the answers there are stay where they are.
@@ -325,8 +317,7 @@ def finish(job: Job, run: JsonObject) -> JsonObject:
             raise ValueError(message)
     job.answers.merge(in_question_order(job.questions, rows, job.answers.folder))
     answered, unanswered = split_answered(job.questions, rows)
-    run = {
-        **run,
+    run = read_json(job.answers.run_file) | {
         "limit": job.arguments.limit if len(unanswered) > len(missing) else None,
         "counts": {
             "questions": len(job.questions),
@@ -338,7 +329,6 @@ def finish(job: Job, run: JsonObject) -> JsonObject:
     }
     write_json(job.answers.run_file, run)
     logger.info("%s: %d answers in %s.", job.benchmark.title, len(answered), job.answers.merged)
-    return run
 
 
 def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:

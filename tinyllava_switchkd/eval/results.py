@@ -51,18 +51,12 @@ class Result(Score):
         return self.benchmark in SERVER_SPLITS and self.split.startswith("val")
 
     @property
-    def official_totals(self) -> tuple[int, ...]:
-        """Numbers of questions that releases of this benchmark have; empty where that is not known."""
-        if self.registered is None or self.split not in self.registered.prepared_splits:
-            return ()
-        files = self.registered.files(self.split)
-        return files[0].rows if files else ()
-
-    @property
     def own_data(self) -> bool:
         """Whether the questions are not the official ones, to judge by their number: a part of them, or others."""
-        total = self.asked["of"] if self.asked else self.total
-        return bool(self.official_totals) and total not in self.official_totals
+        if self.registered is None or self.split not in self.registered.prepared_splits:
+            return False
+        official = next((file.rows for file in self.registered.files(self.split)), ())
+        return bool(official) and (self.asked["of"] if self.asked else self.total) not in official
 
     @property
     def changed_options(self) -> list[str]:

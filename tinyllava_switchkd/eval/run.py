@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
-from tinyllava_switchkd.io import JsonObject, write_json
+from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .benchmarks import BenchmarkFactory, names
@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # what needs torch waits until the command line has been read
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
 
-def score(job: Job, run: JsonObject) -> None:
-    """Score the answers and write the score file, with the `run` object in it."""
+def score(job: Job) -> None:
+    """Score the answers and write the score file, with the verdicts beside it."""
     arguments = job.arguments
     result = score_file(
         job.benchmark.name,
@@ -47,7 +47,7 @@ def score(job: Job, run: JsonObject) -> None:
         judge=arguments.judge,
     )
     if arguments.score is not None:
-        write_json(arguments.score, {**result.to_dict(), "run": run})
+        write_json(arguments.score, result.to_dict())
         write_rows(result, rows_file(arguments.score))
     if result.missing:
         logger.warning("%d of %d questions have no answer and count as wrong.", result.missing, result.total)
@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
     from .job import Job, finish, generate, set_up, still_open
 
     processes.join()
-    job, description = None, {}
+    job = None
     try:
         failed = True
         try:
             if processes.first:
                 job = Job.of(arguments, processes)
-                description = set_up(job)
+                set_up(job)
             failed = False
         finally:
             processes.meet(failed)
@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
             job.answers.lock(processes.rank)
         generate(job)
         if processes.first:
-            description = finish(job, description)
+            finish(job)
             if arguments.score is not None or arguments.submission is not None:
-                score(job, description)
+                score(job)
     except KeyboardInterrupt:
         if job is not None and processes.first:
             tell(still_open(job), processes.rank)
