@@ -86,8 +86,6 @@ def test_without_modality():
 @pytest.mark.parametrize(
     "kwargs, match",
     [
-        ({"batch_size": 0}, "batch_size"),
-        ({"pool": 0}, "pool"),
         ({"values": [1, 0]}, "positive"),
         ({"values": [1, -1], "group_by_modality": False}, "positive"),
     ],

@@ -29,7 +29,7 @@ class LengthGroupedSampler(Sampler[int]):
         pool: megabatches that are sorted together.
 
     Raises:
-        ValueError: sizes below 1, or a length that is zero or (without `group_by_modality`) negative.
+        ValueError: a length that is zero or (without `group_by_modality`) negative.
     """
 
     def __init__(
@@ -42,14 +42,6 @@ class LengthGroupedSampler(Sampler[int]):
         seed: int = 0,
         pool: int = 50,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("world_size", world_size),
-            ("gradient_accumulation_steps", gradient_accumulation_steps),
-            ("pool", pool),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}.")
         self.lengths = torch.as_tensor(lengths, dtype=torch.long)
         if (self.lengths == 0).any() or (not group_by_modality and (self.lengths < 0).any()):
             raise ValueError("Lengths are positive, or negative for samples without images if grouped by modality.")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -91,13 +89,7 @@ def _length(task: Task) -> tuple[int, int]:
 
 
 def batches_of(tasks: Sequence[Task], batch_size: int) -> list[Batch]:
-    """Cut ordered tasks into batches, and note in which a picture is needed first and last.
-
-    Raises:
-        ValueError: the batch size is not positive.
-    """
-    if batch_size < 1:
-        raise ValueError(f"The batch size is a positive number, not {batch_size}.")
+    """Cut ordered tasks into batches, and note in which a picture is needed first and last."""
     batches = [Batch(list(tasks[start : start + batch_size])) for start in range(0, len(tasks), batch_size)]
     first: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -174,10 +166,6 @@ class Prefetched(Dataset):
 
     def loader(self, num_workers: int) -> Iterable[Prepared]:
         """The batches in order, made ahead of time by so many processes (0: when they are asked for, in this one)."""
-        options: dict[str, Any] = {}
-        if num_workers:
-            options["prefetch_factor"] = 2
-            if "fork" in multiprocessing.get_all_start_methods():
-                # Quick, and the workers end with this process however it ends: those of a fork server would outlive it.
-                options["multiprocessing_context"] = "fork"
-        return DataLoader(self, batch_size=None, shuffle=False, num_workers=num_workers, **options)
+        # Quick, and the workers end with this process however it ends: those of a fork server would outlive it.
+        context = "fork" if num_workers else None
+        return DataLoader(self, batch_size=None, num_workers=num_workers, multiprocessing_context=context)

@@ -138,11 +138,6 @@ class Build:
             return None
         return data
 
-    @staticmethod
-    def unavailable(message: str) -> SourceError:
-        """The error by which a benchmark says that this source has nothing for it."""
-        return SourceError(message)
-
 
 def make_folder(benchmark: Benchmark, build: Build) -> None:
     """Build a benchmark's folder from the build's source and record where it came from.
@@ -151,6 +146,8 @@ def make_folder(benchmark: Benchmark, build: Build) -> None:
         SourceError: the source cannot be had.
         ValueError: the source is not what it should be.
     """
+    if build.source not in benchmark.sources:
+        raise SourceError(f"{benchmark.title} is not to be had from there")
     (benchmark.from_hf if build.source == "hf" else benchmark.from_official)(build)
     path = build.root / PROVENANCE_FILE
     known = read_json(path) if path.is_file() else {}

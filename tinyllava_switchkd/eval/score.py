@@ -17,7 +17,7 @@ from pathlib import Path
 from tinyllava_switchkd.cli import CommandParser, show
 from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
-from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, NoGroundTruth, Score, names, read_answers
+from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, Score, names, read_answers
 from .benchmarks.files import sentence_of
 from .statistics import standard_error
 
@@ -68,16 +68,11 @@ def score_file(
     if benchmark.asked is not None:
         keys = {question.key for question in benchmark.asked}
         answers = [answer for answer in answers if answer.key in keys]
-    try:
-        score = benchmark.score(data_dir, answers)
-    except NoGroundTruth as error:
-        if submission is None:
-            raise
-        score = benchmark.result(
-            score=None, split=error.split, total=error.total, answered=len(answers), details={"note": str(error)}
-        )
+    score = benchmark.score(data_dir, answers)
     if submission is not None:
         benchmark.write_submission(data_dir, answers, submission, allow_missing=allow_missing)
+    elif "note" in score.details:
+        raise ValueError(score.details["note"])
     if score.score is not None and score.rows:
         score.standard_error = standard_error(list(benchmark.units(score.rows)), benchmark.headline)
     if judge is not None:

@@ -37,21 +37,6 @@ LETTER_SUFFIX = "Answer with the option's letter from the given choices directly
 """Ends the prompt of every English multiple-choice task (LLaVA, docs/Evaluation.md)."""
 
 
-class NoGroundTruth(ValueError):
-    """The answers belong to a split whose ground truth is not at hand, so that only an upload file can be written.
-
-    Args:
-        message: one sentence.
-        split: the answers' split.
-        total: how many questions it has.
-    """
-
-    def __init__(self, message: str, *, split: str, total: int) -> None:
-        super().__init__(message)
-        self.split = split
-        self.total = total
-
-
 @dataclass(frozen=True)
 class Question:
     """One generation of a benchmark.
@@ -377,10 +362,10 @@ class Benchmark(ABC):
 
         A row of the result has the `question_id`, the `text` (None without an answer), the `truth`, and the verdict:
         `value`, 0 to 1, what the question adds to the mean. `cluster` names the picture, where questions share one.
+        Where the answers' split has no public ground truth there is no score, and the details have a `note` about it.
 
         Raises:
             FileNotFoundError: the ground truth is not there.
-            NoGroundTruth: the answers' split has no public ground truth.
             ValueError: malformed data, an unknown question id, or a second answer to a question.
         """
 
@@ -477,11 +462,11 @@ class Benchmark(ABC):
 
     def from_hf(self, build: Build) -> None:
         """Build the folder from the hub's data set."""
-        raise build.unavailable(f"{self.title} is not on the hub.")
+        raise NotImplementedError("'hf' is not among its sources")
 
     def from_official(self, build: Build) -> None:
         """Build the folder from the authors' own files."""
-        raise build.unavailable(f"{self.title} has no official download.")
+        raise NotImplementedError("'official' is not among its sources")
 
 
 class QuestionFileBenchmark(Benchmark):

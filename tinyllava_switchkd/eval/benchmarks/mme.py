@@ -157,7 +157,7 @@ class MME(QuestionFileBenchmark):
     def from_official(self, build: Build) -> None:
         release = build.root / RELEASE
         if not release.is_dir():
-            raise build.unavailable(f"MME's release is not unpacked at {release}; {self.by_hand}")
+            raise FileNotFoundError(f"MME's release is not unpacked at {release}; {self.by_hand}")
         images = (path for path in sorted(release.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         names = [name for path in images if not (name := path.relative_to(release).as_posix()).startswith("eval_tool/")]
         pairs = {image: [question for question, _ in read_pairs(release / answer_file(image))] for image in names}
