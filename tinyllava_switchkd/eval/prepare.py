@@ -29,7 +29,7 @@ from tinyllava_switchkd.fetch import (
 from tinyllava_switchkd.io import JsonObject, read_json, write_bytes, write_json
 
 from .benchmarks import Benchmark, BenchmarkFactory, ExpectedFile, names
-from .benchmarks.files import read_jsonl, read_tsv, sentence_of
+from .benchmarks.files import find_file, read_jsonl, read_tsv, sentence_of
 
 logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
 
@@ -190,17 +190,17 @@ def check(benchmark: Benchmark, root: Path, split: str) -> list[Finding]:
 
 
 def _check_file(root: Path, expected: ExpectedFile) -> Finding:
-    path = next((root / name for name in expected.aliases if (root / name).is_file()), root / expected.path)
+    path = find_file(root, (expected.path, *expected.aliases))
     official = " or ".join(f"{rows:,}" for rows in expected.rows)
-    if not path.is_file():
+    if path is None:
         return Finding(expected.path, "missing", f"expected {official} rows" if official else "")
     try:
         rows = count_rows(path)
     except ValueError as error:
         return Finding(expected.path, "unreadable", str(error))
     if expected.rows and rows not in expected.rows:
-        return Finding(path.relative_to(root).as_posix(), "count", f"{rows:,} rows, officially {official}")
-    return Finding(path.relative_to(root).as_posix(), "ok", f"{rows:,} rows")
+        return Finding(str(path.relative_to(root)), "count", f"{rows:,} rows, officially {official}")
+    return Finding(str(path.relative_to(root)), "ok", f"{rows:,} rows")
 
 
 def count_rows(path: Path) -> int:
@@ -261,14 +261,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
     try:
-        benchmarks = _chosen(arguments)
+        chosen = _chosen(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     complete = True
-    for benchmark in benchmarks:
+    for benchmark, split in chosen:
         try:
-            complete &= (_check if arguments.check else _prepare)(benchmark, arguments)
+            complete &= (_check if arguments.check else _prepare)(benchmark, split, arguments)
         except KeyboardInterrupt:
             print(f"{benchmark.title}: interrupted; run the command again to continue.", file=sys.stderr)
             return 130
@@ -281,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if complete else 1
 
 
-def _chosen(arguments: argparse.Namespace) -> list[Benchmark]:
+def _chosen(arguments: argparse.Namespace) -> list[tuple[Benchmark, str]]:
+    """The benchmarks asked for, each with its split."""
     wanted = preparable() if "all" in arguments.benchmarks else arguments.benchmarks
     wanted = [BenchmarkFactory(name).prepared_as or BenchmarkFactory(name).name for name in wanted]
     benchmarks = [BenchmarkFactory(name) for name in dict.fromkeys(wanted)]
@@ -293,19 +294,16 @@ def _chosen(arguments: argparse.Namespace) -> list[Benchmark]:
     if arguments.split and len(benchmarks) == 1 and arguments.split not in benchmarks[0].prepared_splits:
         known = " and ".join(benchmarks[0].prepared_splits)
         raise ValueError(f"{benchmarks[0].title} has the split {known}, not {arguments.split!r}.")
-    return benchmarks
+    return [
+        (one, arguments.split if arguments.split in one.prepared_splits else one.prepared_splits[0])
+        for one in benchmarks
+    ]
 
 
-def _split(benchmark: Benchmark, arguments: argparse.Namespace) -> str:
-    known = benchmark.prepared_splits
-    return arguments.split if arguments.split in known else known[0]
-
-
-def _prepare(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
-    split = _split(benchmark, arguments)
+def _prepare(benchmark: Benchmark, split: str, arguments: argparse.Namespace) -> bool:
     root = arguments.eval_dir / benchmark.folder
     if not arguments.force and _complete(check(benchmark, root, split), arguments.any_count):
-        return _check(benchmark, arguments)
+        return _check(benchmark, split, arguments)
     order = benchmark.source_order(split) if arguments.source == "auto" else (arguments.source,)
     if arguments.repo_id and arguments.source == "auto":
         order = ("hf",)
@@ -329,12 +327,11 @@ def _prepare(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
         return False
     for image, problem in build.undecodable.items():
         print(f"{benchmark.title}: {image} doesn't decode and is left out: {problem}", file=sys.stderr)
-    return _check(benchmark, arguments) and not build.undecodable
+    return _check(benchmark, split, arguments) and not build.undecodable
 
 
-def _check(benchmark: Benchmark, arguments: argparse.Namespace) -> bool:
+def _check(benchmark: Benchmark, split: str, arguments: argparse.Namespace) -> bool:
     """Print what is there and what is missing; returns whether it is complete."""
-    split = _split(benchmark, arguments)
     root = arguments.eval_dir / benchmark.folder
     findings = check(benchmark, root, split)
     complete = _complete(findings, arguments.any_count)

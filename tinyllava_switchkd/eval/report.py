@@ -25,7 +25,7 @@ from tinyllava_switchkd.io import write_text
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
 
 from .benchmarks.files import sentence_of
-from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, read_results
+from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, place_of, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,7 @@ class Report:
     @property
     def columns(self) -> list[str]:
         """The paper's columns that some row has, in its order, then others."""
-        present = dict.fromkeys(column for row in [*self.rows, *self.paper] for column in row.scores)
-        return [column for column in COLUMNS.values() if column in present] + [
-            column for column in present if column not in COLUMNS.values()
-        ]
+        return sorted({column for row in [*self.rows, *self.paper] for column in row.scores}, key=place_of)
 
     def notes(self) -> list[str]:
         """Sentences that a reader needs beside the table."""

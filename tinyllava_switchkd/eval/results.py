@@ -152,11 +152,12 @@ def read_results(sources: Sequence[str]) -> list[Row]:
         for result in _results_of(path):
             _add(rows, label or _model_name(result), result)
     for row in rows.values():
-        row.results = dict(sorted(row.results.items(), key=lambda item: _place(item[0])))
+        row.results = dict(sorted(row.results.items(), key=lambda item: place_of(item[0])))
     return list(rows.values())
 
 
-def _place(column: str) -> tuple[int, str]:
+def place_of(column: str) -> tuple[int, str]:
+    """By which columns are sorted: the paper's in its order, then others by name."""
     order = list(COLUMNS.values())
     return (order.index(column) if column in order else len(order), column)
 
