@@ -316,27 +316,26 @@ if "RANK" in os.environ:
 
 
 @pytest.mark.slow
-def test_pope_in_two_processes_for_real(bash, tmp_path):
-    """One of them finds a broken picture: nothing else is lost, and the good message comes last.
+def test_pope_for_real(bash, tmp_path):
+    """A picture is broken: nothing else is lost, and the good message comes last.
 
     No FutureWarning of transformers is on the screen, and nothing of training and serving was imported. Once the
-    picture is repaired, one process does the rest.
+    picture is repaired, the rest is done. The script starts several processes by the same flag, see `spawn` below.
     """
     checkpoint = write_checkpoint(tmp_path / "tiny-vlm")
     data = write_pope(tmp_path / "eval" / "pope")
     out, score_file = data / "answers" / "tiny-vlm", tmp_path / "results" / "tiny-vlm" / "pope.json"
     (data / "val2014" / "1.png").write_bytes(b"no picture")
-    settings = {"GPUS": "2", "EXTRA_ARGS": "--max_new_tokens 4", "PYTHONPATH": installed(tmp_path, HEAVY)}
+    settings = {"EXTRA_ARGS": "--processes 1 --max_new_tokens 4", "PYTHONPATH": installed(tmp_path, HEAVY)}
     seen = tmp_path / "seen"
     seen.mkdir()
     done, _ = bash("pope", checkpoint, PYTHON=sys.executable, SEEN=str(seen), **settings)
     assert done.returncode == 1
-    assert {file.name: file.read_text() for file in seen.iterdir()} == {"0": "heavy: []", "1": "heavy: []"}
+    assert {file.name: file.read_text() for file in seen.iterdir()} == {"0": "heavy: []"}
     assert "9 of 36 questions of POPE have no answer" in done.stderr.strip().splitlines()[-1]
     assert "FutureWarning" not in done.stderr and "Traceback" not in done.stderr
-    assert "POPE (process 0 of 2): " in done.stderr
-    parts = list(out.glob("answers.part-*"))
-    assert len(parts) == 2 and sum(len(read_lines(part)) for part in parts) == 27 and not score_file.exists()
+    assert "POPE: " in done.stderr
+    assert len(read_lines(out / "answers.part-0.jsonl")) == 27 and not score_file.exists()
 
     picture(data / "val2014" / "1.png", 1)
     words = ["--model_path", checkpoint, "--data_dir", data, "--output_dir", out, "--score", score_file]
@@ -351,3 +350,13 @@ def test_pope_in_two_processes_for_real(bash, tmp_path):
 def test_the_exit_status_of_several_processes(argument, status, capfd):
     assert spawn("json.tool", [argument], 2) == status  # a module that is quick
     assert capfd.readouterr().out.count("usage:") == (0 if status else 2)
+
+
+@pytest.mark.parametrize("how", ["", "killed"])
+def test_what_went_wrong_in_several_processes_is_said_last(how, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert spawn("tests.eval.teller", [how], 2) == 1
+    *noise, first, second = capfd.readouterr().err.splitlines()
+    assert (first, second) == ("[process 1] error: a broken picture", "[process 0] error: a broken picture")
+    assert noise[:2] == ["a library has something to say"] * 2
+    assert ["ended from outside (SIGKILL" in line for line in noise[2:]] == [True] * (how == "killed")

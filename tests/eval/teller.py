@@ -1,0 +1,14 @@
+"""Run by `spawn`: what a process of an evaluation does when something is wrong, and nothing else."""
+
+import os
+import signal
+import sys
+
+from tinyllava_switchkd.eval.processes import tell
+
+rank = int(os.environ["RANK"])
+tell(f"[process {rank}] error: a broken picture", rank)
+print("a library has something to say", file=sys.stderr, flush=True)
+if sys.argv[1:] == ["killed"] and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(1 if rank == 1 else 0)
