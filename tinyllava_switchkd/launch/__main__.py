@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -201,7 +202,7 @@ def _eval(words: list[str], script: str) -> int:
         return _eval_all(request, script or "tinyllava-switchkd eval all")
     command = evaluate.evaluation(name, request)
     if _is_dry(variables):
-        show(evaluate.shown(command))
+        show(shlex.join(command))
         return 0
     return become(command, request.environment)
 
@@ -215,7 +216,7 @@ def _eval_all(request: evaluate.Request, script: str) -> int:
 
         def run(command: list[str]) -> bool:
             if _is_dry(request.variables):
-                show(evaluate.shown(command))
+                show(shlex.join(command))
                 return True
             return commands.run(command, request.environment) == 0
 

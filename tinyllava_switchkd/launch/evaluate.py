@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +134,3 @@ def report(request: Request) -> list[str]:
     """The command that puts the model's scores into a table."""
     results = str(request.results)
     return [request.python, "-m", "tinyllava_switchkd.eval.report", results, "--output_dir", results]
-
-
-def shown(command: list[str]) -> str:
-    """A command as a shell would take it."""
-    return shlex.join(command)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllava_switchkd.train.argv import check_command_line
+from tinyllava_switchkd.train.flags import pairs
 
 from .batch import Batch, batch_of
 from .devices import Devices
@@ -137,18 +138,7 @@ def parse_flags(words: Sequence[str]) -> Settings:
     Raises:
         ValueError: a value without a flag in front of it.
     """
-    settings: Settings = {}
-    name = None
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            flag, equals, value = word[2:].partition("=")
-            name = setting_name(flag)
-            settings[name] = [value] if equals else []
-        elif name is None:
-            raise ValueError(f"{word!r} stands where a --flag is expected.")
-        else:
-            settings[name] = [*settings[name], word]
-    return {name: values[0] if len(values) == 1 else values for name, values in settings.items()}
+    return {setting_name(name): values[0] if len(values) == 1 else values for name, values in pairs(words)}
 
 
 def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Training:

@@ -41,12 +41,6 @@ NEVER_WERE = {"connector_lr": "mm_projector_lr"}
 TEMPLATE = dict.fromkeys(("conv_version", "conv_mode"), "template")
 """TinyLLaVA v1's and LLaVA's names of the conversation template -> ours; nobody need be told."""
 
-BOTH_NAMES = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-"""Names that everybody knows -> what recent versions of transformers would rather read; nobody need be told."""
-
 IGNORED = {
     # TinyLLaVA v1: read by nothing there, or always so here
     "lazy_preprocess": "samples are always read lazily",
@@ -124,8 +118,7 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
             _warn("--%s is called --%s.", name, NEVER_WERE[name])
             name = NEVER_WERE[name]
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
-            preferred = BOTH_NAMES.get(name, name)
-            translated += [f"--{preferred if preferred in known else name}", *values]
+            translated += [f"--{name}", *values]
             continue
         if name in RENAMED:
             note = f"it is now --{RENAMED[name]}"

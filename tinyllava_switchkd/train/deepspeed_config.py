@@ -36,6 +36,7 @@ _VALUES: dict[str, Range | OneOf] = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), _COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "steps_per_print"), _COUNT),
     "gradient_clipping": _AMOUNT,
+    "zero_optimization.stage": OneOf(0, 1, 2, 3),
     **dict.fromkeys(("fp16.enabled", "bf16.enabled", "wall_clock_breakdown", "zero_allow_untested_optimizer"), _SWITCH),
     **{f"{section}.params.{name}": _AMOUNT for section in ("optimizer", "scheduler") for name in _PARAMS},
 }
@@ -143,18 +144,6 @@ def _check_named(where: str, section: str, values: JsonObject) -> None:
 
 
 def _check_zero(where: str, zero: JsonObject) -> None:
-    stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
-        raise ValueError(f"{where}: 'zero_optimization.stage' is {stage!r}; it must be 0, 1, 2 or 3.")
-    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
-        offload = zero.get(name)
-        if isinstance(offload, dict) and offload.get("device", "none") != "none" and stage < least:
-            raise ValueError(
-                f"{where}: 'zero_optimization.{name}' needs stage {least} or more, and 'zero_optimization.stage' is "
-                f"{stage}."
-            )
-        if isinstance(offload, dict) and offload.get("device") == "nvme" and not offload.get("nvme_path"):
-            raise ValueError(f"{where}: 'zero_optimization.{name}.device' is 'nvme', which needs an 'nvme_path'.")
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from pydantic import ValidationError
@@ -169,6 +158,16 @@ def _check_zero(where: str, zero: JsonObject) -> None:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}" if near else first["msg"][:1].lower() + first["msg"][1:]
         raise ValueError(f"{where}: {name!r} is {first['input']!r}; {hint}.") from None
+    stage = zero.get("stage", 0)
+    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+        offload = zero.get(name) or {}
+        if offload.get("device", "none") != "none" and stage < least:
+            raise ValueError(
+                f"{where}: 'zero_optimization.{name}' needs stage {least} or more, and 'zero_optimization.stage' is "
+                f"{stage}."
+            )
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            raise ValueError(f"{where}: 'zero_optimization.{name}.device' is 'nvme', which needs an 'nvme_path'.")
 
 
 def _without_auto(values: JsonObject) -> JsonObject:

@@ -21,7 +21,7 @@ class OneOf:
         self.choices = choices
 
     def __contains__(self, value: object) -> bool:
-        return any(value == choice and isinstance(value, type(choice)) for choice in self.choices)  # 1 is not True
+        return any(value == choice and type(value) is type(choice) for choice in self.choices)  # 1 is not True
 
     def __str__(self) -> str:
         return f"one of {', '.join(str(choice) for choice in self.choices)}"

@@ -129,8 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Run:
     """A training that is ready to start."""
 
-    recipe: BaseTrainingRecipe
-    model: TinyLlava
     trainer: LLaVATrainer
     checkpoint: str | None
     """Where to resume from."""
@@ -246,7 +244,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     if training.overwrite_output_dir and trainer.is_world_process_zero():
         resume.remove_checkpoints(training.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return Run(recipe, model, trainer, checkpoint, lock)
+    return Run(trainer, checkpoint, lock)
 
 
 def _prepare_filling(arguments: Arguments, plan: Plan) -> Filling:

@@ -81,9 +81,7 @@ class LLaVATrainer(ReliableTrainer):
         if args.torch_compile:
             compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the task as a whole
-        self.add_callback(_Begin(self))
-        if getattr(task, "teacher_cache", None) is not None:
-            self.add_callback(_SyncTeacherCache(self))
+        self.add_callback(_Moments(self))
 
     @property
     def student(self) -> TinyLlava:
@@ -246,10 +244,11 @@ class LLaVATrainer(ReliableTrainer):
         self.write_arguments(output_dir)
 
 
-class _Begin(TrainerCallback):
-    """Opens the logging window where the run begins, and tells the sampler the epoch.
+class _Moments(TrainerCallback):
+    """Opens the logging window where the run begins, tells the sampler the epoch, and has the teacher cache kept.
 
-    accelerate does not reach the sampler through the nested batch samplers of a resumed run.
+    accelerate does not reach the sampler through the nested batch samplers of a resumed run. The cache loses nothing at
+    a checkpoint, and at the start of an epoch every rank knows what the others have computed.
     """
 
     def __init__(self, trainer: LLaVATrainer) -> None:
@@ -266,23 +265,15 @@ class _Begin(TrainerCallback):
         set_epoch = getattr(self._trainer._epoch_sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch + 1e-6))
-
-
-class _SyncTeacherCache(TrainerCallback):
-    """Has every rank know at the start of an epoch what the others have computed, and nothing lost at a checkpoint."""
-
-    def __init__(self, trainer: LLaVATrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self.on_save(args, state, control)
-        self._trainer.accelerator.wait_for_everyone()
-        self.on_save(args, state, control)
+        if getattr(self._trainer.model, "teacher_cache", None) is not None:
+            self.on_save(args, state, control)
+            self._trainer.accelerator.wait_for_everyone()
+            self.on_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self._trainer.model.teacher_cache.sync()
+        cache = getattr(self._trainer.model, "teacher_cache", None)
+        if cache is not None:
+            cache.sync()
 
     on_train_end = on_save
 
