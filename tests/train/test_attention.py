@@ -1,13 +1,20 @@
 """Which attention is chosen: by what is asked for, the installation, the device, the precision and packing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.tiny import tiny_llava
 from tests.train.test_arguments import parse
-from tinyllava_switchkd.train.attention import attention_of, choose_attention
+from tinyllava_switchkd.train.attention import attention_of
 
 FLASH = {"text_config": "flash_attention_2"}
+
+
+def choose(asked, *, device, dtype, packing=False):
+    training = SimpleNamespace(device=torch.device(device), compute_dtype=dtype, packing=packing)
+    return attention_of(SimpleNamespace(model=SimpleNamespace(attn_implementation=asked), training=training))
 
 
 @pytest.fixture
@@ -26,11 +33,11 @@ def test_flash_is_chosen_for_packing_where_it_runs_and_sdpa_otherwise(installed,
     installed(there)
     runs = there and device == "cuda:1" and dtype != torch.float32
     expected = FLASH if packing and runs else None
-    assert choose_attention(None, device=device, dtype=dtype, packing=packing) == expected
+    assert choose(None, device=device, dtype=dtype, packing=packing) == expected
     for asked in ("sdpa", "eager"):
-        assert choose_attention(asked, device=device, dtype=dtype, packing=packing) == {"text_config": asked}
+        assert choose(asked, device=device, dtype=dtype, packing=packing) == {"text_config": asked}
     if runs:
-        assert choose_attention("flash_attention_2", device=device, dtype=dtype, packing=packing) == FLASH
+        assert choose("flash_attention_2", device=device, dtype=dtype, packing=packing) == FLASH
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ def test_flash_is_chosen_for_packing_where_it_runs_and_sdpa_otherwise(installed,
 def test_flash_that_cannot_be_had_is_refused(installed, device, dtype, there, words):
     installed(there)
     with pytest.raises(ValueError, match=f"--attn_implementation flash_attention_2 {words}"):
-        choose_attention("flash_attention_2", device=device, dtype=dtype)
+        choose("flash_attention_2", device=device, dtype=dtype)
 
 
 def test_the_command_line_decides(installed, monkeypatch):

@@ -17,6 +17,7 @@ from tinyllava_switchkd.cli import show
 from tinyllava_switchkd.runtime import is_main_process
 
 from .flags import REQUIRED, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
+from .settings import Range
 
 if TYPE_CHECKING:
     from .arguments import Arguments
@@ -59,12 +60,9 @@ IGNORED = {
 
 
 def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
-    try:
-        ratio = float(value)
-    except ValueError:
-        ratio = -1.0
-    if not 0 <= ratio < 1:
-        raise ValueError(f"--warmup_ratio is {value!r}; it must be a number from 0 to below 1.")
+    wrong = Range(0, 1, without_high=True).wrong(value)
+    if wrong is not None:
+        raise ValueError(f"--warmup_ratio is {value!r}; it must be {wrong}.")
     steps = rest.get("warmup_steps", "0")
     if steps not in ("0", "0.0"):
         logger.warning("--warmup_steps %s is given, so --warmup_ratio %s is ignored.", steps, value)

@@ -20,34 +20,16 @@ FLASH = "flash_attention_2"
 
 
 def attention_of(arguments: Arguments) -> dict[str, str] | None:
-    """The attention of a run, as `load_pretrained_model` takes it (see `choose_attention`)."""
-    training = arguments.training
-    return choose_attention(
-        arguments.model.attn_implementation,
-        device=training.device,
-        dtype=training.compute_dtype,
-        packing=training.packing,
-    )
-
-
-def choose_attention(
-    asked: str | None, *, device: torch.device | str, dtype: torch.dtype, packing: bool = False
-) -> dict[str, str] | None:
-    """The attention of the language models, by part of the configuration; None is transformers' default.
-
-    Args:
-        asked: by the user; None chooses.
-        device: where is computed.
-        dtype: what is computed in.
-        packing: whether samples are laid end to end.
+    """The attention of a run's language models, as `load_pretrained_model` takes it; None is transformers' default.
 
     Raises:
         ValueError: flash attention is asked for and cannot be had.
     """
-    hindrance = _why_not_flash(torch.device(device), dtype)
+    training, asked = arguments.training, arguments.model.attn_implementation
+    hindrance = _why_not_flash(training.device, training.compute_dtype)
     if asked == FLASH and hindrance is not None:
         raise ValueError(f"--attn_implementation {FLASH} {hindrance}.")
-    if asked is None and packing and hindrance is None:
+    if asked is None and training.packing and hindrance is None:
         asked = FLASH
     return None if asked is None else {"text_config": asked}
 

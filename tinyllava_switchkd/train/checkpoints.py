@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import re
@@ -326,12 +325,9 @@ def _sizes_agree(folder: Path) -> bool:
 
 
 def _to_disk(path: Path) -> str:
-    total = hashlib.sha256()
     with open(path, "rb+") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
         os.fsync(file.fileno())
-    return total.hexdigest()
+    return digest(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,12 +9,9 @@ from pathlib import Path
 
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.model.connector import ConnectorFactory
-from tinyllava_switchkd.model.quantized import BITS, check_quantization
 from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
 
 from .arguments import Arguments, TrainingArguments
-from .attention import attention_of
-from .compiling import check_compile
 from .recipes import TrainingRecipeFactory
 
 
@@ -88,19 +85,6 @@ def check_overwriting(arguments: Arguments) -> None:
                 f"--output_dir {folder} holds weights ({file.name}) that no training run has put there; choose another "
                 f"folder, or pass --overwrite_output_dir True."
             )
-
-
-def check_machine(arguments: Arguments) -> None:
-    """What is asked of this machine must be possible on it: attention, quantisation, compilation.
-
-    Raises:
-        ValueError: it isn't; with the argument and the remedy.
-    """
-    training, bits = arguments.training, arguments.distill.teacher_bits
-    attention_of(arguments)
-    if bits in BITS:
-        check_quantization(f"--teacher_bits {bits}", training.device)
-    check_compile(training)
 
 
 def check_writable(output_dir: str) -> None:

@@ -31,12 +31,14 @@ from tinyllava_switchkd.distill import Distiller, Task, TeacherCache, build_dist
 from tinyllava_switchkd.distill.teacher_cache import tell_size
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.quantized import BITS, check_quantization
 from tinyllava_switchkd.runtime import is_main_process
 
 from . import checkpoints, checks, fingerprint, resume, signals, universal
 from .adapters import begin_adapters
 from .arguments import Arguments
 from .attention import attention_of
+from .compiling import check_compile
 from .deepspeed_config import warn_of_builds
 from .estimate import estimate_run
 from .filling import Filling
@@ -344,7 +346,10 @@ def check(arguments: Arguments) -> Plan | None:
     training = arguments.training
     checks.check_names(arguments)
     checks.check_paths(arguments)
-    checks.check_machine(arguments)
+    attention_of(arguments)
+    check_compile(training)
+    if arguments.distill.teacher_bits in BITS:
+        check_quantization(f"--teacher_bits {arguments.distill.teacher_bits}", training.device)
     if not training.overwrite_output_dir and resume.is_finished(training.output_dir):
         logger.info(
             "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "

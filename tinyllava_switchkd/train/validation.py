@@ -85,7 +85,8 @@ def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[S
     Raises:
         ValueError: nothing would be left on one side.
     """
-    chosen = [_place(dataset.records.id_of(index), seed) < share for index in range(len(dataset))]
+    names = (f"{seed} {dataset.records.id_of(index)}".encode(errors="surrogatepass") for index in range(len(dataset)))
+    chosen = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 < share for name in names]
     held = [index for index, out in enumerate(chosen) if out]
     rest = [index for index, out in enumerate(chosen) if not out]
     if not held or not rest:
@@ -94,11 +95,6 @@ def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[S
             f"choose another share, or give --eval_data_path."
         )
     return Subset(dataset, rest), Subset(dataset, held)
-
-
-def _place(name: str, seed: int) -> float:
-    digest = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @torch.no_grad()
