@@ -27,6 +27,7 @@ from tinyllava_switchkd.model.export import from_hf_llava, jinja_template, to_hf
 from tinyllava_switchkd.model.export.__main__ import main
 from tinyllava_switchkd.model.export.chat_template import PROBES, messages_of, template_behind
 from tinyllava_switchkd.model.export.files import whole_folder
+from tinyllava_switchkd.model.export.questions import read_questions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 UPSTREAM = FIXTURES / "upstream"
@@ -483,3 +484,24 @@ def test_verification_sees_a_difference(tmp_path):
     (theirs / "chat_template.jinja").write_text(template.replace("USER: ", "User: "))
     with pytest.raises(ValueError, match="other tokens"):
         verify_export(ours, theirs)
+
+
+def test_questions_are_read_of_lines_and_lists(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "text": "What?"}, {"image": "a.png", "question": "Where?"}]
+    (tmp_path / "lines.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    for name in ("lines.jsonl", "list.json"):
+        found = read_questions(tmp_path / name, None)
+        assert [(one.text, one.image) for one in found] == [(text, tmp_path / "a.png") for text in ("What?", "Where?")]
+        assert len(read_questions(tmp_path / name, tmp_path, limit=1)) == 1
+    for content, said in (
+        ("", "holds no question"),
+        ("{", "entry 1: not a JSON object"),
+        ('["text"]', "entry 1: not a JSON object"),
+        ('[{"image": "../a.png", "text": "?"}]', "lies outside"),
+        ('{"image": "b.png", "text": "?"}', "there is no image"),
+    ):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            read_questions(tmp_path / "bad", None)

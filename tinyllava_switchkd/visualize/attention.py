@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import TEMPLATE_FLAGS
-from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read_upright, to_rgb
+from tinyllava_switchkd.data.image_files import read_upright, to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
@@ -224,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Load the models one after another, so that only one is in memory, and write the figure."""
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+    from tinyllava_switchkd.model.export.questions import read_questions
 
     names = args.names or [checkpoint_name(path) for path in args.model_path]
     if len(names) != len(args.model_path):
@@ -231,12 +231,11 @@ def run(args: argparse.Namespace) -> None:
     if args.data:
         if len(names) < 2:
             raise ValueError("--data compares models with the first one; --model_path names one model alone.")
-        folder = ImageFolder(args.image_folder)
-        rows = [(_inside(folder, row["image"], args.data), row["question"]) for row in read_questions(args.data)]
+        rows = [(str(asked.image), asked.text) for asked in read_questions(args.data, args.image_folder)]
     elif not (args.image and args.question and args.output):
         raise ValueError("give --image, --question and --output for a figure, or --data for a comparison.")
     else:
-        rows = [(Path(args.image), args.question)]
+        rows = [(args.image, args.question)]
     for image, _ in rows:
         _open(image)  # what is no image is said before weights are read
     looks: list[list[Look]] = []
@@ -269,31 +268,6 @@ def run(args: argparse.Namespace) -> None:
         figure = draw(_open(rows[0][0]), rows[0][1], [row[0] for row in looks], by_token=args.by_token)
         figure.savefig(output, dpi=160, bbox_inches="tight")
         print(f"Wrote {output}.")
-
-
-def read_questions(path: str) -> list[dict[str, str]]:
-    """Images and questions of a file: a JSON list or JSON lines, of objects with "image" and "question" (or "text").
-
-    Raises:
-        ValueError: it holds something else, or nothing.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-        found = [{"image": row["image"], "question": row.get("question") or row["text"]} for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no list of objects with image and question ({error!r}).") from error
-    if not found:
-        raise ValueError(f"{path} has no question.")
-    return found
-
-
-def _inside(folder: ImageFolder, name: str, data: str) -> Path:
-    try:
-        folder.path(name)
-    except BadImageError:
-        raise ValueError(f"{data} names the image {name!r}, which lies outside --image_folder {folder.root}.") from None
-    return Path(folder.root, name)
 
 
 def _open(path: str | Path) -> Image.Image:

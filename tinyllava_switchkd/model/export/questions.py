@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tinyllava_switchkd.io import read_text
+from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read_image
+from tinyllava_switchkd.io import read_json, read_text
 
 
 @dataclass(frozen=True)
@@ -26,42 +27,43 @@ class Question:
         """The image in RGB."""
         if isinstance(self.image, Image.Image):
             return self.image
-        from tinyllava_switchkd.data.image_files import read_image
-
         return read_image(self.image)
 
 
 def read_questions(
-    file: str | os.PathLike, image_folder: str | os.PathLike | None, limit: int | None
+    file: str | os.PathLike, image_folder: str | os.PathLike | None, limit: int | None = None
 ) -> list[Question]:
-    """Read a question file of LLaVA's: a JSON object a line, with ``image`` and ``text``.
+    """Read questions about images: LLaVA's question files (JSON lines), or a JSON list of such objects.
 
     Args:
-        file: the question file.
+        file: of objects with ``image`` and ``text`` (or ``question``).
         image_folder: where the images are; the file's own folder if None.
         limit: so many questions, drawn the same each time; None takes all.
 
     Raises:
         FileNotFoundError: there is no such file, or an image is missing.
-        ValueError: a line has no image or text.
+        ValueError: an entry has no image or text, or an image that lies elsewhere.
     """
     file = Path(file)
-    folder = file.parent if image_folder is None else Path(image_folder)
+    folder = ImageFolder(str(file.parent if image_folder is None else image_folder))
+    text = read_text(file, what="question file")
+    is_list = text.lstrip().startswith("[")
     questions = []
-    for number, line in enumerate(read_text(file, what="question file").splitlines(), start=1):
-        if not line.strip():
+    for number, entry in enumerate(read_json(file, list) if is_list else text.splitlines(), start=1):
+        if isinstance(entry, str) and not entry.strip():
             continue
         try:
-            row = json.loads(line)
-            text, name = row["text"], row["image"]
-            image = folder / name
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file}, line {number}: not a JSON object with image and text.") from None
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            raise ValueError(f"{file}, line {number}: the image {name!r} lies outside {folder}; pass --image_folder.")
+            row = json.loads(entry) if isinstance(entry, str) else entry
+            asked, name = row.get("question") or row["text"], row["image"]
+            image = Path(folder.path(name))
+        except BadImageError:
+            where = f"{file}, entry {number}"
+            raise ValueError(f"{where}: the image {name!r} lies outside {folder.root}; pass --image_folder.") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file}, entry {number}: not a JSON object with image and text.") from None
         if not image.is_file():
-            raise FileNotFoundError(f"{file}, line {number}: there is no image {image}.")
-        questions.append(Question(text, image))
+            raise FileNotFoundError(f"{file}, entry {number}: there is no image {image}.")
+        questions.append(Question(asked, image))
     if not questions:
         raise ValueError(f"{file} holds no question.")
     if limit is not None and limit < len(questions):  # drawn, not every n-th: kinds of questions often take turns

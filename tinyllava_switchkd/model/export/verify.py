@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
@@ -15,13 +13,12 @@ from tinyllava_switchkd.data.text import TextPreprocess
 
 from ..checkpoint import load_pretrained_model
 from .files import RECORD
-
-QUESTION = "What is shown in this picture? Answer briefly."
+from .questions import default_questions
 
 
 @torch.no_grad()
 def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_new_tokens: int = 8) -> float:
-    """Ask both models one question about an image of noise, on the CPU.
+    """Ask both models the first of our questions, about an image of noise, on the CPU.
 
     Args:
         source: the TinyLLaVA checkpoint.
@@ -35,13 +32,13 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         ValueError: other prompts, other answers, or logits that differ by more than 1e-4 (of logits beyond 10: a
             hundred-thousandth of the largest; in 16 bits: a hundredth).
     """
-    noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
+    question = default_questions()[0]
+    image = question.open()
     theirs = AutoModelForImageTextToText.from_pretrained(exported, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(exported, backend="pil", trust_remote_code=False)
     ours, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=theirs.dtype)
 
-    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -50,7 +47,7 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         return_tensors="pt",
     ).to(dtype=theirs.dtype)
     record = getattr(theirs.config, RECORD)
-    prompt = TextPreprocess(tokenizer, record["template"]).prompt_ids(QUESTION)[None]  # [1, T]
+    prompt = TextPreprocess(tokenizer, record["template"]).prompt_ids(question.text)[None]  # [1, T]
     pixels = ImagePreprocess(image_processor, ours.config)(image)[None]  # [1, 3, H, W]
 
     image_token = theirs.config.image_token_index
