@@ -78,7 +78,7 @@ def test_bases_drawn_anew_are_those_of_their_seed(tmp_path, trained, monkeypatch
         for name in ("base-siglip", "base-qwen2-teacher", "base-qwen2-student"):
             once(root / "models" / name, [name, plan.first_start], lambda folder: None)
 
-    monkeypatch.setattr("tinyllava_switchkd.ablations.bases.make_bases", make_bases)
+    monkeypatch.setattr("tinyllava_switchkd.ablations.toy.make_bases", make_bases)
     toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), ["bases"], [1, 2], lambda line: None)
     assert len(trained) == 2 * (2 + 1 + 3)  # a teacher's two stages, the students' start and three students a seed
     for flags in trained:

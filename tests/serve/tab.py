@@ -29,6 +29,7 @@ def serving(page: Page, **kwargs: Any) -> Iterator[str]:
     try:
         yield url.rstrip("/")
     finally:
+        page.blocks.server.force_exit = True  # uvicorn would wait for streams that nobody reads any more
         page.blocks.close(verbose=False)
 
 

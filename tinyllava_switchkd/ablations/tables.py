@@ -104,9 +104,7 @@ class Table:
 
     Attributes:
         key: of the command.
-        script: that makes it.
         title: what it is about.
-        paper: the paper's table, as tables.json calls it; "" where the paper has none.
         ways: its rows, in order; one of each student is SFT.
         columns: logged measures beside score, time and memory.
         labels: of rows that are called otherwise in this table.
@@ -116,15 +114,18 @@ class Table:
     """
 
     key: str
-    script: str
     title: str
-    paper: str
     ways: tuple[str, ...]
     columns: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     memory: bool = False
     tuned: bool = False
     ours: str = ""
+
+    @property
+    def script(self) -> str:
+        """The script in scripts/train that makes it."""
+        return "compare_methods.sh" if self.key == "methods" else f"ablate_{self.key}.sh"
 
     def label(self, key: str) -> str:
         return self.labels.get(key, WAYS[key].label)
@@ -142,9 +143,7 @@ TABLES = {
     for table in (
         Table(
             "methods",
-            "compare_methods.sh",
             "Methods beside one another",
-            "",
             ("sft", "logit_kd", "llava_kd", "align_kd", "switch_kd"),
             memory=True,
             tuned=True,
@@ -152,36 +151,28 @@ TABLES = {
         ),
         Table(
             "losses",
-            "ablate_losses.sh",
             "Losses between the student's own logits and the teacher's",
-            "table4",
             ("sft", "fkl", "rkl", "bild_fkl", "bild_rkl", "dbild_fkl", "align"),
             labels={"align": "DBiLD-RKL"},
             ours="align",
         ),
         Table(
             "switch",
-            "ablate_switch.sh",
             "Without and with the visual switch",
-            "table3",
             ("sft", "align", "switch_kd"),
             labels={"sft": "PT-SFT", "align": "without the switch", "switch_kd": "with the switch"},
             ours="switch_kd",
         ),
         Table(
             "schemes",
-            "ablate_schemes.sh",
             "Where distillation takes place (align only)",
-            "table5",
             ("sft", "dpt_sft", "align", "dpt_dft"),
             labels={"sft": "PT-SFT", "align": "PT-DFT"},
             ours="align",
         ),
         Table(
             "knee",
-            "ablate_knee.sh",
             "Where the knee is looked for, on what, and over which pairs",
-            "",
             ("sft", "switch_kd", "knee_window", "knee_probabilities", "row_pairs"),
             columns=KNEE_MEASURES,
             labels={"switch_kd": "whole vocabulary, logits, triangle"},
@@ -189,25 +180,19 @@ TABLES = {
         ),
         Table(
             "bridge",
-            "ablate_bridge.sh",
             "A student with a smaller, different tower",
-            "",
             ("bridge_sft", "bridge_align", "bridge_switch"),
             ours="bridge_switch",
         ),
         Table(
             "bases",
-            "ablate_bases.sh",
             "Base models drawn anew for each seed",
-            "",
             ("anew_sft", "anew_align", "anew_switch"),
             ours="anew_switch",
         ),
         Table(
             "sizes",
-            "ablate_sizes.sh",
             "Two teachers and two students",
-            "table6",
             ("sft", "switch_kd", "larger_teacher", "larger_sft", "larger_student", "larger_both"),
         ),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -17,16 +18,20 @@ from PIL import Image
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
-from tinyllava_switchkd.quickstart.bases import BasePlan
+from tinyllava_switchkd.quickstart.bases import BasePlan, make_bases
 from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError
 from tinyllava_switchkd.train.argv import check_command_line
 from tinyllava_switchkd.visualize.attention import Look, likeness, look
 from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
 
 from . import dry
-from .bases import LARGER_TEACHER, PADDING, SMALL_TOWER, WIDTHS, make_bases_anew, make_bases_of, with_bases_of
 from .memory import MARK
 from .tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
+
+SMALL_TOWER, LARGER_TEACHER = "base-small-siglip", "larger-teacher"
+WIDTHS = {SMALL_TOWER: 48, LARGER_TEACHER: 96}
+PADDING = 32
+"""Rows that the larger teacher's vocabulary has beyond the student's, as Qwen2.5-7B's beside 0.5B's."""
 
 MODELS = {
     "teacher": "teacher",
@@ -36,7 +41,7 @@ MODELS = {
     "tower": TOWER,
     "small-tower": SMALL_TOWER,
 }
-"""The models of `tables` -> names of base models; those that are not shipped are made first (`bases`)."""
+"""The models of `tables` -> names of base models; those that are not shipped are made first."""
 
 TUNING_SEED = 100
 """Data and order of the search: of no student that is reported."""
@@ -87,8 +92,35 @@ class Toy:
             flags |= {**guide, **self._distilled(way.tuning)}
         return experiment.student(way.key, seed, flags, start, **names)
 
+    def make_bases(self, ways: Iterable[Way], say: Callable[[str], object]) -> None:
+        """Make the base models of some ways that are neither shipped nor made, as the shipped ones were made.
+
+        Raises:
+            StageError: one did not learn what bases have to know.
+        """
+        ways, root = list(ways), self.experiment.root
+        if any(way.tower == "small-tower" for way in ways):
+            make_bases(root, BasePlan(towers=((SMALL_TOWER, WIDTHS[SMALL_TOWER]),), widths=()), say)
+        if any(way.distils and way.teacher == "larger-teacher" for way in ways):
+            plan = BasePlan(towers=(), widths=((LARGER_TEACHER, WIDTHS[LARGER_TEACHER]),), padding=PADDING)
+            make_bases(root, plan, say, self.experiment.base(TOWER))
+
+    def make_bases_anew(self, seed: int, say: Callable[[str], object]) -> None:
+        """Make all three base models from random weights that no other seed begins with, nor the shipped ones did.
+
+        Raises:
+            StageError: one did not learn what bases have to know.
+        """
+        make_bases(self._with_bases_of(seed).root, BasePlan(first_start=seed * BasePlan.starts), say)
+
+    def _with_bases_of(self, seed: int) -> Experiment:
+        """The same experiment in a folder of a seed's own, with whatever base models were made there."""
+        own = copy.copy(self.experiment)
+        own.root = self.experiment.root / f"bases{seed}"
+        return own
+
     def _experiment(self, way: Way, seed: int) -> Experiment:
-        return with_bases_of(self.experiment, seed) if way.anew else self.experiment
+        return self._with_bases_of(seed) if way.anew else self.experiment
 
     def _distilled(self, flags: Flags) -> Flags:
         """Flags of distillation, with the teacher cache where it serves the method."""
@@ -269,7 +301,7 @@ def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callab
     """All runs of some tables, seeds outermost: whenever it is stopped, every table has about as many."""
     tables = [TABLES[name] for name in names]
     ways = [WAYS[key] for table in tables for key in table.ways]
-    make_bases_of(toy.experiment, ways, say)
+    toy.make_bases(ways, say)
     chosen: dict[str, Way] = {}
     for table in tables:
         if table.tuned:
@@ -277,7 +309,7 @@ def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callab
             chosen |= {key: toy.search(WAYS[key]) for key in table.ways}
     for seed in seeds:
         if any(way.anew for way in ways):
-            make_bases_anew(toy.experiment, seed, say)
+            toy.make_bases_anew(seed, say)
         for table in tables:
             say(f"{table.title}: students of seed {seed}")
             for key in table.ways:
