@@ -49,8 +49,7 @@ class TokenGrid:
         """
         placed = self.cells >= 0
         out = np.zeros((*weights.shape[:-1], self.side * self.side))
-        where = (..., self.cells[placed])
-        np.add.at(out, where, weights[..., placed])  # type: ignore[arg-type]  # numpy's stub knows no such index
+        np.add.at(out.T, self.cells[placed], weights[..., placed].T)  # a transposed array is the same memory
         seen = np.zeros(self.side * self.side, dtype=bool)
         seen[self.cells[placed]] = True
         out[..., ~seen] = np.nan
