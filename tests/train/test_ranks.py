@@ -1,9 +1,13 @@
 """Distributed data parallel: two processes on half the batch each take the steps of one on all of it."""
 
+import functools
+import os
+
 import numpy as np
 import pytest
 
-from tests.train.ranks import train_on_ranks, train_once
+from tests.train.ranks import codes_on_ranks, train_on_ranks, train_once
+from tests.train.world import command_line, write_world
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 SETTINGS = {
@@ -21,3 +25,29 @@ def test_two_processes_equal_one(tmp_path):
         one = train_once(str(tmp_path / "one"), batch_size=4, lora=settings.get("lora", False))
         assert set(both[name]) == set(one) and one, name
         assert max(float(np.abs(both[name][key] - one[key]).max()) for key in one) < 1e-5, name
+
+
+def fail_on(rank, check, stage):
+    """Another machine's disk is not mounted, say."""
+    from tinyllava_switchkd.train import checks, resume
+
+    def fails(*args, **kwargs):
+        raise FileNotFoundError(f"{check} fails on rank {rank}")
+
+    if os.environ["RANK"] == str(rank):
+        setattr({"checks": checks, "resume": resume}[stage], check, fails)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("deepspeed")
+@pytest.mark.parametrize(
+    ("rank", "check", "stage"), [(1, "check_paths", "checks"), (0, "find_checkpoint", "resume")], ids=str
+)
+def test_a_check_that_fails_on_one_rank_ends_all_of_them(tmp_path, rank, check, stage):
+    """Nobody waits: each ends with 1, whether all have looked or the main process alone, which says why."""
+    world = write_world(tmp_path / "world", samples=4)
+    line = command_line(world, tmp_path / "run", ddp_backend="gloo")
+    codes = codes_on_ranks(2, line, tmp_path / "log", functools.partial(fail_on, rank, check, stage))
+    said = "".join((tmp_path / f"log.{each}").read_text() for each in (0, 1))
+    assert codes == [1, 1] and "Traceback" not in said
+    assert f"error: {'On rank 1: ' if rank else ''}{check} fails on rank {rank}" in said

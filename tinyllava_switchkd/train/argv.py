@@ -70,23 +70,19 @@ def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
     return ["--warmup_steps", value]  # transformers 5 reads a number below 1 as a share of all steps
 
 
-def _logging_dir(value: str, rest: dict[str, str]) -> list[str]:
-    return []  # `parse_arguments` passes it on: translating a command line changes nothing around it
-
-
-def _group_by_length(value: str, rest: dict[str, str]) -> list[str]:
-    return ["--train_sampling_strategy", "group_by_length"] if value.lower() in _TRUE else []
-
-
-def _adafactor(value: str, rest: dict[str, str]) -> list[str]:
-    return ["--optim", "adafactor"] if value.lower() in _TRUE else []
+def _if_true(*words: str) -> Callable[[str, dict[str, str]], list[str]]:
+    return lambda value, rest: list(words) if value.lower() in _TRUE else []
 
 
 TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = {
     "warmup_ratio": (_warmup_ratio, "it is passed on as a --warmup_steps below 1"),
-    "logging_dir": (_logging_dir, "it is passed on in the environment as TENSORBOARD_LOGGING_DIR"),
-    "group_by_length": (_group_by_length, "it is now --train_sampling_strategy group_by_length"),
-    "adafactor": (_adafactor, "it is now --optim adafactor"),
+    # by `parse_arguments`: translating a command line changes nothing around it
+    "logging_dir": (lambda value, rest: [], "it is passed on in the environment as TENSORBOARD_LOGGING_DIR"),
+    "group_by_length": (
+        _if_true("--train_sampling_strategy", "group_by_length"),
+        "it is now --train_sampling_strategy group_by_length",
+    ),
+    "adafactor": (_if_true("--optim", "adafactor"), "it is now --optim adafactor"),
 }
 """Old name -> (translation of its value, what it says)."""
 

@@ -128,15 +128,10 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | P
         with contextlib.suppress(OSError):
             folder.rename(doomed)  # never seen half removed
             shutil.rmtree(doomed, ignore_errors=True)
-    forget(output_dir)
-
-
-def forget(output_dir: str | Path) -> None:
-    """Take checkpoints that are gone out of the record."""
     record = read_record(output_dir)
-    kept = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
-    if kept != record:
-        write_json(Path(output_dir) / RECORD, kept)
+    there = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
+    if there != record:
+        write_json(Path(output_dir) / RECORD, there)
 
 
 def clean(output_dir: str | Path) -> None:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import socket
-import stat
 import threading
 import time
 from pathlib import Path
@@ -114,15 +113,11 @@ class OutputLock:
 def _open(path: Path) -> int:
     """The lock's file, made if it is not there; never one elsewhere that a link leads to."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
-    else:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    raise LockedError(f"{path} is no file but a link, a folder, a pipe or a device; remove it, no run has made it.")
+        raise LockedError(f"{path} is no file but a link or a folder; remove it, no run has made it.") from None
 
 
 def _held(descriptor: int) -> bool | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from tinyllava_switchkd.data.collator import SampleError
@@ -82,7 +83,7 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 
 class OtherRankFailedError(RuntimeError):
-    """A check failed on another rank, which says why."""
+    """A check failed on another rank."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,10 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run is not None:
             run()
         return 0
-    except OtherRankFailedError:
-        return 1
     except Exception as error:
-        expected = tuple(EXIT_CODES) if run is not None else (*USER_ERRORS, checkpoints.CheckpointError)
+        early = (*USER_ERRORS, checkpoints.CheckpointError, OtherRankFailedError)
+        expected = tuple(EXIT_CODES) if run is not None else early
         if not isinstance(error, expected) or (run is None and os.environ.get("TINYLLAVA_TRACEBACK")):
             raise
         # while training, a bad sample and a full disk are met by one rank alone, everything else by all of them
@@ -187,13 +187,12 @@ def prepare(arguments: Arguments) -> Run | Filling | None:
         plan = check(arguments)
     except USER_ERRORS as raised:
         error = raised
-    failed = torch.tensor(int(error is not None), device=training.device)
-    if training.world_size > 1:  # nobody is left waiting for a rank that has gone
-        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    found = gather_object([error and str(error)])  # nobody is left waiting for a rank that has gone
     if error is not None:
         raise error
-    if failed:
-        raise OtherRankFailedError
+    for rank, words in enumerate(found):
+        if words is not None:
+            raise OtherRankFailedError(f"On rank {rank}: {words}")
     if plan is None:
         on_main(
             lambda: fingerprint.check(
@@ -284,16 +283,14 @@ def on_main(function: Callable[[], T]) -> T:
     Raises:
         OtherRankFailedError: on the others, if it failed; there, what it raised.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return function()
     error: Exception | None = None
-    box: list[Any] = [None, False]  # torch fills it
-    if torch.distributed.get_rank() == 0:
+    box: list[Any] = [None, False]
+    if is_main_process():
         try:
             box = [function(), True]
         except (*USER_ERRORS, checkpoints.CheckpointError) as raised:
             error = raised
-    torch.distributed.broadcast_object_list(box, src=0)
+    broadcast_object_list(box)
     if error is not None:
         raise error
     if not box[1]:
