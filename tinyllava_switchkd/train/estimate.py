@@ -141,11 +141,10 @@ def estimate_run(arguments: Arguments) -> str:
     """
     model, _, training, distill, _ = arguments
     recipe = TrainingRecipeFactory(training.training_recipe)(training)
-    skeleton = student_skeleton(arguments)
-    student = recipe(skeleton.model).train()
+    student = recipe(student_skeleton(arguments)).train()
     teacher = None
     if distill.teacher_path is not None:
-        teacher = checkpoint_skeleton(distill.teacher_path, model.cache_dir).model.requires_grad_(False)
+        teacher = checkpoint_skeleton(distill.teacher_path, model.cache_dir).requires_grad_(False)
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     result = estimate(
         student,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,23 +17,7 @@ from .arguments import Arguments
 from .attention import attention_of
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
-
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
-
-
-class Skeleton(NamedTuple):
-    """A model on the meta device, with its tokenizer and image processor."""
-
-    model: TinyLlava
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
-
-    @property
-    def eos_token_ids(self) -> int | list[int] | None:
-        """The ids that generation stops at."""
-        config = self.model.language_model.generation_config
-        return config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
 
 
 FROM_ARGUMENTS = {
@@ -66,8 +50,8 @@ def model_settings(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> Skeleton:
-    """The model in a checkpoint of any layout.
+def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> TinyLlava:
+    """The model in a checkpoint of any layout, on the meta device, with its tokenizer and image processor.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it is incomplete.
@@ -75,11 +59,12 @@ def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> Skeleton:
     folder = resolve_folder(path, cache_dir=cache_dir)
     config, _ = open_checkpoint(Path(folder))
     model = _on_meta(config)
-    return Skeleton(model, tokenizer_of(folder, config), image_processor_of(folder, model))
+    model.tokenizer, model.image_processor = tokenizer_of(folder, config), image_processor_of(folder, model)
+    return model
 
 
-def student_skeleton(arguments: Arguments) -> Skeleton:
-    """The student before its weights are read, with this run's settings.
+def student_skeleton(arguments: Arguments) -> TinyLlava:
+    """The student before its weights are read, with this run's settings; as `checkpoint_skeleton`.
 
     Raises:
         FileNotFoundError, OSError: a part does not exist.
@@ -90,28 +75,30 @@ def student_skeleton(arguments: Arguments) -> Skeleton:
         settings = model_settings(arguments)
         config, tokenizer = plan_model(**{name: settings[name] for name in settings if name != "attn_implementation"})
         model = _on_meta(config)
-        return Skeleton(model, tokenizer, model.vision_tower.image_processor)
-    skeleton = checkpoint_skeleton(path, arguments.model.cache_dir)
+        model.tokenizer, model.image_processor = tokenizer, model.vision_tower.image_processor
+        return model
+    model = checkpoint_skeleton(path, arguments.model.cache_dir)
     for name, field in FROM_ARGUMENTS.items():
-        asked, stored = getattr(arguments.model, name), getattr(skeleton.model.config, field)
+        asked, stored = getattr(arguments.model, name), getattr(model.config, field)
         if name in arguments.given and asked != stored and stored is not None:
             raise ValueError(
                 f"--{name} is {asked}, but the checkpoint {path} was trained with {stored}; leave the argument out, or "
                 f"start from a checkpoint that fits."
             )
-    apply_run_settings(skeleton.model, skeleton.tokenizer, arguments)
-    return skeleton
+    apply_run_settings(model, arguments)
+    return model
 
 
-def apply_run_settings(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
+def apply_run_settings(model: TinyLlava, arguments: Arguments) -> None:
     """Put what this run asks for into a checkpoint's configuration and tokenizer; the rest stays as it was."""
-    config = model.config
+    config, tokenizer = model.config, model.tokenizer
     for name, field in PER_RUN.items():
         if name in arguments.given:
             setattr(config, field, getattr(arguments.model, name))
     if "image_aspect_ratio" in arguments.given:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.template = arguments.data.template
+    assert tokenizer is not None, "it came with the model"
     tokenizer.model_max_length = config.tokenizer_model_max_length
     tokenizer.padding_side = config.tokenizer_padding_side
 

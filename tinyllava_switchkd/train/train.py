@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from tinyllava_switchkd.data.collator import SampleError
 from tinyllava_switchkd.data.dataset import make_supervised_data_module
@@ -48,7 +48,6 @@ from .locking import LockedError, OutputLock
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .record import write_recipe
 from .skeleton import (
-    Skeleton,
     apply_run_settings,
     checkpoint_skeleton,
     model_settings,
@@ -217,7 +216,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
     model = recipe.load(model_settings(arguments))
-    apply_run_settings(model, model.tokenizer, arguments)
+    apply_run_settings(model, arguments)
     model = recipe(model)
     callbacks = []
     if training.early_stopping_patience is not None:
@@ -253,7 +252,7 @@ def _prepare_filling(arguments: Arguments, plan: Plan) -> Filling:
     chosen = on_main(lambda: fingerprint.describe(arguments, training.world_size))
     cache = _teacher_cache(arguments, plan, chosen)
     assert cache is not None, "the arguments have been checked"
-    teacher, *_ = load_teacher(arguments, plan.recipe)
+    teacher = load_teacher(arguments, plan.recipe)
     data = [one for one in (plan.train_dataset, plan.eval_dataset) if one is not None]
     return Filling(cache, teacher, data, plan.collator, training)
 
@@ -272,7 +271,7 @@ def _teacher_cache(arguments: Arguments, plan: Plan, chosen: JsonObject) -> Teac
     identity = f"{chosen[fingerprint.TEACHER]} {computed} {distill.teacher_bits}"
     cache = TeacherCache(distill.teacher_cache, identity, kept)
     plan.collator.digests = True
-    width = plan.teacher.model.config.hidden_size
+    width = plan.teacher.config.hidden_size
     logger.info(on_main(lambda: tell_size(cache, plan.train_dataset, plan.collator, width)))
     return cache
 
@@ -309,7 +308,7 @@ def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | No
     training = arguments.training
     checks.prepare_output(training.output_dir)
     lock.acquire()
-    chosen = fingerprint.describe(arguments, training.world_size, plan.skeleton.model.config)
+    chosen = fingerprint.describe(arguments, training.world_size, plan.skeleton.config)
     checkpoint = None
     if not training.overwrite_output_dir:
         checkpoints.clean(training.output_dir)
@@ -327,8 +326,8 @@ class Plan:
     """What the checks have made sure of, and made on the way."""
 
     recipe: BaseTrainingRecipe
-    skeleton: Skeleton
-    teacher: Skeleton | None
+    skeleton: TinyLlava
+    teacher: TinyLlava | None
     train_dataset: Samples
     eval_dataset: Samples | None
     collator: DataCollatorForSupervisedDataset
@@ -359,15 +358,8 @@ def check(arguments: Arguments) -> Plan | None:
     teacher = None
     if arguments.distill.teacher_path is not None:
         teacher = checkpoint_skeleton(arguments.distill.teacher_path, arguments.model.cache_dir)
-        check_compatible(
-            skeleton.model,
-            teacher.model,
-            arguments.distill.method(),
-            student_tokenizer=skeleton.tokenizer,
-            teacher_tokenizer=teacher.tokenizer,
-            bridge=arguments.distill.bridge,
-        )
-    logger.info("An image takes %s.", visual_tokens(skeleton.model))
+        check_compatible(skeleton, teacher, arguments.distill.method(), bridge=arguments.distill.bridge)
+    logger.info("An image takes %s.", visual_tokens(skeleton))
     data = _data(arguments, skeleton, teacher)
     few = checks.few_steps(training, len(data[0]))
     if few is not None and is_main_process():
@@ -383,25 +375,18 @@ def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecip
     distill = arguments.distill
     if distill.teacher_path is None:
         return SupervisedTask(model, chunk_size=distill.chunk_size, packing=arguments.training.packing)
-    teacher, tokenizer, image_processor = load_teacher(arguments, recipe)
     return build_distiller(
         model,
-        teacher,
+        load_teacher(arguments, recipe),
         distill.method(),
         chunk_size=distill.chunk_size,
         packing=arguments.training.packing,
-        student_tokenizer=model.tokenizer,
-        teacher_tokenizer=tokenizer,
-        student_image_processor=model.image_processor,
-        teacher_image_processor=image_processor,
         bridge=distill.bridge,
     )
 
 
-def load_teacher(
-    arguments: Arguments, recipe: BaseTrainingRecipe
-) -> tuple[TinyLlava, PreTrainedTokenizerBase, BaseImageProcessor]:
-    """The teacher on this rank's device, its tokenizer and its image processor."""
+def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> TinyLlava:
+    """The teacher on this rank's device, with its tokenizer and its image processor."""
     distill = arguments.distill
     assert distill.teacher_path is not None, "the arguments have been checked"
     return load_pretrained_model(
@@ -412,7 +397,7 @@ def load_teacher(
         load_8bit=distill.teacher_bits == 8,
         load_4bit=distill.teacher_bits == 4,
         cache_dir=arguments.model.cache_dir,
-    )[:3]
+    )[0]
 
 
 def _where_to_resume(arguments: Arguments) -> str | None:
@@ -432,24 +417,27 @@ def _where_to_resume(arguments: Arguments) -> str | None:
 
 
 def _data(
-    arguments: Arguments, skeleton: Skeleton, teacher: Skeleton | None
+    arguments: Arguments, skeleton: TinyLlava, teacher: TinyLlava | None
 ) -> tuple[Samples, Samples | None, DataCollatorForSupervisedDataset]:
     """What is trained on, what is held out, and the collator, after the data has been looked over."""
     data = arguments.data
+    tokenizer = skeleton.tokenizer
+    assert tokenizer is not None, "it came with the model"
+    ends = skeleton.language_model.generation_config.eos_token_id
     settings = vars(data) | {
         "image_processor": skeleton.image_processor,
-        "image_aspect_ratio": skeleton.model.config.image_aspect_ratio,
-        "num_image_tokens": skeleton.model.num_image_tokens,
-        "eos_token_ids": skeleton.eos_token_ids,
+        "image_aspect_ratio": skeleton.config.image_aspect_ratio,
+        "num_image_tokens": skeleton.num_image_tokens,
+        "eos_token_ids": tokenizer.eos_token_id if ends is None else ends,
     }
     if teacher is not None:
         settings["teacher_image_processor"] = teacher.image_processor
-        settings["teacher_image_aspect_ratio"] = teacher.model.config.image_aspect_ratio
-    module = make_supervised_data_module(skeleton.tokenizer, SimpleNamespace(**settings))
+        settings["teacher_image_aspect_ratio"] = teacher.config.image_aspect_ratio
+    module = make_supervised_data_module(tokenizer, SimpleNamespace(**settings))
     whole, collator = module["train_dataset"], module["data_collator"]
     if data.eval_data_path is not None:
         held_out = make_supervised_data_module(
-            skeleton.tokenizer, SimpleNamespace(**{**settings, "data_path": data.eval_data_path})
+            tokenizer, SimpleNamespace(**{**settings, "data_path": data.eval_data_path})
         )
         return whole, held_out["train_dataset"], collator
     if data.eval_share is not None:
