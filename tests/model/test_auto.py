@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = "tests/fixtures/upstream/ckpt_siglip_patch"
 
@@ -21,21 +19,11 @@ def test_importing_the_package_is_light():
     assert run(f"import sys, tinyllava_switchkd; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
-# Every import of torch and transformers costs seconds, so each process answers several questions.
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import tinyllava_switchkd\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig",
-        "from transformers import AutoConfig, AutoModelForCausalLM\nimport tinyllava_switchkd",
-    ],
-)
-def test_auto_classes_in_either_order(imports):
-    """Both classes load a checkpoint; the hook is gone; nothing that only training or serving needs was imported."""
-    code = f"""
+# Every import of torch and transformers costs seconds, so a process answers several questions.
+QUESTIONS = f"""
 import sys
-{imports}
-config = AutoConfig.from_pretrained({CHECKPOINT!r})
-model = AutoModelForCausalLM.from_pretrained({CHECKPOINT!r})
+config = AutoConfig.from_pretrained({str(ROOT / CHECKPOINT)!r})
+model = AutoModelForCausalLM.from_pretrained({str(ROOT / CHECKPOINT)!r})
 print(type(config).__name__, type(model).__name__, type(model.config).__name__)
 
 from transformers.models.auto import configuration_auto
@@ -48,10 +36,12 @@ if "Trainer" not in globals():  # transformers' own Trainer imports these
     unwanted += ["deepspeed", "peft", "pandas", "datasets"]
 print([name for name in unwanted if name in sys.modules])
 """
-    lines = run(code).splitlines()
-    assert lines == [
-        "TinyLlavaConfig TinyLlavaForConditionalGeneration TinyLlavaConfig",
-        "False",
-        "SourceFileLoader",
-        "[]",
-    ]
+"""Both classes load a checkpoint; the hook is gone; nothing that only training or serving needs was imported."""
+
+ANSWERS = ["TinyLlavaConfig TinyLlavaForConditionalGeneration TinyLlavaConfig", "False", "SourceFileLoader", "[]"]
+
+
+def test_auto_classes_after_the_package():
+    """The other order, transformers first, is asked in the process of test_hub."""
+    imports = "import tinyllava_switchkd\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig"
+    assert run(imports + QUESTIONS).splitlines() == ANSWERS

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from tests.model import test_auto
 from tests.model.checkpoints import save
 from tests.tiny import tiny_llava
 
@@ -106,10 +107,11 @@ def hub(root):
         server.shutdown()
 
 
-PROGRAM = """
+PROGRAM = f"""
+from transformers import AutoConfig, AutoModelForCausalLM
 import tinyllava_switchkd
+{test_auto.QUESTIONS}
 from tinyllava_switchkd.model import load_pretrained_model, push_pretrained_model
-from transformers import AutoModelForCausalLM
 
 model, tokenizer, image_processor, _ = load_pretrained_model("local", device="cpu")
 answer = model.chat("What is this?", "image.png", max_new_tokens=5)
@@ -139,6 +141,7 @@ def test_round_trip(tmp_path):
             [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
     assert result.stdout.endswith("done\n"), (result.stderr[-3000:], requests)
+    assert result.stdout.splitlines()[: len(test_auto.ANSWERS)] == test_auto.ANSWERS  # transformers was first here
     uploaded = {file.name: file.read_bytes() for file in (tmp_path / "hub" / "someone" / "student").iterdir()}
     assert b"# someone/student" in uploaded["README.md"]
     for file in set((tmp_path / "local").iterdir()) - {tmp_path / "local" / "README.md"}:
