@@ -101,7 +101,7 @@ def chat(
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
     given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    images = [item if isinstance(item, Image.Image) else _open(item) for item in given]
+    images = [item if isinstance(item, Image.Image) else open_image(item) for item in given]
     text = TextPreprocess(tokenizer, template or conversation_template(model, tokenizer))
     messages: list[Message] = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):
@@ -133,7 +133,13 @@ def _fetch_own(model: TinyLlava) -> None:
         model.image_processor = model.image_processor or image_processor_of(folder, model)
 
 
-def _open(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as it is shown to people, see `read_upright`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image.
+    """
     from tinyllava_switchkd.data.image_files import BadImageError, read_upright
 
     if not isinstance(path, str | Path):

@@ -48,19 +48,15 @@ class Sampling:
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate`; everything is given, so that no generation_config.json has a say."""
-        common = {
+        sampled = self.temperature > 0
+        return {
             "max_new_tokens": int(self.max_new_tokens),
             "repetition_penalty": float(self.repetition_penalty),
             "num_beams": 1,
-        }
-        if self.temperature == 0:
-            return {**common, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        return {
-            **common,
-            "do_sample": True,
-            "temperature": float(self.temperature),
-            "top_p": float(self.top_p),
-            "top_k": int(self.top_k),
+            "do_sample": sampled,
+            "temperature": float(self.temperature) if sampled else 1.0,
+            "top_p": float(self.top_p) if sampled else 1.0,
+            "top_k": int(self.top_k) if sampled else 50,
         }
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import TEMPLATE_FLAGS
-from tinyllava_switchkd.data.image_files import read_upright, to_rgb
+from tinyllava_switchkd.data.image_files import to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
 if TYPE_CHECKING:  # what needs torch waits until the command line has been read
@@ -222,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Load the models one after another, so that only one is in memory, and write the figure."""
+    from tinyllava_switchkd.model.chat import open_image
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
     from tinyllava_switchkd.model.export.questions import read_questions
 
@@ -237,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         rows = [(args.image, args.question)]
     for image, _ in rows:
-        _open(image)  # what is no image is said before weights are read
+        open_image(image)  # what is no image is said before weights are read
     looks: list[list[Look]] = []
     for path, name in zip(args.model_path, names, strict=True):
         model, tokenizer, processor, _ = load_pretrained_model(path, device=args.device)
@@ -247,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
                     model,
                     tokenizer,
                     processor,
-                    _open(image),
+                    open_image(image),
                     question,
                     name=name,
                     template=args.template,
@@ -265,16 +266,9 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         output = Path(args.output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw(_open(rows[0][0]), rows[0][1], [row[0] for row in looks], by_token=args.by_token)
+        figure = draw(open_image(rows[0][0]), rows[0][1], [row[0] for row in looks], by_token=args.by_token)
         figure.savefig(output, dpi=160, bbox_inches="tight")
         print(f"Wrote {output}.")
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        return read_upright(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no image that can be opened ({error}).") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

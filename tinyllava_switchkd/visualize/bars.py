@@ -19,25 +19,16 @@ def draw_bars(
     """Draw one group of bars a measure, one bar a model, the value written on each.
 
     Args:
-        models: label -> measure -> value on 0-100; the first model's measures, in order, are the groups.
+        models: label -> measure -> value on 0-100, at most seven; the first one's measures, in order, are the groups.
         path: file to write.
         spread: label -> measure -> half length of an error bar (a standard deviation).
         titles: measure -> what is written under its group.
         note: a line below the chart.
-
-    Raises:
-        ValueError: no model, too many to tell apart, or one without a measure of the first.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    if not 1 <= len(models) <= len(COLOURS):
-        raise ValueError(f"A bar chart shows one to {len(COLOURS)} models, not {len(models)}.")
     measures = list(next(iter(models.values())))
-    for label, values in models.items():
-        missing = [measure for measure in measures if values.get(measure) is None]
-        if missing:
-            raise ValueError(f"{label} has no value for {missing[0]!r}.")
     width = 0.8 / len(models)
     with rc_context(STYLE):
         figure = Figure(figsize=(max(5.0, 1.25 * len(measures) + 1.2), 3.5), layout="constrained")

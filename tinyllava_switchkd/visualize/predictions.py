@@ -44,20 +44,15 @@ def draw_predictions(predictions: Sequence[Prediction], path: str | Path, column
     """Draw the cards, row by row.
 
     Args:
-        predictions: what to show.
+        predictions: what to show, at least one.
         path: file to write.
         columns: cards in a row.
         title: above the sheet.
-
-    Raises:
-        ValueError: there is nothing to show.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
-    if not predictions:
-        raise ValueError("There are no predictions to draw.")
     columns = min(columns, len(predictions))
     texts = [card_text(prediction) for prediction in predictions]
     rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
