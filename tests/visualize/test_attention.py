@@ -248,7 +248,7 @@ class TestCommand:
         ("change", "message"),
         [
             ({"--data": "none.json"}, "none.json"),
-            ({"--image": "none.png"}, "none.png is no image"),
+            ({"--image": "none.png"}, "There is no image 'none.png'"),
             ({"--names": "one two"}, "2 names for 1 models"),
             ({"--conv_mode": "nonsense"}, "nonsense"),
             ({"--model_path": "nowhere/at/all"}, "nowhere/at/all"),

@@ -19,7 +19,7 @@ from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 from tinyllava_switchkd.quickstart.bases import BasePlan, make_bases
-from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError
+from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError, words_of
 from tinyllava_switchkd.train.argv import check_command_line
 from tinyllava_switchkd.visualize.attention import Look, likeness, look
 from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
@@ -153,8 +153,7 @@ class Toy:
         if way.key in self.stored.setdefault("memory", {}):
             return
         *_, last = self._noted(way, seed).values()
-        flags = {**last, "max_steps": MEMORY_STEPS}
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        words = words_of({**last, "max_steps": MEMORY_STEPS})
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "tinyllava_switchkd.ablations.memory", *words, "--output_dir", folder]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -277,8 +276,7 @@ def plan(names: Sequence[str], stored: JsonObject, root: Path) -> list[dry.Plann
         for name, flags in experiment.trainings.items():
             if name in found:
                 continue
-            words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-            check_command_line([*words, "--output_dir", name])
+            check_command_line([*words_of(flags), "--output_dir", name])
             stage = "finetune" if flags["tune_type_llm"] == "full" else "pretrain"
             teacher = "handwriting" in name
             runs = stored.get("runs", {}).values() if name == last else ()

@@ -11,6 +11,7 @@ import csv
 import io
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +22,7 @@ from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.io import JsonObject, digest, write_json, write_jsonl
 
 from . import scenes
-from .experiment import MADE, Experiment, StageError, call, once
+from .experiment import MADE, Experiment, StageError, call, once, words_of
 from .scenes import QuestionSet
 
 BENCHMARKS = ("vqav2", "pope", "mmbench", "scienceqa")
@@ -50,27 +51,25 @@ def run_benchmarks(experiment: Experiment, checkpoints: Mapping[str, Path]) -> s
     number = sum(scene < SCENES for scene in asked.scene_of)
     asked = QuestionSet(asked.scenes, asked.questions[:number], asked.scene_of[:number])
     once(data, [asked.questions, digest(__file__)], lambda folder: write_benchmarks(asked, folder))
+
+    def answer(label: str, checkpoint: Path, folder: Path) -> None:
+        for name in BENCHMARKS:
+            answers = data / name / "answers" / label
+            shutil.rmtree(answers, ignore_errors=True)
+            flags = {
+                "model_path": checkpoint,
+                "model_name": label,
+                "data_dir": data / name,
+                "device": "cpu",
+                "output_dir": answers,
+                "score": folder / f"{name}.json",
+                "batch_size": 64,
+            }
+            log = experiment.root / "logs" / f"{label}-benchmarks.log"
+            call(f"{name} of {label}", eval_run.main, [name, *words_of(flags)], log)
+
     for label, checkpoint in checkpoints.items():
-        log = experiment.root / "logs" / f"{label}-benchmarks.log"
-
-        def make(folder: Path, label: str = label, checkpoint: Path = checkpoint, log: Path = log) -> None:
-            for name in BENCHMARKS:
-                answers = data / name / "answers" / label
-                shutil.rmtree(answers, ignore_errors=True)
-                flags = [
-                    "--model_path",
-                    checkpoint,
-                    "--model_name",
-                    label,
-                    "--data_dir",
-                    data / name,
-                    "--device",
-                    "cpu",
-                ]
-                flags += ["--output_dir", answers, "--score", folder / f"{name}.json", "--batch_size", 64]
-                call(f"{name} of {label}", eval_run.main, [name, *flags], log)
-
-        once(results / label, [digest(checkpoint / MADE), digest(data / MADE)], make)
+        once(results / label, [digest(checkpoint / MADE), digest(data / MADE)], partial(answer, label, checkpoint))
     arguments = [f"{label}={results / label}" for label in checkpoints]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -99,14 +98,7 @@ Rows = Sequence[tuple[JsonObject, int]]
 
 
 def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
-    _save_images(rows, pictures, folder / "val2014")
-    write_jsonl(
-        folder / "llava_vqav2_mscoco_val2014.jsonl",
-        (
-            {"question_id": row["question_id"], "image": row["image"], "text": row["question"], "category": "default"}
-            for row, _ in rows
-        ),
-    )
+    _write_questions(rows, pictures, folder / "llava_vqav2_mscoco_val2014.jsonl", "default")
     annotations = [
         {
             "question_id": row["question_id"],
@@ -127,14 +119,7 @@ def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> 
 
 def _write_pope(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
     """Every object asked for is drawn at random, so there is one category of POPE's three."""
-    _save_images(rows, pictures, folder / "val2014")
-    write_jsonl(
-        folder / "llava_pope_test.jsonl",
-        (
-            {"question_id": row["question_id"], "image": row["image"], "text": row["question"], "category": "random"}
-            for row, _ in rows
-        ),
-    )
+    _write_questions(rows, pictures, folder / "llava_pope_test.jsonl", "random")
     write_jsonl(
         folder / "coco" / "coco_pope_random.json",
         (
@@ -186,6 +171,18 @@ def _write_scienceqa(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path)
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", {"test": list(problems)})
     write_json(folder / "llava_test_CQM-A.json", conversations)
+
+
+def _write_questions(rows: Rows, pictures: Sequence[scenes.Scene], file: Path, category: str) -> None:
+    """LLaVA's question file, and COCO's folder of images beside it."""
+    _save_images(rows, pictures, file.parent / "val2014")
+    write_jsonl(
+        file,
+        (
+            {"question_id": row["question_id"], "image": row["image"], "text": row["question"], "category": category}
+            for row, _ in rows
+        ),
+    )
 
 
 def _options(row: JsonObject) -> tuple[str, list[str]]:

@@ -174,9 +174,8 @@ class Experiment:
         def make(folder: Path) -> dict[str, float]:
             from tinyllava_switchkd.train.train import main
 
-            words = [word for key, value in flags.items() for word in (f"--{key}", value)]
             started = time.process_time()
-            call(title, main, [*words, "--output_dir", folder], log)
+            call(title, main, [*words_of(flags), "--output_dir", folder], log)
             seconds = time.process_time() - started
             self.say(f"  {title:<38} {flags.get('max_steps', ''):>5} steps {seconds:6.1f} s")
             return {"seconds": seconds}
@@ -295,6 +294,11 @@ class Experiment:
             folder, [_content(checkpoint), asdict(self.plan), digest(scenes.__file__), digest(evaluate.__file__)], make
         )
         return read_json(folder / "scores.json")
+
+
+def words_of(flags: Mapping[str, object]) -> list[str]:
+    """Flags as words of a command line."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 def run_name(who: str, version: str, stage: str, tower: str = TOWER) -> str:
