@@ -442,14 +442,9 @@ def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence
     sheet = book.active
     sheet.title = "Sheet1"
     for number, cells in enumerate((columns, *rows), start=1):
-        for place, value in enumerate(cells, start=1):
-            if value is None or value == "":
-                continue
-            cell = sheet.cell(number, place)
-            if isinstance(value, str):
-                cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", cell) or None if isinstance(cell, str) else cell for cell in cells])
+        for cell in sheet[number]:
+            if isinstance(cell.value, str):
                 cell.data_type = "s"  # an answer that starts with "=" is no formula
-            else:
-                cell.value = value
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     book.save(path)
