@@ -107,11 +107,13 @@ def test_what_a_tokenizer_puts_around_a_text():
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("text", ["<s>", "<bos>", "<|im_start|>"])
-def test_a_begin_token_that_is_written_in_a_turn_stays(text):
+def test_a_begin_token_that_is_written_in_a_turn_stays():
+    tried = set()
     for make in FAMILIES.values():
         tokenizer = make()
-        if tokenizer.bos_token != text:
-            continue
-        ids = TextPreprocess(tokenizer, "phi")(talk(f"<image>\n{text}", f"{text} it is"), mode="eval")["input_ids"]
-        assert ids.tolist().count(tokenizer.bos_token_id) == 2 + len(begin_tokens(tokenizer))
+        text = tokenizer.bos_token
+        if text not in (None, "<|endoftext|>"):  # which the template ends an answer with
+            ids = TextPreprocess(tokenizer, "phi")(talk(f"<image>\n{text}", f"{text} it is"), mode="eval")["input_ids"]
+            assert ids.tolist().count(tokenizer.bos_token_id) == 2 + len(begin_tokens(tokenizer)), text
+            tried.add(text)
+    assert tried >= {"<s>", "<bos>", "<|im_start|>"}
