@@ -46,20 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.seeds.isdecimal() or int(args.seeds) < 1:
         parser.error(f"the number of seeds is {args.seeds!r}; it takes at least one.")
     seeds = range(1, int(args.seeds) + 1)
-    from tinyllava_switchkd.quickstart.experiment import StageError
+    from tinyllava_switchkd.quickstart.experiment import told
 
-    try:
-        if environment.get("DRY_RUN", "").lower() not in ("", "0", "false", "no"):
-            print(_dry(args.scale, args.tables, len(seeds)))
-        else:
-            print(_run(args.scale, args.tables, seeds, args.output.expanduser().resolve()))
-    except (StageError, ValueError, OSError) as error:
-        print(f"ablations: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nablations: stopped; what is finished is used again next time.", file=sys.stderr)
-        return 130
-    return 0
+    if environment.get("DRY_RUN", "").lower() not in ("", "0", "false", "no"):
+        return told("ablations", lambda: print(_dry(args.scale, args.tables, len(seeds))))
+    root = args.output.expanduser().resolve()
+    return told("ablations", lambda: print(_run(args.scale, args.tables, seeds, root)))
 
 
 def _dry(scale: str, names: Sequence[str], seeds: int) -> str:

@@ -9,7 +9,6 @@ pictures, `real_runs` trains and measures; here are the plan, the command and th
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes {args.minutes:g} and --seeds {args.seeds} must be above 0.")
     import torch
 
-    from tinyllava_switchkd.quickstart.experiment import StageError, prepare_environment
+    from tinyllava_switchkd.quickstart.experiment import prepare_environment, told
 
     from . import real_runs
 
@@ -269,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = float("inf") if gpu else time.monotonic() + 60 * args.minutes
     root = args.output.expanduser().resolve()
     hub = args.models == "hub" or (args.models is None and gpu and real_runs.hub_is_reached())
-    try:
+
+    def run() -> None:
         plan = plan_of(root, UNTIL_CONVERGED if gpu else Plan.within(args.minutes, seeds), hub)
         packages = (args.packages or root / "packages").expanduser().resolve()
         models, pictures = real_runs.prepare(root, plan, packages, hub)
@@ -279,13 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OutOfTimeError as missing:
             print(f"The {args.minutes:g} minutes are used up before: {missing}. The same command goes on from here.")
         print(text_of(experiment.stored))
-    except (StageError, ValueError, OSError) as error:
-        print(f"real_weights: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nreal_weights: stopped; what is finished is used again next time.", file=sys.stderr)
-        return 130
-    return 0
+
+    return told("real_weights", run)
 
 
 def plan_of(root: Path, wanted: Plan, hub: bool) -> Plan:

@@ -244,13 +244,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             state_dict = {name: value for name, value in state_dict.items() if name != "language_model.lm_head.weight"}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
-    # The language model's embeddings and head are the model's.
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
+    # The language model's head and decoder are the model's; transformers finds its embeddings.
     def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.get_output_embeddings()
 

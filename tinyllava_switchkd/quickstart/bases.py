@@ -21,7 +21,7 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import digest
 
 from . import base_models, scenes
-from .experiment import PRETRAIN, Experiment, Plan, StageError, logged, once, prepare_environment
+from .experiment import PRETRAIN, Experiment, Plan, StageError, logged, once, prepare_environment, told
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -232,12 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for data, runs and, in models/, the bases")
     args = parser.parse_args(argv)
     prepare_environment()
-    try:
-        print(f"The bases are in {make_bases(args.output)}.")
-    except StageError as error:
-        print(f"quickstart.bases: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return told("quickstart.bases", lambda: print(f"The bases are in {make_bases(args.output)}."))
 
 
 if __name__ == "__main__":

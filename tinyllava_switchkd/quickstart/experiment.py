@@ -296,6 +296,19 @@ class Experiment:
         return read_json(folder / "scores.json")
 
 
+def told(name: str, command: Callable[[], object]) -> int:
+    """Run a command; its exit code. What stops it is said in one sentence after its name."""
+    try:
+        command()
+    except (StageError, ValueError, OSError) as error:
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; what is finished is used again next time.", file=sys.stderr)
+        return 130
+    return 0
+
+
 def words_of(flags: Mapping[str, object]) -> list[str]:
     """Flags as words of a command line."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -94,26 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"quickstart.sh: cannot write to {root} ({error.strerror}); set QUICKSTART_OUT.", file=sys.stderr)
         return 1
-    from .experiment import StageError, prepare_environment
+    from .experiment import prepare_environment, told
 
     prepare_environment()
     started = time.monotonic()
-    try:
+
+    def run() -> None:
         bases = None
         if args.from_scratch:
             from .bases import make_bases
 
             bases = make_bases(root)
-        results = quickstart(root, range(1, args.seeds + 1), bases=bases)
-    except StageError as error:
-        print(f"\nquickstart.sh: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nquickstart.sh: stopped; what is finished is used again next time.", file=sys.stderr)
-        return 130
-    print("\n" + results["text"])
-    print(f"\nAll of it is in {root} ({(time.monotonic() - started) / 60:.1f} minutes).")
-    return 0
+        print("\n" + quickstart(root, range(1, args.seeds + 1), bases=bases)["text"])
+        print(f"\nAll of it is in {root} ({(time.monotonic() - started) / 60:.1f} minutes).")
+
+    return told("quickstart.sh", run)
 
 
 if __name__ == "__main__":
