@@ -84,7 +84,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_another_number_goes_on(world, a
     assert codes_on_ranks(1, line, log) == [0], Path(f"{log}.0").read_text()[-3000:]
     assert "Converting" in Path(f"{log}.0").read_text()
     assert largest(alone, load_file(run / "model.safetensors")) < 1e-5
-    assert not (run / universal.FOLDER).exists()
+    assert not (run / checkpoints.CONVERTED).exists()
 
 
 def shards(tmp_path, name="student.weight", states=("exp_avg", "exp_avg_sq", "step")):

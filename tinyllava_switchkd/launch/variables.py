@@ -171,7 +171,8 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
         if name in known:
             wrong = known[name].wrong(value) if value else None
             if wrong is not None:
-                raise ValueError(f"{name} is {value!r}; it must be {wrong}.{_hint(name, value)}")
+                hint = " Which GPUs is for GPUS, e.g. GPUS=0,1." if name == "DEVICE" else ""
+                raise ValueError(f"{name} is {value!r}; it must be {wrong}.{hint}")
             if value or name in prefixed:
                 values[name] = value
         elif name not in allowed:
@@ -182,12 +183,6 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
                     f'{EXEMPT}="{name}".)'
                 )
     return values
-
-
-def _hint(name: str, value: str) -> str:
-    if name == "DEVICE" and value.lower().startswith(("gpu", "cuda")):
-        return " Which GPUs is for GPUS, e.g. GPUS=0,1."
-    return ""
 
 
 def nearest(name: str, known: Collection[str], *, training: bool = True) -> str | None:

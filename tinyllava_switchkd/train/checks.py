@@ -21,16 +21,12 @@ def check_names(arguments: Arguments) -> None:
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    model, data, training, distill, _ = arguments
+    model, data, training, *_ = arguments
     TrainingRecipeFactory.name_of(training.training_recipe)
     TemplateFactory.name_of(data.template)
     if training.pretrained_model_path is None:
-        _check_base_model("model_name_or_path", model.model_name_or_path)
-        _check_base_model("vision_tower", model.vision_tower)
         VisionTowerFactory.name_of(model.vision_tower)
         ConnectorFactory.name_of(model.connector_type)
-    if distill.teacher_path is not None:
-        distill.method()
 
 
 def check_paths(arguments: Arguments) -> None:
@@ -39,23 +35,19 @@ def check_paths(arguments: Arguments) -> None:
     Raises:
         FileNotFoundError, NotADirectoryError, PermissionError: with the argument, the path and the remedy.
     """
-    _, data, training, distill, _ = arguments
+    _, data, training, *_ = arguments
     if data.data_path is None or not Path(data.data_path).is_file():
         raise FileNotFoundError(f"--data_path {data.data_path} does not exist; give a JSON file in LLaVA's format.")
     if data.eval_data_path is not None and not Path(data.eval_data_path).is_file():
         raise FileNotFoundError(f"--eval_data_path {data.eval_data_path} does not exist; give a JSON file.")
     if data.image_folder and not Path(data.image_folder).is_dir():
         raise FileNotFoundError(f"--image_folder {data.image_folder} is no folder; give the one with the images.")
-    for name, path in (
-        ("pretrained_model_path", training.pretrained_model_path),
-        ("teacher_path", distill.teacher_path),
-        ("resume_from_checkpoint", training.resume_from_checkpoint),
-    ):
-        if path is not None and _is_path(path) and not Path(path).is_dir():
-            raise FileNotFoundError(
-                f"--{name} {path} does not exist; give the folder of a trained model"
-                + (" (pretrain.sh writes one)." if name == "pretrained_model_path" else ".")
-            )
+    for name, path in {**_models(arguments), "resume_from_checkpoint": training.resume_from_checkpoint}.items():
+        # a hub name is ``owner/model`` or ``model``; what is written otherwise, or is there, can only be a path
+        is_path = path and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists())
+        if path and is_path and not Path(path).expanduser().is_dir():
+            hint = " (pretrain.sh writes one)" if name == "pretrained_model_path" else ""
+            raise FileNotFoundError(f"--{name} {path} does not exist; give the folder of a model{hint}.")
     check_writable(training.output_dir)
     check_overwriting(arguments)
 
@@ -66,14 +58,8 @@ def check_overwriting(arguments: Arguments) -> None:
     Raises:
         FileExistsError: it would.
     """
-    model, _, training, distill, _ = arguments
-    folder = Path(training.output_dir)
-    for name, path in (
-        ("teacher_path", distill.teacher_path),
-        ("pretrained_model_path", training.pretrained_model_path),
-        ("model_name_or_path", model.model_name_or_path),
-        ("vision_tower", model.vision_tower),
-    ):
+    training, folder = arguments.training, Path(arguments.training.output_dir)
+    for name, path in _models(arguments).items():
         if path and folder.is_dir() and Path(path).is_dir() and folder.samefile(path):
             raise FileExistsError(f"--output_dir {folder} is the folder of --{name} as well; choose another.")
     marks = ("training_args.*", "trainer_state.json", "checkpoint-*")  # what a run of this program leaves
@@ -122,15 +108,13 @@ def prepare_output(output_dir: str) -> None:
         raise OSError(f"--output_dir {output_dir} cannot be written to: {reason}; choose another.") from error
 
 
-def _check_base_model(name: str, value: str) -> None:
-    path = value.split(":", 1)[-1]  # a tower may carry its kind in front
-    if _is_path(path) and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(f"--{name} {value} does not exist; give a folder or a name on the hub.")
-
-
-def _is_path(value: str) -> bool:
-    """Whether a name can only be a path: a hub name is ``owner/model`` or ``model``."""
-    return value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists()
+def _models(arguments: Arguments) -> dict[str, str | None]:
+    """Arguments that name the models which the run reads, and their values."""
+    model, start = arguments.model, arguments.training.pretrained_model_path
+    named = {"teacher_path": arguments.distill.teacher_path, "pretrained_model_path": start}
+    if start is None:  # a tower may carry its kind in front
+        named |= {"model_name_or_path": model.model_name_or_path, "vision_tower": model.vision_tower.split(":", 1)[-1]}
+    return named
 
 
 def check_metric(arguments: Arguments, metric: str) -> None:

@@ -25,14 +25,7 @@ class SupervisedTask(Task):
         num_items_in_batch: Tensor | int | None = None,
         step_counts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of a batch.
-
-        Args:
-            batch: `input_ids` [samples, tokens] with -200 where an image goes, `labels` alike with -100 where nothing
-                is supervised, `attention_mask` alike (optional), `images` [images, 3, height, width].
-            num_items_in_batch: supervised tokens of the whole optimiser step (all micro-batches, all ranks), by which
-                the sum over this batch's tokens is divided; None divides by this batch's own.
-            step_counts: not needed here.
+        """Losses of a batch; the arguments are those of `Distiller.forward`, of which `step_counts` is not needed.
 
         Returns:
             "loss" with gradient; "ce" and "supervised_tokens" without.

@@ -291,19 +291,11 @@ class _Window:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, losses: Mapping[str, Tensor], tokens: Tensor, computed: Tensor) -> None:
-        supervised = losses["supervised_tokens"]
-        for name, value in losses.items():
-            if name in self._of_batch:
-                self._add(name, value.detach() * supervised)
-            elif name not in ("loss", "supervised_tokens"):
-                self._add(name, value.detach())
-        self._add("supervised_tokens", supervised)
-        self._add("tokens", tokens)
-        self._add("computed", computed)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.double() if value.device.type != "mps" else value.float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        found = {name: value.detach() for name, value in losses.items() if name != "loss"}
+        found |= {name: found[name] * losses["supervised_tokens"] for name in self._of_batch & found.keys()}
+        for name, value in {**found, "tokens": tokens, "computed": computed}.items():
+            value = value.double() if value.device.type != "mps" else value.float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Means over the window and all ranks, tokens per second and what is lost; begins the next window."""

@@ -2,7 +2,7 @@
 
 A shard holds a process's part of every flat tensor of the optimiser, so shards fit one number of processes only. The
 universal form holds each parameter and its two moments by name. `convert` writes it beside the checkpoints, into
-`FOLDER`, where the rest of the checkpoint is linked to; it is removed when the run has written a checkpoint of its own.
+`checkpoints.CONVERTED`, where the rest of the checkpoint is linked to; the run's first own checkpoint removes it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = checkpoints.CONVERTED
 _STATES = {"exp_avg", "exp_avg_sq"}
 
 
 def is_universal(checkpoint: str | Path | None) -> bool:
     """Whether a checkpoint is one that `convert` has made."""
-    return checkpoint is not None and Path(checkpoint).parent.name == FOLDER
+    return checkpoint is not None and Path(checkpoint).parent.name == checkpoints.CONVERTED
 
 
 def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
@@ -54,7 +53,7 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
     shards = checkpoint / (checkpoint / "latest").read_text().strip()
     needed = 2 * checkpoints.size_of(shards)  # the pieces, and what they are joined to
     checkpoints.check_space(output_dir, needed, checkpoints.step_of(checkpoint))
-    view = Path(output_dir) / FOLDER / checkpoint.name
+    view = Path(output_dir) / checkpoints.CONVERTED / checkpoint.name
     shutil.rmtree(view.parent, ignore_errors=True)
     view.mkdir(parents=True)
     for file in checkpoint.iterdir():
