@@ -31,10 +31,9 @@ from tinyllava_switchkd.data import (
 )
 from tinyllava_switchkd.data.image_files import ImageFolder, look_at
 from tinyllava_switchkd.eval.batches import open_image
-from tinyllava_switchkd.model.chat import _open as chat_image
+from tinyllava_switchkd.model.chat import open_image as shown_image
 from tinyllava_switchkd.model.export.questions import Question
 from tinyllava_switchkd.serve.images import read_image as read_upload
-from tinyllava_switchkd.visualize.attention import _open as attention_image
 from tinyllava_switchkd.visualize.mistakes import thumbnail
 
 GREY = NOISE[..., 0]
@@ -196,6 +195,11 @@ class TestOutside:
             args.allow_outside_images = True
             assert make_supervised_data_module(qwen2(), args)["train_dataset"][0]["images"].any()
 
+    def test_a_link_to_itself_hides_no_other_file(self, two):
+        path = write(two.parent, [{**RECORDS[2], "image": ["link.png", "circle"]}])
+        report = check_data(path, str(two))
+        assert [cases.examples for cases in report.problems.values()] == [[str(two / "circle")]]
+
     @pytest.mark.parametrize("name", ["a\0b.png", "\ud83d.png", "x" * 5000, "circle", "circle/a.png", "\n.png"])
     def test_names_that_no_image_has(self, two, name):
         write(two.parent, [{"id": "it", "image": name, "conversations": RECORDS[0]["conversations"]}])
@@ -270,9 +274,8 @@ class TestShape:
 DOORS = {
     "training": read_image,
     "the demo and the terminal": read_upload,
-    "chat": chat_image,
+    "chat and attention": shown_image,
     "evaluation": open_image,
-    "attention": attention_image,
     "the export's questions": lambda path: Question("", path).open(),
 }
 

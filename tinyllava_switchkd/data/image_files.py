@@ -258,18 +258,19 @@ def missing_and_outside(folder: ImageFolder, names: dict[str, set[str]]) -> Iter
     """
     for parent, files in names.items():
         path = os.path.join(folder.root, parent)
-        links: dict[str, bool] = {}  # of the files that are there
+        links: dict[str, bool] = {}  # what is there, and whether it is a link
         try:
             folder.path(os.path.join(parent, "x"))
             with os.scandir(path or os.curdir) as listing:
-                links = {entry.name: entry.is_symlink() for entry in listing if entry.name in files and entry.is_file()}
+                there = (entry for entry in listing if entry.name in files and (entry.is_symlink() or entry.is_file()))
+                links = {entry.name: entry.is_symlink() for entry in there}
         except BadImageError as error:
             yield from ((os.path.join(path, file), str(error)) for file in files)
             continue
         except OSError:  # no such folder
             pass
         for file in files:
-            if file not in links:
+            if file not in links or (links[file] and not os.path.isfile(os.path.join(path, file))):
                 yield os.path.join(path, file), None
             elif links[file]:
                 try:
