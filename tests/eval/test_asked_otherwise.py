@@ -119,7 +119,7 @@ def test_vqav2_is_of_the_split_that_has_all_answers(tmp_path):
         score = score_file("vqav2", tmp_path, answers, submission=upload)
         assert (score.split, len(json.loads(upload.read_text()))) == (split, 6)
     answers = write_rows(tmp_path / "a.jsonl", [{"question_id": n, "text": "Yes"} for n in (1, 5, 9)])
-    with pytest.raises(ValueError, match=r"question id '9' is unknown: it is not in .*test2015"):
+    with pytest.raises(ValueError, match=r"test has 2 of 3, and not '9'. Say with --split"):
         score_file("vqav2", tmp_path, answers, submission=upload)
 
 

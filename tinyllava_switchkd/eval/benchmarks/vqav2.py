@@ -109,18 +109,33 @@ class VQAv2(QuestionFileBenchmark):
         write_upload(path, rows)
 
     def _split_of(self, data_dir: str | Path, answers: Sequence[Answer]) -> str:
-        """The split that has most of the answered questions, the first of several: test-dev is a part of test.
+        """The split that has all answered questions: val, test-dev, or test, of which test-dev is a part.
 
         Raises:
             FileNotFoundError: no split is there.
+            ValueError: none has them all.
         """
         sources = self._sources(data_dir)
         if self.answered_split in sources:
             return self.answered_split
-        if not sources:
-            self.question_file(data_dir)  # raises, and names what is expected
         asked = {answer.question_id for answer in answers}
-        return max(sources, key=lambda split: len(asked & self._ids(data_dir, split).keys()))
+        known: dict[str, int] = {}
+        for split in sources:
+            unknown = asked - self._ids(data_dir, split).keys()
+            if not unknown:
+                return split
+            known[split] = len(asked) - len(unknown)
+        if not known:
+            self.question_file(data_dir)  # raises, and names what is expected
+        nearest = max(known, key=known.__getitem__)
+        if not known[nearest]:
+            join(answers, (), " or ".join(map(str, sources.values())))
+        first = next(answer for answer in answers if answer.question_id not in self._ids(data_dir, nearest))
+        raise ValueError(
+            f"{first.where}: no split of {self.title} in {data_dir} has all the answered questions: {nearest} has "
+            f"{known[nearest]:,} of {len(asked):,}, and not {first.question_id!r}. Say with --split what was asked, "
+            f"and give the answers to one split alone."
+        )
 
     def _sources(self, data_dir: str | Path) -> dict[str, Path]:
         """The file that lists the questions, of each split that is there.
