@@ -1,7 +1,6 @@
 """Generate a checkpoint's answers to a benchmark, and score them if asked to::
 
-    python -m tinyllava_switchkd.eval.run BENCH --model_path CHECKPOINT --data_dir DIR --output_dir DIR
-        [--score FILE.json] [--batch_size N] [--limit N] [--processes N] ...
+    python -m tinyllava_switchkd.eval.run BENCH --model_path CHECKPOINT --data_dir DIR --output_dir DIR ...
     torchrun --nproc_per_node 8 -m tinyllava_switchkd.eval.run ...  # or accelerate launch: the same on several machines
 
 The answers are `answers.jsonl` in the output folder, with LLaVA's keys and in the question file's order; the file is

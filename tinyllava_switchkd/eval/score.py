@@ -1,7 +1,4 @@
-"""Score a benchmark's answers::
-
-    python -m tinyllava_switchkd.eval.score BENCH --data_dir DIR --answers_file FILE
-        [--output FILE.json] [--rows FILE.jsonl] [--submission FILE] [--allow_missing] [--split SPLIT] [--judge NAME]
+"""Score a benchmark's answers: ``python -m tinyllava_switchkd.eval.score BENCH --data_dir DIR --answers_file FILE``.
 
 Prints one JSON object on stdout and nothing else; an error is one sentence on stderr and exit status 1. Imports no
 torch, so that it runs anywhere and at once.
