@@ -6,16 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import TEMPLATE_FLAGS
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
-
-    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,15 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ready else 1
 
 
-class _Model(NamedTuple):
-    """What of a model the check makes use of."""
-
-    num_image_tokens: int
-    image_processor: BaseImageProcessor
-    image_aspect_ratio: str | None
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-
 def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
     """The report's lines, and whether the data is ready."""
     for name in ("num_image_tokens", "model_max_length", "num_queries"):
@@ -77,66 +62,60 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
     from tinyllava_switchkd.data.inspection import check_data
 
-    model = _model_of(args) if args.model_path or args.vision_tower else None
-    tokenizer = getattr(model, "tokenizer", None)
+    lines = []
+    settings: dict[str, Any] = {}
+    if args.model_path or args.vision_tower:
+        settings = _of_model(args)
+        tokens, name = settings["num_image_tokens"], args.model_path or args.vision_tower
+        lines.append(f"{tokens:>12,}  visual tokens of an image ({name})")
     if args.tokenizer:
         from tinyllava_switchkd.model.llm import open_tokenizer
 
-        tokenizer = open_tokenizer(args.tokenizer)
+        settings["tokenizer"] = open_tokenizer(args.tokenizer)
+    for name in ("image_aspect_ratio", "num_image_tokens", "model_max_length"):
+        settings[name] = getattr(args, name) or settings.get(name)
     report = check_data(
         args.data_path,
         args.image_folder,
         template=args.template,
-        tokenizer=tokenizer,
-        image_processor=getattr(model, "image_processor", None),
-        image_aspect_ratio=args.image_aspect_ratio or getattr(model, "image_aspect_ratio", None),
-        num_image_tokens=args.num_image_tokens or getattr(model, "num_image_tokens", 1),
-        model_max_length=args.model_max_length,
         decode=args.decode,
         allow_outside_images=args.allow_outside_images,
+        **settings,
     )
-    lines = []
-    if model is not None:
-        lines.append(
-            f"{model.num_image_tokens:>12,}  visual tokens of an image ({args.model_path or args.vision_tower})"
-        )
     return [*lines, str(report)], report.ok
 
 
-def _model_of(args: argparse.Namespace) -> _Model:
-    """The model named on the command line, without its weights."""
+def _of_model(args: argparse.Namespace) -> dict[str, Any]:
+    """What `check_data` takes of the model named on the command line, whose weights are not read."""
+    import torch
+
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
     from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
     from tinyllava_switchkd.model.weights import resolve_folder
 
     if args.model_path:
         folder = resolve_folder(args.model_path)
         config, _ = open_checkpoint(Path(folder))
-        model = _on_meta(config)
-        processor, tokenizer = image_processor_of(folder, model), tokenizer_of(folder, config)
-        return _Model(model.num_image_tokens, processor, config.image_aspect_ratio, tokenizer)
-    config = TinyLlavaConfig(
-        vision_model_name_or_path=args.vision_tower,
-        connector_type=args.connector_type,
-        vision_feature_select_strategy=args.mm_vision_select_feature,
-        num_queries=args.num_queries,
-        resampler_hidden_size=768,
-        num_resampler_layers=1,
-        text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it makes no visual tokens
-    )
-    resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
-    model = _on_meta(config)
-    return _Model(model.num_image_tokens, model.vision_tower.image_processor, None)
-
-
-def _on_meta(config: TinyLlavaConfig) -> TinyLlava:
-    import torch
-
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
-
+    else:
+        config = TinyLlavaConfig(
+            vision_model_name_or_path=args.vision_tower,
+            connector_type=args.connector_type,
+            vision_feature_select_strategy=args.mm_vision_select_feature,
+            num_queries=args.num_queries,
+            resampler_hidden_size=768,
+            num_resampler_layers=1,
+            text_config={"model_type": "llama", "num_hidden_layers": 1},  # any will do: it makes no visual tokens
+        )
+        resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
     with torch.device("meta"):
-        return TinyLlavaForConditionalGeneration(config)
+        model = TinyLlavaForConditionalGeneration(config)
+    found = {"num_image_tokens": model.num_image_tokens}
+    if not args.model_path:
+        return found | {"image_processor": model.vision_tower.image_processor}
+    found |= {"image_processor": image_processor_of(folder, model), "tokenizer": tokenizer_of(folder, config)}
+    return found | {"image_aspect_ratio": config.image_aspect_ratio}
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def check_data(
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: BaseImageProcessor | None = None,
     image_aspect_ratio: str | None = None,
-    num_image_tokens: int = 1,
+    num_image_tokens: int | None = None,
     model_max_length: int | None = None,
     decode: str = "sample",
     allow_outside_images: bool = False,
@@ -257,7 +257,7 @@ def check_data(
             and what the cut leaves of them.
         image_processor: if given, images of which it cuts away more than a quarter are counted.
         image_aspect_ratio: "square" or "pad", see `ImagePreprocess`.
-        num_image_tokens: tokens an image takes after the connector.
+        num_image_tokens: tokens an image takes after the connector, 1 if None.
         model_max_length: where samples are cut, the tokenizer's if None.
         decode: which images are decoded, see `DataChecker.finish`.
         allow_outside_images: see `ImageFolder`.
@@ -290,7 +290,7 @@ def check_data(
             from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
 
             collator = DataCollatorForSupervisedDataset(
-                tokenizer, num_image_tokens=num_image_tokens, model_max_length=model_max_length
+                tokenizer, num_image_tokens=num_image_tokens or 1, model_max_length=model_max_length
             )
             _encode_some(report, records, TextPreprocess(tokenizer, template), collator)
     return report

@@ -7,11 +7,11 @@ from tinyllava_switchkd.data.template.base import (
     StringFormatter,
     Template,
     TemplateFactory,
+    check_template,
     register_template,
 )
-from tinyllava_switchkd.data.template.check import check_template
 
-from . import chatml, conversations  # noqa: F401  # they register themselves
+from . import conversations  # noqa: F401  # they register themselves
 
 __all__ = [
     "EmptyFormatter",

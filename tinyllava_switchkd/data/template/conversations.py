@@ -1,9 +1,10 @@
-"""TinyLLaVA v1's templates, string for string (``data/template/*_template.py``)."""
+"""The built-in templates: TinyLLaVA v1's, string for string (``data/template/*_template.py``), and chatml."""
 # ruff: noqa: RUF009  # formatters never change, so that templates may share them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template.base import (
@@ -11,8 +12,13 @@ from tinyllava_switchkd.data.template.base import (
     Formatter,
     StringFormatter,
     Template,
+    begin_tokens,
+    is_special,
     register_template,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -84,3 +90,98 @@ class PretrainTemplate(Template):
         while prompt.startswith(DEFAULT_IMAGE_TOKEN, start):
             start += len(DEFAULT_IMAGE_TOKEN)
         return [(start, len(prompt))]
+
+
+# Stand-ins for the turns while the chat template is taken apart. Noncharacters, so that nothing else renders to them.
+_QUESTIONS = ("\ufdd1", "\ufdd2")
+_ANSWERS = ("\ufdd3", "\ufdd4")
+
+
+@dataclass(eq=False)
+class OpeningFormatter(StringFormatter):
+    """A text with one ``{{content}}`` field whose opening, ``apply(content=None)``, is all that precedes the field."""
+
+    def apply(self, **kwargs: str | None) -> str:
+        if "content" in kwargs and kwargs["content"] is None:
+            return self.slot.partition("{{content}}")[0]
+        return super().apply(**kwargs)
+
+
+@register_template("chatml")
+@dataclass
+class ChatMLTemplate(Template):
+    """``<|im_start|>user … <|im_end|>`` as the tokenizer's chat template writes it, its system prompt included.
+
+    It need not be ChatML: any format will do that is written turn by turn.
+
+    The formatters below are plain ChatML; `for_tokenizer` replaces them by what the tokenizer's chat template renders,
+    and `encode` does so by itself. Every answer follows the text that the chat template opens an answer with when
+    thinking is off, so that what is trained is what generation meets.
+    """
+
+    format_image_token: Formatter = StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
+    format_user: Formatter = OpeningFormatter(slot="<|im_start|>user\n{{content}}<|im_end|>\n")
+    format_assistant: Formatter = OpeningFormatter(slot="<|im_start|>assistant\n{{content}}<|im_end|>\n")
+    system: Formatter = EmptyFormatter()
+    separator: Formatter = EmptyFormatter(slot=["<|im_start|>assistant\n", "<|im_end|>"])
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
+        """A copy whose formatters are those of the tokenizer's chat template.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or one that does not render turn by turn.
+        """
+        known, template = self.__dict__.get("_fitted", (None, None))
+        if known is not tokenizer:
+            template = self._fit(tokenizer)
+            self._fitted = (tokenizer, template)  # no field: rendering a chat template for every sample is slow
+        return template
+
+    def _fit(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"The tokenizer {name} has no chat template, which the template 'chatml' is made from.")
+        turns = [
+            {"role": role, "content": text}
+            for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True)
+            for role, text in (("user", question), ("assistant", answer))
+        ]
+        first, second = _render(tokenizer, turns[:1], True), _render(tokenizer, turns, False)
+        try:
+            head, opening = first.split(_QUESTIONS[0])
+            between = second.split(_ANSWERS[0])[1].split(_QUESTIONS[1])[0]
+            tail = second.split(_ANSWERS[1])[1]
+            ending = tail if between.startswith(tail) else ""
+            user = between[len(ending) :]
+            if not head.endswith(user) or not second.startswith(head + _QUESTIONS[0]) or not ending:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"The chat template of the tokenizer {name} does not write one turn after the other, so the template "
+                f"'chatml' cannot be made from it; choose another conversation template."
+            ) from None
+        system = head[: len(head) - len(user)]
+        bos = tokenizer.bos_token
+        if bos and system.startswith(bos) and begin_tokens(tokenizer)[-1:] == [tokenizer.bos_token_id]:
+            system = system[len(bos) :]  # the tokenizer puts it there itself
+        return replace(
+            self,
+            format_user=OpeningFormatter(slot=user + "{{content}}"),
+            format_assistant=OpeningFormatter(slot=opening + "{{content}}" + ending),
+            system=EmptyFormatter(slot=system),
+            separator=EmptyFormatter(slot=[opening, _end_token(tokenizer, ending)]),
+        )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+    )
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> str:
+    """The special token that the text after an answer begins with, or all of that text."""
+    for token in tokenizer(ending, add_special_tokens=False).input_ids:
+        if is_special(tokenizer, token):
+            return tokenizer.convert_ids_to_tokens(token)
+    return ending
