@@ -85,24 +85,17 @@ def _narrow(benchmark: Benchmark, data_dir: str | Path, run: JsonObject) -> Json
     Raises:
         ValueError: the run has an option that the benchmark does not know.
     """
-    whole = sum(1 for _ in benchmark.questions(data_dir, run.get("split"))) if _partial(benchmark, run) else 0
-    benchmark.configure(run.get("options") or {})
-    if not _partial(benchmark, run):
+    options, limit = run.get("options") or {}, run.get("limit")
+    chosen = {name: value for name, value in options.items() if value != benchmark.default_of(name)}
+    if limit is None and not chosen:
         return None
-    questions = list(benchmark.questions(data_dir, run.get("split")))
-    benchmark.asked = questions[: run.get("limit")]
+    whole = sum(1 for _ in benchmark.questions(data_dir, run.get("split")))
+    benchmark.configure(options)
+    benchmark.asked = list(benchmark.questions(data_dir, run.get("split")))[:limit]
     if len(benchmark.asked) == whole:
         benchmark.asked = None
         return None
-    chosen = {name: value for name, value in benchmark.settings.items() if value != benchmark.default_of(name)}
-    limit = {} if run.get("limit") is None else {"limit": run["limit"]}
-    return {"questions": len(benchmark.asked), "of": whole, **limit, **chosen}
-
-
-def _partial(benchmark: Benchmark, run: JsonObject) -> bool:
-    return run.get("limit") is not None or any(
-        value != benchmark.default_of(name) for name, value in (run.get("options") or {}).items()
-    )
+    return {"questions": len(benchmark.asked), "of": whole, **({} if limit is None else {"limit": limit}), **chosen}
 
 
 def run_beside(answers_file: str | Path, benchmark: str) -> JsonObject | None:
