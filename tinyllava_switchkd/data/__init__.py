@@ -20,7 +20,6 @@ _HOMES = {
     "TemplateFactory": "template",
     "TextPreprocess": "text",
     "check_data": "inspection",
-    "check_supervision": "dataset",
     "check_template": "template",
     "make_supervised_data_module": "dataset",
     "read_image": "image_files",

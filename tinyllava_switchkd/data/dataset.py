@@ -15,7 +15,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset, Pictures, Sample, SampleError
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import ImageFolder, read_image
-from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport
+from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport, encode_some
 from tinyllava_switchkd.data.records import Records, images_of
 from tinyllava_switchkd.data.template import check_template
 from tinyllava_switchkd.data.text import DataSettings, TextPreprocess
@@ -259,7 +259,17 @@ def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: D
         image_shape=shapes[0],
         teacher_image_shape=shapes[1],
     )
-    check_supervision(dataset, collator)
+    tried = encode_some(dataset.records, dataset.text_preprocess, collator, _PROBED_SAMPLES)
+    collator.counts.zero_()
+    lost = sum(not kept for *_, kept in tried)
+    message = (
+        f"{lost} of {len(tried)} samples tried have no answer left once cut to {collator.model_max_length} tokens, "
+        f"{collator.num_image_tokens} of which an image takes; raise model_max_length"
+    )
+    if lost > _TOLERATED_LOST_SHARE * len(tried):
+        raise ValueError(message + ".")
+    if lost:
+        logger.warning("%s if you want to learn from them.", message)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 
@@ -272,32 +282,3 @@ def _judge(report: DataReport, dataset: LazySupervisedDataset) -> None:
     for kind, cases in report.warnings.items():
         logger.warning("%s has %d %s, the first being %s.", dataset.records.path, cases.count, kind, cases.examples[0])
     report.raise_problems(dataset.records.path)
-
-
-def check_supervision(dataset: LazySupervisedDataset, collator: DataCollatorForSupervisedDataset) -> float:
-    """Encode some samples, evenly spread, and see how many keep an answer after the cut.
-
-    Returns:
-        the share of samples that have nothing to learn from.
-
-    Raises:
-        ValueError: the share is above a tenth, or a sample cannot be encoded.
-    """
-    step = max(1, len(dataset) // _PROBED_SAMPLES)
-    chosen = range(0, len(dataset), step)
-    lost = 0
-    for index in chosen:
-        sample = dataset.encode(index)
-        labels = collator.truncate(sample)["labels"]
-        lost += not bool((labels != IGNORE_INDEX).any())
-    share = lost / len(chosen)
-    collator.counts.zero_()
-    message = (
-        f"{lost} of {len(chosen)} samples tried have no answer left once cut to {collator.model_max_length} tokens, "
-        f"{collator.num_image_tokens} of which an image takes; raise model_max_length"
-    )
-    if share > _TOLERATED_LOST_SHARE:
-        raise ValueError(message + ".")
-    if lost:
-        logger.warning("%s if you want to learn from them.", message)
-    return share

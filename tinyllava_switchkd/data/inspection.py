@@ -292,39 +292,52 @@ def check_data(
             collator = DataCollatorForSupervisedDataset(
                 tokenizer, num_image_tokens=num_image_tokens or 1, model_max_length=model_max_length
             )
-            _encode_some(report, records, TextPreprocess(tokenizer, template), collator)
+            tried = encode_some(records, TextPreprocess(tokenizer, template), collator, _ENCODED)
+            _note_lengths(report, records, tried, collator.model_max_length)
     return report
 
 
-def _encode_some(
-    report: DataReport, records: Records, text: TextPreprocess, collator: DataCollatorForSupervisedDataset
+def _note_lengths(
+    report: DataReport, records: Records, tried: Sequence[tuple[int, int, int, int]], longest: int
 ) -> None:
-    """Encode samples spread over the file; note their lengths and those that the cut leaves without an answer."""
-    lengths, supervised = [], []
-    for index in range(0, len(records), max(1, len(records) // _ENCODED)):
+    """Count what `encode_some` has found, and warn of samples that the cut leaves without an answer."""
+    for index, tokens, _, kept in tried:
+        if not kept:
+            report.warning(
+                f"sample(s) of {_ENCODED:,} tried with no answer left after the cut to {longest} tokens",
+                f"sample {index} (id {records[index].get('id')!r}): {tokens} tokens",
+            )
+    if tried:
+        _, lengths, learned, _ = zip(*tried, strict=True)
+        report.counts |= {
+            "samples encoded": len(tried),
+            "of them cut": sum(tokens > longest for tokens in lengths),
+            "tokens of the median sample": int(np.median(lengths)),
+            "tokens of the longest": max(lengths),
+            "tokens learned of the median sample": int(np.median(learned)),
+        }
+
+
+def encode_some(
+    records: Records, text: TextPreprocess, collator: DataCollatorForSupervisedDataset, count: int
+) -> list[tuple[int, int, int, int]]:
+    """Encode samples spread over the file; those that cannot be are noted when they are read.
+
+    Returns:
+        of each its index, its tokens, how many of these are learned, and how many of them after the cut.
+    """
+    found = []
+    for index in range(0, len(records), max(1, len(records) // count)):
         record = records[index]
-        where = f"sample {index} (id {record.get('id')!r})"
-        images = len(images_of(record, where))
+        images = len(images_of(record, f"sample {index}"))
         try:
             sample = text(record["conversations"], num_images=images)
         except ValueError:
-            continue  # noted when the record was read
-        lengths.append(len(sample["input_ids"]) + images * (collator.num_image_tokens - 1))
-        supervised.append(int((sample["labels"] != IGNORE_INDEX).sum()))
-        if not (collator.truncate(sample)["labels"] != IGNORE_INDEX).any():
-            report.warning(
-                f"sample(s) of {_ENCODED:,} tried with no answer left after the cut to {collator.model_max_length} "
-                f"tokens",
-                f"{where}: {lengths[-1]} tokens",
-            )
-    if lengths:
-        report.counts |= {
-            "samples encoded": len(lengths),
-            "of them cut": int((np.array(lengths) > collator.model_max_length).sum()),
-            "tokens of the median sample": int(np.median(lengths)),
-            "tokens of the longest": max(lengths),
-            "tokens learned of the median sample": int(np.median(supervised)),
-        }
+            continue
+        learned, kept = (int((one["labels"] != IGNORE_INDEX).sum()) for one in (sample, collator.truncate(sample)))
+        tokens = len(sample["input_ids"]) + images * (collator.num_image_tokens - 1)
+        found.append((index, tokens, learned, kept))
+    return found
 
 
 def _look_at_all(paths: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, int], str | None] | str]]:
