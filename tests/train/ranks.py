@@ -63,7 +63,7 @@ def codes_on_ranks(
 
     Args:
         world: processes.
-        argv: the command line.
+        argv: the command line, with ``{rank}`` for the rank's number.
         log: where their output goes.
         before: called in each of them first; it can be pickled.
     """
@@ -92,6 +92,7 @@ def _code(environment: Mapping[str, str], argv: list[str], log: str, before: Cal
 
         torch.set_num_threads(1)
         code = 70
+        argv = [word.replace("{rank}", environment["RANK"]) for word in argv]
         try:
             if "--deepspeed" in argv:
                 leave_out_kernels_of_inference()

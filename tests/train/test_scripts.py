@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.eval.forked import ranks
 from tests.launch.scripts import SCRIPTS as ALL_SCRIPTS
-from tests.launch.scripts import installed, run_here
+from tests.launch.scripts import run_here
 from tests.train.ranks import codes_on_ranks
 from tests.train.world import LENGTH, write_world
 from tinyllava_switchkd.model import load_pretrained_model
@@ -265,8 +266,30 @@ def test_the_chain_of_stages(alone):
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 3)
 
 
-SPARE = "from tests.train.ranks import leave_out_kernels_of_inference as spare\nspare()\n"
-"""Said by an installed plugin to the processes that a launcher starts."""
+NOTED = f"""
+import json, os, pathlib, sys
+words = sys.orig_argv
+at = words.index("-m") if "-m" in words else len(words)
+if words[at + 1 : at + 2] == ["{MODULE}"]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    said = {{"argv": words[at + 2 :], **{{name: os.environ.get(name) for name in names}}}}
+    pathlib.Path(__file__).with_name("rank" + os.environ["RANK"]).write_text(json.dumps(said))
+    os._exit(0)
+"""
+"""A ``sitecustomize`` by which a rank notes how it was started, and ends before its imports, which take seconds."""
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_starts_the_ranks_as_the_tests_do(world, tmp_path):
+    """For real, from bash to the ranks' first line; what ranks that are started so learn is looked at below."""
+    (tmp_path / "sitecustomize.py").write_text(NOTED)
+    stages, environment = chain(world, tmp_path, GPUS=2, LAUNCHER="deepspeed", ZERO=3, MASTER_PORT=free_port())
+    ((_, arguments),) = commands(*stages["pretrain"], **environment)
+    bash(*stages["pretrain"], **environment, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    found = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    for rank, (said, own) in enumerate(zip(found, ranks(2), strict=True)):
+        assert sorted(said.pop("argv")) == sorted([f"--local_rank={rank}", *arguments])  # in the environment's order
+        assert said == {**own, "MASTER_PORT": str(environment["MASTER_PORT"])}
 
 
 @pytest.mark.slow
@@ -276,7 +299,7 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
     """One sample a rank and small chunks: ranks differ in modality and in how often they run a head.
 
     Fine-tuning in between is one process's. Under ZeRO-2 the distillation alone, with a teacher cache that one process
-    has filled before; the ranks have nothing to add to it. DeepSpeed's launcher starts the distillation under ZeRO-3.
+    has filled before; the ranks have nothing to add to it.
     """
     stages, environment = chain(
         world,
@@ -299,10 +322,7 @@ def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zer
             ((_, arguments),) = commands(*script, **alone_too, FILL_TEACHER_CACHE=True)
             assert main(arguments) == 0
         filled = sorted(tmp_path.rglob("cache/*/*"))
-        if (stage, zero) == ("distill", 3):
-            bash(*script, **environment, PYTHONPATH=installed(tmp_path, SPARE))
-        else:
-            assert on_ranks(script, {**environment, **cached}, tmp_path) == [0, 0]
+        assert on_ranks(script, {**environment, **cached}, tmp_path) == [0, 0]
         assert sorted(tmp_path.rglob("cache/*/*")) == filled and bool(filled) == bool(cached)
         one, two = weights(alone, stage), weights(tmp_path, stage)
         assert one.keys() == two.keys()
@@ -368,9 +388,9 @@ def test_every_method_under_deepspeed_equals_one_process(alone, world, tmp_path,
 
 
 def on_ranks(script, environment, folder):
-    """Exit codes of two ranks with the script's arguments, without a launcher's start."""
+    """Exit codes of two ranks with the script's arguments, without the start of DeepSpeed's launcher."""
     ((_, arguments),) = commands(*script, **environment)
-    codes = codes_on_ranks(2, arguments, folder / "log")
+    codes = codes_on_ranks(2, ["--local_rank={rank}", *arguments], folder / "log")
     assert not any(codes), (folder / "log.0").read_text()[-3000:]
     return codes
 
