@@ -304,6 +304,8 @@ def test_submission_strips_what_xlsx_cannot_hold(tmp_path):
     [
         ("gqa", "data/testdev_balanced_questions.json", ("201100007", "question"), None, "'question' is None"),
         ("gqa", "data/testdev_balanced_questions.json", ("201100007", "types"), {"semantic": "x"}, "no 'structural'"),
+        ("gqa", "data/testdev_balanced_questions.json", ("201100007", "semantic"), 1, "'semantic' is 1, not a list"),
+        ("gqa", "data/testdev_balanced_questions.json", ("201100007", "groups"), {"global": []}, "'global' is []"),
         ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations",), None, "'annotations' is None, not a list"),
         ("vizwiz", "val.json", (0, "image"), ["a"], "annotation 0: 'image' is ['a'], not a string"),
         ("textvqa", "TextVQA_0.5.1_val.json", ("data", 0, "question"), None, "entry 0: 'question' is None"),

@@ -123,7 +123,13 @@ def test_gqa():
     assert score.score == close(figures["accuracy"])
     for name in ("binary", "open"):
         assert score.details[name] == close(figures[name])
-    for ours, theirs in (("structural", "accuracyPerStructuralType"), ("semantic", "accuracyPerSemanticType")):
+    assert score.details["distribution"] == close(figures["distribution_lower_is_better"])
+    for ours, theirs in (
+        ("structural", "accuracyPerStructuralType"),
+        ("semantic", "accuracyPerSemanticType"),
+        ("steps", "accuracyPerSteps"),
+        ("words", "accuracyPerLength"),
+    ):
         assert score.details[ours] == close({name: figure["accuracy"] for name, figure in figures[theirs].items()})
     assert {row["question_id"]: row["correct"] for row in score.rows} == official["correct"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +32,16 @@ GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/"
 QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"
 TRUTH_FILE = "testdev_balanced_questions.json"
 
+_NO_STEP = ("exist", "query: name", "choose name")  # official eval.py: operations that are not a reasoning step
+
 
 @register_benchmark("gqa")
 class GQA(QuestionFileBenchmark):
     """GQA in LLaVA's layout: `data/testdev_balanced_questions.json` is the official file.
 
     The prediction is the text in lower case without full stops at its end (LLaVA, convert_gqa_for_eval.py), and right
-    if it equals the answer (official eval.py). Of its further figures those by type
-    of question are in the details.
+    if it equals the answer (official eval.py). That script's validity and plausibility need files that testdev does
+    not have, and are left out.
     """
 
     name, title, folder = "gqa", "GQA", "gqa"
@@ -57,6 +60,8 @@ class GQA(QuestionFileBenchmark):
         joined = join(answers, questions, path)
         questions = self.asked_of(questions)
         rows = []
+        gold: dict[str, Counter[str]] = defaultdict(Counter)
+        predicted: dict[str, Counter[str]] = defaultdict(Counter)
         for key, question in questions.items():
             parsed = prediction(joined[key].text) if key in joined else None
             correct = float(parsed == question["answer"])
@@ -73,13 +78,21 @@ class GQA(QuestionFileBenchmark):
                     "kind": "open" if structural == "query" else "binary",
                     "structural": structural,
                     "semantic": question["types"]["semantic"],
+                    "steps": _steps(question),
+                    "words": len(question["question"].split()),
                 }
             )
+            group = (question.get("groups") or {}).get("global")
+            if group is not None:
+                gold[group][question["answer"]] += 1
+                if parsed is not None:
+                    predicted[group][parsed] += 1
         kinds = percentage_by((row["kind"], row["correct"]) for row in rows)
         details: JsonObject = {"accuracy": percentage([row["correct"] for row in rows])}
         details |= {"binary": kinds.get("binary"), "open": kinds.get("open")}
-        for column in ("structural", "semantic"):
+        for column in ("structural", "semantic", "steps", "words"):
             details[column] = percentage_by((row[column], row["correct"]) for row in rows)
+        details["distribution"] = distribution(gold, predicted)
         return self.result(split="testdev", details=details, rows=rows)
 
     def write_submission(
@@ -100,6 +113,12 @@ class GQA(QuestionFileBenchmark):
             where = f"{path}, question {key}"
             require(question, {"question": str, "answer": str, "types": dict}, where)
             require(question["types"], {"structural": str, "semantic": str}, where)
+            for step in _list_of(question, "semantic", where):
+                require(step, ("operation",), where)
+            if question.get("groups") is not None:
+                require(question, {"groups": dict}, where)
+                if question["groups"].get("global") is not None:
+                    require(question["groups"], {"global": str}, where)
             if question.get("isBalanced", True):
                 questions[key] = question
         return questions, path
@@ -137,3 +156,27 @@ class GQA(QuestionFileBenchmark):
 def prediction(text: str) -> str:
     """What is compared with the answer: lower case, no full stops at the end (all of them, and nothing else)."""
     return text.rstrip(".").lower()
+
+
+def _list_of(row: JsonObject, key: str, where: str) -> list:
+    """A list that may be absent."""
+    if row.get(key) is None:
+        return []
+    require(row, {key: list}, where)
+    return row[key]
+
+
+def _steps(question: JsonObject) -> int:
+    """Reasoning steps: operations but for the last, "querying" one."""
+    operations = (f"{step.get('operation')}: {step.get('argument')}" for step in question.get("semantic") or ())
+    return sum(not any(mark in operation for mark in _NO_STEP) for operation in operations)
+
+
+def distribution(gold: Mapping[str, Counter[str]], predicted: Mapping[str, Counter[str]]) -> float | None:
+    """The official distribution score (lower is better): chi-square of answers, weighted by group size, over 100."""
+    weighted, overall = 0.0, 0
+    for group, expected in gold.items():
+        chi_square = sum((predicted[group][answer] - count) ** 2 / count for answer, count in expected.items())
+        weighted += chi_square * expected.total()
+        overall += expected.total()
+    return weighted / overall / 100 if overall else None
