@@ -33,7 +33,7 @@ TABLE1 = ("switch", "sizes")
 def add(folder: Path) -> None:
     """Take over the runs of a folder; what is stored of the same way and seed is replaced."""
     from tinyllava_switchkd.io import read_json, write_json
-    from tinyllava_switchkd.quickstart.report import versions
+    from tinyllava_switchkd.quickstart.report import environment
 
     stored, found = (read_json(path) if path.is_file() else {} for path in (RUNS, folder / "ablations.json"))
     for part in ("runs", "search", "memory", "stages", "inside", "figure"):
@@ -44,7 +44,7 @@ def add(folder: Path) -> None:
     for seed, row in found.get("attention", {}).items():
         values = {way: [None if v is None else round(v, 4) for v in row[way]] for way in row if way != "of"}
         stored["attention"][seed] = values
-    stored["versions"] = versions()
+    stored["versions"] = environment()
     write_json(RUNS, stored, indent=1)
 
 

@@ -24,6 +24,11 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def table(rows: Sequence[Sequence[str]], text_columns: int = 1, rule: str = "-") -> list[str]:
     """Rows of cells as lines of text with aligned columns, below the first of them a rule.
 

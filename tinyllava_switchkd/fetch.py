@@ -25,6 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinyllava_switchkd.cli import first_line
+
 from .io import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -225,16 +227,16 @@ def _snapshot(name: str, files: Sequence[str], revision: str | None, to: Path | 
             endpoint=os.environ.get("HF_ENDPOINT") or None,  # read now: the library reads it when it is imported
         )
     except HFValidationError as error:
-        raise SourceError(f"neither a folder nor the name of a data set ({_first_line(error)})") from error
+        raise SourceError(f"neither a folder nor the name of a data set ({first_line(error)})") from error
     except LocalEntryNotFoundError as error:
-        raise SourceError(f"the hub can't be reached ({_first_line(error.__cause__ or error)})") from error
+        raise SourceError(f"the hub can't be reached ({first_line(error.__cause__ or error)})") from error
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             raise SourceError(f"not on the hub, or not for your account ({status})") from error
-        raise SourceError(_first_line(error)) from error
+        raise SourceError(first_line(error)) from error
     except (HTTPError, ConnectionError) as error:
-        raise SourceError(f"the download broke off ({_first_line(error)}); run again to continue") from error
+        raise SourceError(f"the download broke off ({first_line(error)}); run again to continue") from error
     return Path(folder)
 
 
@@ -247,10 +249,6 @@ def split_files(split: str, config: str | None = None) -> list[str]:
     """
     folders = ("", "data/", "default/") if config is None else (f"{config}/",)
     return [folder + split + end for folder in folders for end in (".parquet", "-*.parquet", "/*.parquet")]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -274,4 +272,4 @@ def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) 
                 for batch in file.iter_batches(batch_size=64, columns=names):
                     yield from batch.to_pylist()
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a readable parquet file ({_first_line(error)}); delete it.") from error
+            raise ValueError(f"{path} is not a readable parquet file ({first_line(error)}); delete it.") from error

@@ -1,8 +1,11 @@
-"""Which process this is, and which device it computes on. Importing it does not import torch."""
+"""Which process this is, which device it computes on, with which packages. Importing it does not import torch."""
 
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +25,19 @@ def is_main_process() -> bool:
 def world_size() -> int:
     """Processes of the run, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of this package, of Python and of those of the named packages that are installed."""
+    from tinyllava_switchkd import __version__  # also where it is run from the sources and not installed
+
+    found = {"python": platform.python_version(), "tinyllava_switchkd": __version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def default_device() -> str:

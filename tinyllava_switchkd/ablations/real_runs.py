@@ -31,7 +31,7 @@ from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
-from tinyllava_switchkd.quickstart.report import versions
+from tinyllava_switchkd.quickstart.report import environment
 from tinyllava_switchkd.train.task import SupervisedTask
 
 from . import real_parts as parts
@@ -112,7 +112,7 @@ class Real(Experiment):
             "plan": dataclasses.asdict(plan),
             "models": {key: Path(name).name for key, name in models.items()},
         }
-        self.stored |= {"pictures": [len(self.pictures), len(self.held)], "versions": versions()}
+        self.stored |= {"pictures": [len(self.pictures), len(self.held)], "versions": environment()}
         for part in ("runs", "states"):
             self.stored.setdefault(part, {})
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import shortuuid
 import torch
 from tqdm import tqdm
 
-from tinyllava_switchkd import __version__
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import JsonObject, digest_of_files, read_json, write_json
+from tinyllava_switchkd.runtime import versions
 
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
 from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
@@ -134,7 +132,7 @@ def describe(job: Job) -> JsonObject:
         "batch_size": arguments.batch_size,
         "processes": job.processes.world,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "packages": package_versions(),
+        "packages": versions(PACKAGES),
     }
 
 
@@ -153,17 +151,6 @@ def checkpoint_digest(folder: str | Path) -> str:
     places = ("", *(f"{part}/" for part in SPLIT_FOLDERS))
     found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
     return f"sha256:{digest_of_files(folder, found)}"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what takes part in an answer, Python's included; packages that are not installed are left out."""
-    versions = {"python": platform.python_version(), "tinyllava_switchkd": __version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def check_images(job: Job) -> None:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.cli import CommandParser, first_line
 from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
 from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.registry import checkpoint_name
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"{prefix}error: {sentence_of(error)}", rank)
         return 1
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         tell(
             f"{prefix}error: the GPU's memory does not suffice even for one question at a time: {reason} "
             f"The answers made are kept; make room on the GPU, or pass --dtype bfloat16, and repeat the command.",

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json
 
@@ -61,7 +62,7 @@ def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     except HFValidationError as error:
         raise FileNotFoundError(f"There is no folder {name!r} (nor is it a name on the hub).") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise FileNotFoundError(f"There is no folder {name!r}, and the hub did not give one: {reason}") from error
     refuse_code(folder)
     return folder

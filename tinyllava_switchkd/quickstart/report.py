@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from tinyllava_switchkd import cli
 from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.runtime import versions
 from tinyllava_switchkd.visualize.bars import draw_bars
 from tinyllava_switchkd.visualize.curves import draw_inside, draw_losses, read_history
 from tinyllava_switchkd.visualize.paper import paper_tables
@@ -74,7 +74,7 @@ def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> Json
         f"switch_kd - {other}": difference(runs["switch_kd"], runs[other]) for other in ("sft", "sft_equal_time")
     }
     questions = experiment.plan.test_scenes * len(scenes.QUESTION_TYPES)
-    facts = {"versions": versions(), "regime": regime(experiment), "questions": questions}
+    facts = {"versions": environment(), "regime": regime(experiment), "questions": questions}
     return {**results, "seeds": list(seeds), **facts}
 
 
@@ -220,19 +220,7 @@ def paper_lines() -> list[str]:
     return lines
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("tinyllava_switchkd", "torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn")
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-    for package in (*packages, "matplotlib", "pillow"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            from tinyllava_switchkd import __version__
-
-            found[package] = __version__  # run from the sources, not installed
-    return found
+def environment() -> dict[str, str]:
+    """What the numbers depend on: versions, the machine's kind, threads."""
+    packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn", "matplotlib", "pillow")
+    return versions(packages) | {"machine": platform.machine(), "threads": str(torch.get_num_threads())}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.runtime import check_device
@@ -64,7 +65,7 @@ def _check_device(name: str) -> None:
             raise ValueError("it holds no numbers")
         torch.empty(0, device=name)
     except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: torch was built without the device
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always can.") from None
 
 

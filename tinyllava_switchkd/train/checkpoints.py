@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
         free = f"{_size(shutil.disk_usage(folder).free)} are free"
         if hasattr(os, "statvfs") and (table := os.statvfs(folder)).f_files and not table.f_favail:
             free = "the disk takes no more files, whatever their size (0 inodes are free)"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"The checkpoint at step {step} could not be written into {folder} ({reason[:200]}): it needs about "
             f"{_size(needed)} and {free}; make room and run the same command again, which goes on from "

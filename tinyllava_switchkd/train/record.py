@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
 from tinyllava_switchkd.io import write_text
+from tinyllava_switchkd.runtime import versions
 
 from .arguments import Arguments
 
@@ -56,18 +56,11 @@ def recipe_of(arguments: Arguments) -> dict[str, object]:
     settings["precision"] = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     machine: dict[str, object] = {name: " ".join(given[name]) for name in OF_THE_MACHINE if name in given}
     machine |= {"processes": training.world_size, "gradient_accumulation_steps": accumulate}
-    machine |= {"device": training.device.type, "versions": _versions()}
+    machine |= {
+        "device": training.device.type,
+        "versions": versions(("torch", "transformers", "accelerate", "deepspeed", "peft")),
+    }
     return {"stages": [{"settings": settings}], "machine": machine}
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("tinyllava_switchkd", "torch", "transformers", "accelerate", "deepspeed", "peft"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_recipe(arguments: Arguments) -> None:

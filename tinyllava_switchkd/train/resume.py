@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
+from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.weights import shard_names
@@ -45,7 +46,7 @@ def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
         with checkpoints.weights_only():
             yield
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), first_line(error))
         raise ResumeError(
             f"A file of {checkpoint} holds something that is no tensor and no plain value, and was not opened "
             f"({reason.strip()[:200]}); take another checkpoint, or begin anew with --overwrite_output_dir True."

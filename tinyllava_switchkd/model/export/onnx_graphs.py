@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from tinyllava_switchkd.cli import first_line
+
 from ..caches import cache_of, with_cache
 from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
 
@@ -269,7 +271,7 @@ def trace(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise ValueError(f"torch's ONNX exporter cannot follow the {type(module).__name__}: {reason}") from error
     return program.model
 
