@@ -197,6 +197,9 @@ WRONG_RECIPES = {
     "stages:\n- {settings: {seed: 1}}\n": "output_dir is missing",
     "stages:\n- {settings: {output_dir: x, global_batch_size: 0}}\n": "global_batch_size is '0'",
     "stages:\n- {settings: {output_dir: x, precision: int8}}\n": "PRECISION is 'int8'",
+    "extends: debug\ndefaults: {distill: {temperature: -1}}\n": "--temperature is '-1'",  # the last of its stages
+    "extends: debug\ndefaults: {distill: {align_weight: .inf}}\n": "--align_weight is '.inf'",
+    "extends: debug\nsettings: {template: phi, conv_version: phi}\n": "in two spellings of template",
     "settings: {seed: 1\n": "line",
     "a: b: c\n": "line 1",
 }

@@ -124,6 +124,12 @@ WRONG_NAMES = [
     ("DISTILL_TEMPERATURE", "mean TEMPERATURE"),
     ("FINETUNE_PRECISION", "mean PRECISION"),
     ("EVAL_EVERY", "EVAL_STEPS"),
+    ("EPOHCS", "EPOCHS"),
+    ("SEDE", "SEED"),
+    ("DEVIXE", "DEVICE"),
+    ("ZRO", "ZERO"),
+    ("NNODEX", "NNODES"),
+    ("LORA_A", "LORA_R"),
 ]
 
 WRONG_NAMES_OF_AN_EVALUATION = [

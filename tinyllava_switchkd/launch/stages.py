@@ -320,6 +320,11 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
         flags.setdefault("use_cpu", "True")
     flags.setdefault("dataloader_num_workers", "0" if devices.kind == "cpu" else "8")
     flags.setdefault("gradient_checkpointing", "False" if devices.kind == "cpu" else "True")
+    for variable in TRAINING.values():  # flags and settings of a recipe as the variable of the same meaning
+        value = flags.get(variable.setting)
+        wrong = variable.wrong(value) if isinstance(value, str) and value else None
+        if wrong is not None:
+            raise ValueError(f"--{variable.setting} is {value!r}; it must be {wrong}.")
     argv = [
         word for name, value in flags.items() for word in (f"--{name}", *([value] if isinstance(value, str) else value))
     ]

@@ -198,6 +198,7 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         return None
     close = difflib.get_close_matches(name, targets, n=1, cutoff=0.85)
+    close += [target for target in targets if _is_one_slip(name, target)]  # of a short name more than 0.15
     if close:
         return close[0]
     prefix, _, rest = name.partition("_")
@@ -208,3 +209,13 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
     own = [target for target in targets if target.startswith(f"{prefix}_")]
     similar = difflib.get_close_matches(name, own, n=1, cutoff=0)
     return similar[0] if similar else None
+
+
+def _is_one_slip(name: str, target: str) -> bool:
+    """Whether one letter, but the first, was left out, added or mistaken, or two changed places."""
+    place = next((place for place, (ours, theirs) in enumerate(zip(name, target, strict=False)) if ours != theirs), -1)
+    if place < 1:
+        return place < 0 and abs(len(name) - len(target)) == 1
+    rest, wanted = name[place:], target[place:]
+    swapped = rest[:2] == wanted[1::-1] and rest[2:] == wanted[2:]
+    return swapped or rest[1:] == wanted[1:] or rest[1:] == wanted or rest == wanted[1:]

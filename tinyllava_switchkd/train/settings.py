@@ -57,8 +57,9 @@ class Range:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        low = f"greater than {self.low:g}" if self.without_low else f"at least {self.low:g}"
-        high = f"less than {self.high:g}" if self.without_high else f"at most {self.high:g}"
+        least, most = (f"{end:d}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        low = f"greater than {least}" if self.without_low else f"at least {least}"
+        high = f"less than {most}" if self.without_high else f"at most {most}"
         also = "".join(f", or {value:g}" for value in self.also)
         share = " (below 1 a share of all steps, otherwise whole)" if self.share else ""
         return f"{kind} {low} and {high}{share}{also}"
