@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import fingerprint
+from tinyllava_switchkd.train import checkpoints, fingerprint
 from tinyllava_switchkd.train.argv import parse_arguments
 from tinyllava_switchkd.train.train import main
 
@@ -91,6 +91,19 @@ def test_what_changes_no_maths_is_not_asked_about(begun, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     changes = {"teacher_path": "moved", "data_path": "same_data", "logging_steps": 3, "save_steps": 5, "max_steps": 3}
     assert main(line(world, tmp_path / "run", **changes, chunk_size=7, save_total_limit=2)) == 0
+
+
+def test_a_checkpoint_from_before_0_2_names_its_template(begun, tmp_path, capsys):
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint-1"
+    said = json.loads((folder / "fingerprint.json").read_text())
+    del said["template"]
+    said["conv_version"] = "phi"
+    (folder / "fingerprint.json").write_text(json.dumps(said))
+    (folder.parent / checkpoints.RECORD).write_text(json.dumps({folder.name: checkpoints.seal(folder, 1, 1)}))
+    assert main(line(world, tmp_path / "run")) == 1
+    assert "template 'phi', now 'qwen2_base'" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_taken_for_another(begun, tmp_path, capsys):

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import transformers
 
@@ -20,9 +19,6 @@ from tinyllava_switchkd.io import JsonObject, digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
 from .arguments import Arguments
-
-if TYPE_CHECKING:
-    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +58,16 @@ _WITHOUT_EFFECT = {
     *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache"),
     *("fill_teacher_cache", DATA, TEACHER),
 }
-_SHAPE = ("hidden_size", "vocab_size", "vision_hidden_size", "vision_feature_layer", "vision_feature_select_strategy")
-"""Of the model's configuration: without them the weights or the optimiser's state have no place."""
-
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _NEW_RUN = "begin anew with --overwrite_output_dir True"
 
 
-def describe(arguments: Arguments, world_size: int = 1, config: TinyLlavaConfig | None = None) -> JsonObject:
-    """The arguments that change the maths, with their values, the model's shape, and the digests of data and teacher.
+def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
+    """The arguments that change the maths, with their values, and the digests of data and teacher.
 
     Args:
         arguments: of the run.
         world_size: its processes.
-        config: of the model; where it is not known, its shape is left out.
     """
     model, data, training, distill = arguments[:4]
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
@@ -91,8 +83,6 @@ def describe(arguments: Arguments, world_size: int = 1, config: TinyLlavaConfig 
     chosen |= {name: getattr(training, name) for name in _OF_TRANSFORMERS if hasattr(training, name)}
     if training.bf16 or distill.teacher_cache_dtype != "bf16":
         chosen["teacher_cache_dtype"] = None  # a cache that rounds nothing changes nothing
-    if config is not None:
-        chosen |= {name: getattr(config, name) for name in _SHAPE} | {"connector": config.connector_type}
     chosen = {name: plain(value) for name, value in chosen.items()}
     config = getattr(training, "hf_deepspeed_config", None)
     chosen["deepspeed"] = "none" if config is None else f"ZeRO-{config.config['zero_optimization']['stage']}"
@@ -127,6 +117,8 @@ def read(checkpoint: str | Path) -> JsonObject | None:
     numbers = [said.get(name) for name in ("world_size", *_BATCH)]
     if not all(type(number) is int and number > 0 for number in numbers) or TEACHER not in said:
         raise ValueError(f"{file} does not say what a run was begun with; take another checkpoint, or {_NEW_RUN}.")
+    if "conv_version" in said:  # the template's name until 0.2.0
+        said.setdefault("template", said.pop("conv_version"))
     return said
 
 

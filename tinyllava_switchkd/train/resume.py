@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
@@ -18,11 +19,24 @@ from transformers import TrainerState
 from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.weights import shard_names
 
 from . import checkpoints, fingerprint
 
+if TYPE_CHECKING:
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+
+    from .arguments import TrainingArguments
+
 logger = logging.getLogger(__name__)
+
+
+_SHAPING = (
+    *("connector_type", "hidden_size", "vocab_size", "vision_hidden_size", "vision_feature_layer"),
+    *("vision_feature_select_strategy", "tune_type_llm", "tune_type_connector", "tune_type_vision_tower"),
+)
+"""Fields of a model's configuration without which its weights or the optimiser's state have no place."""
 
 
 class ResumeError(ValueError):
@@ -30,6 +44,30 @@ class ResumeError(ValueError):
 
 
 REMEDY = "use the arguments that the run was begun with, or begin anew with --overwrite_output_dir True"
+
+
+def check_fits(checkpoint: str | Path, config: TinyLlavaConfig, training: TrainingArguments) -> None:
+    """Refuse to go on from a checkpoint of another model, or of the same with other parts trained.
+
+    Whatever is allowed to change, and whatever the checkpoint says that it was written with: nothing could be read.
+
+    Args:
+        checkpoint: a complete one.
+        config: configuration of the model that the command line asks for.
+        training: the training arguments, which say what is to be trained.
+
+    Raises:
+        ResumeError: with the first difference, on both sides.
+    """
+    stored = read_config(Path(checkpoint))
+    for name in _SHAPING:
+        theirs = getattr(stored, name)
+        ours = getattr(training if name.startswith("tune_type") else config, name)
+        if theirs != ours:
+            raise ResumeError(
+                f"The run cannot go on from {checkpoint}, which was written with {name} {theirs!r}, and {name} is "
+                f"{ours!r} now; {REMEDY}."
+            )
 
 
 @contextlib.contextmanager

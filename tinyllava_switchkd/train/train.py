@@ -308,12 +308,13 @@ def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | No
     training = arguments.training
     checks.prepare_output(training.output_dir)
     lock.acquire()
-    chosen = fingerprint.describe(arguments, training.world_size, plan.skeleton.config)
+    chosen = fingerprint.describe(arguments, training.world_size)
     checkpoint = None
     if not training.overwrite_output_dir:
         checkpoints.clean(training.output_dir)
         checkpoint = _where_to_resume(arguments)
     if checkpoint is not None:
+        resume.check_fits(checkpoint, plan.skeleton.config, training)
         fingerprint.check(checkpoint, chosen, training.allow_changed or ())
         if resume.needs_conversion(checkpoint, training.world_size):
             checkpoint = str(universal.convert(checkpoint, training.output_dir))
