@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
@@ -55,9 +54,7 @@ def test_from_nothing_to_a_table_and_again(tmp_path, monkeypatch):
             trained.append(title)
         return result
 
-    savefig = Figure.savefig
     monkeypatch.setattr(Experiment, "train", counted)
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: savefig(self, path, **{**more, "dpi": 100}))
     for name in BENCHMARKS:  # a model that has learned nothing does not end its answers
         monkeypatch.setattr(type(BenchmarkFactory(name)), "max_new_tokens", 8)
     said = []
