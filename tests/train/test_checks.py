@@ -28,6 +28,13 @@ def test_what_the_run_reads_is_not_written_over(world, capsys, read, overwrite):
     assert f"--{read}" in line and "choose another" in line
 
 
+def test_a_base_model_is_not_written_over_where_a_checkpoint_is_started_from(world, tmp_path, capsys):
+    """It is named without being read, as the scripts do."""
+    assert main(command_line(world, tmp_path / "first", max_steps=1)) == 0
+    line = command_line(world, world["llm"], pretrained_model_path=tmp_path / "first", overwrite_output_dir=True)
+    assert "is the folder of --model_name_or_path as well" in refused(capsys, line)
+
+
 def test_a_strangers_weights_are_not_written_over(world, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     assert "model.safetensors" in refused(capsys, command_line(world, tmp_path))

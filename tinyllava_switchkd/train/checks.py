@@ -43,6 +43,8 @@ def check_paths(arguments: Arguments) -> None:
     if data.image_folder and not Path(data.image_folder).is_dir():
         raise FileNotFoundError(f"--image_folder {data.image_folder} is no folder; give the one with the images.")
     for name, path in {**_models(arguments), "resume_from_checkpoint": training.resume_from_checkpoint}.items():
+        if name in ("model_name_or_path", "vision_tower") and training.pretrained_model_path is not None:
+            continue  # a checkpoint has its own
         # a hub name is ``owner/model`` or ``model``; what is written otherwise, or is there, can only be a path
         is_path = path and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists())
         if path and is_path and not Path(path).expanduser().is_dir():
@@ -109,12 +111,14 @@ def prepare_output(output_dir: str) -> None:
 
 
 def _models(arguments: Arguments) -> dict[str, str | None]:
-    """Arguments that name the models which the run reads, and their values."""
-    model, start = arguments.model, arguments.training.pretrained_model_path
-    named = {"teacher_path": arguments.distill.teacher_path, "pretrained_model_path": start}
-    if start is None:  # a tower may carry its kind in front
-        named |= {"model_name_or_path": model.model_name_or_path, "vision_tower": model.vision_tower.split(":", 1)[-1]}
-    return named
+    """Arguments that name models, and their values."""
+    model = arguments.model
+    return {
+        "teacher_path": arguments.distill.teacher_path,
+        "pretrained_model_path": arguments.training.pretrained_model_path,
+        "model_name_or_path": model.model_name_or_path,
+        "vision_tower": model.vision_tower.split(":", 1)[-1],  # a tower may carry its kind in front
+    }
 
 
 def check_metric(arguments: Arguments, metric: str) -> None:

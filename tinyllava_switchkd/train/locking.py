@@ -56,7 +56,7 @@ class OutputLock:
         descriptor = _open(self.path)
         try:
             held = _held(descriptor)
-            if not held and not os.fstat(descriptor).st_nlink:  # its owner has just removed it
+            if not held and not _is_file(descriptor, self.path):  # its owner has just removed it
                 os.close(descriptor)
                 return self.acquire()
             owner, age = _owner(descriptor), _age(self.path)
@@ -118,6 +118,12 @@ def _open(path: Path) -> int:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
         raise LockedError(f"{path} is no file but a link or a folder; remove it, no run has made it.") from None
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def _held(descriptor: int) -> bool | None:
