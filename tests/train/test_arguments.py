@@ -137,3 +137,11 @@ def test_groups_check_themselves_when_constructed():
 @pytest.mark.parametrize("name", ["template", "conv_version", "conv_mode"])
 def test_the_template_has_one_meaning_under_all_its_names(name):
     assert parse(f"--{name}", "phi").data.template == "phi"
+
+
+def test_settings_of_checkpointing_are_an_object():
+    for value in ("[1]", "true", "use_reentrant"):
+        with pytest.raises(ValueError, match="must be a JSON object"):
+            parse("--gradient_checkpointing_kwargs", value)
+    kept = parse("--gradient_checkpointing", "True", "--gradient_checkpointing_kwargs", '{"preserve_rng_state": false}')
+    assert kept.training.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": False}

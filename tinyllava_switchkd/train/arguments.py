@@ -248,7 +248,10 @@ class TrainingArguments(transformers.TrainingArguments):
             # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
             self.greater_is_better: bool | None = self.metric_for_best_model.endswith("overlap")
         super().__post_init__()
-        chosen = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        asked = self.gradient_checkpointing_kwargs or {}
+        if not isinstance(asked, dict):
+            raise ValueError(f"--gradient_checkpointing_kwargs is {asked!r}; it must be a JSON object.")
+        chosen = {"use_reentrant": False, **asked}
         if chosen["use_reentrant"]:
             raise ValueError(
                 "--gradient_checkpointing_kwargs asks for use_reentrant, by which layers behind frozen ones get no "
