@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_build_that_was_killed_is_named(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("name", ["optim_args", "lr_scheduler_kwargs"])
 def test_a_number_within_a_setting_is_finite_too(name, value):
     words = f"a=1, eps={value}" if name == "optim_args" else json.dumps({"a": 1, "deep": [{"eps": float(value)}]})
-    with pytest.raises(ValueError, match=f"--{name} has {value} for 'eps'; it must be a finite number"):
+    with pytest.raises(ValueError, match=f"--{name} has {value} for '(deep.)?eps'; it must be a finite number"):
         parse_arguments([*NEEDED, f"--{name}={words}"])
 
 
@@ -138,21 +139,21 @@ WRONG = [
     ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
     ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
     ({"fp16": True}, "'fp16' is True"),
-    ({"fp16": {"enabled": "true"}}, "fp16.enabled=true there"),
-    ({"bf16": {"enabled": 1}}, "bf16.enabled=1 there"),
+    ({"fp16": {"enabled": "true"}}, "'fp16.enabled' is 'true'"),
+    ({"bf16": {"enabled": 1}}, "'bf16.enabled' is 1"),
     ({"bf16": "auto"}, "'bf16' is 'auto'"),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both true"),
     ({"bf16": {"enabled": True}}, "enabled=True there, bf16|bf16_full_eval=False here"),
-    ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu=0 there"),
-    ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu=4 there"),
+    ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu' is 0"),
+    ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu' is '4'"),
     ({"train_micro_batch_size_per_gpu": 3}, "=3 there, per_device_train_batch_size=8 here"),
-    ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 there"),
+    ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps' is -1"),
     ({"gradient_accumulation_steps": 2}, "=2 there, gradient_accumulation_steps=1 here"),
-    ({"train_batch_size": 12.5}, "train_batch_size=12.5 there"),
+    ({"train_batch_size": 12.5}, "train_batch_size' is 12.5"),
     ({"train_batch_size": 7}, "train_batch_size (calculated)=8 here"),
-    ({"gradient_clipping": -1}, "gradient_clipping=-1 there"),
-    ({"gradient_clipping": "1"}, "gradient_clipping=1 there"),
-    ({"gradient_clipping": float("inf")}, "gradient_clipping=inf there"),
+    ({"gradient_clipping": -1}, "gradient_clipping' is -1"),
+    ({"gradient_clipping": "1"}, "gradient_clipping' is '1'"),
+    ({"gradient_clipping": float("inf")}, "gradient_clipping' is inf"),
     ({"gradient_clipping": 0.5}, "=0.5 there, max_grad_norm=1.0 here"),
     ({"optimizer": "AdamW"}, "'optimizer' is 'AdamW'"),
     ({"optimizer": {"params": {}}}, "optimizer.type' is None"),
@@ -164,6 +165,12 @@ WRONG = [
     ({"scheduler": {"type": 3}}, "scheduler.type' is 3"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": -1}}}, "warmup_max_lr=-1 there"),
     ({"steps_per_print": 0}, "steps_per_print' is 0"),
+    ({"fp16": {"loss_scale": float("nan")}, **ZERO2}, "'fp16.loss_scale' is nan"),
+    ({"aio": {"block_sizes": [float("inf")]}, **ZERO2}, "'aio.block_sizes' is inf"),
+    ({"gradient_clipping": True, **ZERO2}, "gradient_clipping' is True"),
+    ({"gradient_clipping": None, **ZERO2}, "gradient_clipping' is None"),
+    ({"gradient_accumulation_steps": True, **ZERO2}, "gradient_accumulation_steps' is True"),
+    ({"zero_optimization": {"stage": "auto"}}, "stage' is 'auto'"),
 ]
 
 
@@ -182,6 +189,12 @@ def test_good_deepspeed_configurations(training, config, tmp_path):
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3"])
 def test_our_own_deepspeed_configurations(training, name):
     check_deepspeed(f"scripts/train/{name}.json", training)
+
+
+def test_no_deepspeed(training, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero.config", None)
+    with pytest.raises(ImportError, match=r"needs DeepSpeed .*pip install"):
+        check_deepspeed(ZERO2, training)
 
 
 @pytest.mark.parametrize("config, words", WRONG, ids=lambda value: str(value)[:60])

@@ -10,6 +10,7 @@ import copy
 import difflib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.runtime import world_size
 
-from .settings import OneOf, Range
+from .settings import OneOf, Range, numbers_in
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.train.arguments import TrainingArguments
@@ -26,17 +27,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SECTIONS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "activation_checkpointing", "aio")
+_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
+_SWITCHES = ("fp16.enabled", "bf16.enabled", "wall_clock_breakdown", "zero_allow_untested_optimizer")
+_STAGES = OneOf(0, 1, 2, 3)
 _VALUES: dict[str, Range | OneOf] = {
-    "zero_optimization.stage": OneOf(0, 1, 2, 3),
-    "steps_per_print": Range(1, 1_000_000_000, whole=True),
-    "wall_clock_breakdown": OneOf(True, False),
-    "zero_allow_untested_optimizer": OneOf(True, False),
+    **dict.fromkeys(_COUNTS, Range(1, 1_000_000_000, whole=True)),
+    **dict.fromkeys(_SWITCHES, OneOf(True, False)),
+    "gradient_clipping": Range(0, 1e30),
     **{f"scheduler.params.{name}": Range(0, 1e30) for name in ("warmup_min_lr", "warmup_num_steps", "total_num_steps")},
 }
 """Dotted name -> its values, beside "auto"; of most others transformers knows the argument that they must equal."""
 
 _KNOWN = (*_SECTIONS, *(name for name in _VALUES if "." not in name))
-_KNOWN += ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
 def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> None:
@@ -61,9 +63,12 @@ def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> No
     for section in ("optimizer", "scheduler"):
         if section in values:
             _check_named(where, section, values[section])
+    for name, number in numbers_in(values):
+        if not math.isfinite(number):
+            raise ValueError(f"{where}: {name!r} is {number}; it must be a finite number.")
     for name, allowed in _VALUES.items():
-        value = _value(values, name)
-        if value not in (None, "auto") and value not in allowed:
+        value = _value(values, name, absent="auto")
+        if value != "auto" and value not in allowed:
             raise ValueError(f"{where}: {name!r} is {value!r}; it must be {allowed}, or 'auto'.")
     _check_zero(where, values.get("zero_optimization", {}))
     _check_contradictions(where, values, training)
@@ -102,9 +107,11 @@ def _read(config: str | JsonObject) -> tuple[str, JsonObject]:
     return f"--deepspeed {text}", read_json(text, what="file of --deepspeed")
 
 
-def _value(values: object, name: str) -> object:
+def _value(values: object, name: str, absent: object = None) -> object:
     for key in name.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(values, dict) or key not in values:
+            return absent
+        values = values[key]
     return values
 
 
@@ -116,11 +123,16 @@ def _check_named(where: str, section: str, values: JsonObject) -> None:
 
 
 def _check_zero(where: str, zero: JsonObject) -> None:
+    stage = zero.get("stage", 0)
+    if stage not in _STAGES:
+        raise ValueError(f"{where}: 'zero_optimization.stage' is {stage!r}; it must be {_STAGES}.")
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from pydantic import ValidationError
-    except ImportError:  # transformers says so, with the remedy
-        return
+    except ImportError as error:
+        raise ImportError(
+            f"{where} needs DeepSpeed ({error}); pip install 'tinyllava_switchkd[train]', or train without (ZERO=none)."
+        ) from None
     try:
         DeepSpeedZeroConfig(**_without_auto(zero))
     except ValidationError as error:
@@ -130,7 +142,6 @@ def _check_zero(where: str, zero: JsonObject) -> None:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}" if near else first["msg"][:1].lower() + first["msg"][1:]
         raise ValueError(f"{where}: {name!r} is {first['input']!r}; {hint}.") from None
-    stage = zero.get("stage", 0)
     for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
         offload = zero.get(name) or {}
         if offload.get("device", "none") != "none" and stage < least:

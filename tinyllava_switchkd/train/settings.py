@@ -162,21 +162,27 @@ def check_settings(group: Any) -> None:
             raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
 
 
-def _inner(setting: str, value: object, name: str = "") -> Iterator[tuple[str, float]]:
+def _inner(setting: str, value: object) -> Iterator[tuple[str, float]]:
     """Every floating-point number within a setting that is an object (or JSON), or optim_args' text, with its name."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _inner(setting, inner, str(key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _inner(setting, inner, name)
-    elif isinstance(value, float) and name:
-        yield name, value
-    elif isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # which has a check of its own
+    if isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # which has a check of its own
         with contextlib.suppress(ValueError, RecursionError):
-            yield from _inner(setting, json.loads(value))
+            yield from numbers_in(json.loads(value))
     elif isinstance(value, str) and setting == "optim_args":
         for part in value.replace(" ", "").split(","):
             key, _, number = part.partition("=")
             with contextlib.suppress(ValueError):
                 yield key, float(number)
+    else:
+        yield from numbers_in(value)
+
+
+def numbers_in(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number within an object, with its dotted name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from numbers_in(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from numbers_in(inner, name)
+    elif isinstance(value, float) and name:
+        yield name, value
