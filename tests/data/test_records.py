@@ -74,6 +74,9 @@ GOOD = json.dumps(sample(0))
         (f"[{GOOD},", "cut off"),
         (f"[{GOOD}, {GOOD[:-30]}", f"record 1, at byte {len(GOOD) + 3}, is not JSON"),
         (f"[{GOOD} {GOOD}]", "a comma or the end of the list should follow record 0"),
+        (f"[{GOOD}, {GOOD[:-2]}é", rf"\(at byte {2 * len(GOOD) + 1}\)"),
+        (f"[{GOOD}\u00a0, {GOOD}]", rf"should follow record 0 at byte {len(GOOD) + 1}, not '\\xa0'"),
+        (f"[\u3000{GOOD}]", r"record 0, at byte 1, is no object but begins with '\\u3000'"),
         (f"[{GOOD}] x", "goes on after the end"),
         (f"[{GOOD}, 3]", "record 1.*begins with '3'"),
         (f"{GOOD}\n{{'id': 1}}", "record 1.*is not JSON: Expecting property name"),
@@ -87,7 +90,7 @@ GOOD = json.dumps(sample(0))
 )
 def test_malformed(tmp_path, text, match):
     path = tmp_path / "data.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=match) as error:
         Records(path)
     assert str(path) in str(error.value)

@@ -176,8 +176,8 @@ def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
                 except RecursionError:
                     raise ValueError(f"{where} is nested too deeply to be read.") from None
                 except json.JSONDecodeError as error:
+                    place = start + error.pos - text.position  # in this window, which growing moves
                     if not text.grow():
-                        place = start + error.pos - text.position
                         raise ValueError(f"{where} is not JSON: {error.msg} (at byte {place}).") from None
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where} is not in UTF-8 ({error.reason}); save the file as UTF-8.") from None
@@ -219,8 +219,8 @@ class _Window:
                 break
             if not self.grow():
                 return ""
-        character = self.text[self.position]
-        if not character.isascii():
+        character = self.text[self.position : self.position + 4].encode("latin-1").decode(errors="replace")[0]
+        if character == "\ufffd":
             raise ValueError(f"{self._path} is no JSON in UTF-8 (byte {self.byte}); save it as UTF-8.")
         return character
 
