@@ -221,6 +221,16 @@ def test_template_is_usable_as_v1s():
 
 
 class TestPlugins:
+    def test_v1_encode_without_num_images_is_refused(self):
+        @register_template("v1-encode")
+        @dataclass
+        class Fixed(TemplateFactory("phi")):
+            def encode(self, messages, tokenizer, mode="train"):
+                return {}
+
+        with pytest.raises(ValueError, match="'v1-encode' has TinyLLaVA's encode; give it the argument num_images"):
+            TextPreprocess(qwen2(), "v1-encode")
+
     @pytest.fixture(autouse=True)
     def _forget(self):
         with TemplateFactory.scope():

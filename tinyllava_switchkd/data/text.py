@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,6 +43,11 @@ class TextPreprocess:
         self.template_name = template
         self.eos_token_ids = eos_token_ids
         self.template = TemplateFactory(template)()
+        if "num_images" not in inspect.signature(self.template.encode).parameters:
+            raise ValueError(
+                f"The conversation template {template!r} has TinyLLaVA's encode; give it the argument num_images, the "
+                f"number of a sample's images, None if they are not to be counted."
+            )
         self._checked = False
 
     def __call__(self, messages: Sequence[Message], mode: str = "train", num_images: int | None = None) -> Sample:
