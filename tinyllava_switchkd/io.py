@@ -90,7 +90,9 @@ def read_text(path: StrPath, *, what: str = "file") -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or fetch it again."
+        ) from None
 
 
 def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
@@ -104,12 +106,13 @@ def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); it may be cut off.") from None
+        where = f"{path}, line {error.lineno}"
+        raise ValueError(f"{where}: not valid JSON ({error.msg}); it may be cut off, fetch it again.") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read.") from None
+        raise ValueError(f"{path} is nested too deeply to be read; mend it or fetch it again.") from None
     if not isinstance(value, kind):
-        expected = "a list" if kind is list else "an object of fields"
-        raise ValueError(f"{path} holds a JSON {type(value).__name__} where {expected} is expected.")
+        found, expected = type(value).__name__, "a list" if kind is list else "an object of fields"
+        raise ValueError(f"{path} holds a JSON {found} where {expected} is expected; mend it or fetch it again.")
     return value
 
 
