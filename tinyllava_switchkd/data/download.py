@@ -231,14 +231,15 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
         )
     print(f"{training_set.title}: {count:,} records in {path}")
     only = tuple(name.rstrip("/") for name in arguments.only or ("",))
+    places = {folder: Path(training_set.root, folder).as_posix() for folder in folders}  # as the report names them
     for name in only:
-        if not any(folder.startswith(name) for folder in folders):
-            raise ValueError(f"There is no folder {name!r} among {', '.join(folders)} (--only).")
+        if not any(place.startswith(name) for place in places.values()):
+            raise ValueError(f"There is no folder {name!r} among {', '.join(places.values())} (--only).")
     bad: list[tuple[Path, str]] = []
     for folder, wanted in names.items():
-        if not folder.startswith(only) or not wanted:
+        if not places[folder].startswith(only) or not wanted:
             continue
-        place = data_dir / training_set.root / folder
+        place = data_dir / places[folder]
         if not arguments.check:
             try:
                 get_images(place, wanted, folders[folder], downloads, arguments.keep_archives)
@@ -252,8 +253,7 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
         bad += found
         missing = sum(reason == "missing" for _, reason in found)
         broken = f", {len(found) - missing:,} don't decode" if len(found) > missing else ""
-        shown = place.relative_to(data_dir).as_posix()
-        print(f"  {shown:<28} {len(wanted) - len(found):>9,} of {len(wanted):,} images{broken}")
+        print(f"  {places[folder]:<28} {len(wanted) - len(found):>9,} of {len(wanted):,} images{broken}")
     return _report(bad, path.with_suffix(".bad_images.txt"))
 
 
