@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_lines, write_pope
+from tests.tiny import tiny_tokenizer
 from tinyllava_switchkd import runtime
 from tinyllava_switchkd.eval import lmms_plugin
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
 from tinyllava_switchkd.eval.generate import Answerer, dtype_of
+from tinyllava_switchkd.eval.guesses import Guesses, try_guesses
 from tinyllava_switchkd.eval.job import checkpoint_digest
 from tinyllava_switchkd.eval.run import main
 from tinyllava_switchkd.registry import checkpoint_name
@@ -166,6 +168,21 @@ def test_a_process_takes_its_own_gpu(monkeypatch):
     assert runtime.default_device() == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert runtime.default_device() == "cuda:3"
+
+
+def test_guessing_changes_no_answer(checkpoint, pope, tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "tinyllava_switchkd.eval.generate.try_guesses", lambda *a: tried.append(a[4]) or try_guesses(*a)
+    )
+    monkeypatch.setattr(Guesses, "tokens", lambda self: tiny_tokenizer("phi")("abcde").input_ids)
+    texts = {}
+    for way in ((), ("--guess_answers",)):
+        out = tmp_path / f"out{len(way)}"
+        assert main(command(checkpoint, "pope", pope, out, "--batch_size", "4", *way)) == 0
+        texts[way] = [row["text"] for row in read_lines(out / "answers.jsonl")]
+        assert bool(tried) == bool(way)
+    assert texts[()] == texts["--guess_answers",]
 
 
 # ------------------------------------------------------------------------------------------------------ bad images

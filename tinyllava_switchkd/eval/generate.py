@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor, GenerationConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.constants import FLOAT_DTYPES
 from tinyllava_switchkd.data.image import ImagePreprocess
@@ -25,7 +26,8 @@ from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
 
-from .prefix import SharedPrefix
+from .guesses import Guesses, can_try, try_guesses
+from .prefix import SharedPrefix, attends_to_all
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.template.base import Template
@@ -174,6 +176,7 @@ class Answerer:
         prompt_ids: question and number of images -> token ids, see `TextPreprocess.prompt_ids`.
         pixels_of: picture -> pixel values [3, H, W].
         batch_limit: rows that fit into memory, None until a batch did not.
+        guesses: answers of one token that came before, tried first (`guesses.py`); None, the default, tries none.
     """
 
     def __init__(
@@ -194,6 +197,7 @@ class Answerer:
         self.stop_token_ids = stop_token_ids(model, tokenizer, TemplateFactory(template)())
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
         self.batch_limit: int | None = None
+        self.guesses: Guesses | None = None
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path, **asked: Any) -> Answerer:
@@ -305,36 +309,97 @@ class Answerer:
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
     ) -> list[list[int]]:
         language_model = self.model.language_model
-        prefix = None
-        if decoding.num_beams == 1:  # transformers would not give each beam its copy
-            prefix = SharedPrefix.of(prompts, images, language_model.config, decoding.max_new_tokens)
         own = language_model.generation_config  # what is None in ours would be filled in from there
         language_model.generation_config = decoding
         try:
-            output = self._generate(prompts, images) if prefix is None else self._continue(prefix, prompts)
+            if decoding.num_beams > 1:  # transformers would not give each beam its copy of what is shared
+                answers = self._generate(prompts, images)
+            else:
+                prefix = SharedPrefix.of(prompts, images, language_model.config, decoding.max_new_tokens)
+                guesses = self._guesses_for(prompts, images, decoding)
+                if guesses:
+                    answers = self._try(guesses, prefix, prompts, images, decoding)
+                elif prefix is not None:
+                    answers = self._continue(*self._after(prefix, prompts))
+                else:
+                    answers = self._generate(prompts, images)
         finally:
             language_model.generation_config = own
-        return [self._cut(row) for row in output.tolist()]
+        if self.guesses is not None:
+            self.guesses.learn(answers)
+        return answers
 
-    def _generate(self, prompts: Sequence[Tensor], images: Sequence[Tensor | None]) -> Tensor:
-        """New tokens [B, N] after whole prompts."""
+    def _generate(self, prompts: Sequence[Tensor], images: Sequence[Tensor | None]) -> list[list[int]]:
+        """Answers to whole prompts."""
         input_ids, attention_mask = self._padded(prompts)  # [B, T] each
-        visual = [tokens for tokens in images if tokens is not None]
-        return self.model.generate(
-            input_ids, attention_mask=attention_mask, image_features=torch.cat(visual) if visual else None
-        )
+        output = self.model.generate(input_ids, attention_mask=attention_mask, image_features=_joined(images))
+        return self._cut(output)
 
-    def _continue(self, prefix: SharedPrefix, prompts: Sequence[Tensor]) -> Tensor:
-        """New tokens [B, N] after prompts whose beginnings are computed once a picture; padding follows these."""
+    def _after(self, prefix: SharedPrefix, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Prompts whose beginnings are computed once a picture; padding follows these. As `_continue` takes them."""
         cache, length = prefix.compute(self.model)
         input_ids, attention_mask = self._padded([prompt[len(prefix.head) :] for prompt in prompts])  # [B, T] each
         tail = self.model.get_input_embeddings()(input_ids)  # [B, T, D]
-        seen = tail.new_zeros(len(tail), length, tail.shape[-1])  # stands for what the cache holds
-        return self.model.language_model.generate(
-            inputs_embeds=torch.cat([seen, tail], dim=1),
-            attention_mask=torch.cat([attention_mask.new_ones(len(tail), length), attention_mask], dim=1),
+        return tail, torch.cat([attention_mask.new_ones(len(tail), length), attention_mask], dim=1), cache
+
+    def _continue(
+        self, tail: Tensor, attention_mask: Tensor, cache: DynamicCache, decoding: GenerationConfig | None = None
+    ) -> list[list[int]]:
+        """Answers that follow what a cache holds and embeddings [B, T, D]; the mask [B, P + T] is of both."""
+        seen = tail.new_zeros(len(tail), attention_mask.shape[1] - tail.shape[1], tail.shape[-1])
+        output = self.model.language_model.generate(
+            inputs_embeds=torch.cat([seen, tail], dim=1),  # the first P stand for what the cache holds
+            attention_mask=attention_mask,
+            generation_config=decoding,
             **with_cache(cache),
         )
+        return self._cut(output)
+
+    def _guesses_for(
+        self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
+    ) -> list[int]:
+        """What to try as whole answers; nothing where decoding is not plainly greedy or the model cannot."""
+        if self.guesses is None:
+            return []
+        language_model = self.model.language_model
+        pictures = max(0 if visual is None else visual.shape[:2].numel() for visual in images)
+        longest = max(map(len, prompts)) + pictures + decoding.max_new_tokens
+        plain = decoding.to_diff_dict() == self.decoding(decoding.max_new_tokens).to_diff_dict()
+        if plain and can_try(language_model) and attends_to_all(language_model.config, longest):
+            return self.guesses.tokens()
+        return []
+
+    def _try(
+        self,
+        guesses: Sequence[int],
+        prefix: SharedPrefix | None,
+        prompts: Sequence[Tensor],
+        images: Sequence[Tensor | None],
+        decoding: GenerationConfig,
+    ) -> list[list[int]]:
+        """Answers of which those that are a guess take one pass, see `try_guesses`."""
+        language_model = self.model.language_model
+        if prefix is not None:
+            tail, attention_mask, cache = self._after(prefix, prompts)
+        else:
+            input_ids, attention_mask = self._padded(prompts)
+            whole = self.model.prepare_inputs(
+                input_ids, attention_mask, image_features=_joined(images), padding_side="left"
+            )
+            tail, attention_mask = whole.inputs_embeds, whole.attention_mask
+            cache = DynamicCache(config=language_model.config)
+        tried = try_guesses(language_model, tail, attention_mask, cache, guesses, self.stop_token_ids)
+        answers = self._cut(tried.first[:, None])
+        open_rows = [row for row, ends in enumerate(tried.ends.tolist()) if answers[row] and not ends]
+        if open_rows and decoding.max_new_tokens > 1:
+            rows = torch.tensor(open_rows, device=tail.device)
+            tried.cache.batch_select_indices(rows)
+            first = self.model.get_input_embeddings()(tried.first[rows, None])  # [R, 1, D]
+            mask = torch.nn.functional.pad(attention_mask[rows], (0, 1), value=1)
+            rest = self._continue(first, mask, tried.cache, self.decoding(decoding.max_new_tokens - 1))
+            for row, more in zip(open_rows, rest, strict=True):
+                answers[row] += more
+        return answers
 
     def _padded(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Token ids padded on the left and their mask, [B, T] each, on the model's device."""
@@ -346,10 +411,15 @@ class Answerer:
             attention_mask[row, width - len(prompt) :] = 1
         return input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
-    def _cut(self, token_ids: list[int]) -> list[int]:
-        """Up to the first stop token: what follows pads the row while others go on."""
-        end = next((place for place, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
-        return token_ids[:end]
+    def _cut(self, output: Tensor) -> list[list[int]]:
+        """Generated rows [B, N] up to their first stop token: what follows pads a row while others go on."""
+        return [list(takewhile(lambda token: token not in self.stop_token_ids, row)) for row in output.tolist()]
+
+
+def _joined(images: Sequence[Tensor | None]) -> Tensor | None:
+    """The visual tokens [I, K, D] of all prompts; None without any."""
+    visual = [tokens for tokens in images if tokens is not None]
+    return torch.cat(visual) if visual else None
 
 
 def stop_token_ids(

@@ -24,6 +24,7 @@ from .benchmarks import Benchmark, BenchmarkFactory, Question
 from .benchmarks.files import prepare_hint
 from .cache import ResponseCache
 from .generate import Answerer, Setting
+from .guesses import Guesses
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,9 @@ def generate(job: Job) -> None:
         if job.arguments.response_cache is not None:
             tasks = read_cache(job, tasks, writer)
         if tasks:
-            ask(job, Answerer.load(job.setting), tasks, writer)
+            answerer = Answerer.load(job.setting)
+            answerer.guesses = Guesses() if job.arguments.guess_answers else None
+            ask(job, answerer, tasks, writer)
 
 
 def read_cache(job: Job, tasks: Sequence[Task], writer: AnswerWriter) -> list[Task]:

@@ -119,6 +119,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="questions at once (%(default)s), or auto: as many as the GPU's memory bears",
     )
     parser.add_argument("--num_workers", type=int, metavar="N", help="processes that read images (GPU: 4, CPU: 0)")
+    parser.add_argument(
+        "--guess_answers",
+        action="store_true",
+        help="try the commonest answers of one token in the pass that reads a question; the answers stay the same",
+    )
     parser.add_argument("--max_new_tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
     parser.add_argument(*TEMPLATE_FLAGS, metavar="NAME", help="conversation template; by default the checkpoint's own")
     parser.add_argument("--image_aspect_ratio", choices=("square", "pad"), help="by default the checkpoint's own")
