@@ -106,13 +106,22 @@ def test_vizwiz():
         ("official_on_submission", "vizwiz_official_on_llava_submission", "llava_submission"),
         ("official_raw", "vizwiz_official_raw", "raw"),
         ("m4c", "m4c_both_sides_normalised", "m4c"),
+        (
+            "official_on_submission_ascii_contractions",
+            "vizwiz_official_on_llava_submission_ascii_contractions",
+            None,
+        ),
+        ("official_raw_ascii_contractions", "vizwiz_official_raw_ascii_contractions", "raw_ascii"),
     ):
         suffix = "" if ours == "official_on_submission" else f"_{ours}"
         figures = official["scores"][theirs]
         assert score.details[ours] == close(figures["overall"])
         assert score.details[f"answer_type{suffix}"] == close(figures["perAnswerType"])
-        for row in score.rows:
+        for row in score.rows if row_name else ():
             assert 100 * row[ours] == close(official["per_image"][row["question_id"]][row_name])
+    task = official["scores"]["unanswerability_if_answerable_means_text_not_unanswerable"]["raw"]
+    assert score.details["unanswerable_average_precision"] == close(task["average_precision"])
+    assert score.details["unanswerable_f1"] == close(task["f1_score"])
     declined = sum("unanswerable" in row["text"].lower() for row in answer_rows("vizwiz"))
     assert score.details["unanswerable_rate"] == close(100 * declined / 73)
 

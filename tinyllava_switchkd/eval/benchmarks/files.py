@@ -92,7 +92,8 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{where}: more or fewer cells than the header has.")
+                    cells = sum(len(value) if key is None else value is not None for key, value in row.items())
+                    raise ValueError(f"{where}: {cells} cells, but the header has {len(reader.fieldnames or ())}.")
                 rows.append((where, row))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from .vqa import (
     submission_form,
     summarise,
     vizwiz_accuracy,
+    vizwiz_accuracy_ascii,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
 VIZWIZ_URL = "https://vizwiz.cs.colorado.edu/VizWiz_final/"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
-SCORERS = {"official_on_submission": vizwiz_accuracy, "official_raw": vizwiz_accuracy, "m4c": m4c_accuracy}
+SCORERS = {
+    "official_on_submission": vizwiz_accuracy,
+    "official_raw": vizwiz_accuracy,
+    "m4c": m4c_accuracy,
+    "official_on_submission_ascii_contractions": vizwiz_accuracy_ascii,
+    "official_raw_ascii_contractions": vizwiz_accuracy_ascii,
+}
 
 
 @register_benchmark("vizwiz")
@@ -85,8 +92,7 @@ class VizWiz(QuestionFileBenchmark):
             row = score_row(image, joined.get(image), annotator_answers(annotation, where), SCORERS)
             rows.append(row | {"answer_type": annotation.get("answer_type", "")})
         details = summarise(rows, SCORERS, ("answer_type",))
-        declined = [normalise_vizwiz(answer.text) == "unanswerable" for answer in joined.values()]
-        details["unanswerable_rate"] = percentage(declined)
+        details |= unanswerability(annotations, joined)
         return self.result(split="val", details=details, rows=rows)
 
     def write_submission(
@@ -153,3 +159,26 @@ class VizWiz(QuestionFileBenchmark):
         suffix = f"{UNANSWERABLE}\n{SINGLE_WORD_SUFFIX}"
         lines = (question_line(row["image"], row["image"], f"{row['question']}\n{suffix}") for row in truth)
         write_jsonl(build.root / f"llava_{build.split}.jsonl", lines)
+
+
+def unanswerability(annotations: Mapping[str, dict], joined: Mapping[Hashable, Answer]) -> dict[str, float | None]:
+    """How often the model declines, and how well that agrees with the annotators (VizWiz API, second task).
+
+    Average precision and F1 take "unanswerable" as the positive class and the model's word as a 0/1 score, and need
+    the annotations' `answerable`; they are None without it, or without an unanswerable question.
+    """
+    declined = {key: normalise_vizwiz(answer.text) == "unanswerable" for key, answer in joined.items()}
+    result = {"unanswerable_rate": percentage(list(declined.values()))}
+    result |= {"unanswerable_average_precision": None, "unanswerable_f1": None}
+    if all("answerable" in annotation for annotation in annotations.values()):
+        truth = {key: not annotation["answerable"] for key, annotation in annotations.items()}
+        hits = sum(truth[key] and declined.get(key, False) for key in truth)
+        positives, predicted = sum(truth.values()), sum(declined.values())
+        if positives:
+            recall = hits / positives
+            precision = hits / predicted if predicted else 0.0
+            # Two thresholds: "said so" with (precision, recall), and "everything" with (base rate, 1).
+            average = recall * precision + (1 - recall) * positives / len(truth)
+            result["unanswerable_average_precision"] = 100.0 * average
+            result["unanswerable_f1"] = 100.0 * 2 * hits / (positives + predicted)
+    return result

@@ -130,6 +130,11 @@ def vizwiz_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     return leave_one_out(normalise_vizwiz(prediction), annotators)
 
 
+def vizwiz_accuracy_ascii(prediction: str, annotators: Sequence[str]) -> float:
+    """`vizwiz_accuracy` with the contractions that were meant."""
+    return leave_one_out(normalise(prediction), annotators)
+
+
 def m4c_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     """m4c accuracy (0-1) of one answer: both sides normalised."""
     return leave_one_out(submission_form(prediction), [submission_form(answer) for answer in annotators])
@@ -163,7 +168,7 @@ def score_row(
         answer: the model's answer, or None.
         annotators: ten strings.
         scorers: functions of prediction and annotators, by name, the headline's first. A name that ends in
-            "on_submission" is given the submission form instead of the raw text.
+            "on_submission" (or has it before a further suffix) is given the submission form instead of the raw text.
     """
     row: JsonObject = {"question_id": question_id, **said(answer)}
     row["truth"] = max(annotators, key=annotators.count)
@@ -171,7 +176,7 @@ def score_row(
         if answer is None:
             row[name] = 0.0
         else:
-            text = submission_form(answer.text) if name.endswith("on_submission") else answer.text
+            text = submission_form(answer.text) if "on_submission" in name else answer.text
             row[name] = scorer(text, annotators)
     row["value"] = row[next(iter(scorers))]
     return row
