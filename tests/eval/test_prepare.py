@@ -268,13 +268,17 @@ def test_pope_falls_back_on_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: p
     assert read_json(tmp_path / "eval" / "pope" / "prepared.json")["test"]["source"] == "hf"
 
 
-def test_mme_release_of_its_authors(tmp_path: Path) -> None:
+def test_mme_release_of_its_authors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     release = "MME_Benchmark_release_version"
     shutil.copytree(data_dir("mme") / release, tmp_path / "eval" / "MME" / release)
     assert prepare(tmp_path, "mme", "--source", "official") == 0
     same_score("mme", tmp_path)
-    (tmp_path / "eval" / "MME" / release / "color" / "0020.txt").write_text("Is it? Please answer yes or no.\tYes\n")
+    text = tmp_path / "eval" / "MME" / release / "color" / "0020.txt"
+    text.write_text("Is it? Please answer yes or no.\tYes\n")
     assert prepare(tmp_path, "mme", "--source", "official", "--force") == 1
+    text.unlink()
+    assert prepare(tmp_path, "mme", "--source", "official", "--force") == 1
+    assert f"MME's release lacks {text}, the questions on an image; unpack it again." in capsys.readouterr().err
 
 
 def test_mmbench_table_of_its_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,6 +349,14 @@ def test_a_configuration_from_before_0_2_names_its_template():
     assert "conv_version" not in again.to_dict()
 
 
+def test_what_a_configuration_leaves_empty_is_the_default():
+    texts = ("image_aspect_ratio", "vision_feature_select_strategy", "tokenizer_padding_side", "conv_version")
+    for empty in (None, ""):
+        config = tiny_llava(**dict.fromkeys(texts, empty)).config
+        assert [getattr(config, name) for name in texts[:3]] == ["square", "patch", "right"]
+        assert config.template is None
+
+
 def test_configuration_of_an_unknown_model_type():
     with pytest.raises(ValueError, match=r"'openelm'.*never run"):
         TinyLlavaConfig(text_config={"model_type": "openelm"})

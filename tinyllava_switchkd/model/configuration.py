@@ -74,8 +74,8 @@ class TinyLlavaConfig(PretrainedConfig):
         older = kwargs.pop("conv_version", None)  # the template's name until 0.2.0
         if isinstance(older, str):
             self.template = self.template or older
-        for name in TinyLlavaConfig.__annotations__:  # published configurations write null and mean the default
-            if getattr(self, name) is None:
+        for name in TinyLlavaConfig.__annotations__:  # published ones write null (or an empty text) for the default
+            if getattr(self, name) is None or getattr(self, name) == "":
                 setattr(self, name, getattr(TinyLlavaConfig, name))
         self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.llm_model_name_or_path
         self.text_config = self._build_text_config(self.text_config)

@@ -219,7 +219,9 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not "question<TAB>Yes|No".
     """
-    for number, line in enumerate(read_text(path, what="text of a picture of MME").split("\n"), start=1):
+    if not path.is_file():
+        raise FileNotFoundError(f"MME's release lacks {path}, the questions on an image; unpack it again.")
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             question, tab, expected = line.strip().partition("\t")
             if not tab or expected.strip().lower() not in ("yes", "no"):

@@ -59,7 +59,7 @@ def read_questions(
         except BadImageError:
             where = f"{file}, entry {number}"
             raise ValueError(f"{where}: the image {name!r} lies outside {folder.root}; pass --image_folder.") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{file}, entry {number}: not a JSON object with image and text.") from None
         if not image.is_file():
             raise FileNotFoundError(f"{file}, entry {number}: there is no image {image}.")
