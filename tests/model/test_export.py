@@ -499,6 +499,7 @@ def test_questions_are_read_of_lines_and_lists(tmp_path):
         ("", "holds no question"),
         ("{", "entry 1: not a JSON object"),
         ('["text"]', "entry 1: not a JSON object"),
+        ('{"a":' * 100_000, "entry 1: not a JSON object"),
         ('[{"image": "../a.png", "text": "?"}]', "lies outside"),
         ('{"image": "b.png", "text": "?"}', "there is no image"),
     ):
