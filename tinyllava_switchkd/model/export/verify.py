@@ -47,7 +47,8 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         return_tensors="pt",
     ).to(dtype=theirs.dtype)
     record = getattr(theirs.config, RECORD)
-    prompt = TextPreprocess(tokenizer, record.get("template") or record["conv_version"]).prompt_ids(question.text)[None]  # [1, T]
+    template = record.get("template") or record["conv_version"]
+    prompt = TextPreprocess(tokenizer, template).prompt_ids(question.text)[None]  # [1, T]
     pixels = ImagePreprocess(image_processor, ours.config)(image)[None]  # [1, 3, H, W]
 
     image_token = theirs.config.image_token_index
