@@ -262,6 +262,12 @@ class TrainingArguments(transformers.TrainingArguments):
                 setattr(self, name, chosen)
 
     @property
+    def device(self) -> torch.device:
+        """This process's device; a CPU's has no number, for torch 2.11 reads no state onto "cpu:0"."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What is computed in."""
         if self.bf16:
