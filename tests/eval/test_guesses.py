@@ -90,23 +90,28 @@ def test_a_batch_of_answers_seen_before_takes_one_pass(monkeypatch):
     assert (rows, passes) == ([], [1])
 
 
+@pytest.fixture
+def no_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyllava_switchkd.eval.generate.try_guesses", lambda *_: pytest.fail("guesses were tried"))
+
+
+@pytest.mark.usefixtures("no_trying")
 def test_other_decoding_is_left_alone():
     answerer = make_answerer()
-    prompts, images = shared_pictures(answerer, 8, 2)
-    expected = [answerer.answer_ids(prompts, images, 6, **how) for how in ({"num_beams": 2}, {"min_new_tokens": 3})]
-    first = [ids[0] for ids in answerer.answer_ids(prompts, images, 6) if ids]
-    answerer.guesses = Fixed(first)
-    found = [answerer.answer_ids(prompts, images, 6, **how) for how in ({"num_beams": 2}, {"min_new_tokens": 3})]
-    assert found == expected
+    prompts, images = shared_pictures(answerer, 4, 2)
+    answerer.guesses = Fixed([5, 6])
+    for how in ({"num_beams": 2}, {"min_new_tokens": 3}, {"do_sample": True}, {"repetition_penalty": 1.2}):
+        assert len(answerer.answer_ids(prompts, images, 4, **how)) == 4
+    with pytest.raises(pytest.fail.Exception):  # greedy
+        answerer.answer_ids(prompts, images, 4)
 
 
+@pytest.mark.usefixtures("no_trying")
 def test_a_window_that_is_too_small_is_left_alone():
     model = tiny_llava("phi3", text={"sliding_window": 16, "initializer_range": 0.3}).double()
     answerer = Answerer(model, tiny_tokenizer("qwen2"), model.vision_tower.image_processor, "qwen2_base")
-    prompts, images = mixed_prompts(answerer, 6)
-    plain = answerer.answer_ids(prompts, images, 6)
-    answerer.guesses = Fixed([ids[0] for ids in plain if ids])
-    assert answerer.answer_ids(prompts, images, 6) == plain
+    answerer.guesses = Fixed([5, 6])
+    assert len(answerer.answer_ids(*mixed_prompts(answerer, 4), 4)) == 4
 
 
 def test_what_is_guessed():
@@ -124,8 +129,10 @@ def test_what_is_guessed():
     assert guesses.tokens() == []
 
 
-def test_bfloat16_and_a_mask_of_its_least_number():
+def test_half_precision_has_room_for_the_mask():
     answerer = make_answerer(torch.bfloat16)
     prompts, images = mixed_prompts(answerer, 8)
+    plain = answerer.answer_ids(prompts, images, 4)
     answerer.guesses = Fixed([5, 6])
-    assert len(answerer.answer_ids(prompts, images, 4)) == 8
+    found = answerer.answer_ids(prompts, images, 4)
+    assert sum(ours[:1] == theirs[:1] for ours, theirs in zip(found, plain, strict=True)) >= 6  # near ties may fall
