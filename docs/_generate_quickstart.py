@@ -76,7 +76,7 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
 
     runs = stored["runs"]
     newest = newest_of(runs)
-    lines = ["| | score | probe of the vision tower | seconds of one core |", "|---|---:|---:|---:|"]
+    lines = ["| | score | probe of the vision tower | seconds on one core |", "|---|---:|---:|---:|"]
     for method, label in METHODS.items():
         rows = pooled(runs, method)
         cells = [figure([row["score"] for row in rows]), figure([row["probe"] for row in rows])]
@@ -95,9 +95,9 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
     summary = (
         f"{spread_of} {students} student{'s' * (students > 1)} of each kind and {len(runs)} "
         f"teacher{'s' * (len(runs) > 1)} ({_listing(runs)}). Switch-KD is ahead of SFT by {figure(ahead['sft'])} "
-        f"points (in {sum(value > 0 for value in ahead['sft'])} of {students}), and of SFT of twice the steps by "
+        f"points (in {sum(value > 0 for value in ahead['sft'])} of {students}), and of SFT with twice the steps by "
         f"{figure(ahead['sft_equal_time'])} ({sum(value > 0 for value in ahead['sft_equal_time'])} of {students}). "
-        f"The four trainings of the table took {took} seconds of one core in all, by the machine."
+        f"Together the table's four trainings took {took} seconds on one core, depending on the machine."
     )
     kinds = list(newest["teacher"][0]["by_type"])
     head = ["torch", "transformers", "threads", "model", "overall", *(TYPE_TITLES[kind] for kind in kinds), "probe"]
