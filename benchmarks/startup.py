@@ -26,7 +26,7 @@ COMMANDS = {
     "eval.run `--help`": ["eval.run", "--help"],
     "eval.score `--help`": ["eval.score", "--help"],
     "eval.report `--help`": ["eval.report", "--help"],
-    "data.check of a file": ["data.check", "SAMPLE"],
+    "train.check_data of a file": ["train.check_data", "SAMPLE"],
     "model.export `--help`": ["model.export", "--help"],
     "serve.app `--help`": ["serve.app", "--help"],
     "serve.chat `--help`": ["serve.chat", "--help"],

@@ -24,7 +24,7 @@ TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "flags.json
 
 COMMANDS = (
     "quickstart.run",
-    "data.check",
+    "train.check_data",
     "data.download",
     "eval.prepare",
     "eval.run",
@@ -36,7 +36,7 @@ COMMANDS = (
     "model.card",
     "visualize.attention",
     "visualize.curves",
-    "visualize.mistakes",
+    "eval.mistakes",
 )
 """Modules with a command line, in the page's order."""
 

@@ -142,7 +142,7 @@ def _points(key: str) -> list[tuple[float, float]]:
 
 def attention_block(stored: Mapping[str, Any]) -> str:
     """How alike the students' maps are to the teacher's."""
-    from tinyllava_switchkd.eval.statistics import mean_interval
+    from tinyllava_switchkd.statistics import mean_interval
 
     if not stored["attention"]:
         return "Not measured yet."

@@ -8,4 +8,4 @@ from tinyllava_switchkd import _auto
 
 __version__ = "0.2.0"
 
-_auto.install()
+_auto.install(f"{__name__}.model.configuration", f"{__name__}.model.modeling")

@@ -1,8 +1,9 @@
-"""Tell transformers' Auto classes of TinyLLaVA, without importing transformers (or torch) for those who need neither.
+"""Tell transformers' Auto classes of a model, without importing transformers (or torch) for those who need neither.
 
 ``import tinyllava_switchkd`` must make ``AutoConfig.from_pretrained(checkpoint)`` work, but also stay light, for
-scoring starts without torch. So the registration waits until transformers' registry of configurations is imported, by
-whomever; the configuration, when one is read, brings in the model class.
+scoring starts without torch. So the configuration's module, which registers itself, is imported once transformers'
+registry of configurations is, by whomever. The model's module is imported when a configuration is read from a file:
+nothing else tells that a model may be asked for next. The package's ``__init__`` says which modules these are.
 """
 
 from __future__ import annotations
@@ -16,18 +17,30 @@ from types import ModuleType
 
 REGISTRY = "transformers.models.auto.configuration_auto"
 
-
-def register() -> None:
-    """Register `TinyLlavaConfig`: importing its module does so."""
-    importlib.import_module("tinyllava_switchkd.model.configuration")
+_modules = {"configuration": "", "model": ""}
 
 
-def install() -> None:
-    """Register now if transformers' registry is imported already, else as soon as it is."""
+def install(configuration: str, model: str) -> None:
+    """Have a configuration registered now if transformers' registry is imported already, else as soon as it is.
+
+    Args:
+        configuration: name of the module that registers the configuration's class when it is imported.
+        model: name of the module that registers the model's class when it is imported.
+    """
+    _modules.update(configuration=configuration, model=model)
     if REGISTRY in sys.modules:
-        register()
+        _register_configuration()
     elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegistryFinder())
+
+
+def register_model() -> None:
+    """Have the model registered; a configuration calls this when it is read from a file."""
+    importlib.import_module(_modules["model"])
+
+
+def _register_configuration() -> None:
+    importlib.import_module(_modules["configuration"])
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):
@@ -61,4 +74,4 @@ class _RegisteringLoader(importlib.abc.Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        register()
+        _register_configuration()

@@ -15,11 +15,11 @@ from scipy import stats
 
 from tinyllava_switchkd.ablations import __main__ as command
 from tinyllava_switchkd.ablations import dry, paper, summary, tables, toy
-from tinyllava_switchkd.eval.statistics import mean_interval
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.launch.processes import Commands
 from tinyllava_switchkd.quickstart.bases import BasePlan
 from tinyllava_switchkd.quickstart.experiment import Experiment, Plan, once
+from tinyllava_switchkd.statistics import mean_interval
 from tinyllava_switchkd.visualize.attention import Look
 from tinyllava_switchkd.visualize.attention_map import AttentionMap
 

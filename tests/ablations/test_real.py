@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 
 from tests.tiny import tiny_text_config, tiny_tokenizer, write_tiny_llm, write_tiny_tower
 from tinyllava_switchkd.ablations import __main__ as command
-from tinyllava_switchkd.ablations import real, real_runs
+from tinyllava_switchkd.ablations import real, real_plan, real_runs
 from tinyllava_switchkd.ablations import real_parts as parts
 from tinyllava_switchkd.ablations.tables import WAYS
 from tinyllava_switchkd.distill.losses.knee import leading
@@ -145,7 +145,7 @@ def experiment(tmp_path):
         "student": write_tiny_llm(tmp_path / "llama-student", "llama", "qwen2_instruct", seed=1, layers=2),
         "tower": write_tiny_tower(tmp_path / "dinov2", "dinov2"),
     }
-    plan = real.Plan(*(2, 2, 2, 3, 2), batch_size=4, held_out=1)
+    plan = real_plan.Plan(*(2, 2, 2, 3, 2), batch_size=4, held_out=1)
     said: list[str] = []
 
     def make(**more):
@@ -176,7 +176,7 @@ def test_runs_are_made_measured_and_found_again(experiment):
     late = experiment(until=float("-inf"))  # no time at all, and nothing left to do
     real_runs.run_all(late, ways, [1])
     assert len(experiment.said) == lines and late.stored["runs"] == first.stored["runs"]
-    with pytest.raises(real.OutOfTimeError, match="Student 2"):
+    with pytest.raises(real_plan.OutOfTimeError, match="Student 2"):
         real_runs.run_all(late, ways, [1, 2])
 
     text = real.text_of(late.stored)
@@ -203,10 +203,12 @@ def test_words_in_common():
 
 def test_a_plan_fits_its_minutes_and_stays(tmp_path):
     for seeds in (1, 3):
-        plan = real.Plan.within(90, seeds)
+        plan = real_plan.Plan.within(90, seeds)
         assert sum(plan.seconds(seeds)) == pytest.approx(5400, rel=0.05)
-    assert real.plan_of(tmp_path, plan, hub=False) == plan
-    assert real.plan_of(tmp_path, real.Plan(), hub=False) == plan  # a second call goes on with the first one's
+    assert real_plan.plan_of(tmp_path, plan, hub=False) == plan
+    assert (
+        real_plan.plan_of(tmp_path, real_plan.Plan(), hub=False) == plan
+    )  # a second call goes on with the first one's
 
 
 def test_what_the_command_refuses(capsys, tmp_path):

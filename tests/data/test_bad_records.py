@@ -9,7 +9,7 @@ import pytest
 from tests.data.conftest import RECORDS, data_args
 from tests.data.tokenizers import qwen2
 from tinyllava_switchkd.data import check_data, make_supervised_data_module
-from tinyllava_switchkd.data.check import main
+from tinyllava_switchkd.train.check_data import main
 
 GOOD = RECORDS[0]
 TURNS = GOOD["conversations"]

@@ -13,7 +13,7 @@ from tinyllava_switchkd.data import (
     check_data,
     make_supervised_data_module,
 )
-from tinyllava_switchkd.data.check import main
+from tinyllava_switchkd.train.check_data import main
 
 
 def talk(*texts):
@@ -156,7 +156,7 @@ def test_what_v1_accepts_and_means_nothing_good_is_counted(folder):
 
 def test_command_as_a_command(folder):
     (folder / "b.jpg").unlink()
-    command = [sys.executable, "-m", "tinyllava_switchkd.data.check", str(folder / "data.json")]
+    command = [sys.executable, "-m", "tinyllava_switchkd.train.check_data", str(folder / "data.json")]
     done = subprocess.run([*command, "--image-folder", str(folder)], capture_output=True, text=True)
     assert done.returncode == 1
     assert str(folder / "b.jpg") in done.stdout

@@ -31,10 +31,10 @@ from tinyllava_switchkd.data import (
 )
 from tinyllava_switchkd.data.image_files import ImageFolder, look_at
 from tinyllava_switchkd.eval.batches import open_image
+from tinyllava_switchkd.eval.mistakes import thumbnail
 from tinyllava_switchkd.model.chat import open_image as shown_image
 from tinyllava_switchkd.model.export.questions import Question
 from tinyllava_switchkd.serve.images import read_image as read_upload
-from tinyllava_switchkd.visualize.mistakes import thumbnail
 
 GREY = NOISE[..., 0]
 RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)

@@ -13,8 +13,7 @@ from PIL import Image
 from tests.eval.scorers import FOLDERS, data_dir
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
-from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
-from tinyllava_switchkd.model.checkpoint import save_pretrained_model
+from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration, save_pretrained_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDE ,."
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serve.talkers import picture, talker
 from tests.tiny import tiny_tokenizer
-from tinyllava_switchkd.model.checkpoint import save_pretrained_model
+from tinyllava_switchkd.model import save_pretrained_model
 from tinyllava_switchkd.serve import chat
 from tinyllava_switchkd.serve.conversation import Sampling
 

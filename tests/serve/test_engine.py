@@ -11,7 +11,7 @@ import torch
 from tests.serve.talkers import CONTEXT, picture, talker
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
-from tinyllava_switchkd.model.checkpoint import save_pretrained_model
+from tinyllava_switchkd.model import save_pretrained_model
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
 from tinyllava_switchkd.serve.engine import ChatModel, display_names
 

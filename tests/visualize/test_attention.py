@@ -13,7 +13,7 @@ from scipy import stats
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
-from tinyllava_switchkd.model.checkpoint import load_pretrained_model, save_pretrained_model
+from tinyllava_switchkd.model import load_pretrained_model, save_pretrained_model
 from tinyllava_switchkd.visualize.attention import look, main
 from tinyllava_switchkd.visualize.attention_map import AttentionMap, attention_map, correlation
 from tinyllava_switchkd.visualize.grid import TokenGrid, token_grid, visible_box

@@ -2,33 +2,24 @@
 
 A teacher, and students trained with and without it on the same pictures, by the quickstart's experiment: the same
 training and evaluation entry points, and what is finished is used again. Beside scores of held-out pictures it measures
-what the terms of the loss are to one another before, in the middle of and after training. `real_parts` makes models and
-pictures, `real_runs` trains and measures; here are the plan, the command and the tables.
+what the terms of the loss are to one another before, in the middle of and after training. `real_plan` says how
+much is trained, `real_parts` makes models and pictures, `real_runs` trains and measures; the command and the tables are
+here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from tinyllava_switchkd import cli
-from tinyllava_switchkd.eval.statistics import mean_interval
-from tinyllava_switchkd.io import JsonObject, read_json, write_json
+from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.statistics import mean_interval
 
+from .real_plan import UNTIL_CONVERGED, OutOfTimeError, Plan, plan_of
 from .tables import WAYS
-
-RESULTS = "real_weights.json"
-
-HUB = {
-    "teacher": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "student": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "tower": "google/siglip-base-patch16-224",
-}
-"""Models by name, where the hub is reached."""
 
 MEASURES = {
     "caption_loss": "caption, loss a token",
@@ -38,78 +29,8 @@ MEASURES = {
 }
 """What is measured of every held-out picture. The first is better when smaller; the rest are per cent."""
 
-
 OTHERS = ("align", "fkl", "rkl", "logit_kd", "llava_kd", "align_kd")
 """Further ways of the tables that these models can go."""
-
-
-class OutOfTimeError(RuntimeError):
-    """The minutes are used up."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Steps of each stage, and what else decides the numbers.
-
-    Attributes:
-        student_layers: how many of the language model's layers a student keeps; None for all.
-        held_out: held-out pictures of every kind.
-        turns: of a training sample, at most.
-        converge: steps are the most that are made; validation ends a stage.
-    """
-
-    teacher_pt_steps: int = 24
-    teacher_steps: int = 48
-    student_pt_steps: int = 24
-    student_steps: int = 48
-    adapt_steps: int = 12
-    batch_size: int = 4
-    image_size: int = 84
-    student_layers: int | None = 11
-    held_out: int = 8
-    turns: int = 2
-    converge: bool = False
-
-    @classmethod
-    def within(cls, minutes: float, seeds: int) -> Plan:
-        """As many steps as `minutes` of one core bear, what does not depend on steps counted first."""
-        whole = cls()
-        steps, rest = whole.seconds(seeds)
-        factor = (60 * minutes - rest) / steps
-        names = [field.name for field in dataclasses.fields(cls) if field.name.endswith("steps")]
-        return dataclasses.replace(whole, **{name: max(2, round(factor * getattr(whole, name))) for name in names})
-
-    def seconds(self, seeds: int) -> tuple[float, float]:
-        """Seconds of one core that all steps take about, and all the rest, by `SECONDS`."""
-        steps = self.teacher_pt_steps * SECONDS["teacher_pt"]
-        steps += (self.teacher_steps + self.adapt_steps) * SECONDS["teacher"]
-        steps += seeds * self.student_pt_steps * SECONDS["student_pt"]
-        steps += seeds * self.student_steps * (SECONDS["sft"] + SECONDS["switch_kd"])
-        return steps, 2 * seeds * SECONDS["scores"] + SECONDS["teacher_scores"] + 9 * SECONDS["terms"]
-
-
-SECONDS = {
-    "teacher_pt": 2.0,
-    "teacher": 5.0,
-    "student_pt": 1.1,
-    "sft": 2.9,
-    "switch_kd": 6.5,
-    "scores": 60.0,
-    "teacher_scores": 120.0,
-    "terms": 40.0,
-}
-"""Seconds of one core: of a step of four pictures, of scoring a checkpoint, of comparing terms at one temperature."""
-
-UNTIL_CONVERGED = Plan(
-    *(400, 2000, 400, 2000, 400),
-    batch_size=16,
-    image_size=224,
-    student_layers=None,
-    held_out=12,
-    turns=4,
-    converge=True,
-)
-"""Where there is a GPU."""
 
 
 # What is printed
@@ -210,12 +131,6 @@ def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -
     return rows
 
 
-def one_line(state: JsonObject) -> str:
-    at = state["temperatures"]["3"]
-    means, norms = (", ".join(f"{name} {value:.3g}" for name, value in at[part].items()) for part in ("means", "norms"))
-    return f"overlap {state['overlap']:.2f}; means {means}; gradients at the tower {norms}"
-
-
 def text_of(stored: JsonObject) -> str:
     """Everything that is stored, as tables of text."""
     tables = [lines(stored), differences(stored), state_lines(stored), temperature_lines(stored)]
@@ -281,12 +196,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text_of(experiment.stored))
 
     return told("real_weights", run)
-
-
-def plan_of(root: Path, wanted: Plan, hub: bool) -> Plan:
-    """The plan that a folder began with, else `wanted`: a second call must not change what the first has trained."""
-    file = root / "plan.json"
-    if not file.is_file():
-        wanted = dataclasses.replace(wanted, student_layers=None) if hub else wanted
-        write_json(file, dataclasses.asdict(wanted))
-    return Plan(**read_json(file))

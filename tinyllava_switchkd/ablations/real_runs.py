@@ -35,7 +35,7 @@ from tinyllava_switchkd.quickstart.report import environment
 from tinyllava_switchkd.train.task import SupervisedTask
 
 from . import real_parts as parts
-from .real import HUB, RESULTS, OutOfTimeError, Plan, one_line
+from .real_plan import HUB, RESULTS, OutOfTimeError, Plan
 from .tables import Way
 
 if TYPE_CHECKING:
@@ -479,6 +479,13 @@ def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None
             experiment.states(seed, ways)
             experiment.apart(seed)
     experiment.score_teacher()
+
+
+def one_line(state: JsonObject) -> str:
+    """What the terms are to one another in one state of a student."""
+    at = state["temperatures"]["3"]
+    means, norms = (", ".join(f"{name} {value:.3g}" for name, value in at[part].items()) for part in ("means", "norms"))
+    return f"overlap {state['overlap']:.2f}; means {means}; gradients at the tower {norms}"
 
 
 def hub_is_reached() -> bool:

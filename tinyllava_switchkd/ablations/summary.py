@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from tinyllava_switchkd import cli
-from tinyllava_switchkd.eval.statistics import mean_interval
 from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.statistics import mean_interval
 
 from .tables import Table
 

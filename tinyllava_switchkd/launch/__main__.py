@@ -20,7 +20,7 @@ from .variables import read
 MODULES = {
     "prepare": ("tinyllava_switchkd.eval.prepare", "benchmarks' data in LLaVA's layout"),
     "data": ("tinyllava_switchkd.data.download", "LLaVA-558K and LLaVA-Mix-665K"),
-    "check": ("tinyllava_switchkd.data.check", "look a data file over"),
+    "check": ("tinyllava_switchkd.train.check_data", "look a data file over"),
     "score": ("tinyllava_switchkd.eval.score", "score a file of answers"),
     "report": ("tinyllava_switchkd.eval.report", "tables and charts of scores"),
     "export": ("tinyllava_switchkd.model.export", "write a checkpoint in another format"),
@@ -126,7 +126,7 @@ def _train(words: list[str], script: str) -> int:
         trainings = stages.whole_recipe(named, request)
     if named is not None and named.world == "tiny" and not _is_dry(variables):
         with Commands().listening() as commands:
-            code = commands.run([python, "-m", "tinyllava_switchkd.launch.tiny", str(request.tiny)], {})
+            code = commands.run([python, "-m", "tinyllava_switchkd.quickstart.tiny", str(request.tiny)], {})
         if code:
             return code
     return _launch(trainings, dry=_is_dry(variables))

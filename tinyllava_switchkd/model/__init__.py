@@ -21,8 +21,8 @@ _HOMES = {
     "build_model": "checkpoint",
     "load_checkpoint_weights": "checkpoint",
     "load_pretrained_model": "checkpoint",
-    "push_pretrained_model": "checkpoint",
-    "save_pretrained_model": "checkpoint",
+    "push_pretrained_model": "saving",
+    "save_pretrained_model": "saving",
 }
 __all__ = list(_HOMES)
 

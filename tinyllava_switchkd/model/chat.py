@@ -11,16 +11,18 @@ import torch
 from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.data.image_files import BadImageError, read_upright
 from tinyllava_switchkd.data.template.base import exchange
+from tinyllava_switchkd.data.text import TextPreprocess
 
 from .layouts import image_processor_of, tokenizer_of
 from .weights import resolve_folder
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.data.template.base import Message
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ TEMPLATE_OF_LLM = {
 }
 
 
-def conversation_template(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> str:
+def conversation_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Name of the conversation template of a model: the one stored in it, else v1's for its language model.
 
     Raises:
@@ -60,7 +62,7 @@ def conversation_template(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) 
 
 
 def chat(
-    model: TinyLlava,
+    model: PreTrainedModel,
     prompt: str,
     image: Images = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -91,12 +93,8 @@ def chat(
         ValueError: the model came without a tokenizer and none is given, or a file is no image.
         FileNotFoundError: there is no such image.
     """
-    # The data room stands on the same floor; it is only needed here, so that models load without it.
-    from tinyllava_switchkd.data.image import ImagePreprocess
-    from tinyllava_switchkd.data.text import TextPreprocess
-
     if tokenizer is None and model.tokenizer is None:
-        _fetch_own(model)
+        fetch_own(model)
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
@@ -125,12 +123,12 @@ def chat(
     return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
 
 
-def _fetch_own(model: TinyLlava) -> None:
+def fetch_own(model: PreTrainedModel) -> None:
     """Give a model the tokenizer and the image processor of its checkpoint, which AutoModelForCausalLM leaves there."""
     if model.config.name_or_path:
         folder = resolve_folder(model.config.name_or_path)
         model.tokenizer = tokenizer_of(folder, model.config)
-        model.image_processor = model.image_processor or image_processor_of(folder, model)
+        model.image_processor = model.image_processor or image_processor_of(folder, model.vision_tower)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -140,8 +138,6 @@ def open_image(path: str | Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: it is no image.
     """
-    from tinyllava_switchkd.data.image_files import BadImageError, read_upright
-
     if not isinstance(path, str | Path):
         raise ValueError(f"An image is a PIL image or the path of one, not a {type(path).__name__}.")
     file = Path(path)

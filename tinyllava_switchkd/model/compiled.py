@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from transformers import CompileConfig
-
-if TYPE_CHECKING:
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+from transformers import CompileConfig, PreTrainedModel
 
 
 def compile_generation(
-    model: TinyLlava, max_length: int | None = None, mode: str = "default", backend: str | Callable = "inductor"
-) -> TinyLlava:
+    model: PreTrainedModel, max_length: int | None = None, mode: str = "default", backend: str | Callable = "inductor"
+) -> PreTrainedModel:
     """Make `generate` run compiled decoding steps over a static cache, in place.
 
     The first answer waits for the compiler; the prompt of each (with its image) runs as before. It helps where a step

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from tinyllava_switchkd import _auto
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.io import JsonObject
 
@@ -148,7 +149,7 @@ class TinyLlavaConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: JsonObject, **kwargs: object) -> TinyLlavaConfig:
         """As in transformers. Whoever reads a configuration may next ask AutoModelForCausalLM for the model."""
-        importlib.import_module(".modeling", __package__)  # registers the model class
+        _auto.register_model()
         # Which attention kernel a checkpoint was trained with says nothing of what this machine has.
         config_dict = {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
         return super().from_dict(config_dict, **kwargs)

@@ -23,7 +23,7 @@ from .weights import read_checkpoint, refuse_unusable
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
+    from .vision_tower import VisionTower
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBase:
@@ -46,13 +46,13 @@ def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def image_processor_of(folder: Path, model: TinyLlava) -> BaseImageProcessor:
+def image_processor_of(folder: Path, vision_tower: VisionTower) -> BaseImageProcessor:
     """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
     if (folder / "preprocessor_config.json").is_file():
         processor = load_image_processor(folder)
-        check_image_processor(processor, model.image_size, folder / "preprocessor_config.json")
+        check_image_processor(processor, vision_tower.image_size, folder / "preprocessor_config.json")
         return processor
-    return model.vision_tower.image_processor
+    return vision_tower.image_processor
 
 
 def read_config(folder: Path) -> TinyLlavaConfig:

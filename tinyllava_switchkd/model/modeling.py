@@ -24,11 +24,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinyllava_switchkd.constants import IGNORE_INDEX
 
 from .caches import cache_of, with_cache
-from .chat import Images, chat
+from .chat import Images, chat, fetch_own
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
 from .layouts import merge_adapter, open_checkpoint, read_config
 from .llm import resolve_llm
+from .saving import push_pretrained_model
 from .splice import Spliced, splice
 from .trust import one_sentence
 from .vision_tower import resolve_vision_tower
@@ -457,11 +458,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload everything that the model needs, with its model card; see `push_pretrained_model`."""
-        from .chat import _fetch_own
-        from .checkpoint import push_pretrained_model
-
         if self.tokenizer is None:
-            _fetch_own(self)
+            fetch_own(self)
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer to upload with it; load it with load_pretrained_model.")
         processor = self.image_processor or self.vision_tower.image_processor

@@ -22,7 +22,7 @@ from tinyllava_switchkd.runtime import world_size
 from .settings import OneOf, Range, numbers_in
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.train.arguments import TrainingArguments
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

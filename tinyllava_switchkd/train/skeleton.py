@@ -59,7 +59,10 @@ def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> TinyLlava:
     folder = resolve_folder(path, cache_dir=cache_dir)
     config, _ = open_checkpoint(Path(folder))
     model = _on_meta(config)
-    model.tokenizer, model.image_processor = tokenizer_of(folder, config), image_processor_of(folder, model)
+    model.tokenizer, model.image_processor = (
+        tokenizer_of(folder, config),
+        image_processor_of(folder, model.vision_tower),
+    )
     return model
 
 

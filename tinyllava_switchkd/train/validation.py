@@ -14,9 +14,10 @@ from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.distill import Task
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from tinyllava_switchkd.data.collator import Sample
     from tinyllava_switchkd.data.dataset import LazySupervisedDataset, Samples
-    from tinyllava_switchkd.train.reliable import ReliableTrainer
 
 
 class _Around(Dataset):
@@ -98,7 +99,7 @@ def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[S
 
 
 @torch.no_grad()
-def held_out_means(trainer: ReliableTrainer, model: nn.Module, dataset: Samples, batch_size: int) -> dict[str, float]:
+def held_out_means(trainer: Trainer, model: nn.Module, dataset: Samples, batch_size: int) -> dict[str, float]:
     """Every loss and measure of a task over a data set, each sample counted once, on all ranks.
 
     Args:

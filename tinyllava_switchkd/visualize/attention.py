@@ -127,7 +127,7 @@ def likeness_lines(names: Sequence[str], values: Sequence[Sequence[float | None]
 
 
 def _interval(values: Sequence[float]) -> str:
-    from tinyllava_switchkd.eval.statistics import mean_interval
+    from tinyllava_switchkd.statistics import mean_interval
 
     if not values:
         return "no map to compare"

@@ -21,8 +21,8 @@ from tinyllava_switchkd.registry import Registry
 from .files import ID, find_file, missing_file, picture_path, read_jsonl, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
-    from tinyllava_switchkd.eval.statistics import Figure, Sums
+    from tinyllava_switchkd.eval.benchmarks.build import Build
+    from tinyllava_switchkd.statistics import Figure, Sums
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

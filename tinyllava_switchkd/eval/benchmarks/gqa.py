@@ -26,7 +26,7 @@ from .base import (
 from .files import need_file, require, write_upload
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 GQA_URL = "https://downloads.cs.stanford.edu/nlp/data/gqa/"
 QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"

@@ -35,7 +35,7 @@ from .choices import match_exactly, read_choice
 from .files import missing_file, read_tsv
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
-    from tinyllava_switchkd.eval.statistics import Figure, Sums
+    from tinyllava_switchkd.eval.benchmarks.build import Build
+    from tinyllava_switchkd.statistics import Figure, Sums
 
 PERCEPTION = (
     "existence",

@@ -32,7 +32,7 @@ from .base import (
 from .files import ID, find_file, need_file, picture_path, require, write_upload
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 QUESTION_FILE = "anns_for_eval.json"
 ANSWER_FILE = "eval/answer_dict_val.json"

@@ -24,8 +24,8 @@ from .base import (
 from .files import missing_file, read_jsonl, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
-    from tinyllava_switchkd.eval.statistics import Figure, Sums
+    from tinyllava_switchkd.eval.benchmarks.build import Build
+    from tinyllava_switchkd.statistics import Figure, Sums
 
 CATEGORIES = ("random", "popular", "adversarial")
 YES_NO = {"yes": "yes", "no": "no"}

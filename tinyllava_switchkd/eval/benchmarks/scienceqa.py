@@ -27,7 +27,7 @@ from .base import (
 from .files import ID, need_file, picture_path, require
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 SCIENCEQA_URL = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/"
 SCIENCEQA_IMAGES_URL = "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip"

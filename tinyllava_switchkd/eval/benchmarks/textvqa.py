@@ -24,7 +24,7 @@ from .files import ID, need_file, require
 from .vqa import annotator_answers, m4c_accuracy, score_row, summarise
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 OCR_MARK = "Reference OCR token:"
 TEXTVQA_URL = "https://dl.fbaipublicfiles.com/textvqa/"

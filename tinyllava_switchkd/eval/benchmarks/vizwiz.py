@@ -33,7 +33,7 @@ from .vqa import (
 )
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 VIZWIZ_URL = "https://vizwiz.cs.colorado.edu/VizWiz_final/"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."

@@ -23,7 +23,7 @@ from .files import ID, find_file, prepare_hint, read_jsonl, require, write_uploa
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
 
 if TYPE_CHECKING:
-    from tinyllava_switchkd.eval.prepare import Build
+    from tinyllava_switchkd.eval.benchmarks.build import Build
 
 VQA_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
 COCO_URL = "http://images.cocodataset.org/zips/"

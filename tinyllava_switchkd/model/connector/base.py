@@ -1,10 +1,12 @@
-"""Connector: from the vision tower's tokens to the language model's embeddings."""
+"""Connector: from the vision tower's tokens to the language model's embeddings; and the connectors' factory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+from tinyllava_switchkd.registry import Registry
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
@@ -44,3 +46,7 @@ class Connector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[I, N, vision_hidden_size] -> [I, K, hidden_size]."""
         return self._connector(x)
+
+
+ConnectorFactory: Registry[type[Connector]] = Registry("connector", fuzzy=True)
+register_connector = ConnectorFactory.register

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import register_connector
-from .base import Connector
+from .base import Connector, register_connector
 from .mlp import mlp
 
 if TYPE_CHECKING:

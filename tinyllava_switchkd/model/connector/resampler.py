@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import register_connector
-from .base import Connector
+from .base import Connector, register_connector
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig

@@ -14,9 +14,10 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
-from ..checkpoint import load_pretrained_model, save_pretrained_model
+from ..checkpoint import load_pretrained_model
 from ..configuration import TinyLlavaConfig
 from ..modeling import TinyLlavaForConditionalGeneration
+from ..saving import save_pretrained_model
 from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
 from .chat_template import template_behind
 from .files import empty_folder, read_by_older_versions, whole_folder

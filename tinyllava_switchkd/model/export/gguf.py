@@ -31,11 +31,11 @@ from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template
 from ..checkpoint import load_pretrained_model
+from .base import GGUF_DTYPES
 from .chat_template import jinja_template
 from .files import empty_folder, require, whole_folder
 from .hf_llava import _add_image_token, _generation_config, _record
 from .questions import default_questions
-from .targets import GgufTarget
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL, MMPROJ, RECORD = "model.gguf", "mmproj.gguf", "tinyllava.json"
-DTYPES = GgufTarget.dtypes
 MARKER = "<__media__>"
 """Where llama.cpp puts an image in a prompt (``mtmd_default_marker``)."""
 LDPV2_SIDE = 24
@@ -96,8 +95,8 @@ def to_gguf(
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
         output_dir: a folder that is empty or does not exist; it appears whole or not at all.
-        dtype: of the language model's matrices, one of `DTYPES`. One whose rows do not divide into a quantisation's
-            blocks of 32 stays f16. The other file is f32 with f32, else f16; vectors are f32 always.
+        dtype: of the language model's matrices, one of `GGUF_DTYPES`. One whose rows do not divide into a
+            quantisation's blocks of 32 stays f16. The other file is f32 with f32, else f16; vectors are f32 always.
         template: conversation template; the checkpoint's own if None.
         allow_approximate: write also what llama.cpp computes differently, and measure it where torch can tell.
         verify: read the files back and compare every tensor with the checkpoint's.
@@ -110,8 +109,8 @@ def to_gguf(
         ImportError: the package gguf is not installed.
     """
     require("gguf")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if dtype not in GGUF_DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(GGUF_DTYPES)}, not {dtype!r}.")
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=torch.float32)
     reason = why_not_gguf(model, tokenizer, image_processor)

@@ -31,7 +31,8 @@ from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, write_json
 
 from ..chat import conversation_template
-from ..checkpoint import load_pretrained_model, save_image_processor
+from ..checkpoint import load_pretrained_model
+from ..saving import save_image_processor
 from .chat_template import jinja_template
 from .files import RECORD, empty_folder, read_by_older_versions, whole_folder
 from .verify import verify_export

@@ -21,7 +21,9 @@ from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..chat import conversation_template
-from ..checkpoint import load_pretrained_model, save_image_processor
+from ..checkpoint import load_pretrained_model
+from ..saving import save_image_processor
+from .base import ONNX_DTYPES
 from .chat_template import jinja_template
 from .files import empty_folder, require, tokenizer_settings, whole_folder
 from .hf_llava import RECORD, _add_image_token, _generation_config, _record
@@ -41,7 +43,6 @@ from .onnx_graphs import (
 )
 from .onnx_student import OnnxStudent
 from .questions import Question, default_questions
-from .targets import OnnxTarget
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = OnnxTarget.dtypes
 
 INLINE_BYTES = 1_800_000_000
 """Weights of more bytes go into a file of their own: one of protobuf's holds 2 GiB."""
@@ -76,7 +76,7 @@ def to_onnx(
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
         output_dir: a folder that is empty or does not exist; it appears whole or not at all.
-        dtypes: of `DTYPES`.
+        dtypes: of `ONNX_DTYPES`.
         template: conversation template; the checkpoint's own if None.
         allow_approximate: write also what no graph can hold exactly.
         verify: compare the graphs with the checkpoint.
@@ -91,9 +91,9 @@ def to_onnx(
         ImportError: the packages of the extra ``export`` are not installed.
     """
     require("onnx", "onnxscript", "onnxruntime")
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    unknown = [dtype for dtype in dtypes if dtype not in ONNX_DTYPES]
     if unknown or not dtypes:
-        raise ValueError(f"--dtype is one or more of {', '.join(DTYPES)}, not {', '.join(unknown) or 'none'}.")
+        raise ValueError(f"--dtype is one or more of {', '.join(ONNX_DTYPES)}, not {', '.join(unknown) or 'none'}.")
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=torch.float32)
     template = template or conversation_template(model, tokenizer)

@@ -1,4 +1,4 @@
-"""Export targets, entered with ``@register_export_target("name")`` and chosen by ``--to name``.
+"""Our export targets, chosen by ``--to name``.
 
 Each imports the file that does its work when it is run, so that the command line answers at once.
 """
@@ -8,46 +8,17 @@ from __future__ import annotations
 import argparse
 import logging
 
-from tinyllava_switchkd.registry import Registry
+from .base import GGUF_DTYPES, ONNX_DTYPES, ExportTarget, ExportTargetFactory, register_export_target
+
+__all__ = ["ExportTarget", "ExportTargetFactory", "register_export_target"]
 
 logger = logging.getLogger(__name__)
-
-
-class ExportTarget:
-    """A layout that a checkpoint can be written in.
-
-    A subclass says what it is in `summary`, which ``--help`` prints, and implements `export`. Everything that stops an
-    export is a `ValueError` or an `OSError` with one sentence, raised before anything is written.
-    """
-
-    summary = ""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """What ``--dtype`` may be."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The target's own arguments; MODEL, OUT, ``--template``, ``--no_verify`` and ``--allow_approximate`` are
-        everybody's."""
-        parser.add_argument("--dtype", choices=self.dtypes, help="of the weights (default: as is)")
-
-    def export(self, args: argparse.Namespace) -> None:
-        """Write ``args.model`` into ``args.out`` and, unless ``args.no_verify``, compare the two.
-
-        Raises:
-            ValueError: the layout cannot hold the model exactly and ``args.allow_approximate`` is not set, or at all.
-            OSError: there is no such checkpoint, or `out` is not empty.
-        """
-        raise NotImplementedError
-
-
-ExportTargetFactory: Registry[type[ExportTarget]] = Registry("export target")
-register_export_target = ExportTargetFactory.register
-"""``@register_export_target("name")`` on an `ExportTarget` class."""
 
 
 @register_export_target("gguf")
 class GgufTarget(ExportTarget):
     summary = "GGUF files of language model and vision tower, for llama.cpp"
-    dtypes = ("f32", "f16", "q8_0", "q4_0")
+    dtypes = GGUF_DTYPES
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -84,7 +55,7 @@ class HfLlavaTarget(ExportTarget):
 @register_export_target("onnx")
 class OnnxTarget(ExportTarget):
     summary = "ONNX graphs in transformers.js's layout, for onnxruntime and browsers"
-    dtypes = ("fp32", "fp16", "int8", "q4")
+    dtypes = ONNX_DTYPES
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(

@@ -12,8 +12,7 @@ from transformers import BaseImageProcessor, CLIPVisionModel, Dinov2Config, Pret
 from tinyllava_switchkd.io import JsonObject
 
 from ..llm import read_base_config
-from . import register_vision_tower
-from .base import VisionTower, strip_prefix
+from .base import VisionTower, register_vision_tower, strip_prefix
 from .transformers_towers import (
     CLIPVisionTower,
     VisionModelHolder,

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from tinyllava_switchkd.io import JsonObject, read_json
 
-from . import register_vision_tower
+from .base import register_vision_tower
 from .timm import LibraryTower, LibraryVisionConfig, forward_by, geometry, intermediate, keep_initialisation
 
 

@@ -18,8 +18,7 @@ from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 from tinyllava_switchkd.io import JsonObject, read_json
 
 from ..trust import refuse_code
-from . import register_vision_tower
-from .base import VisionTower
+from .base import VisionTower, register_vision_tower
 from .transformers_towers import clip_image_processor
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}

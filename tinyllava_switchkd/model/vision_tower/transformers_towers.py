@@ -20,8 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from ..llm import read_base_config
 from ..weights import outside_zero_init, read_weights, resolve_folder
-from . import register_vision_tower
-from .base import VisionTower, strip_prefix
+from .base import VisionTower, register_vision_tower, strip_prefix
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BICUBIC = 3

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyllava_switchkd.model.checkpoint import (
-    build_model,
-    load_checkpoint_weights,
-    load_pretrained_model,
-    save_pretrained_model,
-)
+from tinyllava_switchkd.model.checkpoint import build_model, load_checkpoint_weights, load_pretrained_model
+from tinyllava_switchkd.model.saving import save_pretrained_model
 from tinyllava_switchkd.registry import Registry
 
 from ..arguments import TrainingArguments
 from ..parts import describe, set_tune_type, tune_from_layer
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
-    from tinyllava_switchkd.train.trainer import LLaVATrainer
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +98,7 @@ class BaseTrainingRecipe:
                 f"{arguments.tune_vision_tower_from_layer}) and --tune_type_connector {arguments.tune_type_connector}."
             )
 
-    def save(self, model: TinyLlava, trainer: LLaVATrainer) -> None:
+    def save(self, model: TinyLlava, trainer: Trainer) -> None:
         """Write the trained model, and last the trainer's state, which marks the run as finished."""
         trainer.save_model(self.training_arguments.output_dir)
         trainer.accelerator.wait_for_everyone()

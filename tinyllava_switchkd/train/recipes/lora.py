@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.model.card import write_model_card
-from tinyllava_switchkd.model.checkpoint import save_image_processor
+from tinyllava_switchkd.model.saving import save_image_processor
 from tinyllava_switchkd.model.weights import refuse
 
 from ..parts import MODULES

@@ -14,7 +14,7 @@ from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory
 from tinyllava_switchkd.eval.report import main as report
 from tinyllava_switchkd.eval.score import main as score
 from tinyllava_switchkd.eval.score import score_file
-from tinyllava_switchkd.eval.statistics import (
+from tinyllava_switchkd.statistics import (
     cluster_sums,
     compare,
     holm,

@@ -1,6 +1,6 @@
 """Where two checkpoints differ: pictures, questions, truths and both answers, on one page that needs nothing else::
 
-    python -m tinyllava_switchkd.visualize.mistakes A.rows.jsonl B.rows.jsonl --data_dir DIR --output PAGE.html
+    python -m tinyllava_switchkd.eval.mistakes A.rows.jsonl B.rows.jsonl --data_dir DIR --output PAGE.html
 
 The rows are the verdicts that `eval.run --score` and `eval.score --rows` write, each optionally as LABEL=FILE. The
 pictures are shrunk and put into the page; questions about one picture stand together.
@@ -22,8 +22,7 @@ from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
 from tinyllava_switchkd.io import JsonObject, read_text, write_text
-
-from .overlay import data_address
+from tinyllava_switchkd.visualize.overlay import data_address
 
 SIDE = 320
 """Longer side of a picture on the page, in pixels."""
@@ -202,7 +201,7 @@ def _labelled(source: str) -> tuple[str, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = CommandParser(
-        prog="python -m tinyllava_switchkd.visualize.mistakes",
+        prog="python -m tinyllava_switchkd.eval.mistakes",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )

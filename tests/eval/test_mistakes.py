@@ -13,9 +13,9 @@ from PIL import Image
 
 from tests.eval.scorers import answer_rows, data_dir, write_rows
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
+from tinyllava_switchkd.eval.mistakes import SIDE, main, thumbnail
 from tinyllava_switchkd.eval.score import score_file
 from tinyllava_switchkd.eval.score import write_rows as write_verdicts
-from tinyllava_switchkd.visualize.mistakes import SIDE, main, thumbnail
 
 
 def test_the_page(tmp_path, capsys):

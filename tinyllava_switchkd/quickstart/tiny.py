@@ -1,4 +1,4 @@
-"""Tiny random models and drawn pictures for the recipe `debug`: ``python -m tinyllava_switchkd.launch.tiny FOLDER``."""
+"""``python -m tinyllava_switchkd.quickstart.tiny FOLDER``: tiny models and drawn pictures for the recipe `debug`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.io import write_json
 
+from .base_models import write_llm, write_vision_tower
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
 
 
 def write_tiny_world(folder: Path) -> None:
     """Write qwen2-teacher, qwen2-student, siglip-tiny, images, captions.json and conversations.json; none twice."""
-    from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
-
     if (folder / "conversations.json").is_file():  # the last one to be written
         return
     write_llm(folder / "qwen2-student", width=32, layers=2)

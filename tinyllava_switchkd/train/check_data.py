@@ -1,0 +1,125 @@
+"""``python -m tinyllava_switchkd.train.check_data DATA.json``: look a data file over, as a model would read it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.constants import TEMPLATE_FLAGS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, 1 if there is a problem."""
+    parser = CommandParser(
+        prog="python -m tinyllava_switchkd.train.check_data", description="Look a LLaVA data file over before training."
+    )
+    parser.add_argument("data_path", help="LLaVA JSON or JSON lines")
+    parser.add_argument("--image_folder", help="folder that the images' names start from")
+    parser.add_argument(*TEMPLATE_FLAGS, default="phi", help="conversation template (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="tokenizer to check the template against and to measure lengths with")
+    parser.add_argument("--model_path", help="checkpoint whose tokenizer, visual tokens and image processor are taken")
+    parser.add_argument("--vision_tower", help="vision tower whose image processor and visual tokens are taken")
+    parser.add_argument("--connector_type", default="mlp2x_gelu", help="connector (default: %(default)s)")
+    parser.add_argument("--mm_vision_select_feature", default="patch", help="patch or cls_patch (default: %(default)s)")
+    parser.add_argument("--num_queries", type=int, default=128, help="of resampler and qformer (default: %(default)s)")
+    parser.add_argument("--image_aspect_ratio", help="square or pad (default: the checkpoint's, else square)")
+    parser.add_argument(
+        "--num_image_tokens", type=int, help="tokens an image takes (default: those of the model named)"
+    )
+    parser.add_argument("--model_max_length", type=int, help="where samples are cut (default: the tokenizer's)")
+    parser.add_argument(
+        "--decode",
+        choices=("sample", "all", "none"),
+        nargs="?",
+        const="all",
+        default="sample",
+        help="images to decode: some spread over all, all, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow_outside_images",
+        action="store_true",
+        help="images may lie outside the folder: absolute names, .., links",
+    )
+    args = parser.parse_args(argv)
+    try:
+        lines, ready = _look(args)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0 if ready else 1
+
+
+def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
+    """The report's lines, and whether the data is ready."""
+    for name in ("num_image_tokens", "model_max_length", "num_queries"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1.")
+    from tinyllava_switchkd.data.inspection import check_data
+
+    lines = []
+    settings: dict[str, Any] = {}
+    if args.model_path or args.vision_tower:
+        settings = _of_model(args)
+        tokens, name = settings["num_image_tokens"], args.model_path or args.vision_tower
+        lines.append(f"{tokens:>12,}  visual tokens of an image ({name})")
+    if args.tokenizer:
+        from tinyllava_switchkd.model.llm import open_tokenizer
+
+        settings["tokenizer"] = open_tokenizer(args.tokenizer)
+    for name in ("image_aspect_ratio", "num_image_tokens", "model_max_length"):
+        settings[name] = getattr(args, name) or settings.get(name)
+    report = check_data(
+        args.data_path,
+        args.image_folder,
+        template=args.template,
+        decode=args.decode,
+        allow_outside_images=args.allow_outside_images,
+        **settings,
+    )
+    return [*lines, str(report)], report.ok
+
+
+def _of_model(args: argparse.Namespace) -> dict[str, Any]:
+    """What `check_data` takes of the model named on the command line, whose weights are not read."""
+    import torch
+
+    from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+    from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
+    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
+    from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+    from tinyllava_switchkd.model.weights import resolve_folder
+
+    if args.model_path:
+        folder = resolve_folder(args.model_path)
+        config, _ = open_checkpoint(Path(folder))
+    else:
+        config = TinyLlavaConfig(
+            vision_model_name_or_path=args.vision_tower,
+            connector_type=args.connector_type,
+            vision_feature_select_strategy=args.mm_vision_select_feature,
+            num_queries=args.num_queries,
+            resampler_hidden_size=768,
+            num_resampler_layers=1,
+            text_config={"model_type": "llama", "num_hidden_layers": 1},  # any will do: it makes no visual tokens
+        )
+        resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
+    with torch.device("meta"):
+        model = TinyLlavaForConditionalGeneration(config)
+    found = {"num_image_tokens": model.num_image_tokens}
+    if not args.model_path:
+        return found | {"image_processor": model.vision_tower.image_processor}
+    found |= {
+        "image_processor": image_processor_of(folder, model.vision_tower),
+        "tokenizer": tokenizer_of(folder, config),
+    }
+    return found | {"image_aspect_ratio": config.image_aspect_ratio}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
