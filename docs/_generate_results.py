@@ -107,7 +107,7 @@ def table_block(stored: Mapping[str, Any], name: str) -> str:
     head, *rest = rows
     lines = [" | ".join(["", *row, ""]).strip() for row in (head, ["---", *["---:"] * (len(head) - 1)], *rest)]
     said = [f"- {line}" for line in summary.sentences(stored, table)]
-    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" + ("" if len(seeds) >= 5 else ", not the five of the default")
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" + ("" if len(seeds) >= 5 else " instead of the default five")
     return "\n".join([f"{count}.", "", *lines, "", *said, "", _command(table.script)])
 
 
@@ -152,11 +152,11 @@ def attention_block(stored: Mapping[str, Any]) -> str:
         columns = [[a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]]
         intervals = [mean_interval(column) for column in columns]
         cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval) for interval in intervals]
-        verdicts.append("nearer" if intervals[2][1] > 0 else "farther" if intervals[2][2] < 0 else "not told apart")
+        verdicts.append("nearer" if intervals[2][1] > 0 else "farther" if intervals[2][2] < 0 else "undecided")
         lines.append(f"| {seed} | {' | '.join(cells)} | {len(pairs)} |")
-    said = ", ".join(f"{name} in {verdicts.count(name)}" for name in ("nearer", "not told apart", "farther"))
+    said = ", ".join(f"{name} in {verdicts.count(name)}" for name in ("nearer", "undecided", "farther"))
     count = f"{len(verdicts)} pair{'s' * (len(verdicts) > 1)} of students"
-    return "\n".join([*lines, "", f"Switch-KD's maps beside SFT's, of {count}: {said}."])
+    return "\n".join([*lines, "", f"Switch-KD's maps compared with SFT's, for {count}: {said}."])
 
 
 SUMMARISED = ("methods", "switch", "bridge")
@@ -290,10 +290,10 @@ def real_blocks() -> dict[str, str]:
     stored = read_json(REAL)
     of, plan = stored["versions"], stored["plan"]
     setting = (
-        f"{stored['pictures'][0]} training pictures, {stored['pictures'][1]} held out, {plan['image_size']} pixels a "
+        f"{stored['pictures'][0]} training pictures, {stored['pictures'][1]} held out, {plan['image_size']} pixels per "
         f"side. Teacher: {plan['teacher_pt_steps']} steps of PT and {plan['teacher_steps']} of SFT; students: "
         f"{plan['student_layers']} of 30 layers, {plan['student_pt_steps']} steps of PT and {plan['student_steps']} of "
-        f"SFT or Switch-KD; {plan['batch_size']} samples a step. Python {of['python']}, torch {of['torch']}, "
+        f"SFT or Switch-KD; {plan['batch_size']} samples per step. Python {of['python']}, torch {of['torch']}, "
         f"transformers {of['transformers']}; {of['machine']}, {of['threads']} thread, no GPU."
     )
     tables = (real.lines(stored), real.differences(stored))
