@@ -46,7 +46,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import Distiller, TeacherCache, build_distiller, register_loss
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.compiling import compile_layers
-from tinyllava_switchkd.train.estimate import estimate
+from tinyllava_switchkd.train.preflight.estimate import estimate
 from tinyllava_switchkd.train.task import SupervisedTask
 
 
@@ -400,7 +400,7 @@ def _peak_of_process(variant: str, shape: Shape) -> float:
 def resident_growth(variant: str, shape: Shape) -> float:
     """Bytes by which a process of its own grows at most: what torch allocates, and what comes on top."""
     context = multiprocessing.get_context("forkserver")  # everything is imported once, and nothing computed there
-    context.set_forkserver_preload(["tinyllava_switchkd.distill", "tinyllava_switchkd.train.estimate"])
+    context.set_forkserver_preload(["tinyllava_switchkd.distill", "tinyllava_switchkd.train.preflight.estimate"])
     with context.Pool(1) as pool:
         return pool.apply(_peak_of_process, (variant, shape))
 

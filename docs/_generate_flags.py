@@ -1,4 +1,4 @@
-"""Write docs/flags.md and tinyllava_switchkd/train/flags.json from the commands' own parsers and argument classes::
+"""Write docs/flags.md and train/command_line/flags.json from the commands' own parsers and argument classes::
 
 python docs/_generate_flags.py            # write the page
 python docs/_generate_flags.py --check    # exit status 1 if the page is not what would be written
@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 PAGE = Path(__file__).with_name("flags.md")
-TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "flags.json"
+TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "command_line" / "flags.json"
 """What ``--help`` and the first look at a training's command line read."""
 
 COMMANDS = (
@@ -151,7 +151,7 @@ def fields_of(cls: type) -> Iterator[tuple[str, str, str]]:
 
 def training_groups() -> dict[str, type]:
     """The argument classes of training by the headline that they stand under."""
-    from tinyllava_switchkd.train import arguments
+    from tinyllava_switchkd.train.command_line import arguments
 
     return {
         "The model": arguments.ModelArguments,
@@ -186,7 +186,7 @@ def type_of(annotation: Any) -> str:
 
 def page() -> str:
     """The whole page."""
-    from tinyllava_switchkd.train import argv
+    from tinyllava_switchkd.train.command_line import argv
 
     head = ("flag", "default", "meaning")
     parts = [INTRODUCTION]

@@ -120,7 +120,7 @@ def test_modules_do_not_import_one_another_in_a_circle():
 
 def test_scoring_and_the_launcher_know_nothing_of_torch():
     """What `eval/score` and `launch` import at once, and what that imports in turn."""
-    for start in ("eval.score", "launch.__main__", "train.argv", "train.check_data"):
+    for start in ("eval.score", "launch.__main__", "train.command_line.argv", "train.check_data"):
         todo, seen = [f"{NAME}.{start}"], set()
         while todo:
             module = todo.pop()

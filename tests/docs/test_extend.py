@@ -35,7 +35,7 @@ from tinyllava_switchkd.model import (
     load_pretrained_model,
     save_pretrained_model,
 )
-from tinyllava_switchkd.train.arguments import distill_arguments
+from tinyllava_switchkd.train.command_line.arguments import distill_arguments
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
 PLUGINS = files_of("extend.md")
@@ -172,7 +172,7 @@ def test_template(plugin):
 
 def test_recipe(plugin, tmp_path):
     plugin("norms.py")
-    from tinyllava_switchkd.train.arguments import TrainingArguments
+    from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
 
     arguments = TrainingArguments(output_dir=str(tmp_path), training_recipe="norms", use_cpu=True, report_to="none")
     model = TrainingRecipeFactory(arguments.training_recipe)(arguments)(tiny_llava())

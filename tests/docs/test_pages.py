@@ -48,7 +48,7 @@ def test_site_loads_nothing_from_elsewhere(site):
 def test_flags_are_in_sync(tmp_path):
     generator = import_from(tmp_path, "generate_flags.py", (DOCS / "_generate_flags.py").read_text(encoding="utf-8"))
     assert generator.page() == read("flags.md"), "run python docs/_generate_flags.py"
-    table = ROOT / "tinyllava_switchkd" / "train" / "flags.json"
+    table = ROOT / "tinyllava_switchkd" / "train" / "command_line" / "flags.json"
     assert generator.flags_table() == table.read_text(encoding="utf-8"), "run python docs/_generate_flags.py"
 
 

@@ -16,7 +16,7 @@ from tinyllava_switchkd.distill import LossFactory
 from tinyllava_switchkd.launch.recipe import read_recipe
 from tinyllava_switchkd.launch.variables import MACHINE, TRAINING
 from tinyllava_switchkd.model import ConnectorFactory
-from tinyllava_switchkd.train.argv import translate_argv
+from tinyllava_switchkd.train.command_line.argv import translate_argv
 
 FINETUNE = "conversations.json images Qwen/Qwen2.5-0.5B siglip '' mlp2x_gelu qwen2_base base common 2048"
 

@@ -118,7 +118,7 @@ def test_students_of_a_seed_differ_in_what_is_compared_and_nothing_else(tmp_path
 
 def test_flags_are_those_of_the_entry_point(tmp_path, calls):
     """What the scripts of full size pass under a name is passed under that name here."""
-    from tinyllava_switchkd.train.argv import parse_arguments
+    from tinyllava_switchkd.train.command_line.argv import parse_arguments
 
     experiment = Experiment(tmp_path, SMALL)
     for stage, extra in report.ways(experiment).values():

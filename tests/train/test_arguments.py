@@ -5,8 +5,13 @@ import os
 
 import pytest
 
-from tinyllava_switchkd.train.arguments import DataArguments, ModelArguments, TrainingArguments, distill_arguments
-from tinyllava_switchkd.train.argv import IGNORED, parse_arguments, translate_argv
+from tinyllava_switchkd.train.command_line.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    distill_arguments,
+)
+from tinyllava_switchkd.train.command_line.argv import IGNORED, parse_arguments, translate_argv
 
 REQUIRED = ["--data_path", "d.json", "--vision_tower", "v", "--output_dir", "out", "--use_cpu", "True"]
 

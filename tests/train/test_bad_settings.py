@@ -8,10 +8,15 @@ import sys
 
 import pytest
 
-from tinyllava_switchkd.train.arguments import DataArguments, ModelArguments, TrainingArguments, distill_arguments
-from tinyllava_switchkd.train.argv import parse_arguments
-from tinyllava_switchkd.train.deepspeed_config import check_deepspeed, warn_of_builds
-from tinyllava_switchkd.train.settings import ALLOWED, check_settings
+from tinyllava_switchkd.train.command_line.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    distill_arguments,
+)
+from tinyllava_switchkd.train.command_line.argv import parse_arguments
+from tinyllava_switchkd.train.command_line.deepspeed_config import check_deepspeed, warn_of_builds
+from tinyllava_switchkd.train.command_line.settings import ALLOWED, check_settings
 
 NEEDED = ["--data_path", "d", "--output_dir", "o", "--vision_tower", "t", "--report_to", "none", "--use_cpu", "True"]
 WITH_TEACHER = ["--teacher_path", "t"]

@@ -13,8 +13,8 @@ from transformers import TrainerState
 from tests.train.toy import toy_arguments, toy_trainer
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.io import digest
-from tinyllava_switchkd.train import checkpoints, resume
-from tinyllava_switchkd.train.checkpoints import CheckpointError
+from tinyllava_switchkd.train.reliability import checkpoints, resume
+from tinyllava_switchkd.train.reliability.checkpoints import CheckpointError
 from tinyllava_switchkd.train.train import main
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train.checks import few_steps
+from tinyllava_switchkd.train.preflight.checks import few_steps
 from tinyllava_switchkd.train.train import main
 
 

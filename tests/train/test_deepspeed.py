@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tests.train.ranks import codes_on_ranks
 from tests.train.test_checkpoints import Planted
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints, resume, universal
-from tinyllava_switchkd.train.resume import ResumeError
+from tinyllava_switchkd.train.reliability import checkpoints, resume, universal
+from tinyllava_switchkd.train.reliability.resume import ResumeError
 from tinyllava_switchkd.train.train import main
 
 STAGES = Path(universal.__file__).parents[1] / "launch" / "deepspeed"

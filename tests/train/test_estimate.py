@@ -6,7 +6,7 @@ from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.trace import splice_batch
 from tinyllava_switchkd.model.quantized import weight_bytes
-from tinyllava_switchkd.train.estimate import estimate
+from tinyllava_switchkd.train.preflight.estimate import estimate
 from tinyllava_switchkd.train.train import main
 
 TEXT = {"hidden": 64, "layers": 4, "max_position_embeddings": 1024}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints, fingerprint
-from tinyllava_switchkd.train.argv import parse_arguments
+from tinyllava_switchkd.train.command_line.argv import parse_arguments
+from tinyllava_switchkd.train.reliability import checkpoints, fingerprint
 from tinyllava_switchkd.train.train import main
 
 

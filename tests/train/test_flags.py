@@ -11,9 +11,14 @@ import pytest
 from transformers import HfArgumentParser
 
 from tests.train.test_arguments import V1_FINETUNE
-from tinyllava_switchkd.train.arguments import DataArguments, ModelArguments, TrainingArguments, distill_arguments
-from tinyllava_switchkd.train.argv import check_command_line
-from tinyllava_switchkd.train.flags import help_text, own_flags, transformers_flags
+from tinyllava_switchkd.train.command_line.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    distill_arguments,
+)
+from tinyllava_switchkd.train.command_line.argv import check_command_line
+from tinyllava_switchkd.train.command_line.flags import help_text, own_flags, transformers_flags
 
 REQUIRED = ["--data_path", "d.json", "--output_dir", "out"]
 ENTRY = [sys.executable, "-m", "tinyllava_switchkd.train.train"]

@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints
-from tinyllava_switchkd.train.guard import EVENTS, NonFiniteError
+from tinyllava_switchkd.train.reliability import checkpoints
+from tinyllava_switchkd.train.reliability.guard import EVENTS, NonFiniteError
 from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.train.train import main
 

@@ -29,7 +29,8 @@ def test_two_processes_equal_one(tmp_path):
 
 def fail_on(rank, check, stage):
     """Another machine's disk is not mounted, say."""
-    from tinyllava_switchkd.train import checks, resume
+    from tinyllava_switchkd.train.preflight import checks
+    from tinyllava_switchkd.train.reliability import resume
 
     def fails(*args, **kwargs):
         raise FileNotFoundError(f"{check} fails on rank {rank}")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.launch.__main__ import main as launch
-from tinyllava_switchkd.train.argv import parse_arguments
-from tinyllava_switchkd.train.record import recipe_of
+from tinyllava_switchkd.train.command_line.argv import parse_arguments
+from tinyllava_switchkd.train.reliability.record import recipe_of
 from tinyllava_switchkd.train.train import main
 
 

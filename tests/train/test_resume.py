@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.io import write_json
-from tinyllava_switchkd.train import checkpoints, resume
+from tinyllava_switchkd.train.reliability import checkpoints, resume
 from tinyllava_switchkd.train.train import main
 
 

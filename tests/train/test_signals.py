@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from tests.train.ranks import CONTEXT, UNEVEN, train_on_ranks, train_once
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train import checkpoints, locking, resume, signals, train, trainer
-from tinyllava_switchkd.train.locking import LockedError, OutputLock
+from tinyllava_switchkd.train import train, trainer
+from tinyllava_switchkd.train.reliability import checkpoints, locking, resume, signals
+from tinyllava_switchkd.train.reliability.locking import LockedError, OutputLock
 
 
 def run_command(argv, log, hold=None):
@@ -151,7 +152,7 @@ def test_the_lock_of_another_machine_counts_while_it_is_renewed(tmp_path, age, i
 
 CHILD = """
 import sys, time
-from tinyllava_switchkd.train import signals
+from tinyllava_switchkd.train.reliability import signals
 signals.follow_launcher(0.2)
 open(sys.argv[1], "w").write("ready")
 time.sleep(300)
@@ -201,7 +202,7 @@ def _children(process):
 def test_a_run_in_the_background_outlives_its_shell(tmp_path):
     """Only launchers are watched: what a shell starts and leaves behind goes on."""
     mark = tmp_path / "mark"
-    code = "import sys; from tinyllava_switchkd.train.signals import launchers; "
+    code = "import sys; from tinyllava_switchkd.train.reliability.signals import launchers; "
     code += "open(sys.argv[1], 'w').write(str(launchers()))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(["bash", "-c", f"'{sys.executable}' -c \"{code}\" '{mark}'; true"], env=environment, check=True)

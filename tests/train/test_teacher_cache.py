@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.train.ranks import main_on_ranks
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.distill import Distiller, teacher_cache
-from tinyllava_switchkd.train.checkpoints import NO_ROOM
+from tinyllava_switchkd.train.reliability.checkpoints import NO_ROOM
 from tinyllava_switchkd.train.train import main
 
 

@@ -13,7 +13,7 @@ from tests.tiny import IMAGE_SIZE, tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import DataCollatorForSupervisedDataset
 from tinyllava_switchkd.distill import build_distiller
-from tinyllava_switchkd.train.arguments import TrainingArguments
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
 from tinyllava_switchkd.train.task import SupervisedTask
 from tinyllava_switchkd.train.trainer import LLaVATrainer
 

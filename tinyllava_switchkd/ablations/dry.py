@@ -19,7 +19,7 @@ from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava_switchkd.train.estimate import Estimate, estimate
+from tinyllava_switchkd.train.preflight.estimate import Estimate, estimate
 
 from .tables import Flags
 

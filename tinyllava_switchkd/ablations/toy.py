@@ -20,7 +20,7 @@ from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 from tinyllava_switchkd.quickstart.bases import BasePlan, make_bases
 from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOWER, Experiment, StageError, words_of
-from tinyllava_switchkd.train.argv import check_command_line
+from tinyllava_switchkd.train.command_line.argv import check_command_line
 from tinyllava_switchkd.visualize.attention import Look, likeness, look
 from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinyllava_switchkd.train.signals import INTERRUPTED, LAUNCHER
+from tinyllava_switchkd.train.reliability.signals import INTERRUPTED, LAUNCHER
 
 from .launcher import MODULE
 

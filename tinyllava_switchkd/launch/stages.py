@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyllava_switchkd.train.argv import check_command_line
-from tinyllava_switchkd.train.flags import pairs
+from tinyllava_switchkd.train.command_line.argv import check_command_line
+from tinyllava_switchkd.train.command_line.flags import pairs
 
 from .batch import Batch, batch_of
 from .devices import Devices

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tinyllava_switchkd.train.flags import BOOLEANS
+from tinyllava_switchkd.train.command_line.flags import BOOLEANS
 
 
 def boolean(text: str) -> str | None:

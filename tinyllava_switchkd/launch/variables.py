@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from tinyllava_switchkd.train.settings import ALLOWED, OneOf, Range
+from tinyllava_switchkd.train.command_line.settings import ALLOWED, OneOf, Range
 
 from .values import anything, boolean, flags, folder_name, word
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from tinyllava_switchkd.distill import Task
 
-from .arguments import TrainingArguments
-from .parts import LAYER
+from .command_line.arguments import TrainingArguments
+from .recipes.parts import LAYER
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from tinyllava_switchkd.distill import TeacherCache
 from tinyllava_switchkd.distill.teacher import FrozenTeacher
 from tinyllava_switchkd.distill.teacher_cache import fill
 
-from . import signals
-from .arguments import TrainingArguments
-from .checkpoints import CheckpointError
+from .command_line.arguments import TrainingArguments
+from .reliability import signals
+from .reliability.checkpoints import CheckpointError
 from .validation import Subset
 
 if TYPE_CHECKING:

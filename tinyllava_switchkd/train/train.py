@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from tinyllava_switchkd.io import JsonObject
-from tinyllava_switchkd.train.argv import answer_at_once, parse_arguments
+from tinyllava_switchkd.train.command_line.argv import answer_at_once, parse_arguments
 
 if __name__ == "__main__":
     answer_at_once(sys.argv[1:])
@@ -35,25 +35,26 @@ from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
 from tinyllava_switchkd.runtime import is_main_process
 
-from . import checkpoints, checks, fingerprint, resume, signals, universal
 from .adapters import begin_adapters
-from .arguments import Arguments
 from .attention import attention_of
+from .command_line.arguments import Arguments
+from .command_line.deepspeed_config import warn_of_builds
 from .compiling import check_compile
-from .deepspeed_config import warn_of_builds
-from .estimate import estimate_run
 from .filling import Filling
-from .guard import NON_FINITE, NonFiniteError
-from .locking import LockedError, OutputLock
-from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
-from .record import write_recipe
-from .skeleton import (
+from .preflight import checks
+from .preflight.estimate import estimate_run
+from .preflight.skeleton import (
     apply_run_settings,
     checkpoint_skeleton,
     model_settings,
     student_skeleton,
     visual_tokens,
 )
+from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
+from .reliability import checkpoints, fingerprint, resume, signals, universal
+from .reliability.guard import NON_FINITE, NonFiniteError
+from .reliability.locking import LockedError, OutputLock
+from .reliability.record import write_recipe
 from .task import SupervisedTask
 from .trainer import LLaVATrainer
 from .validation import hold_out

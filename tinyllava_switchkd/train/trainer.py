@@ -31,10 +31,10 @@ from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 from tinyllava_switchkd.distill import Distiller, Measure, Task
 
 from .adapters import write_adapters
-from .arguments import TrainingArguments
+from .command_line.arguments import TrainingArguments
 from .compiling import compile_layers
 from .recipes import BaseTrainingRecipe
-from .reliable import ReliableTrainer
+from .reliability.reliable import ReliableTrainer
 from .task import SupervisedTask
 from .validation import held_out_means
 

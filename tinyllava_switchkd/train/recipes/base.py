@@ -12,8 +12,8 @@ from tinyllava_switchkd.model.checkpoint import build_model, load_checkpoint_wei
 from tinyllava_switchkd.model.saving import save_pretrained_model
 from tinyllava_switchkd.registry import Registry
 
-from ..arguments import TrainingArguments
-from ..parts import describe, set_tune_type, tune_from_layer
+from ..command_line.arguments import TrainingArguments
+from .parts import describe, set_tune_type, tune_from_layer
 
 if TYPE_CHECKING:
     from transformers import Trainer

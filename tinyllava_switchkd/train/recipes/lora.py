@@ -17,8 +17,8 @@ from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.saving import save_image_processor
 from tinyllava_switchkd.model.weights import refuse
 
-from ..parts import MODULES
 from .base import BaseTrainingRecipe, register_training_recipe
+from .parts import MODULES
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..arguments import TrainingArguments
+from ..command_line.arguments import TrainingArguments
 from .base import register_training_recipe
 from .lora import LoRATrainingRecipe
 

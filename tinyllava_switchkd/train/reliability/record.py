@@ -9,7 +9,7 @@ import yaml
 from tinyllava_switchkd.io import write_text
 from tinyllava_switchkd.runtime import versions
 
-from .arguments import Arguments
+from ..command_line.arguments import Arguments
 
 RECIPE = "recipe.yaml"
 

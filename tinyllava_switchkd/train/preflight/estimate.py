@@ -22,8 +22,8 @@ from tinyllava_switchkd.distill.bridge import differ
 from tinyllava_switchkd.distill.objective import CHUNK_ELEMENTS
 from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
 
-from .arguments import Arguments, TeacherArguments, TrainingArguments
-from .recipes import TrainingRecipeFactory
+from ..command_line.arguments import Arguments, TeacherArguments, TrainingArguments
+from ..recipes import TrainingRecipeFactory
 from .skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from tinyllava_switchkd.distill import MethodFactory
 from tinyllava_switchkd.io import JsonObject, digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
 
-from .arguments import Arguments
+from ..command_line.arguments import Arguments
 
 logger = logging.getLogger(__name__)
 

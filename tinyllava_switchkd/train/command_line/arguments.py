@@ -1,7 +1,7 @@
 """The four groups of training arguments: TinyLLaVA v1's names and defaults, and Switch-KD's.
 
 Names and defaults are v1's (``utils/arguments.py``), minus the flags that nothing read; those, and the flags that
-Hugging Face has removed since, are still accepted on the command line by :mod:`tinyllava_switchkd.train.argv`.
+Hugging Face has removed since, are still accepted on the command line by `argv`.
 Every group checks itself when it is constructed; what concerns several groups is checked by `Arguments`.
 """
 

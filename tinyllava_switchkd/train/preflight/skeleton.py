@@ -13,8 +13,8 @@ from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 
-from .arguments import Arguments
-from .attention import attention_of
+from ..attention import attention_of
+from ..command_line.arguments import Arguments
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

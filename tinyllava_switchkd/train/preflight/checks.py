@@ -11,8 +11,8 @@ from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.model.connector import ConnectorFactory
 from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
 
-from .arguments import Arguments, TrainingArguments
-from .recipes import TrainingRecipeFactory
+from ..command_line.arguments import Arguments, TrainingArguments
+from ..recipes import TrainingRecipeFactory
 
 
 def check_names(arguments: Arguments) -> None:

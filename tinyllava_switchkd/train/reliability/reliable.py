@@ -24,12 +24,12 @@ from transformers import Trainer
 
 from tinyllava_switchkd.io import JsonObject, write_json
 
+from ..adapters import read_adapters
+from ..command_line.arguments import TrainingArguments
+from ..validation import WithFillers
 from . import checkpoints, fingerprint, signals, universal
-from .adapters import read_adapters
-from .arguments import TrainingArguments
 from .guard import Guard, check_trained
 from .resume import REMEDY, ResumeError, reading
-from .validation import WithFillers
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput

@@ -27,7 +27,7 @@ from . import checkpoints, fingerprint
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
-    from .arguments import TrainingArguments
+    from ..command_line.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

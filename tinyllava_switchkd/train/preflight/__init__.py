@@ -1,0 +1,1 @@
+"""What is known before weights are read: mistakes, shapes, memory."""

@@ -1,0 +1,1 @@
+"""What keeps a run from being lost or silently ruined: checkpoints, resuming, locks, signals, and what is watched."""
