@@ -462,3 +462,5 @@ def test_a_plain_process(world, tmp_path):
     arguments = [world["pretrain"], world["images"], world["llm"], world["tower"], "", "mlp2x_gelu", "test", "common"]
     bash("pretrain.sh", *arguments, LENGTH, **tiny(tmp_path))
     assert (output(tmp_path, "pretrain") / "model.safetensors").is_file()
+    failed = bash("pretrain.sh", *arguments, LENGTH, check=False, **tiny(tmp_path, EXTRA_ARGS="--max_stepz 1"))
+    assert failed.returncode == 1 and "There is no argument --max_stepz" in failed.stderr
