@@ -209,9 +209,9 @@ def main() -> None:
         ],
         machine(),
         note=(
-            f"A generated JSON of {args.samples:,} samples ({size:,.0f} MiB); memory is the proportional set size, the "
-            f"file's own mapped pages included. JPEGs of 640 x 480 to 384 x 384 (SigLIP). Padding: batches of 4 on 8 "
-            f"ranks, {IMAGE_TOKENS} tokens an image, a word counted as a token."
+            f"A generated JSON of {args.samples:,} samples ({size:,.0f} MiB); memory is the proportional set size, "
+            f"including the file's own mapped pages. JPEGs of 640 x 480 to 384 x 384 (SigLIP). Padding: batches of 4 "
+            f"on 8 ranks, {IMAGE_TOKENS} tokens per image, one token per word."
         ),
     )
 

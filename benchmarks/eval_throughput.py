@@ -258,7 +258,7 @@ def measure(size: str, args: argparse.Namespace, root: Path) -> tuple[list[tuple
     hidden, layers, side, _ = SIZES[size]
     note = (
         f"{size}: {layers} layers of width {hidden} in language model and tower, {answerer.model.num_image_tokens} "
-        f"tokens a picture of {side} pixels, {statistics.mean(lengths.values()):.1f} tokens an answer "
+        f"tokens per picture of {side} pixels, {statistics.mean(lengths.values()):.1f} tokens per answer "
         f"(longest {max(lengths.values())}; {100 * len(short) / len(questions):.0f} % have one)"
     )
     tables = [
@@ -286,14 +286,14 @@ def main() -> None:
             notes.append(note)
     gains = [float(row[-1]) for _, rows in tables for row in rows if row[0] == "batch size 16"]
     if args.device == "cpu" and gains:
-        readme_cell("| benchmark answers a second, batch 16", f"{min(gains):.1f} to {max(gains):.1f}")
+        readme_cell("| benchmark answers per second, batch 16", f"{min(gains):.1f} to {max(gains):.1f}")
     questions = f"About {args.questions} questions in the proportions of the benchmarks, float32, on {args.device}"
     write_section(
         f"evaluation-{args.device}",
-        f"Evaluation, answers a second ({args.device})",
+        f"Evaluation, answers per second ({args.device})",
         tables,
         machine(),
-        note=f"{questions}; every way gave the same answers. {'; '.join(notes)}.",
+        note=f"{questions}. Every row gave the same answers. {'; '.join(notes)}.",
     )
 
 

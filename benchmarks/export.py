@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         [(header, rows)],
         machine(),
         note=(
-            f"{name}, one question about one image, {args.new_tokens} new tokens, one thread, processor time, in turn "
-            f"with torch. A ratio of times below 1 and one of tokens/s above 1 are faster than torch."
+            f"{name}, one question about one image, {args.new_tokens} new tokens, one thread, processor time, "
+            f"alternating with torch. Faster than torch: a ratio of times below 1, a ratio of tokens/s above 1."
         ),
     )
 

@@ -261,9 +261,9 @@ def write_ratios(rows: list[dict]) -> None:
         "Exact DBiLD over full-vocabulary reverse KL, by torch's version and threads (cpu)",
         [(["vocabulary, logits", "mean knee", *names, "range"], lines)],
         machine().partition(",")[0],
-        note=f"Forward and backward of {rows[0]['tokens']} tokens, float32, the two in turn, {repeats} times: the "
-        "least time over the least time, of the CPU with one thread and of the wall clock with two, while other work "
-        'ran on the machine. "Skewed" logits are shaped like a language model\'s. From `docs/loss_ratios.json`.',
+        note=f"Forward and backward of {rows[0]['tokens']} tokens, float32, alternating, {repeats} times each. The "
+        "ratio is that of the shortest times: CPU time with one thread, wall-clock time with two, while other work ran "
+        'on the machine. "Skewed" logits are shaped like a language model\'s. From `docs/loss_ratios.json`.',
     )
     for kind, start in (("simulated", "| exact DBiLD, forward"), ("skewed", "| the same on logits shaped")):
         found = [row["ratio"] for row in rows if row["logits"] == kind]
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [row for vocab in args.vocab for row in compare(args.tokens, vocab, args.device, args.repeats)]
     grown = growth(args.device, args.repeats)
     if args.device == "cpu":
-        readme_cell("| growth of its pair term with k", grown[0][-1], f"{grown[1][-1]} enumerated")
+        readme_cell("| growth of its pair term with k", grown[0][-1], f"{grown[1][-1]} with all pairs enumerated")
     write_section(
         f"loss-{args.device}",
         f"Distillation losses, forward and backward ({args.device})",
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (["what grows", "with", "range", "log-log slope"], grown),
         ],
         machine(),
-        note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most it bears here)."
+        note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most that is possible here)."
         + (f" The knee by {knee_module.BACKEND}." if args.device == "cuda" else ""),
     )
 

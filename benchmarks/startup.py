@@ -72,7 +72,7 @@ def main() -> int:
         for title, words in commands.items():
             rows.append((title, f"{min(cpu_seconds(words) for _ in range(repeat)):.2f}"))
             print(*rows[-1], sep=": ", flush=True)
-    note = f"CPU seconds of a whole process, the least of {repeat}; they depend little on what else the machine does."
+    note = f"CPU seconds of a whole process, the shortest of {repeat} runs; they depend little on other load."
     write_section("startup", "Until a command answers", [(["command", "CPU seconds"], rows)], machine(), note=note)
     return 0
 

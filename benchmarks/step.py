@@ -454,10 +454,10 @@ def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table,
             ]
         )
     lengths = "mixed" if shape.mixed else "equal"
-    note = f"{shape.size}, {shape.samples} samples of {lengths} lengths, {tokens:,} tokens a step"
+    note = f"{shape.size}, {shape.samples} samples of {lengths} lengths, {tokens:,} tokens per step"
     if {"align + switch", "heads, trivial loss"} <= medians.keys():
         share = 1 - medians["heads, trivial loss"] / medians["align + switch"]
-        note += f"; the loss, heads excluded, takes {100 * share:.1f} % of the align + switch step"
+        note += f"; the loss without heads takes {100 * share:.1f} % of the align + switch step"
     header = [
         "step",
         "seconds",
@@ -553,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             growth(shape, args.repeats),
             machine(),
             note=f"One sample; {PROMPT} tokens of the question and {ANSWER} of the answer while the images grow, one "
-            "image while the answer grows. Weights and optimiser are in the memory. A slope of 1 is linear growth.",
+            "image while the answer grows. Memory includes weights and optimiser. A slope of 1 is linear growth.",
         )
     else:
         table, note = compare(shape, args.variants, args.repeats)
