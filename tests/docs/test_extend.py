@@ -11,7 +11,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from tests.docs.pages import ROOT, files_of, import_from
 from tests.eval.hub_schemas import picture as hub_picture
@@ -35,6 +42,8 @@ from tinyllava_switchkd.model import (
     load_pretrained_model,
     save_pretrained_model,
 )
+from tinyllava_switchkd.model.export import ExportTargetFactory
+from tinyllava_switchkd.model.export.__main__ import main as export
 from tinyllava_switchkd.train.command_line.arguments import distill_arguments
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
@@ -50,6 +59,7 @@ REGISTRIES = {
     "colours.py": (BenchmarkFactory, "colours"),
     "realworldqa.py": (BenchmarkFactory, "realworldqa"),
     "last_letter.py": (JudgeFactory, "last_letter"),
+    "tower_target.py": (ExportTargetFactory, "tower"),
 }
 
 
@@ -314,6 +324,22 @@ def test_a_complete_benchmark(plugin, tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert "RealWorldQA" in text and "McNemar, exact" in text and "-50.0" in text
+
+
+def test_export_target(plugin, bases, tmp_path):
+    plugin("tower_target.py")
+    model, tokenizer, processor = build_model(bases["llm"], bases["tower"])
+    save_pretrained_model(model, tokenizer, processor, tmp_path / "student", template="qwen2_base")
+    export(["--to", "tower", str(tmp_path / "student"), str(tmp_path / "tower")])
+    encoder, reader = (
+        AutoModel.from_pretrained(tmp_path / "tower"),
+        AutoImageProcessor.from_pretrained(tmp_path / "tower"),
+    )
+    pixels = reader(picture(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        ours = model.vision_tower(pixels, -1, "cls_patch")
+        theirs = encoder(pixels, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(ours, theirs) and (tmp_path / "tower" / "README.md").is_file()
 
 
 def test_a_judge(plugin):
