@@ -263,7 +263,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     done, calls = bash("eval_all", "models/vlm", EVAL_DIR=str(tmp_path / "empty"))
     assert done.returncode == 1
     assert not calls
-    assert "there was nothing to evaluate" in done.stderr
+    assert "nothing was evaluated" in done.stderr
 
 
 def test_an_interruption_stops_all_that_was_to_come(tmp_path):
@@ -298,7 +298,7 @@ def test_an_interruption_stops_all_that_was_to_come(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
-    assert "eval_all.sh: interrupted. Run the script again to go on." in errors
+    assert "eval_all.sh: interrupted. Run the script again to continue." in errors
     assert started.read_text().split() == ["pope"]
 
 

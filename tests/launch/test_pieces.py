@@ -53,7 +53,7 @@ def test_the_cpu(environment, processes):
     ("environment", "words"),
     [
         ({"GPUS": "5"}, "GPUS is 5, but only 0,1,2,5 are visible."),
-        ({"GPUS": "0"}, "how many"),
+        ({"GPUS": "0"}, "number of GPUs"),
         ({"GPUS": "0,3"}, "only 0,1,2,5 are visible"),
         ({"GPUS": "1,1"}, "twice"),
         ({"GPUS": "-1"}, "only 0,1,2,5"),
@@ -97,7 +97,7 @@ def test_batches_that_are_given():
     assert batch_of(128, 8, 4, accumulate=2) == Batch(16, 2, 4)
     assert batch_of(128, 8, 4, per_device=3, accumulate=5) == Batch(3, 5, 4)
     assert batch_of(4, 8, 300) == Batch(1, 1, 300)
-    assert str(Batch(8, 4, 4)) == "Batch: 8 a device x 4 accumulated x 4 processes = 128 a step"
+    assert str(Batch(8, 4, 4)) == "Batch: 8 per device x 4 accumulated x 4 processes = 128 per step"
 
 
 def test_launchers_by_default():
@@ -108,7 +108,7 @@ def test_launchers_by_default():
     launcher = find_launcher({}, by_uuid)
     assert launcher.kind == "torchrun" and launcher.deepspeed.endswith("zero2.json")
     assert launch_environment(by_uuid, launcher) == {"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2"}
-    with pytest.raises(ValueError, match="number only"):
+    with pytest.raises(ValueError, match="accepts only GPU numbers"):
         find_launcher({"LAUNCHER": "deepspeed"}, by_uuid)
 
 

@@ -225,13 +225,13 @@ class TestLimits:
         image = tab.upload(tmp_path / "bomb.png")
         assert tab.call(page.check_image, [None, image])[0] is None
         _, notice = tab.ask("What?", image)
-        assert "9000 x 9000 = 81.0 million pixels; at most 1.0 million are taken" in notice
+        assert "9000 x 9000 = 81.0 million pixels; at most 1.0 million are allowed" in notice
 
     @pytest.mark.parametrize(("name", "content"), [("a.png", b"no image"), ("a.svg", b"<svg onload='alert(1)'/>")])
     def test_no_image(self, tab, tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
         _, notice = tab.ask("What?", tab.upload(tmp_path / name))
-        assert "The file is no image that can be read here" in notice and str(tmp_path) not in notice
+        assert "The file is not an image in a supported format" in notice and str(tmp_path) not in notice
 
 
 class TestFiles:
@@ -321,10 +321,10 @@ class TestPool:
         thread = pool.start()
         wait_until(lambda: pool.slots[0].state == "loading")
         assert [slot.state for slot in pool.slots] == ["loading", "waiting"] and not pool.ready
-        assert re.search(r"loading, \d s", render.header(pool.slots)) and "waits to be loaded" in render.header(
+        assert re.search(r"loading, \d s", render.header(pool.slots)) and "waiting to be loaded" in render.header(
             pool.slots
         )
-        with pytest.raises(ValueError, match="still being loaded"):
+        with pytest.raises(ValueError, match="still loading"):
             next(Demo(pool).ask(Demo(pool).new_session(), None, "What?", {}))
         gate.set()
         thread.join()
@@ -382,7 +382,7 @@ class TestCommandLine:
             (["--model_path", "./nowhere"], "There is no checkpoint './nowhere'."),
             (["--model_path", "/tmp", "--compare", "/no/where/at/all"], "/no/where/at/all"),
             (["--model_path", "/tmp", "--names", "a", "b"], "--names takes one distinct name"),
-            (["--model_path", "/tmp", "--temperature", "9"], "temperature is a number"),
+            (["--model_path", "/tmp", "--temperature", "9"], "temperature must be a number"),
         ],
     )
     def test_bad_options_are_one_sentence(self, argv, message, capsys):

@@ -70,8 +70,8 @@ def test_a_session_through_stdin(folder):
     out, err = done.stdout.splitlines(), done.stderr
     assert "2 image(s) go with the next question." in out and "A new conversation." in out
     assert len([line for line in out if line]) <= 6 and "never asked" not in done.stdout
-    assert "student: 0.1 million parameters on cpu, template qwen2_base, 63 tokens an image" in err
-    assert "nowhere.png is not there" in err and "There is no command /dance; /help lists them." in err
+    assert "student: 0.1 million parameters on cpu, template qwen2_base, 63 tokens per image" in err
+    assert "nowhere.png does not exist" in err and "There is no command /dance; /help lists them." in err
     assert err.count("[cut at --max_new_tokens]") + err.count("first token after") >= 1
     assert "Traceback" not in err and "unwanted: []" in err
 
@@ -86,12 +86,12 @@ def test_answers_are_kept_as_history(session, capsys):
 
 def test_commands(session, folder, capsys):
     assert session.command(f"/image {folder}/one.png")
-    with pytest.raises(FileNotFoundError, match=r"none\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
         session.command(f"/image {folder}/one.png {folder}/none.png")
     assert len(session.conversation.pending) == 1  # all or none
     with pytest.raises(ValueError, match="needs the path"):
         session.command("/image")
-    with pytest.raises(ValueError, match="has no partner"):
+    with pytest.raises(ValueError, match="is not closed"):
         session.command("/image 'one.png")
     assert session.command("/help") and "/image PATH" in capsys.readouterr().out
     session.ask("One?")
@@ -142,10 +142,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("extra", "message"),
         [
-            (["--image", "nothing.png", "--question", "What?"], "nothing.png is not there"),
+            (["--image", "nothing.png", "--question", "What?"], "nothing.png does not exist"),
             (["--question", "What?", "--load-4bit"], "load_4bit"),
             (["--question", "What?", "--load-8bit"], "load_8bit"),
-            (["--question", "What?", "--temperature", "-1"], "temperature is a number from 0 to 5, not -1.0."),
+            (["--question", "What?", "--temperature", "-1"], "temperature must be a number from 0 to 5, not -1.0."),
             (["--question", "What?", "--conv_mode", "nonsense"], "nonsense"),
             (["--question", "  "], "The question is empty."),
             (["--question", "What?", "--device", "nonsense"], "--device nonsense cannot be used here"),

@@ -77,15 +77,15 @@ def test_too_many_bytes(tmp_path):
 
 def test_no_image(tmp_path):
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="no image that can be read"):
+    with pytest.raises(ValueError, match="not an image in a supported format"):
         read_image(tmp_path / "text.png")
     (tmp_path / "empty.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="no image that can be read"):
+    with pytest.raises(ValueError, match="not an image in a supported format"):
         read_image(tmp_path / "empty.png")
     (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    with pytest.raises(ValueError, match="no image that can be read"):
+    with pytest.raises(ValueError, match="not an image in a supported format"):
         read_image(tmp_path / "page.eps")
-    with pytest.raises(FileNotFoundError, match=r"none\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
         read_image(tmp_path / "none.png")
     with pytest.raises(FileNotFoundError, match="is no file"):
         read_image(tmp_path)

@@ -138,17 +138,17 @@ def test_no_address_is_fetched(tab, page, monkeypatch, address, form):
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
     assert "fetched from elsewhere" in answer(tab, page.ask, [None, FORMS[form](address), "What?", *ASK])
     question = {"path": address, "meta": META}  # Gradio fetches what a text box is given, too
-    assert "no object" in answer(tab, page.ask, [None, None, question, *ASK])
+    assert "not an object" in answer(tab, page.ask, [None, None, question, *ASK])
     for place in range(5):
         settings = [*ASK[:place], [question], *ASK[place + 1 :]]
-        assert "no object" in answer(tab, page.ask, [None, None, "What?", *settings])
+        assert "not an object" in answer(tab, page.ask, [None, None, "What?", *settings])
 
 
 def test_a_file_in_another_field_is_not_copied(tab, page, secret):
     before = set(Path(page.room.folder).rglob("*"))
     for question in ({"path": str(secret), "meta": META}, {"path": str(secret)}):
-        assert "no object" in answer(tab, page.ask, [None, None, question, *ASK])
-        assert "no object" in answer(tab, page.show_attention, [None, question])
+        assert "not an object" in answer(tab, page.ask, [None, None, question, *ASK])
+        assert "not an object" in answer(tab, page.show_attention, [None, question])
     assert set(Path(page.room.folder).rglob("*")) == before
 
 
@@ -364,7 +364,7 @@ class TestCost:
         data = buffer.getvalue()
         last = data.rindex(b"\xff\xda")
         (tmp_path / "scans.jpg").write_bytes(data[:last] + data[last:-2] * 1000 + data[-2:])
-        with pytest.raises(ValueError, match="more than 100 passes"):
+        with pytest.raises(ValueError, match="more than 100 scans"):
             read_image(tmp_path / "scans.jpg", DemoLimits().image)
 
     def test_a_bomb_is_refused_as_it_arrives(self, tab, page, tmp_path):

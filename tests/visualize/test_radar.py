@@ -51,7 +51,7 @@ def test_the_scale_starts_at_zero_and_holds_its_values(values: list[float]) -> N
     top = scale_end(values)
     assert max(values) <= top <= 100 and (top / RINGS).is_integer()
     assert all(RINGS * step < max(values) for step in (1, 2, 5, 10, 15, 20, 25) if RINGS * step < top)
-    with pytest.raises(ValueError, match="not on 0-100: 3 to 101"):
+    with pytest.raises(ValueError, match="must lie on 0-100, not 3 to 101"):
         scale_end([3, 101])
 
 

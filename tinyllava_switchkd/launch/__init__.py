@@ -1,6 +1,5 @@
-"""Starting trainings and evaluations: devices, launchers, batch arithmetic, stages and recipes.
+"""Starts trainings and evaluations: devices, launchers, batch sizes, stages and recipes.
 
-``tinyllava-switchkd`` and ``python -m tinyllava_switchkd.launch`` are the command, which scripts/train and scripts/eval
-call.
+The command is ``tinyllava-switchkd`` or ``python -m tinyllava_switchkd.launch``; the scripts call it.
 Nothing here imports torch or transformers, so that a command line is checked and shown (``DRY_RUN=1``) at once.
 """

@@ -18,30 +18,30 @@ from .processes import Commands, become, is_rank
 from .variables import read
 
 MODULES = {
-    "prepare": ("tinyllava_switchkd.eval.prepare", "benchmarks' data in LLaVA's layout"),
-    "data": ("tinyllava_switchkd.data.download", "LLaVA-558K and LLaVA-Mix-665K"),
-    "check": ("tinyllava_switchkd.train.check_data", "look a data file over"),
+    "prepare": ("tinyllava_switchkd.eval.prepare", "download the benchmarks' data into LLaVA's layout"),
+    "data": ("tinyllava_switchkd.data.download", "download LLaVA-558K and LLaVA-Mix-665K"),
+    "check": ("tinyllava_switchkd.train.check_data", "check a data file"),
     "score": ("tinyllava_switchkd.eval.score", "score a file of answers"),
-    "report": ("tinyllava_switchkd.eval.report", "tables and charts of scores"),
+    "report": ("tinyllava_switchkd.eval.report", "write tables and charts of scores"),
     "export": ("tinyllava_switchkd.model.export", "write a checkpoint in another format"),
-    "demo": ("tinyllava_switchkd.serve.app", "web demo"),
+    "demo": ("tinyllava_switchkd.serve.app", "start the web demo"),
     "chat": ("tinyllava_switchkd.serve.chat", "talk to a checkpoint in the terminal"),
-    "attention": ("tinyllava_switchkd.visualize.attention", "attention maps"),
-    "curves": ("tinyllava_switchkd.visualize.curves", "training curves"),
-    "quickstart": ("tinyllava_switchkd.quickstart.run", "Switch-KD from nothing to a table on a CPU"),
+    "attention": ("tinyllava_switchkd.visualize.attention", "draw attention maps"),
+    "curves": ("tinyllava_switchkd.visualize.curves", "draw training curves"),
+    "quickstart": ("tinyllava_switchkd.quickstart.run", "train, distil and evaluate tiny models on a CPU"),
 }
-"""Command -> (module, what it does); the module has options of its own."""
+"""Command -> (module, what it does). The module parses its own options."""
 
 SCRIPT = "TINYLLAVA_SCRIPT"
-"""The script that calls this command, as it was called: its name stands in usage and errors."""
+"""Environment variable with the path of the calling script, which is shown in usage and error messages."""
 
 
 class UsageError(ValueError):
-    """A command line that cannot be meant; the message is the whole usage."""
+    """An invalid command line; the message is the usage text."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. What is wrong is said in one sentence."""
+    """Run a command and return its exit code; a user's mistake is reported in one sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     script = os.environ.pop(SCRIPT, "")
     try:
@@ -74,9 +74,9 @@ def _command(words: list[str], script: str) -> int:
 
 def _overview() -> str:
     own = {
-        "train": "pretrain | finetune | distill | custom ARGUMENTS, or --recipe NAME or FILE",
-        "eval": "BENCHMARK or all, MODEL_PATH [MODEL_NAME]",
-        "recipes": "list the recipes; recipes NAME prints one, to be copied",
+        "train": "pretrain | finetune | distill | custom ARGUMENTS, or --recipe NAME|FILE",
+        "eval": "BENCHMARK|all MODEL_PATH [MODEL_NAME]",
+        "recipes": "list the recipes; recipes NAME prints one to copy",
     }
     rows = own | {name: what for name, (_, what) in MODULES.items()}
     lines = [f"  {name:<11} {what}" for name, what in rows.items()]
@@ -86,7 +86,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "COMMAND --help says more. DRY_RUN=1 shows what is run.",
+            "See COMMAND --help for details. DRY_RUN=1 shows the commands without running them.",
         ]
     )
 
@@ -96,7 +96,7 @@ def _python(environment: Mapping[str, str]) -> str:
 
 
 def playground() -> Path:
-    """Where data, checkpoints and results lie: in the repository, or in the current folder without one."""
+    """The folder of data, checkpoints and results: in the repository if there is one, else in the current folder."""
     repository = Path(__file__).resolve().parents[2]
     return (repository if (repository / "scripts" / "train").is_dir() else Path.cwd()) / "playground"
 
@@ -110,7 +110,7 @@ def _train(words: list[str], script: str) -> int:
     if "recipe" in flags and not stage:
         name = flags.pop("recipe")
         if positional or not isinstance(name, str):
-            raise ValueError("--recipe takes one recipe: the name of one, or a file.")
+            raise ValueError("--recipe takes one recipe: a name or a file.")
         named = recipe.read_recipe(name)
     elif {"help", "h"} & flags.keys() or stage.removesuffix("_lora") not in stages.ARGUMENTS:
         raise UsageError(_train_usage(stage, script))
@@ -133,7 +133,7 @@ def _train(words: list[str], script: str) -> int:
 
 
 def _split(words: list[str]) -> tuple[str, list[str], recipe.Settings]:
-    """The stage, its arguments, and the flags that follow."""
+    """Split the words into the stage, its arguments, and the flags after them."""
     first = next((index for index, word in enumerate(words) if word.startswith("--") or word == "-h"), len(words))
     flags = stages.parse_flags([word if word != "-h" else "--help" for word in words[first:]])
     stage, *positional = words[:first] or [""]
@@ -172,7 +172,7 @@ def _launch(trainings: Sequence[stages.Training], *, dry: bool) -> int:
                 show(f"== {training.title} ==")
             show(str(training.batch))
             if training.batch.total != training.usual:
-                print(f"Note: that is not the usual {training.usual} a step.", file=sys.stderr)
+                print(f"Note: this is not the usual {training.usual} samples per step.", file=sys.stderr)
             if dry:
                 show(str(training))
                 continue
@@ -208,9 +208,9 @@ def _eval(words: list[str], script: str) -> int:
 
 
 def _eval_all(request: evaluate.Request, script: str) -> int:
-    """All benchmarks that have data, then the report; a benchmark that fails does not stop the others."""
+    """Run all benchmarks that have data, then the report; a failing benchmark does not stop the others."""
     if request.variables.get("SPLIT"):
-        raise ValueError("SPLIT is of one benchmark; run its own script with it.")
+        raise ValueError("SPLIT applies to a single benchmark; set it for that benchmark's own script.")
     absent, failed, done = [], [], []
     with Commands().listening() as commands:
 
@@ -228,7 +228,7 @@ def _eval_all(request: evaluate.Request, script: str) -> int:
             else:
                 failed.append(name)
             if commands.interrupted:
-                print(f"{script.rsplit('/', 1)[-1]}: interrupted. Run the script again to go on.", file=sys.stderr)
+                print(f"{script.rsplit('/', 1)[-1]}: interrupted. Run the script again to continue.", file=sys.stderr)
                 return 130
         if absent:
             listed = " ".join(absent)
@@ -240,9 +240,9 @@ def _eval_all(request: evaluate.Request, script: str) -> int:
         if done and not run(evaluate.report(request)):
             failed.append("the report")
     if failed:
-        raise ValueError(f"not finished: {' '.join(failed)}. Run the script again to go on.")
+        raise ValueError(f"not finished: {' '.join(failed)}. Run the script again to continue.")
     if not done:
-        raise ValueError("there was nothing to evaluate.")
+        raise ValueError("no benchmark has data, so nothing was evaluated.")
     return 0
 
 

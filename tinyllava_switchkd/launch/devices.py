@@ -13,11 +13,11 @@ from shutil import which
 
 @dataclass(frozen=True)
 class Devices:
-    """Where to run.
+    """The devices of a run on this machine.
 
     Attributes:
-        gpus: what ``CUDA_VISIBLE_DEVICES`` is to be, one entry a GPU; empty on a CPU.
-        processes: of this machine.
+        gpus: entries of ``CUDA_VISIBLE_DEVICES``, one per GPU; empty on a CPU.
+        processes: processes on this machine.
     """
 
     gpus: tuple[str, ...]
@@ -25,29 +25,29 @@ class Devices:
 
     @property
     def kind(self) -> str:
-        """cuda or cpu."""
+        """ "cuda" or "cpu"."""
         return "cuda" if self.gpus else "cpu"
 
     @property
     def numbered(self) -> bool:
-        """Whether the GPUs are known by number, rather than as GPU-<uuid> or MIG-<uuid>."""
+        """Whether all GPUs are given by number, not as GPU-<uuid> or MIG-<uuid>."""
         return all(gpu.isdigit() for gpu in self.gpus)
 
 
 def visible_gpus(environment: Mapping[str, str], python: str) -> tuple[str, ...]:
-    """The GPUs that may be used: ``CUDA_VISIBLE_DEVICES``, or else what the driver lists."""
+    """The usable GPUs: ``CUDA_VISIBLE_DEVICES`` if it is set, else those that the driver lists."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         listed = environment["CUDA_VISIBLE_DEVICES"]
     elif which("nvidia-smi", path=environment.get("PATH")):
         listed = _output(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], environment)
-    elif Path("/dev/kfd").exists():  # an AMD GPU: torch knows how many
+    elif Path("/dev/kfd").exists():  # AMD GPUs: torch knows their number
         code = "import torch; print(*range(torch.cuda.device_count()))"
         listed = _output([python, "-c", code], environment)
     else:
         listed = ""
     gpus = []
     for entry in re.split(r"[,\s]+", listed.strip()):
-        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", entry):  # as CUDA reads it: what follows is not visible
+        if not re.fullmatch(r"\d+|(GPU|MIG)-\S+", entry):  # as in CUDA: entries after an invalid one are not visible
             break
         gpus.append(entry)
     return tuple(gpus)
@@ -62,12 +62,13 @@ def _output(command: list[str], environment: Mapping[str, str]) -> str:
 
 
 def find_devices(environment: Mapping[str, str], python: str) -> Devices:
-    """What ``DEVICE`` and ``GPUS`` ask for; by default every visible GPU, or one process on the CPU.
+    """The devices given by ``DEVICE`` and ``GPUS``; by default all visible GPUs, or one process on the CPU.
 
-    ``GPUS`` is how many (``4``) or which (``0,2``; one of them ``2,``); on a CPU the number of processes.
+    ``GPUS`` is the number of GPUs (``4``) or a list (``0,2``; ``2,`` for a single one). On a CPU it is the number of
+    processes.
 
     Raises:
-        ValueError: the machine does not have them, or it is not clear what is asked for.
+        ValueError: the machine does not have these devices, or ``GPUS`` is invalid.
     """
     device, asked = environment.get("DEVICE", ""), environment.get("GPUS", "").strip()
     found = () if device == "cpu" else visible_gpus(environment, python)
@@ -77,7 +78,7 @@ def find_devices(environment: Mapping[str, str], python: str) -> Devices:
         if asked and not re.fullmatch(r"0*[1-9]\d*", asked):
             raise ValueError(f"GPUS is {asked!r}; on a CPU it is the number of processes.")
         cores = os.cpu_count() or 1
-        most = max(8, 4 * cores)  # more only take one another's memory
+        most = max(8, 4 * cores)  # more processes would only compete for memory
         if len(asked) > 9 or int(asked or 1) > most:
             raise ValueError(
                 f"GPUS is {asked!r}; on a CPU it is the number of processes, at most {most} on {cores} cores."
@@ -89,7 +90,7 @@ def find_devices(environment: Mapping[str, str], python: str) -> Devices:
         count = int(asked)
         if count < 1:
             raise ValueError(
-                f"GPUS is {asked!r}; it is how many (GPUS=1) or which (GPUS=0, with a comma, for the first)."
+                f"GPUS is {asked!r}; give a number of GPUs (1) or a list with a comma ('0,' for the first)."
             )
         if count > len(found):
             raise ValueError(f"GPUS is {count}, but only {','.join(found)} are visible.")

@@ -1,4 +1,4 @@
-"""Evaluations: one benchmark, or all that have data and then the report."""
+"""Commands for evaluations: one benchmark, or all that have data, then the report."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .values import folder_name
 MODULE = "tinyllava_switchkd.eval.run"
 
 ORDER = ("pope", "mme", "mmbench", "mmbench_cn", "gqa", "scienceqa", "textvqa", "mmmu", "vizwiz", "vqav2")
-"""The paper's ten in the order of an evaluation of all, the largest last; others come after them."""
+"""The paper's ten benchmarks in the order in which they are run, the largest last; others follow."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, besides the benchmark.
+    """The options of an evaluation, except the benchmark.
 
     Attributes:
         model_path: the checkpoint.
-        model_name: what it is called in the folders of answers and results.
-        variables: the environment variables of an evaluation, checked.
-        devices: of this machine.
+        model_name: its name in the folders of answers and results.
+        variables: the checked environment variables of an evaluation.
+        devices: the devices of this machine.
         python: the interpreter.
-        playground: the folder of data and results, where the variables do not say.
-        flags: more words for the entry point.
+        playground: the folder of data and results, unless the variables name others.
+        flags: more arguments of the entry point.
     """
 
     model_path: str
@@ -41,28 +41,28 @@ class Request:
 
     @property
     def eval_dir(self) -> Path:
-        """The benchmarks' data in LLaVA's layout; the answers go there, too."""
+        """The folder of the benchmarks' data and answers, in LLaVA's layout."""
         return Path(self.variables.get("EVAL_DIR") or self.playground / "data" / "eval")
 
     @property
     def results(self) -> Path:
-        """The scores of this model."""
+        """The folder of this model's scores."""
         return Path(self.variables.get("RESULTS_DIR") or self.playground / "results") / self.model_name
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the processes need in their environment besides the command."""
+        """Environment variables to set for the command."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices.gpus)} if self.devices.gpus else {}
 
 
 def check_model(model_path: str, model_name: str = "") -> str:
-    """The model's name: the given one, or the checkpoint's base name; one of a run's checkpoints by its run.
+    """The model's name: the given one, or else `checkpoint_name`.
 
     Raises:
-        ValueError: there is no such folder, or the name is none for a folder.
+        ValueError: there is no such folder, or the name is not a valid folder name.
     """
     path = model_path.rstrip("/") or "/"
-    if path.startswith(("/", "./", "../")) and not Path(path).is_dir():  # no name on the hub looks like these
+    if path.startswith(("/", "./", "../")) and not Path(path).is_dir():  # these cannot be hub names
         raise ValueError(f"there is no checkpoint folder {model_path}.")
     if not model_name:
         model_name = checkpoint_name(Path(path).resolve() if Path(path).name in ("", "..") else path)
@@ -80,7 +80,7 @@ def every_benchmark() -> list[str]:
 
 
 def has_data(name: str, request: Request) -> bool:
-    """Whether the benchmark's questions are there; malformed ones are, and the benchmark itself will complain."""
+    """Whether the benchmark's questions exist. Malformed ones count: the benchmark itself reports them."""
     from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 
     benchmark = BenchmarkFactory(name)
@@ -94,7 +94,7 @@ def has_data(name: str, request: Request) -> bool:
 
 
 def evaluation(name: str, request: Request) -> list[str]:
-    """The command that asks one benchmark.
+    """The command that runs one benchmark.
 
     Raises:
         ValueError: there is no such benchmark.
@@ -110,7 +110,7 @@ def evaluation(name: str, request: Request) -> list[str]:
     if split:
         answers, score = answers / split, f"{name}-{split}"
         words += ["--split", split]
-    elif benchmark.upload is not None:  # LLaVA's own eval.zip has the server's split alone
+    elif benchmark.upload is not None:  # LLaVA's eval.zip contains only the evaluation server's split
         try:
             split = benchmark.split_of(data)
         except (FileNotFoundError, ValueError):
@@ -131,6 +131,6 @@ def evaluation(name: str, request: Request) -> list[str]:
 
 
 def report(request: Request) -> list[str]:
-    """The command that puts the model's scores into a table."""
+    """The command that writes the model's scores as a table."""
     results = str(request.results)
     return [request.python, "-m", "tinyllava_switchkd.eval.report", results, "--output_dir", results]

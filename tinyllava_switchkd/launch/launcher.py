@@ -1,4 +1,4 @@
-"""How a training's processes are started: by itself, by torchrun, or by DeepSpeed's launcher."""
+"""Starts a training's processes: directly, by torchrun, or by DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MODULE = "tinyllava_switchkd.train.train"
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher and what it was told.
+    """A launcher and its settings.
 
     Attributes:
         kind: python, torchrun or deepspeed.
         deepspeed: DeepSpeed's configuration file, or None.
-        processes: of all machines together.
+        processes: processes on all machines together.
     """
 
     kind: str
@@ -31,15 +31,15 @@ class Launcher:
 
 
 def find_launcher(variables: Mapping[str, str], devices: Devices, zero: str | None = None) -> Launcher:
-    """The launcher that is asked for, or the one that fits the devices.
+    """The launcher given by ``LAUNCHER``, or the one that fits the devices.
 
     Args:
         variables: ``LAUNCHER``, ``HOSTFILE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``.
-        devices: of this machine.
-        zero: 2, 3, 2_offload, a DeepSpeed JSON, none; by default 2 wherever there is a launcher.
+        devices: the devices of this machine.
+        zero: 2, 3, 2_offload, a DeepSpeed JSON file, or none; default: 2, or none if the launcher is python.
 
     Raises:
-        ValueError: settings that contradict each other, or a file that does not exist.
+        ValueError: settings contradict each other, or a file does not exist.
     """
     kind = variables.get("LAUNCHER")
     if not kind:
@@ -51,7 +51,7 @@ def find_launcher(variables: Mapping[str, str], devices: Devices, zero: str | No
         raise ValueError(f"LAUNCHER=python runs one process, but GPUS asks for {devices.processes}.")
     if kind == "deepspeed" and not devices.numbered:
         raise ValueError(
-            f"LAUNCHER=deepspeed knows GPUs by number only, but {','.join(devices.gpus)} are visible; use torchrun."
+            f"LAUNCHER=deepspeed accepts only GPU numbers, but {','.join(devices.gpus)} are visible; use torchrun."
         )
     config = _deepspeed_config(zero or ("none" if kind == "python" else "2"), kind)
     return Launcher(kind, config, _processes(variables, devices, kind))
@@ -78,13 +78,13 @@ def _processes(variables: Mapping[str, str], devices: Devices, kind: str) -> int
     hostfile = variables.get("HOSTFILE")
     if hostfile:
         if kind != "deepspeed":
-            raise ValueError("HOSTFILE is read by LAUNCHER=deepspeed; torchrun has NNODES and MASTER_ADDR.")
+            raise ValueError("HOSTFILE is only for LAUNCHER=deepspeed; for torchrun set NNODES and MASTER_ADDR.")
         if not Path(hostfile).is_file():
             raise ValueError(f"The HOSTFILE {hostfile} does not exist.")
         lines = [line.split("#")[0] for line in Path(hostfile).read_text(encoding="utf-8").splitlines()]
         slots = [int(count) for line in lines for count in re.findall(r"slots=(\d+)", line)]
         if sum(slots) < 1:
-            raise ValueError(f"The HOSTFILE {hostfile} names no processes; its lines are like 'node0 slots=8'.")
+            raise ValueError(f"The HOSTFILE {hostfile} names no processes; it needs lines such as 'node0 slots=8'.")
         return sum(slots)
     if nodes > 1:
         if kind != "torchrun":
@@ -119,9 +119,9 @@ def launch_words(variables: Mapping[str, str], devices: Devices, launcher: Launc
 
 
 def launch_environment(devices: Devices, launcher: Launcher) -> dict[str, str]:
-    """What the processes need in their environment besides the command."""
+    """Environment variables to set for the command."""
     if devices.kind == "cpu":
         return {"DS_ACCELERATOR": "cpu"}
-    if launcher.kind == "deepspeed":  # which sets the visible devices itself
+    if launcher.kind == "deepspeed":  # sets the visible devices itself
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices.gpus)}

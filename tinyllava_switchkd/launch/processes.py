@@ -1,7 +1,7 @@
-"""Commands run one after another: a signal to this process reaches the command that is running.
+"""Runs commands one after another and forwards signals to the running one.
 
-Of a training under torchrun or DeepSpeed it reaches the ranks themselves: those launchers end at SIGUSR1, and at
-SIGTERM they leave their ranks too little time for a checkpoint.
+If the command is torchrun or DeepSpeed, the signals go to the ranks themselves: these launchers end on SIGUSR1, and on
+SIGTERM they leave their ranks too little time to write a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .launcher import MODULE
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 _AGAIN_SECONDS = 5.0
-"""A rank that has not come far enough to hear a signal hears it the next time."""
+"""A signal is repeated at this interval, for ranks that had not installed their handlers yet."""
 
 
 class Commands:
-    """Runs commands; remembers whether it was told to stop.
+    """Runs commands and remembers whether it was told to stop.
 
     Attributes:
-        interrupted: whether Ctrl-C or a signal has come. The command that ran then has ended by itself.
+        interrupted: whether Ctrl-C or a signal was received. The running command still ends by itself.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class Commands:
 
     @contextmanager
     def listening(self) -> Iterator[Commands]:
-        """Signals are passed on within the block. Ctrl-C reaches the whole terminal, so it is only noted."""
+        """Forward signals within the block. Ctrl-C reaches all processes of the terminal, so it is only noted."""
         before = {}
         for name in ("SIGINT", *_PASSED_ON):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's stays ignored
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup's SIGHUP stays ignored
                 before[number] = signal.signal(number, self._note)
         try:
             yield self
@@ -69,7 +69,7 @@ class Commands:
                 os.kill(rank, signal.SIGUSR1)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Run one command to its end; its exit code, 128 + N if signal N ended it."""
+        """Run one command and return its exit code, or 128 + N if signal N ended it."""
         flush()
         own = {LAUNCHER: os.environ.get(LAUNCHER, f"{socket.gethostname()}:{os.getpid()}")}
         self._ends_ranks = False
@@ -87,12 +87,12 @@ class Commands:
         self._child = None
         if code and self._ends_ranks:
             self.interrupted = True
-            return INTERRUPTED  # torchrun itself has 1 whatever its ranks return
+            return INTERRUPTED  # torchrun itself returns 1 whatever its ranks return
         return 128 - code if code < 0 else code
 
 
 def ranks_below(process: int) -> list[int]:
-    """The processes of a training that a launcher has started, by number; none where /proc is not (or it is one)."""
+    """Ids of the training processes started by a launcher; empty without /proc, or if it is one itself."""
     found, waiting = [], [process]
     while waiting:
         with contextlib.suppress(OSError, ValueError):
@@ -107,16 +107,16 @@ def ranks_below(process: int) -> list[int]:
 
 
 def is_rank(command: Sequence[str]) -> bool:
-    """Whether a command is a training itself and not a launcher of it, whose own module comes first."""
+    """Whether a command is a training itself and not a launcher, whose own module comes first."""
     first = list(command).index("-m") if "-m" in command else len(command)
     return list(command[first + 1 : first + 2]) == [MODULE]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Put a command in the place of this process, so that signals and the exit code are its own.
+    """Replace this process by a command, which then receives all signals and sets the exit code.
 
     Raises:
-        ValueError: it cannot be run.
+        ValueError: the command cannot be run.
     """
     flush()
     try:
@@ -126,6 +126,6 @@ def become(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def flush() -> None:
-    """Let what was printed stand in front of what a command prints."""
+    """Flush the output, so that it precedes the output of a command."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,24 +1,24 @@
-"""Recipes: files that say which stages a training has and with which settings.
+"""Recipes: YAML files that give the stages of a training and their settings.
 
-A recipe is YAML. Values are what stands on a command line: `1e-3`, `True`, `mlp2x_gelu`; `null` takes a setting out::
+Values are written as on a command line: `1e-3`, `True`, `mlp2x_gelu`; `null` removes a setting::
 
-    extends: tinyllava          # another recipe, whose settings hold where this one says nothing
-    version: mine               # in the names of the folders
+    extends: tinyllava          # another recipe; its settings apply unless this one overrides them
+    version: mine               # part of the names of output folders
     models:
       teacher: Qwen/Qwen2.5-3B
       student: Qwen/Qwen2.5-0.5B
-    settings:                   # of every stage: flags of the training entry, and those of `LAUNCH_SETTINGS`
+    settings:                   # of all stages: flags of the training entry, and `LAUNCH_SETTINGS`
       vision_tower: google/siglip-so400m-patch14-384
-    defaults:                   # of one kind of stage, wherever it occurs
+    defaults:                   # of all stages of one kind
       distill: {tune_type_vision_tower: full}
-    stages:                     # one after another
+    stages:                     # in order
       - stage: pretrain
         model: student
         settings: {learning_rate: 5e-4}
       - stage: distill
         model: student
 
-The recipes of this package lie in `RECIPES`; what a run did lies as ``recipe.yaml`` in its output folder.
+The package's recipes are in `RECIPES`. Every run writes its own recipe to ``recipe.yaml`` in its output folder.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("pretrain", "finetune", "distill", "custom")
 
 LAUNCH_SETTINGS = {
-    "global_batch_size": "samples of an optimiser step, on any number of devices",
+    "global_batch_size": "samples per optimiser step, on any number of devices",
     "per_device_batch_size": "samples that a device is expected to hold at a time",
-    "grad_accum": "micro-batches of a step; by default what is left",
+    "grad_accum": "micro-batches per step; by default computed from the two above",
     "precision": "bf16, fp16 or fp32; by default bf16 on a GPU and fp32 on a CPU",
-    "zero": "2, 3, 2_offload, a DeepSpeed JSON, or none",
+    "zero": "2, 3, 2_offload, a DeepSpeed JSON file, or none",
 }
-"""Settings that are no flags of the training entry, but become some."""
+"""Settings that are not flags of the training entry; the launcher converts them to such flags."""
 
 Settings = dict[str, "str | list[str]"]
 
@@ -54,11 +54,11 @@ class Item:
     """One stage of a recipe.
 
     Attributes:
-        stage: pretrain, finetune or distill; "" for a run that has all its settings.
-        model: teacher or student; "" where the settings name the models.
+        stage: pretrain, finetune or distill; "" if the recipe was written by a run and has all settings.
+        model: teacher or student; "" if the settings name the models.
         start: the stage whose output it starts from.
-        distills: whether it learns from the teacher (the stage distill always does).
-        settings: of this stage alone.
+        distills: whether it learns from the teacher; always true for distill.
+        settings: settings of this stage only.
     """
 
     stage: str = ""
@@ -70,17 +70,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, with what it extends.
+    """A recipe, merged with those that it extends.
 
     Attributes:
-        name: of its file.
-        version: in the names of the output folders.
+        name: the name of its file.
+        version: part of the names of output folders.
         models: the language models of teacher and student.
-        settings: of each kind of stage ("" for a stage of no kind).
-        adapters: what a kind of stage has besides when it trains adapters.
-        switch_kd: what a kind of stage has besides when its method is Switch-KD.
-        stages: one after another.
-        world: "tiny" where the recipe wants random models and drawn pictures made first.
+        settings: settings of each kind of stage ("" for a stage without a kind).
+        adapters: more settings of each kind of stage if it trains adapters.
+        switch_kd: more settings of each kind of stage if its method is Switch-KD.
+        stages: the stages in order.
+        world: "tiny" if random models and drawn pictures have to be made first.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars stay the text that they are; a key that occurs twice, or text that is no UTF-8, is an error."""
+    """Reads all scalars as text; rejects duplicate keys and invalid UTF-8."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, object]]] = {}  # noqa: RUF012
 
@@ -107,20 +107,20 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
         if any("\ud800" <= char <= "\udfff" for char in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "it holds half of a character", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "it contains half of a character", node.start_mark)
         return super().construct_scalar(node)
 
 
 def names() -> list[str]:
-    """The recipes of this package."""
+    """Names of the package's recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def path_of(recipe: str) -> Path:
-    """The file of a recipe: one of this package by name, or your own by path.
+    """The file of a recipe: the package's by name, or any other by path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such recipe.
     """
     own = RECIPES / f"{recipe}.yaml"
     if folder_name(recipe) is None and own.is_file():
@@ -131,15 +131,15 @@ def path_of(recipe: str) -> Path:
     if path.is_dir() and (path / "recipe.yaml").is_file():  # a run's output folder
         return path / "recipe.yaml"
     near = difflib.get_close_matches(recipe, names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, and files of your own."
+    hint = f"did you mean {near[0]}?" if near else f"use a file, or one of {', '.join(names())}."
     raise ValueError(f"There is no recipe {recipe}; {hint}")
 
 
 def read_recipe(recipe: str) -> Recipe:
-    """Read a recipe and what it extends.
+    """Read a recipe and those that it extends.
 
     Raises:
-        ValueError: it does not exist, is not YAML, or has a part that no recipe has.
+        ValueError: it does not exist, is not YAML, or has an unknown part.
         FileNotFoundError: it cannot be read.
     """
     return _read(path_of(recipe), ())
@@ -195,7 +195,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """A recipe that another one extends: its neighbour, or one of the package."""
+    """The file of a recipe that the recipe `path` extends: in the same folder, or the package's."""
     neighbour = path.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     return neighbour if neighbour.is_file() else path_of(name)
 
@@ -215,7 +215,7 @@ def _settings(content: object, path: Path, what: str) -> Settings:
     settings: Settings = {}
     for name, value in _mapping(content, path, what).items():
         if word(name) is not None:
-            raise ValueError(f"{path}, {what}: {name!r} is no name of a setting.")
+            raise ValueError(f"{path}, {what}: {name!r} is not a valid name of a setting.")
         if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))):
             raise ValueError(f"{path}, {what}: {name} must be a value, or a list of values, without a YAML tag.")
         if setting_name(name) in settings:
@@ -225,7 +225,7 @@ def _settings(content: object, path: Path, what: str) -> Settings:
 
 
 def is_unset(value: str | list[str]) -> bool:
-    """Whether a setting's value takes it out."""
+    """Whether a value removes its setting."""
     return value in ("", "null", "~")
 
 
@@ -236,11 +236,11 @@ SAME = {
     "conv_version": "template",
     "conv_mode": "template",
 }
-"""Other names of settings: flags that the launcher computes itself, and those that TinyLLaVA v1 and LLaVA have."""
+"""Other names of settings: flags that the launcher computes itself, and names from TinyLLaVA v1 and LLaVA."""
 
 
 def setting_name(name: str) -> str:
-    """The name of a setting, whichever way it is spelt."""
+    """The canonical name of a setting."""
     name = name.replace("-", "_")
     return SAME.get(name, name)
 
@@ -268,5 +268,5 @@ def _known(content: Mapping[str, object], names: tuple[str, ...], path: Path, wh
     for name in content:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}."
             raise ValueError(f"{path}: there is no {what} {name!r}; {hint}")

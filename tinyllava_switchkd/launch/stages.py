@@ -1,4 +1,4 @@
-"""From a stage's arguments, the environment and a recipe to the commands that train."""
+"""Builds training commands from a stage's arguments, the environment and a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .values import folder_name
 from .variables import STAGE_PREFIXES, TRAINING
 
 BASE_RECIPE = "tinyllava"
-"""The recipe of a stage that is run by itself."""
+"""The recipe of a stage that is run on its own."""
 
 ARGUMENTS = {
     "pretrain": "DATA_PATH IMAGE_PATH LLM_VERSION VT_VERSION VT_VERSION2 CN_VERSION VERSION TRAIN_RECIPE "
@@ -29,7 +29,7 @@ ARGUMENTS = {
     "MODEL_MAX_LENGTH TEACHER_PATH",
     "custom": "DATA_PATH IMAGE_PATH MODEL_PATH CONV_VERSION OUTPUT_DIR",
 }
-"""The arguments of a stage in their order, which is TinyLLaVA's."""
+"""The positional arguments of each stage, in TinyLLaVA's order."""
 
 _FLAG_OF = {
     "DATA_PATH": "data_path",
@@ -50,7 +50,7 @@ DISTILLATION = (
     *("distill_method", "distill_loss", "temperature", "align_weight", "switch_weight", "teacher_bits"),
     *("teacher_cache", "teacher_cache_dtype", "fill_teacher_cache"),
 )
-"""Settings that mean something only to a stage that has a teacher."""
+"""Settings that apply only to a stage with a teacher."""
 
 ADAPTERS = ("lora_r", "lora_alpha")
 
@@ -62,12 +62,12 @@ class Training:
     """One training, ready to be launched.
 
     Attributes:
-        title: for people; "" for a stage that is run by itself.
+        title: title to print; "" for a stage that is run on its own.
         command: the words of the command.
-        environment: what it needs in its environment besides.
-        batch: of a step.
-        usual: samples of a step that the recipe wants.
-        output_dir: where the model goes.
+        environment: environment variables to set for the command.
+        batch: the batch of a step.
+        usual: samples per step that the recipe asks for.
+        output_dir: the folder of the trained model.
     """
 
     title: str
@@ -83,14 +83,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, besides the recipe.
+    """The options of a training, except the recipe.
 
     Attributes:
-        variables: the environment variables of a training, checked.
-        devices: of this machine.
+        variables: the checked environment variables of a training.
+        devices: the devices of this machine.
         python: the interpreter.
-        playground: the folder of data and checkpoints, where the variables do not say.
-        flags: settings from the command line; they overrule everything.
+        playground: the folder of data and checkpoints, unless the variables name others.
+        flags: settings from the command line, which override all others.
     """
 
     variables: Mapping[str, str]
@@ -101,30 +101,30 @@ class Request:
 
     @property
     def output_root(self) -> Path:
-        """Where the runs' folders go."""
+        """The folder that holds the runs' output folders."""
         return Path(self.variables.get("OUTPUT_ROOT") or self.playground / "checkpoints")
 
     @property
     def tiny(self) -> Path:
-        """Where the recipes of tiny models have them."""
+        """The folder of the tiny models and data."""
         return self.output_root / "debug"
 
     def expand(self, value: str) -> str:
-        """A value with this machine's folders in the place of ``{data_root}`` and ``{tiny}``."""
+        """Replace ``{data_root}`` and ``{tiny}`` in a value by this machine's folders."""
         data_root = self.variables.get("DATA_ROOT") or str(self.playground / "data")
         return value.replace("{data_root}", data_root).replace("{tiny}", str(self.tiny))
 
 
 def variant(name: str) -> str:
-    """The part of a model's name that goes into a folder's: ``Qwen/Qwen2.5-0.5B`` -> ``Qwen2.5-0.5B``."""
+    """The part of a model's name that is used in folder names: ``Qwen/Qwen2.5-0.5B`` -> ``Qwen2.5-0.5B``."""
     return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
 
 
 def run_name(llm: str, vision_tower: str, version: str, stage: str) -> str:
-    """TinyLLaVA's name of an output folder.
+    """The name of an output folder, as in TinyLLaVA.
 
     Raises:
-        ValueError: the version is no name for a folder.
+        ValueError: the version is not a valid folder name.
     """
     wrong = folder_name(version)
     if wrong is not None:
@@ -133,19 +133,19 @@ def run_name(llm: str, vision_tower: str, version: str, stage: str) -> str:
 
 
 def parse_flags(words: Sequence[str]) -> Settings:
-    """``--name value ...`` words as settings; a flag without a value stands for True.
+    """Convert ``--name value ...`` words to settings; a flag without a value means True.
 
     Raises:
-        ValueError: a value without a flag in front of it.
+        ValueError: a value has no flag in front of it.
     """
     return {setting_name(name): values[0] if len(values) == 1 else values for name, values in pairs(words)}
 
 
 def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Training:
-    """A stage that is run by itself, with its arguments in TinyLLaVA's order.
+    """The training of a stage that is run on its own, with arguments as in `ARGUMENTS`.
 
     Raises:
-        ValueError: a wrong argument or setting.
+        ValueError: an argument or setting is invalid.
     """
     names = ARGUMENTS[stage].split()
     given = dict(zip(names, arguments, strict=True))
@@ -169,15 +169,15 @@ def one_stage(stage: str, arguments: Sequence[str], request: Request) -> Trainin
 
 
 def whole_recipe(recipe: Recipe, request: Request) -> list[Training]:
-    """All stages of a recipe, in their order. The teacher's are left out where ``TEACHER_PATH`` names one.
+    """The trainings of a recipe in order. The teacher's are left out if ``TEACHER_PATH`` names a teacher.
 
     Raises:
-        ValueError: a wrong setting, or one that is missing.
+        ValueError: a setting is invalid or missing.
     """
     variables = request.variables
     items = [item for item in recipe.stages if not (item.model == "teacher" and variables.get("TEACHER_PATH"))]
     if not items:
-        raise ValueError(f"The recipe {recipe.name} has no stages of its own; extend it in one that has.")
+        raise ValueError(f"The recipe {recipe.name} has no stages; extend it by a recipe that has some.")
     if len(items) > 1 and "output_dir" in request.flags:
         raise ValueError(
             f"--output_dir names one folder, but the recipe {recipe.name} has {len(items)} stages; set OUTPUT_ROOT."
@@ -194,7 +194,7 @@ def whole_recipe(recipe: Recipe, request: Request) -> list[Training]:
 
 def _item_training(recipe: Recipe, item: Item, last: bool, teacher: str, request: Request) -> Training:
     variables = _of_stage(request.variables, item.stage)
-    if not last:  # adapters are for the stage that ends the recipe
+    if not last:  # adapters are trained only in the last stage
         variables.pop("TRAIN_RECIPE", None)
     if not item.model:
         return _training(item.stage, recipe, item, variables, {}, request, "")
@@ -232,7 +232,7 @@ def _item_training(recipe: Recipe, item: Item, last: bool, teacher: str, request
 
 
 def _of_stage(variables: Mapping[str, str], stage: str) -> dict[str, str]:
-    """The variables as one stage sees them: what is set for it alone takes the place of what is set for all."""
+    """The variables of one stage: those with its prefix override those for all stages."""
     prefixes = tuple(f"{prefix}_" for prefix in STAGE_PREFIXES)
     common = {name: value for name, value in variables.items() if name in TRAINING or not name.startswith(prefixes)}
     prefix = f"{stage.upper()}_"
@@ -253,7 +253,7 @@ def _training(
     request: Request,
     title: str,
 ) -> Training:
-    """Lay the layers of settings over one another, and make the command of what comes out."""
+    """Merge the layers of settings and build the command."""
     extra = parse_flags(variables.get("EXTRA_ARGS", "").split()) | request.flags
     over = _from_variables(variables, recipe_too=bool(item.model)) | arguments | extra
     base, own = recipe.settings[stage], item.settings
@@ -262,7 +262,7 @@ def _training(
     adapters = _is_adapters((base | own | over).get("training_recipe"))
     if adapters and _is_adapters((base | own).get("training_recipe")):
         settings = base | _adapters(recipe, stage, base | own) | own
-    elif adapters:  # asked for from outside the recipe, whose learning rates are for full weights
+    elif adapters:  # requested outside the recipe, whose learning rates are for full weights
         settings = base | own | _adapters(recipe, stage, over)
     else:
         settings = base | own
@@ -320,7 +320,7 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
         flags.setdefault("use_cpu", "True")
     flags.setdefault("dataloader_num_workers", "0" if devices.kind == "cpu" else "8")
     flags.setdefault("gradient_checkpointing", "False" if devices.kind == "cpu" else "True")
-    for variable in TRAINING.values():  # flags and settings of a recipe as the variable of the same meaning
+    for variable in TRAINING.values():  # flags and settings are checked like the variable of the same setting
         value = flags.get(variable.setting)
         wrong = variable.wrong(value) if isinstance(value, str) and value else None
         if wrong is not None:
@@ -335,14 +335,14 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
 
 
 def _batch(settings: Settings, given: Settings, processes: int) -> tuple[Batch, int]:
-    """The batch, and the samples of a step that are wanted."""
+    """The batch, and the wanted samples per step."""
     total = _count(settings, "global_batch_size")
     at_most = _count(settings, "per_device_batch_size")
     accumulate = _count(settings, "grad_accum")
     exact = at_most if "per_device_batch_size" in given else None
     if accumulate is not None and exact is None and "global_batch_size" not in given:
         exact = at_most or 1
-    if total is None:  # a recipe that knows of no global batch
+    if total is None:  # a recipe without a global batch size
         exact, accumulate = exact or at_most or 8, accumulate or 1
         total = exact * accumulate * processes
     return batch_of(total, at_most or 8, processes, exact, accumulate), total

@@ -1,4 +1,4 @@
-"""What a setting's value must look like. A check takes the text of a value and says what is expected, or None."""
+"""Checks of settings' values. A check takes a value as text and returns what is expected, or None if it is valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def boolean(text: str) -> str | None:
 
 
 def folder_name(text: str) -> str | None:
-    """A name that stays one folder: no separator, no way up, nothing that a shell or a file system trips over."""
+    """A single folder name: no separator, no "..", nothing that causes trouble in a shell or file system."""
     if text != text.strip() or text in ("", ".", "..") or text.startswith("-"):
         return "a name for a folder"
     bad = re.search(r"[/\\\x00-\x1f\x7f]", text)
@@ -32,4 +32,4 @@ def flags(text: str) -> str | None:
 
 def anything(text: str) -> str | None:
     """Any text without a line break."""
-    return None if "\n" not in text and "\x00" not in text else "a text of one line"
+    return None if "\n" not in text and "\x00" not in text else "text on one line"

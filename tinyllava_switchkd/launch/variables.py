@@ -1,8 +1,8 @@
-"""The environment variables of scripts/train and scripts/eval: what there is, and what is not is told.
+"""The environment variables of scripts/train and scripts/eval.
 
-A variable that nobody reads is worse than an error, for a run of days then has other settings than was asked for. So an
-unknown name behind a stage's prefix (``DISTILL_LERNING_RATE``) or ``EVAL_``, and any name that is nearly a known one or
-what one would guess for it, is refused.
+A misspelt variable would be ignored, and a run of days would have the wrong settings. So these names are refused:
+unknown ones with a stage's prefix (``DISTILL_LERNING_RATE``) or ``EVAL_``, and those that resemble a known name or are
+an obvious guess for one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STAGE_PREFIXES = ("PRETRAIN", "FINETUNE", "DISTILL")
 _EVALUATION_PREFIX = "EVAL"
 
 EXEMPT = "ALLOW_VARIABLES"
-"""Names, separated by spaces, that are nobody's mistake although they look like one."""
+"""Names, separated by spaces, that are not refused although they resemble a known one."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Variable:
     """One environment variable.
 
     Attributes:
-        setting: the recipe's setting that it sets; most are flags of the training entry. "" if it is about the machine.
-        of_a_stage: whether it may have a stage's prefix and then holds for that stage alone.
-        check: of its value, where `ALLOWED` does not know the setting.
-        recipe_only: whether it is read when a recipe of several stages runs; a single stage has it as an argument.
+        setting: the recipe's setting that it sets, most of them flags of the training entry; "" if there is none.
+        of_a_stage: whether it may have a stage's prefix and then applies to that stage only.
+        check: check of its value, for settings that are not in `ALLOWED`.
+        recipe_only: whether only whole recipes read it; a single stage takes it as an argument.
     """
 
     setting: str = ""
@@ -41,7 +41,7 @@ class Variable:
     recipe_only: bool = False
 
     def wrong(self, text: str) -> str | None:
-        """What its value must be; None if it is that."""
+        """What the value must be, or None if it is valid."""
         return ALLOWED[self.setting].wrong(text) if self.setting in ALLOWED else self.check(text)
 
 
@@ -56,7 +56,7 @@ MACHINE = {
     "EXTRA_ARGS": Variable(of_a_stage=True, check=flags),
     EXEMPT: Variable(),
 }
-"""What training and evaluation share."""
+"""Variables of both training and evaluation."""
 
 TRAINING = {
     "LAUNCHER": Variable(check=OneOf("deepspeed", "torchrun", "python").wrong),
@@ -133,9 +133,9 @@ EVALUATION = {
 }
 
 _NEVER_MEANT = {"PYTHON", "LIMIT", "SPLIT", "DRY_RUN", EXEMPT}
-"""Known names that much else is nearly called like."""
+"""Known names that many unrelated variables resemble."""
 
-_BATCH = "GLOBAL_BATCH_SIZE (samples of a step) or PER_DEVICE_BATCH_SIZE"
+_BATCH = "GLOBAL_BATCH_SIZE (samples per step) or PER_DEVICE_BATCH_SIZE"
 _GUESSED = {
     True: {
         **dict.fromkeys(("BATCH", "BATCH_SIZE", "GLOBAL_BATCH", "TRAIN_BATCH_SIZE", "MICRO_BATCH_SIZE"), _BATCH),
@@ -148,16 +148,16 @@ _GUESSED = {
     },
     False: {"BATCH": "BATCH_SIZE", "LIMITS": "LIMIT", "RESULTS": "RESULTS_DIR"},
 }
-"""Names that one would guess for a training (True) or an evaluation, and what they are called."""
+"""Obvious guesses for a training (True) or an evaluation (False) -> the right name."""
 
 
 def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
-    """The variables of a training, or of an evaluation, that are set and not empty, checked.
+    """The checked variables of a training, or of an evaluation, that are set and not empty.
 
-    A stage's own variable stays when it is empty: it then takes back what is set for all stages.
+    A variable with a stage's prefix is kept even if it is empty: it then cancels the variable for all stages.
 
     Raises:
-        ValueError: a value that cannot be meant, or a name that nearly is a known one; with the remedy.
+        ValueError: a value is invalid, or a name looks like a mistake.
     """
     own: dict[str, Variable] = MACHINE | (TRAINING if training else EVALUATION)
     prefixed = {
@@ -171,7 +171,7 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
         if name in known:
             wrong = known[name].wrong(value) if value else None
             if wrong is not None:
-                hint = " Which GPUs is for GPUS, e.g. GPUS=0,1." if name == "DEVICE" else ""
+                hint = " To choose GPUs, set GPUS, e.g. GPUS=0,1." if name == "DEVICE" else ""
                 raise ValueError(f"{name} is {value!r}; it must be {wrong}.{hint}")
             if value or name in prefixed:
                 values[name] = value
@@ -179,14 +179,14 @@ def read(environment: Mapping[str, str], *, training: bool) -> dict[str, str]:
             near = nearest(name, known, training=training)
             if near is not None:
                 raise ValueError(
-                    f"There is no variable {name}; did you mean {near}? (If it is for something else, set "
+                    f"There is no variable {name}; did you mean {near}? (If another program uses it, set "
                     f'{EXEMPT}="{name}".)'
                 )
     return values
 
 
 def nearest(name: str, known: Collection[str], *, training: bool = True) -> str | None:
-    """The known variable that a name seems to mean; None if it is none of ours."""
+    """The known variable that a name seems to mean; None if it seems unrelated."""
     guessed = _GUESSED[training].get(name.upper())
     if guessed is not None:
         return guessed
@@ -198,13 +198,13 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         return None
     close = difflib.get_close_matches(name, targets, n=1, cutoff=0.85)
-    close += [target for target in targets if _is_one_slip(name, target)]  # of a short name more than 0.15
+    close += [target for target in targets if _is_one_slip(name, target)]  # in short names beyond the cutoff
     if close:
         return close[0]
     prefix, _, rest = name.partition("_")
     if not rest or prefix not in ((*STAGE_PREFIXES, _EVALUATION_PREFIX) if training else (_EVALUATION_PREFIX,)):
         return None
-    if rest in known:  # one that has no prefix
+    if rest in known:  # a variable that takes no prefix
         return rest
     own = [target for target in targets if target.startswith(f"{prefix}_")]
     similar = difflib.get_close_matches(name, own, n=1, cutoff=0)
@@ -212,7 +212,7 @@ def nearest(name: str, known: Collection[str], *, training: bool = True) -> str 
 
 
 def _is_one_slip(name: str, target: str) -> bool:
-    """Whether one letter, but the first, was left out, added or mistaken, or two changed places."""
+    """Whether one letter after the first is missing, added or wrong, or two neighbours are swapped."""
     place = next((place for place, (ours, theirs) in enumerate(zip(name, target, strict=False)) if ours != theirs), -1)
     if place < 1:
         return place < 0 and abs(len(name) - len(target)) == 1

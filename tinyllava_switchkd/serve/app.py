@@ -1,8 +1,8 @@
-"""The web demo.
+"""Web demo: one or more checkpoints answer questions about an image, side by side.
 
     python -m tinyllava_switchkd.serve.app --model_path STUDENT --compare TEACHER SFT_STUDENT
 
-It listens on the loopback interface unless ``--host`` says otherwise and makes no share link unless ``--share`` does.
+It listens on the loopback interface only, unless ``--host`` is given, and makes a public link only with ``--share``.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ from tinyllava_switchkd.serve.options import (
     sampling_of,
 )
 
-if TYPE_CHECKING:  # what needs torch or gradio waits until the command line has been read
+if TYPE_CHECKING:  # torch and gradio are imported only after the command line has been parsed
     from tinyllava_switchkd.serve.page import Page
 
 
 def build_parser() -> argparse.ArgumentParser:
     defaults, image = DemoLimits(), DemoLimits().image
-    parser = CommandParser(description="A web demo of one or several TinyLLaVA checkpoints.")
+    parser = CommandParser(description="Web demo of one or more TinyLLaVA checkpoints.")
     parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub name")
     parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="MODEL", help="further checkpoints, to answer beside it"
+        "--compare", nargs="+", default=[], metavar="MODEL", help="more checkpoints, which answer the same questions"
     )
-    parser.add_argument("--names", nargs="+", help="what to call the models; default: the folders' names")
+    parser.add_argument("--names", nargs="+", help="display names of the models; default: their folder names")
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
-    group.add_argument("--port", type=number(1, 65535, int), help="default: the first free one from 7860 on")
+    group.add_argument("--port", type=number(1, 65535, int), help="default: the first free port from 7860 on")
     group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     group.add_argument(
-        "--allow_host", nargs="+", default=[], metavar="NAME", help="further names of the server, such as a proxy's"
+        "--allow_host", nargs="+", default=[], metavar="NAME", help="other host names, such as a reverse proxy's"
     )
     group.add_argument(
         "--queue_size",
         type=number(1, 10_000, int),
         default=16,
-        help="requests that may wait; more are turned away",
+        help="requests that may wait; any more are rejected",
     )
     group.add_argument(
-        "--time_limit", type=number(1, 86_400), default=defaults.seconds, help="seconds for a model's answer"
+        "--time_limit", type=number(1, 86_400), default=defaults.seconds, help="seconds per answer of a model"
     )
     group.add_argument(
-        "--max_upload_mb", type=number(0.01, 1000), default=image.max_bytes / 2**20, help="size of an upload"
+        "--max_upload_mb", type=number(0.01, 1000), default=image.max_bytes / 2**20, help="largest upload, in MB"
     )
     group.add_argument(
         "--max_megapixels",
         type=number(0.01, 100),
         default=image.max_pixels / 1e6,
-        help="pixels of an upload, in millions",
+        help="largest upload, in millions of pixels",
     )
     group.add_argument(
         "--all_uploads_mb",
         type=number(1, 1_000_000),
         default=defaults.upload_bytes / 2**20,
-        help="disk space for the uploads of all visitors together",
+        help="disk space for all visitors' uploads together, in MB",
     )
     add_sampling_options(parser)
     add_loading_options(parser)
@@ -79,10 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_page(args: argparse.Namespace) -> Page:
-    """The page that the options ask for; its models are not loaded yet.
+    """Build the page from the options, without loading the models.
 
     Raises:
-        ValueError, FileNotFoundError: options that cannot be met.
+        ValueError, FileNotFoundError: an option is invalid.
     """
     from tinyllava_switchkd.serve.demo import Demo
     from tinyllava_switchkd.serve.engine import ChatModel, display_names
@@ -130,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Gradio names uploads by their content in a folder that all its servers share, and empties it as one ends: this
-    # server has one of its own, inside the one that the environment names, if it names one.
+    # By default all Gradio servers share one upload folder, and each empties it when it ends. This server gets a folder
+    # of its own, inside $GRADIO_TEMP_DIR if that is set.
     above = os.environ.get("GRADIO_TEMP_DIR")
     if above:
         Path(above).mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _serve(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     try:
         page = build_page(args)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads do not stay on the disk
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are deleted
         page.demo.pool.start()
         _, local, shared = launch(
             page,

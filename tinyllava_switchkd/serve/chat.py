@@ -3,7 +3,7 @@
     python -m tinyllava_switchkd.serve.chat --model_path MODEL --image PHOTO.jpg
     python -m tinyllava_switchkd.serve.chat --model_path MODEL --image PHOTO.jpg --question "What is this?"
 
-With ``--question`` the answer, and nothing else, goes to the standard output.
+With ``--question``, only the answer is written to standard output.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tinyllava_switchkd.serve.options import (
     sampling_of,
 )
 
-if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
     from tinyllava_switchkd.serve.engine import ChatModel, Reply
 
 HELP = """\
-/image PATH ...   show one or more images with the next question
-/clear            forget the conversation and its images
-/stats            print time to first token and tokens a second after every answer, or stop doing so
-/help             print this
-/quit             leave (so does Ctrl-D); Ctrl-C stops an answer"""
+/image PATH ...   attach one or more images to the next question
+/clear            start a new conversation without images
+/stats            turn on or off: time to first token and tokens per second after every answer
+/help             print this help
+/quit             quit (also Ctrl-D); Ctrl-C stops an answer"""
 
 _ENDINGS = {"length": "cut at --max_new_tokens", "time": "cut at --time_limit", "stopped": "stopped"}
 
@@ -48,10 +48,10 @@ class Chat:
     """A conversation with one model in a terminal.
 
     Args:
-        model: whom to talk to.
-        sampling: how it answers.
-        time_limit: seconds for an answer, None for no limit.
-        stats: whether to print figures after every answer.
+        model: the model.
+        sampling: decoding settings.
+        time_limit: seconds per answer, None for no limit.
+        stats: whether to print timings after every answer.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Chat:
         self.conversation = Conversation()
 
     def ask(self, question: str) -> None:
-        """Ask, and print the answer as it comes."""
+        """Ask a question and print the answer as it is generated."""
         stop, written, reply = threading.Event(), 0, None
         with _interrupt_sets(stop):
             for reply in self.model.stream(self.conversation, question, self.sampling, stop, self.time_limit):
@@ -84,18 +84,18 @@ class Chat:
             print(f"[{', '.join(notes)}]", file=sys.stderr)
 
     def attach(self, paths: Sequence[str]) -> None:
-        """Show images with the next question; all or, if one cannot be read, none."""
+        """Attach images to the next question: all of them, or none if one cannot be read."""
         for image in [read_image(Path(path).expanduser()) for path in paths]:
             self.conversation.attach(image)
 
     def command(self, line: str) -> bool:
-        """Carry out a ``/command``.
+        """Run a ``/command``.
 
         Returns:
-            False if it was to leave.
+            False if the command was to quit.
 
         Raises:
-            ValueError: there is no such command, or it lacks its argument.
+            ValueError: the command is unknown, or its argument is missing.
         """
         name, _, rest = line.partition(" ")
         if name in ("/quit", "/exit"):
@@ -107,12 +107,12 @@ class Chat:
             print("A new conversation.")
         elif name == "/stats":
             self.stats = not self.stats
-            print(f"Figures are {'on' if self.stats else 'off'}.")
+            print(f"Timings are {'on' if self.stats else 'off'}.")
         elif name == "/image":
             try:
                 paths = shlex.split(rest)
             except ValueError:
-                raise ValueError(f"A quotation mark in {rest!r} has no partner.") from None
+                raise ValueError(f"A quotation mark in {rest!r} is not closed.") from None
             if not paths:
                 raise ValueError("/image needs the path of an image.")
             self.attach(paths)
@@ -144,7 +144,7 @@ class Chat:
 
 @contextmanager
 def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `stop`; a second one, while the model still works, interrupts as usual."""
+    """Make Ctrl-C set `stop`; a second Ctrl-C while the model is still running interrupts as usual."""
 
     def on_interrupt(number: int, frame: object) -> None:
         if stop.is_set():
@@ -162,25 +162,25 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """What bad input and unfit machines raise; anything else is a bug and keeps its traceback."""
+    """Errors due to bad input or an unsuitable machine. Any other error is a bug and keeps its traceback."""
     import torch
 
     return ValueError, OSError, ImportError, torch.OutOfMemoryError
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Remove control characters, which a terminal would execute."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description="Talk to a TinyLLaVA checkpoint in the terminal.")
     parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub name")
-    parser.add_argument("--image", "--image_file", nargs="+", default=[], metavar="FILE", help="images to begin with")
+    parser.add_argument("--image", "--image_file", nargs="+", default=[], metavar="FILE", help="the first images")
     parser.add_argument(
-        "--question", action="append", help="ask this and leave; given several times, one is asked after the other"
+        "--question", action="append", help="ask this and quit; may be repeated, the questions are asked in order"
     )
-    parser.add_argument("--stats", action="store_true", help="print time to first token and tokens a second")
+    parser.add_argument("--stats", action="store_true", help="print time to first token and tokens per second")
     parser.add_argument(
         "--time_limit", type=number(0.01, 1e6), help="seconds after which an answer is stopped; default: none"
     )
@@ -190,21 +190,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model and talk."""
+    """Load the model and start the chat."""
     from transformers.utils import logging as transformers_logging
 
     from tinyllava_switchkd.serve.engine import ChatModel
 
     sampling = sampling_of(args)
     for path in args.image:
-        read_image(path)  # a bad path should not wait for the model
+        read_image(path)  # reports a bad path before the model is loaded
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     print(f"Loading {args.model_path} ...", file=sys.stderr)
     model = ChatModel.load(args.model_path, template=args.template, **loading_kwargs(args))
     print(
         f"{model.name}: {model.num_parameters / 1e6:,.1f} million parameters on {model.model.device}, template "
-        f"{model.template}, {model.model.num_image_tokens} tokens an image; loaded in "
+        f"{model.template}, {model.model.num_image_tokens} tokens per image; loaded in "
         f"{time.perf_counter() - started:.1f} s.",
         file=sys.stderr,
     )
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 
-        print("Ask away; /help lists the commands.")
+        print("Ask a question; /help lists the commands.")
     chat.loop()
 
 

@@ -1,4 +1,4 @@
-"""What one user has said to one model so far, and how the model is to answer."""
+"""One user's conversation with one model, and the decoding settings."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tinyllava_switchkd.data.template.base import exchange
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is decoded.
+    """Decoding settings.
 
     Attributes:
-        temperature: 0 for greedy decoding, which is what benchmarks use.
-        top_p: the smallest set of tokens with this probability is sampled from.
-        top_k: only the k likeliest tokens are sampled from; 0 for all.
-        repetition_penalty: above 1 makes repetition less likely.
-        max_new_tokens: length at which an answer is cut.
+        temperature: 0 for greedy decoding, as in the benchmarks.
+        top_p: sample from the smallest set of tokens with at least this total probability.
+        top_k: sample from the k likeliest tokens; 0 for all tokens.
+        repetition_penalty: values above 1 make repetition less likely.
+        max_new_tokens: an answer is cut at this length.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -44,10 +44,10 @@ class Sampling:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low <= value <= high:
-                raise ValueError(f"{name} is a number from {low:g} to {high:g}, not {value!r}.")
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
     def generate_kwargs(self) -> dict[str, Any]:
-        """Arguments of `generate`; everything is given, so that no generation_config.json has a say."""
+        """Arguments of `generate`, all of them, so that no generation_config.json changes a setting."""
         sampled = self.temperature > 0
         return {
             "max_new_tokens": int(self.max_new_tokens),
@@ -71,47 +71,45 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """One user's conversation with one model. Nothing is shared: every user and every model has an own one.
+    """One user's conversation with one model, shared with no other user or model.
 
     Attributes:
-        turns: what was asked and answered.
-        pending: images that the next question comes with. They stay until a question was answered, so a request that
-            failed or was stopped before its first word loses none.
+        turns: the questions answered so far.
+        pending: images attached to the next question. They stay until a question has been answered, so a request that
+            fails or is stopped before its first word does not lose them.
     """
 
     turns: list[Turn] = field(default_factory=list)
     pending: list[Image.Image] = field(default_factory=list)
 
     def attach(self, image: Image.Image) -> None:
-        """Add an image to the next question."""
+        """Attach an image to the next question."""
         self.pending.append(image)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all turns and images."""
         self.turns.clear()
         self.pending.clear()
 
     def images(self) -> list[Image.Image]:
-        """All images that the next prompt holds, in order."""
+        """All images in the next prompt, in order."""
         return [image for turn in self.turns for image in turn.images] + self.pending
 
     def messages(self, question: str) -> list[Message]:
-        """The conversation with its next question, as `TextPreprocess` takes it.
+        """The conversation including the next question, in the format of `TextPreprocess`.
 
-        An ``<image>`` that a user typed is text: only attached images get a place.
+        If a user types ``<image>``, it stays text: only attached images get a placeholder.
         """
         asked = [(turn.question, len(turn.images), turn.answer) for turn in self.turns]
         messages: list[Message] = []
         for text, num_images, answer in [*asked, (question, len(self.pending), None)]:
-            places = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
-            messages += exchange(places + _without_places(text), answer)
+            placeholders = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
+            messages += exchange(
+                placeholders + text.replace(DEFAULT_IMAGE_TOKEN, f"< {DEFAULT_IMAGE_TOKEN[1:]}"), answer
+            )
         return messages
 
     def record(self, question: str, answer: str) -> None:
-        """Add an answered question, with the pending images."""
+        """Add an answered question with the pending images."""
         self.turns.append(Turn(question, tuple(self.pending), answer))
         self.pending.clear()
-
-
-def _without_places(text: str) -> str:
-    return text.replace(DEFAULT_IMAGE_TOKEN, f"< {DEFAULT_IMAGE_TOKEN[1:]}")

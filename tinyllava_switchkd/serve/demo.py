@@ -1,4 +1,4 @@
-"""What the web demo does: sessions, answers side by side, attention maps. `app` puts a page in front of it."""
+"""The web demo without its page: sessions, answers of several models, attention maps."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 _THUMBNAIL = 160  # pixels of the longer side
-_UPDATE_SECONDS = 0.08  # between two updates of a growing answer
+_UPDATE_SECONDS = 0.08  # between two updates of an answer in progress
 
 
 @dataclass
 class Session:
-    """One browser tab: nothing of it is shared with another.
+    """The state of one browser tab, shared with no other tab.
 
     Attributes:
         conversations: one per model of the pool.
         exchanges: what the page shows.
-        stop: set by the stop button.
-        attached: file of the last image that went into the conversation.
-        maps: attention maps of the last exchange, by model.
+        stop: set by the Stop button.
+        attached: path of the last image added to the conversation.
+        maps: attention maps of the last exchange, by model index.
     """
 
     conversations: list[Conversation]
@@ -51,46 +51,46 @@ class Demo:
 
     Args:
         pool: the models.
-        limits: what a request may cost.
+        limits: limits of a request.
     """
 
     def __init__(self, pool: ModelPool, limits: DemoLimits | None = None) -> None:
         self.pool = pool
         self.limits = limits or DemoLimits()
-        self._active: set[int] = set()  # ids of the sessions that are being answered
+        self._active: set[int] = set()  # ids of the sessions being answered
 
     @property
     def is_busy(self) -> bool:
-        """Whether somebody is being answered."""
+        """Whether a question is being answered."""
         return bool(self._active)
 
     def new_session(self) -> Session:
-        """A session in which nothing was said."""
+        """Start an empty session."""
         return Session([Conversation() for _ in self.pool.slots])
 
     def ask(self, session: Session, image_path: str | None, question: str, sampling: Sampling) -> Iterator[None]:
-        """Let every model answer, one after another so that none slows another down.
+        """Let the models answer one after another, so that none slows down another.
 
         Yields whenever `session.exchanges` has something new to show.
 
         Args:
-            session: changed in place.
-            image_path: the image on the page; it joins the conversation if it was not the last to do so.
+            session: modified in place.
+            image_path: the image on the page; added to the conversation unless it was the last one added.
             question: the question.
-            sampling: how they answer.
+            sampling: decoding settings.
 
         Raises:
-            ValueError, FileNotFoundError: bad input; nothing was asked then.
+            ValueError, FileNotFoundError: the input is invalid; no model was asked.
         """
         ready = self.pool.ready
         if not ready:
-            raise ValueError("The models are still being loaded; please wait a moment.")
+            raise ValueError("The models are still loading; please wait a moment.")
         question = (question or "").strip()
         if not question:
             raise ValueError("Please type a question.")
         if len(question) > self.limits.question_chars:
             raise ValueError(
-                f"The question has {len(question)} characters; at most {self.limits.question_chars} are taken."
+                f"The question has {len(question)} characters; at most {self.limits.question_chars} are allowed."
             )
         if sampling.max_new_tokens > self.limits.max_new_tokens:
             raise ValueError(f"An answer may have at most {self.limits.max_new_tokens} tokens.")
@@ -111,18 +111,14 @@ class Demo:
             yield
         finally:
             self._active.discard(id(session))
-            session.stop.clear()  # not at the start: a question can be stopped while it waits for its turn
+            session.stop.clear()  # not at the start: a question can be stopped while it waits in the queue
 
     def read_upload(self, path: str) -> Image.Image:
-        """The image in an uploaded file.
-
-        Raises:
-            ValueError, FileNotFoundError: see `read_image`.
-        """
+        """Read an uploaded image; raises as `read_image` does."""
         return read_image(path, self.limits.image, name="The file")
 
     def _attach(self, session: Session, image_path: str | None) -> tuple[str, ...]:
-        """Add the image on the page to all conversations if it is new to them; returns thumbnails of what was added."""
+        """Add the image on the page to all conversations if it is new to them; return thumbnails of what was added."""
         if image_path is None:
             if not any(conversation.images() for conversation in session.conversations):
                 raise ValueError("There is no image yet: upload or paste one, or pick an example.")
@@ -155,10 +151,10 @@ class Demo:
         yield
 
     def attend(self, session: Session, index: int) -> AttentionMap:
-        """The attention map of a model's last answer; computed once.
+        """The attention map of a model's last answer, computed only once.
 
         Raises:
-            ValueError: there is no such answer, or no map of it.
+            ValueError: the model has not answered, or no map can be made of its answer.
         """
         reply = self._last_reply(session, index)
         if index not in session.maps:
@@ -166,7 +162,7 @@ class Demo:
         return session.maps[index]
 
     def picture(self, session: Session, index: int, token: int | None) -> Image.Image:
-        """The map of a token (None: of the whole answer) over the images of the conversation, side by side."""
+        """The map of a token (None: the whole answer) drawn over the images of the conversation, side by side."""
         attention, model = session.maps[index], self.pool.ready[index]
         panels = [
             overlay(image, attention.of(token, place), model.visible_box(image))
@@ -175,7 +171,7 @@ class Demo:
         return side_by_side(panels)
 
     def _last_reply(self, session: Session, index: int) -> Reply:
-        """A model's whole answer to the last question."""
+        """A model's finished answer to the last question."""
         for cell in session.exchanges[-1].cells if session.exchanges else ():
             if cell.index == index and cell.reply is not None and cell.reply.finish is not None:
                 return cell.reply
@@ -183,7 +179,7 @@ class Demo:
 
 
 def side_by_side(panels: list[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures in a row, at the height of the first."""
+    """Place pictures in a row, all at the height of the first."""
     height = panels[0].height
     panels = [panel.resize((max(1, round(panel.width * height / panel.height)), height)) for panel in panels]
     row = Image.new("RGB", (sum(panel.width for panel in panels) + gap * (len(panels) - 1), height), "white")

@@ -1,4 +1,4 @@
-"""A checkpoint that converses: prompts from its own template, answers streamed, stopped and timed."""
+"""Chat with a checkpoint: prompts from its own template; answers are streamed, timed, and can be stopped."""
 
 from __future__ import annotations
 
@@ -38,17 +38,16 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, complete or in the making.
+    """An answer, finished or in progress.
 
     Attributes:
         text: the answer so far.
         token_ids: its tokens.
-        finish: None while it grows, then why it ended: "end" (the model was done), "length" (max_new_tokens),
-            "stopped" (the user), "time" (the time limit).
-        first_token: seconds from the start of the work on the request (images included, waiting for other requests
-            not) to the first token.
-        rate: tokens a second after the first.
-        prompt_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
+        finish: None while in progress, then why it ended: "end" (end-of-sequence token), "length" (max_new_tokens),
+            "stopped" (by the user), "time" (time limit).
+        first_token: seconds to the first token, including image encoding but not the wait for other requests.
+        rate: tokens per second after the first token.
+        prompt_ids: [T] the prompt, one `IMAGE_TOKEN_INDEX` per image.
         images: the prompt's images.
     """
 
@@ -62,14 +61,14 @@ class Reply:
 
 
 class ChatModel:
-    """A model with what is needed to talk to it. Requests from several threads are answered one after another.
+    """A model with tokenizer, image processor and template. Requests from several threads are answered in turn.
 
     Args:
-        model: a `TinyLlavaForConditionalGeneration` in eval mode.
+        model: a model in eval mode.
         tokenizer: its tokenizer.
         image_processor: its image processor.
-        context_len: positions that prompt and answer may take together.
-        name: what people see.
+        context_len: maximum length of prompt and answer together, in positions.
+        name: display name.
         template: conversation template; None for the checkpoint's own, or else v1's for its language model.
 
     Raises:
@@ -94,17 +93,17 @@ class ChatModel:
         self._text = TextPreprocess(tokenizer, self.template)
         self._pixels = ImagePreprocess(image_processor, model.config)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._lock = threading.Lock()  # the model, its attention implementation and the cache of features
+        self._lock = threading.Lock()  # guards the model, its attention implementation and the feature cache
 
     @classmethod
     def load(cls, path: str, name: str | None = None, template: str | None = None, **kwargs: Any) -> ChatModel:
-        """Load a checkpoint; `kwargs` are those of `load_pretrained_model`."""
+        """Load a checkpoint; `kwargs` go to `load_pretrained_model`."""
         model, tokenizer, image_processor, context_len = load_pretrained_model(path, **kwargs)
         return cls(model, tokenizer, image_processor, context_len, name or display_names([path])[0], template)
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, the vision tower's included."""
+        """Number of parameters, including the vision tower's."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def stream(
@@ -117,21 +116,21 @@ class ChatModel:
     ) -> Iterator[Reply]:
         """Answer a question, token by token.
 
-        The answer, whole or stopped midway, is recorded in the conversation; one that did not get to its first word is
-        not. Closing the iterator stops the work too.
+        The answer is added to the conversation, even if it was stopped midway, but not if it was stopped before its
+        first word. Closing the iterator also stops the generation.
 
         Args:
-            conversation: what was said before, and the images that come with this question.
+            conversation: the previous turns, and the images attached to this question.
             question: the question.
-            sampling: greedy by default.
-            stop: set it from anywhere to stop the answer after the current token.
-            time_limit: seconds after which the answer is stopped. The first token takes as long as it takes.
+            sampling: decoding settings, greedy by default.
+            stop: an event that stops the answer after the current token; any thread may set it.
+            time_limit: seconds after which the answer is stopped. It does not interrupt the first token.
 
         Yields:
-            the `Reply` so far; the last one has `finish`.
+            the `Reply` so far; only the last one has `finish`.
 
         Raises:
-            ValueError: an empty question, or a conversation longer than the model reads.
+            ValueError: the question is empty, or the conversation is longer than the model's context.
         """
         sampling, stop = sampling or Sampling(), stop or threading.Event()
         question = question.strip()
@@ -154,7 +153,7 @@ class ChatModel:
                 if piece:
                     yield Reply(text.strip(), tuple(token_ids), None, work.first_token, work.rate, prompt_ids, images)
         finally:
-            work.cancelled.set()  # not joined: whoever closes the iterator need not wait for the current token
+            work.cancelled.set()  # the thread is not joined: closing the iterator need not wait for the current token
         if work.error is not None:
             raise work.error
         text = (text + pieces.flush()).strip()
@@ -164,7 +163,7 @@ class ChatModel:
         yield Reply(text, tuple(token_ids), finish, work.first_token, work.rate, prompt_ids, images)
 
     def attend(self, reply: Reply) -> AttentionMap:
-        """Attention of an answer to its images, see `attention_map`."""
+        """The answer's attention to its images, see `attention_map`."""
         with self._lock, torch.no_grad():
             features = self._encode(reply.images)
             return attention_map(self.model, self.tokenizer, reply.prompt_ids, features, reply.token_ids)
@@ -179,17 +178,17 @@ class ChatModel:
         return {eos} if isinstance(eos, int) else set(eos or ())
 
     def _room(self, prompt_ids: Tensor, num_images: int) -> int:
-        """Positions left for the answer."""
+        """Number of positions left for the answer."""
         length = len(prompt_ids) + num_images * (self.model.num_image_tokens - 1)
         if length >= self.context_len:
             raise ValueError(
                 f"The conversation takes {length} positions, {num_images * self.model.num_image_tokens} of them for "
-                f"{num_images} image(s), and {self.name} reads at most {self.context_len}; start a new conversation."
+                f"{num_images} image(s), but {self.name} reads at most {self.context_len}; start a new conversation."
             )
         return self.context_len - length
 
     def _generate(self, work: _Work, prompt_ids: Tensor, images: Sequence[Image.Image], kwargs: dict[str, Any]) -> None:
-        """Runs in a thread of its own; tokens, the end and errors go through `work`."""
+        """Generate in a separate thread; tokens, the end and errors are passed through `work`."""
         try:
             while not self._lock.acquire(timeout=_POLL_SECONDS):
                 if work.is_over():
@@ -211,7 +210,7 @@ class ChatModel:
             work.tokens.put(None)
 
     def _encode(self, images: Sequence[Image.Image]) -> Tensor | None:
-        """Visual tokens [I, K, D]; those of the last few images are kept, so that a follow-up need not encode again."""
+        """Visual tokens [I, K, D]; those of recent images are cached for follow-up questions."""
         if not images:
             return None
         features = []
@@ -228,10 +227,10 @@ class ChatModel:
 
 
 class _Work(StoppingCriteria):
-    """One answer in the making: sees every token as it is chosen, keeps time, and says when to stop.
+    """One answer in progress: passes on each token when it is generated, keeps time, and decides when to stop.
 
-    `generate` asks its stopping criteria after every token, which makes them the one place that sees tokens, whatever
-    the decoding loop; a model fed with embeddings hands them the new tokens only.
+    `generate` calls its stopping criteria after every token, whatever the decoding loop. Since the model is fed with
+    embeddings, they receive only the new tokens.
     """
 
     def __init__(self, stop: threading.Event, time_limit: float | None) -> None:
@@ -245,11 +244,11 @@ class _Work(StoppingCriteria):
         self._timed_out = self._stopped = False
 
     def begin(self) -> None:
-        """The work starts now."""
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def is_over(self) -> bool:
-        """Whether nobody wants more tokens."""
+        """Whether no more tokens are wanted."""
         self._stopped = self._stop.is_set() or self.cancelled.is_set()
         return self._stopped
 
@@ -273,7 +272,7 @@ class _Work(StoppingCriteria):
         return (self._count - 1) / (self._last - self._first)
 
     def finish(self, eos_ids: set[int], token_ids: Sequence[int]) -> str:
-        """Why the answer ended, see `Reply`."""
+        """Why the answer ended, see `Reply.finish`."""
         if token_ids and token_ids[-1] in eos_ids:
             return "end"
         if self._stopped or self._stop.is_set():
@@ -282,10 +281,10 @@ class _Work(StoppingCriteria):
 
 
 def display_names(paths: Sequence[str]) -> list[str]:
-    """A short, distinct name for every checkpoint: see `checkpoint_name`, with its parents' where needed."""
+    """A short, distinct name for every checkpoint: its folder's name, with parent folders where needed."""
     parts = [[part for part in Path(path).parts if part not in ("/", "\\", ".", "..")] or [path] for path in paths]
     for part in parts:
-        if part[-1].startswith("checkpoint-") and len(part) > 1:  # of a run, which has to be named
+        if part[-1].startswith("checkpoint-") and len(part) > 1:  # says nothing without the name of its run
             part[-2:] = [f"{part[-2]}_{part[-1]}"]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -1,4 +1,4 @@
-"""What stands in front of the whole web demo: its name, its open routes, the size of requests, room for uploads."""
+"""Limits in front of the web demo: host names, open routes, request size, disk space for uploads."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ OPEN = (
     ("POST", ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel")),
     ("POST", ("/gradio_api/reset",)),
 )
-"""Gradio's routes that the page uses, by method. A star stands for any further text. All others are closed: among them
-are ones that fetch addresses, hand files to ffmpeg or write to the disk."""
+"""Gradio's routes that the page uses, by method. A trailing star matches any text. All other routes are closed: some of
+them fetch URLs, pass files to ffmpeg or write to the disk."""
 
 BROKEN_OFF_SECONDS = 600.0
-"""Age at which a half-written upload is taken for one whose sender is gone."""
+"""A half-written upload is considered abandoned after this time without a change."""
 
 BODY_SECONDS = 120.0
-"""Time for a request to arrive whole. A sender that goes on for ever would keep room for its upload for ever."""
+"""Time for a request to arrive completely. A sender that never ends would occupy disk space forever."""
 
-_UNKNOWN_NAME = "The demo is not known under this name: start it with --allow_host NAME if it should be."
-_BLOCK = 4096  # the least that a file takes on a disk
+_UNKNOWN_NAME = "The demo does not answer under this host name: start it with --allow_host NAME if it should."
+_BLOCK = 4096  # the least disk space of a file
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
 class DemoLimits:
-    """What one request may cost.
+    """Limits of the demo.
 
     Attributes:
-        image: of an upload.
+        image: limits on an upload.
         question_chars: length of a question.
-        max_new_tokens: the most that the page offers, and that any request gets.
+        max_new_tokens: length of an answer.
         seconds: time for each model's answer.
-        upload_bytes: of all uploads that are on the disk, of all visitors together.
+        upload_bytes: disk space of all visitors' uploads together.
     """
 
     image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 20_000_000, 1600))
@@ -62,14 +62,14 @@ class DemoLimits:
 
 
 class Hosts:
-    """The names under which the demo may be asked for.
+    """The host names under which the demo answers.
 
-    A page of another site can let its own name point to this machine (DNS rebinding), and would then read the demo as
-    its own. The browser still sends that site's name in ``Host``.
+    Another site can let its own name resolve to this machine (DNS rebinding); its page could then read the demo as its
+    own. The browser still sends that site's name in ``Host``.
 
     Args:
         bound: the address that the server listens on.
-        more: further names, such as the one of a reverse proxy.
+        more: other names, such as a reverse proxy's.
     """
 
     def __init__(self, bound: str, more: Iterable[str] = ()) -> None:
@@ -82,10 +82,10 @@ class Hosts:
             self.names |= _LOOPBACK | {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     def know(self, header: str) -> bool:
-        """Whether a ``Host`` header (a name or an address, perhaps with a port) is one of them."""
+        """Whether a ``Host`` header (a name or an address, optionally with a port) is one of them."""
         try:
             name = urlsplit(f"//{header}").hostname or ""
-            urlsplit(f"//{header}").port  # noqa: B018 (raises where the port is none)
+            urlsplit(f"//{header}").port  # noqa: B018 (raises if the port is invalid)
         except ValueError:
             return False
         if any(char in header for char in "/?#@ ,"):
@@ -94,7 +94,7 @@ class Hosts:
 
 
 def _is_address(name: str) -> bool:
-    """Whether a host is written in digits: then no name server was asked, and none was lied to by."""
+    """Whether a host is an IP address: no name server was asked, so DNS rebinding is impossible."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -103,12 +103,12 @@ def _is_address(name: str) -> bool:
 
 
 class Room:
-    """The disk space that all uploads together may take, those under way included.
+    """Disk space for all uploads together, including those in progress.
 
     Args:
-        folder: where Gradio writes uploads before they have their names.
-        files: gives the files that this server has written.
-        max_bytes: for all of them; every file counts for a disk block at least.
+        folder: where Gradio writes uploads before it gives them their names.
+        files: returns the files that this server has written.
+        max_bytes: limit on all uploads; every file counts as at least one disk block.
     """
 
     def __init__(self, folder: Path, files: Callable[[], Iterable[str]], max_bytes: int) -> None:
@@ -116,7 +116,7 @@ class Room:
         self._under_way = 0
 
     def taken(self) -> int:
-        """Bytes of all uploads. Half-written ones whose sender is gone are removed on the way."""
+        """Bytes of all uploads. Deletes abandoned half-written uploads."""
         now, total = time.time(), self._under_way
         for name in self.files():
             total += _size(name)
@@ -128,14 +128,14 @@ class Room:
         return total
 
     def enter(self, num_bytes: int) -> bool:
-        """Keep room for an upload; False if there is none."""
+        """Reserve space for an upload; False if there is not enough."""
         if self.taken() + max(num_bytes, _BLOCK) > self.max_bytes:
             return False
         self._under_way += num_bytes
         return True
 
     def leave(self, num_bytes: int) -> None:
-        """An upload has ended, well or not."""
+        """Release the reservation when an upload has succeeded or failed."""
         self._under_way -= num_bytes
 
 
@@ -154,16 +154,16 @@ def _changed(file: Path) -> float:
 
 
 class Gate:
-    """ASGI middleware that refuses other hosts, closed routes, large requests and uploads for which there is no room.
+    """ASGI middleware that refuses unknown host names, closed routes, large requests, and uploads without disk space.
 
-    Gradio's own `max_file_size` guards its upload route only; an image may also come inside a JSON body.
+    Gradio's `max_file_size` covers only its upload route; an image may also arrive inside a JSON body.
 
     Args:
-        app: the application behind.
-        max_bytes: of a request's body.
-        hosts: names under which the demo is asked for.
-        room: for uploads.
-        body_seconds: for a request to arrive whole.
+        app: the application behind this one.
+        max_bytes: limit on a request's body.
+        hosts: host names under which the demo answers.
+        room: disk space for uploads.
+        body_seconds: time for a request to arrive completely.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Gate:
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         kept = self._declared(headers, self.max_bytes) if is_upload else 0
         if is_upload and not self.room.enter(kept):
-            text = f"The uploads of all visitors fill their {self.room.max_bytes / 2**20:.1f} MB: try again later."
+            text = f"All visitors' uploads together fill their {self.room.max_bytes / 2**20:.1f} MB: try again later."
             await _answer(send, 507, text)
             return
         received, whole = 0, False
@@ -200,7 +200,7 @@ class Gate:
 
         async def counted() -> Message:
             nonlocal received, whole
-            if whole:  # what comes now is that the visitor leaves, whenever that is
+            if whole:  # the next message says that the visitor has left, whenever that is
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
@@ -221,7 +221,7 @@ class Gate:
 
         try:
             await self.app(scope, counted, noted)
-        except Exception as error:  # of a request that no page sends: Gradio does not look at all that it reads
+        except Exception as error:  # a request that no page sends: Gradio does not check all of its input
             logger.warning("%s %.200r was not answered (%r).", scope["method"], scope["path"], error)
             if not begun:
                 await _answer(send, 400, "This request cannot be answered.")
@@ -230,19 +230,19 @@ class Gate:
                 self.room.leave(kept)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
-        """Status and sentence of why a request is refused."""
+        """Status and message if a request is refused, else None."""
         hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(hosts) != 1 or not self.hosts.know(hosts[0]):
             return 421, _UNKNOWN_NAME
-        # what a proxy was asked for: Gradio makes the page's addresses of it
+        # the host that a proxy was asked for: Gradio builds the page's URLs from it
         asked = [name for value in headers.get(b"x-forwarded-host", []) for name in value.decode("latin-1").split(",")]
         if not all(self.hosts.know(name.strip()) for name in asked):
             return 421, _UNKNOWN_NAME
         origins = [value.decode("latin-1") for value in headers.get(b"origin", [])]
         if scope["method"] not in ("GET", "HEAD") and not all(map(self._is_own, origins)):
-            return 403, "Requests from the pages of other sites are not taken."
+            return 403, "Requests from pages of other sites are refused."
         if not is_open(scope["method"], scope["path"]):
-            return 404, "This is not here."
+            return 404, "There is no such page."
         if self._declared(headers, 0) > self.max_bytes:
             return 413, f"The request is larger than {self.max_bytes / 2**20:.0f} MB."
         return None
@@ -252,7 +252,7 @@ class Gate:
         return scheme in ("http", "https") and self.hosts.know(host)
 
     def _declared(self, headers: dict[bytes, list[bytes]], otherwise: int) -> int:
-        """Length of the body as the request declares it; what is no number counts as too much."""
+        """The declared length of the body; an invalid one counts as too long."""
         values = headers.get(b"content-length")
         if not values:
             return otherwise

@@ -1,4 +1,4 @@
-"""Command-line options that the terminal chat and the web demo share."""
+"""Command-line options shared by the terminal chat and the web demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinyllava_switchkd.serve.conversation import Sampling
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """How checkpoints are loaded."""
+    """Add the options for loading checkpoints."""
     group = parser.add_argument_group("loading")
     group.add_argument(*TEMPLATE_FLAGS, help="conversation template; default: the one the checkpoint names")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -26,15 +26,15 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn_implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
     quantised = group.add_mutually_exclusive_group()
-    quantised.add_argument("--load_8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
-    quantised.add_argument("--load_4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
+    quantised.add_argument("--load_8bit", action="store_true", help="load the language model in 8 bits (bitsandbytes)")
+    quantised.add_argument("--load_4bit", action="store_true", help="load the language model in 4 bits (bitsandbytes)")
 
 
 def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `load_pretrained_model`.
 
     Raises:
-        ValueError: there is no such device, template or attention.
+        ValueError: the device, template or attention implementation is unknown or unusable.
     """
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,7 +45,7 @@ def loading_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         TemplateFactory.name_of(args.template)
     kernel, kernels = args.attn_implementation, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if kernel is not None and kernel not in kernels:
-        raise ValueError(f"--attn_implementation {kernel} is none that transformers knows: {', '.join(kernels)}.")
+        raise ValueError(f"--attn_implementation {kernel} is not one of those in transformers: {', '.join(kernels)}.")
     on_cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.float32 if on_cpu else None)
     return {
@@ -62,11 +62,11 @@ def _check_device(name: str) -> None:
 
     try:
         if check_device(name).type == "meta":
-            raise ValueError("it holds no numbers")
+            raise ValueError("it stores no values")
         torch.empty(0, device=name)
-    except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: torch was built without the device
+    except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: torch is built without this device
         reason = first_line(error).rstrip(".")
-        raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always can.") from None
+        raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always works.") from None
 
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
@@ -86,7 +86,7 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How answers are decoded; the defaults are `Sampling`'s."""
+    """Add the options for decoding; the defaults are those of `Sampling`."""
     group = parser.add_argument_group("sampling")
     default = Sampling()
     group.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default)")
@@ -97,5 +97,5 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The sampling that was asked for."""
+    """The decoding settings from the command line."""
     return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.max_new_tokens)

@@ -1,4 +1,4 @@
-"""The web demo's page: what stands where, what the events do, and how it is served."""
+"""The web demo's page: layout, event handlers, and server."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tinyllava_switchkd.serve.limits import Gate, Hosts, Room
 from tinyllava_switchkd.serve.upload import REFUSED, GuardedBlocks, UploadedImage
 
 Updates = dict[Block, object]
-"""New values of parts of the page, or what `gr.update` makes of them."""
+"""Component -> its new value, or a `gr.update`."""
 
-_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own: nothing is fetched from elsewhere
+_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # the browser's own fonts: nothing is fetched from elsewhere
 _STYLE = Path(__file__).with_name("page.css")
 _SESSIONS = 64
 _FILE_SECONDS = 2 * 3600
-_MODELS = "models"  # all that runs a model shares one place in the queue
+_MODELS = "models"  # all events that run a model share one place in the queue
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 _ASK_ONCE = "() => { if (window.tlAsking) throw new Error('asked already'); window.tlAsking = true; }"
 _ASKED = "() => { window.tlAsking = false; }"
@@ -37,7 +37,7 @@ class Page:
 
     Args:
         demo: answers the requests.
-        sampling: what the settings show at first.
+        sampling: initial values of the settings.
     """
 
     def __init__(self, demo: Demo, sampling: Sampling | None = None) -> None:
@@ -146,8 +146,8 @@ class Page:
         names = [(slot.name, index) for index, slot in enumerate(self.demo.pool.slots)]
         with gr.Column(elem_id="tl-attention"):
             _html(
-                "<div class='tl-section'><h2>Where did it look?</h2><p>The attention of the last answer to the image, "
-                "token by token.</p></div>"
+                "<div class='tl-section'><h2>Where did it look?</h2><p>Attention of each token of the last answer to "
+                "the image.</p></div>"
             )
             with gr.Row(elem_id="tl-attention-bar"):
                 self.which = gr.Radio(
@@ -164,7 +164,8 @@ class Page:
             self.attention_notice = _html("", elem_id="tl-attention-notice")
             with gr.Column(visible=False, elem_id="tl-map") as self.map:
                 _html(
-                    "<div class='tl-hint'>Click a token; the redder, the more of its attention goes to the image.</div>"
+                    "<div class='tl-hint'>Click a token. The redder it is, the more of its attention goes to the "
+                    "image.</div>"
                 )
                 self.tokens = gr.HighlightedText(
                     [],
@@ -191,7 +192,7 @@ class Page:
         self.examples.select(self.pick, self.session, arrival, queue=False, **_PRIVATE)
         settings = [self.temperature, self.top_p, self.top_k, self.penalty, self.length]
         buttons = [self.notice, self.send, self.stop, self.clear]
-        # Gradio's own guard against a second click lets through what comes before the server's first reply.
+        # Gradio's own guard against a second click works only after the server's first reply.
         once = gr.on([self.send.click, self.question.submit], None, js=_ASK_ONCE, **_PRIVATE)
         begun = once.success(self.begin, self.session, [self.session, *buttons], queue=False, **_PRIVATE)
         asked = begun.success(
@@ -236,10 +237,10 @@ class Page:
             **_PRIVATE,
         )
 
-    # What the events do
+    # Event handlers
 
     def refresh(self) -> Updates:
-        """How far loading is."""
+        """Show the progress of loading."""
         pool = self.demo.pool
         return {
             self.header: render.header(pool.slots),
@@ -248,7 +249,7 @@ class Page:
         }
 
     def check_image(self, session: Session | None, path: str | None) -> Updates:
-        """Refuse a bad upload at once, and not only when a question comes with it."""
+        """Refuse a bad upload at once, not only when a question is sent with it."""
         try:
             file = self._own(path)
             if file is not None:
@@ -258,7 +259,7 @@ class Page:
         return {self.notice: _about_second_image(session)}
 
     def pick(self, session: Session | None, event: gr.SelectData) -> Updates:
-        """Put an example on the page."""
+        """Select an example."""
         index = int(event.index) % len(EXAMPLES)
         _, question = EXAMPLES[index]
         return {
@@ -268,10 +269,10 @@ class Page:
         }
 
     def begin(self, session: Session | None) -> Updates:
-        """What a user sees at once, while others are being answered."""
+        """Update the page at once, even while others are being answered."""
         session = session or self.demo.new_session()
         session.stop.clear()
-        waits = render.notice("Others are being answered first; your turn comes.") if self.demo.is_busy else ""
+        waits = render.notice("Others are being answered first; please wait.") if self.demo.is_busy else ""
         return {
             self.session: session,
             self.notice: waits,
@@ -279,18 +280,18 @@ class Page:
         }
 
     def turn_away(self) -> Updates:
-        """A question that never got to a model: the queue is full, or its inputs were refused (a file that is gone)."""
+        """Report a question that reached no model: the queue is full, or its image was refused or no longer exists."""
         message = (
-            "The question was not taken: too many people are asking, or the image is no longer on the server. "
-            "Please try again, if need be with the image uploaded anew."
+            "The question was not accepted: too many people are asking, or the image is no longer on the server. "
+            "Please try again, and upload the image again if necessary."
         )
         return {self.notice: render.notice(message, "error"), **self._buttons(busy=False)}
 
     def _own(self, path: str | None) -> str | None:
-        """The file of an image on the page.
+        """The file of the image on the page.
 
         Raises:
-            gr.Error: it is none of this server's uploads and examples.
+            gr.Error: it is neither an upload of this server nor an example.
         """
         if path is None:
             return None
@@ -300,7 +301,7 @@ class Page:
         return file
 
     def _buttons(self, busy: bool) -> Updates:
-        """The buttons while something is being answered, and while nothing is."""
+        """The buttons while a question is being answered (`busy`) or not."""
         return {
             self.send: gr.update(interactive=not busy),
             self.stop: gr.update(interactive=busy),
@@ -333,7 +334,7 @@ class Page:
             for _ in self.demo.ask(session, self._own(image), question, sampling):
                 yield {self.chat: render.transcript(session.exchanges), **busy}
                 busy = {}
-            message = {}  # what was said meanwhile, of an upload, stays
+            message = {}  # keeps a notice about an image uploaded in the meantime
         except USER_ERRORS as error:
             message = {self.notice: render.notice(str(error), "error")}
         yield {
@@ -344,13 +345,13 @@ class Page:
         }
 
     def halt(self, session: Session | None) -> dict[str, object]:
-        """Stop the answer of this session."""
+        """Stop this session's answer."""
         if session is not None:
             session.stop.set()
         return gr.update(interactive=False)
 
     def restart(self, session: Session | None) -> Updates:
-        """Forget the conversation."""
+        """Start a new conversation."""
         if session is not None:
             session.stop.set()
         return {
@@ -362,7 +363,7 @@ class Page:
         }
 
     def show_attention(self, session: Session | None, which: int) -> Updates:
-        """Open the map of a model's last answer."""
+        """Show the attention map of a model's last answer."""
         try:
             attention = self.demo.attend(session or self.demo.new_session(), which)
         except USER_ERRORS as error:
@@ -378,11 +379,11 @@ class Page:
         }
 
     def choose_token(self, event: gr.SelectData) -> int:
-        """A token was clicked."""
+        """The slider position of a clicked token."""
         return int(event.index) + 1
 
     def show_token(self, session: Session | None, which: int, position: float) -> Updates:
-        """Draw the map of one token, or (0) of the whole answer."""
+        """Draw the map of the token at `position`, counted from 1; 0 is the whole answer."""
         if session is None or which not in session.maps:
             return {}
         attention = session.maps[which]
@@ -398,11 +399,11 @@ class Page:
 def _about_second_image(session: Session | None) -> str:
     if session is None or not session.exchanges:
         return ""
-    return render.notice("This image joins the conversation. To ask about it alone, press New chat first.")
+    return render.notice("This image is added to the conversation. To ask about it alone, press New chat first.")
 
 
 def _html(value: str, elem_id: str | None = None) -> gr.HTML:
-    """A piece of the page's own HTML, styled by page.css alone."""
+    """HTML styled only by page.css."""
     return gr.HTML(value, elem_id=elem_id, apply_default_css=False)
 
 
@@ -424,7 +425,7 @@ def _theme() -> gr.themes.Base:
         input_border_width="1px",
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
-        # white on these is read easily: at least 4.5 to 1
+        # white text on these colours has a contrast of at least 4.5 to 1
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
@@ -454,10 +455,10 @@ def launch(
     Args:
         page: what to serve.
         host: address to listen on.
-        port: None for the first free one from 7860 on.
+        port: None for the first free port from 7860 on.
         share: make a public link through Gradio's servers.
-        queue_size: requests that may wait; more are turned away.
-        allow_hosts: further names under which the demo is asked for, such as a reverse proxy's.
+        queue_size: requests that may wait; any more are rejected.
+        allow_hosts: other host names of the demo, such as a reverse proxy's.
         kwargs: for `gr.Blocks.launch`.
     """
     file_bytes = page.demo.limits.image.max_bytes
@@ -469,7 +470,7 @@ def launch(
         server_port=port,
         share=share,
         theme=_theme(),
-        head=f"<style>{_STYLE.read_text(encoding='utf-8')}</style>",  # `css=` would lose the phone's and dark rules
+        head=f"<style>{_STYLE.read_text(encoding='utf-8')}</style>",  # `css=` loses rules for phones and dark mode
         allowed_paths=[str(FOLDER / name) for name, _ in EXAMPLES],
         max_file_size=file_bytes,
         app_kwargs={"middleware": [gate]},

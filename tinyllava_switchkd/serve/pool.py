@@ -1,4 +1,4 @@
-"""The demo's models: loaded in the background, so that the page can say how far it is."""
+"""The demo's models, loaded in the background while the page shows the progress."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Slot:
     """One model of the demo.
 
     Attributes:
-        name: what people see.
-        load: makes the model; None where it is there.
-        model: the model once it is there.
+        name: display name.
+        load: loads the model; None if `model` is given.
+        model: the model once it is loaded.
         error: why it could not be loaded.
-        started: when loading began (`time.monotonic`), None while it waits for the models before it.
+        started: when loading began (`time.monotonic`); None while earlier models are loading.
     """
 
     name: str
@@ -42,34 +42,34 @@ class Slot:
 
     @property
     def seconds(self) -> float:
-        """How long loading has taken so far."""
+        """Seconds since loading began."""
         return 0.0 if self.started is None else time.monotonic() - self.started
 
 
 class ModelPool:
-    """The models that answer side by side, in their order.
+    """The demo's models, in order of display.
 
     Args:
-        slots: what to load.
+        slots: the models to load.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
 
     def start(self) -> threading.Thread:
-        """Load what is missing, one after another, in a thread of its own."""
+        """Load the missing models one after another in a background thread."""
         thread = threading.Thread(target=self._load_all, daemon=True)
         thread.start()
         return thread
 
     @property
     def is_settled(self) -> bool:
-        """Whether every model is there or has failed."""
+        """Whether every model is loaded or has failed."""
         return all(slot.state in ("ready", "failed") for slot in self.slots)
 
     @property
     def ready(self) -> dict[int, ChatModel]:
-        """The models that can answer, by their places."""
+        """The loaded models, by index."""
         return {index: slot.model for index, slot in enumerate(self.slots) if slot.model is not None}
 
     def _load_all(self) -> None:
@@ -80,7 +80,7 @@ class ModelPool:
             try:
                 slot.model = slot.load()
                 logger.info("%s is ready after %.1f s.", slot.name, slot.seconds)
-            except Exception as error:  # whatever it is, the page has to say so
+            except Exception as error:  # the page shows any error
                 is_expected = isinstance(error, ValueError | OSError | ImportError)
                 slot.error = str(error) if is_expected else f"{type(error).__name__}: {error}"
                 logger.error("%s could not be loaded: %s", slot.name, slot.error, exc_info=not is_expected)

@@ -1,4 +1,4 @@
-"""The demo's own HTML. Every text that people or models wrote goes through `escape` here, and nowhere else."""
+"""The demo's HTML. All text from users or models is escaped here, and only here."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ENDINGS = {"length": "cut at the maximum length", "time": "cut at the time limi
 
 @dataclass
 class Cell:
-    """What one model says to one question.
+    """One model's answer to one question.
 
     Attributes:
-        index: place of the model in the pool.
-        name: the model.
-        reply: its answer so far, None while it waits or where it gave none.
-        error: what went wrong instead.
+        index: the model's index in the pool.
+        name: the model's display name.
+        reply: its answer so far; None while it waits or if it gave none.
+        error: the error message if it failed.
         state: "waiting" for the models before it, "working", or "done".
     """
 
@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass
 class Exchange:
-    """A question with the images that came with it, and every model's answer."""
+    """A question, its images, and every model's answer."""
 
     question: str
     thumbnails: tuple[str, ...] = ()
@@ -42,9 +42,9 @@ class Exchange:
 
 
 def escape(text: str) -> str:
-    """Text as HTML that shows exactly this text.
+    """Escape text for HTML.
 
-    Braces and dollar signs are written as entities too: the page fills templates with what it is given.
+    Braces, dollar signs, backticks and backslashes are escaped, too: Gradio fills in templates in HTML values.
     """
     escaped = html.escape(text, quote=True)
     for char in "{}$`\\":
@@ -53,7 +53,7 @@ def escape(text: str) -> str:
 
 
 def header(slots: Sequence[Slot]) -> str:
-    """Title and what has become of the models."""
+    """The title and the state of each model."""
     return (
         "<div class='tl-header'><h1>TinyLLaVA <span>Switch-KD</span></h1>"
         "<p>Ask a small vision-language model about an image, and see where it looks.</p>"
@@ -69,19 +69,19 @@ def _model(slot: Slot) -> str:
     elif slot.state == "loading":
         detail = f"loading, {slot.seconds:.0f} s"
     else:
-        detail = "waits to be loaded"
+        detail = "waiting to be loaded"
     return (
         f"<span class='tl-model tl-{slot.state}'><i></i><b>{escape(slot.name)}</b><span>{escape(detail)}</span></span>"
     )
 
 
 def transcript(exchanges: Sequence[Exchange]) -> str:
-    """The conversation; a column-reverse box around it keeps the newest in view."""
+    """The conversation, in a column-reverse box that keeps the newest exchange in view."""
     if not exchanges:
         return (
             "<div class='tl-chat'><div class='tl-empty'><b>Nothing asked yet</b>"
             "<p>Upload or paste an image, or pick an example, then ask a question. "
-            "Follow-ups remember what was said before.</p></div></div>"
+            "Follow-up questions remember what was said before.</p></div></div>"
         )
     return f"<div class='tl-chat'><div class='tl-turns'>{''.join(map(_exchange, exchanges))}</div></div>"
 
@@ -124,7 +124,7 @@ def _notes(reply: Reply | None) -> list[str]:
 
 
 def notice(text: str, kind: str = "info") -> str:
-    """A message to the user; `kind` is ``info`` or ``error``."""
+    """A message to the user; `kind` is "info" or "error"."""
     if not text:
         return ""
     role = "alert" if kind == "error" else "status"
@@ -132,7 +132,7 @@ def notice(text: str, kind: str = "info") -> str:
 
 
 def token_caption(token: int | None, tokens: Sequence[str], share: float) -> str:
-    """What the map on show is of."""
+    """The caption of the attention map."""
     what = (
         "the whole answer" if token is None else f"token {token + 1} of {len(tokens)}: “{tokens[token].strip() or '␣'}”"
     )

@@ -1,8 +1,8 @@
-"""Where models look while they answer, drawn on one image side by side (Switch-KD, Figure 3)::
+"""Attention maps of several models on one image, side by side (Switch-KD, Figure 3)::
 
 python -m tinyllava_switchkd.visualize.attention --image IMAGE --question TEXT --model_path A B C --output FIGURE
 
-Over a set of images it says how alike each model's map is to that of the first, the teacher's::
+On a set of images, it prints how strongly each model's maps correlate with those of the first model, the teacher::
 
 python -m tinyllava_switchkd.visualize.attention --data DATA.json --image_folder IMAGES --model_path TEACHER A B
 """
@@ -25,7 +25,7 @@ from tinyllava_switchkd.constants import TEMPLATE_FLAGS
 from tinyllava_switchkd.data.image_files import to_rgb
 from tinyllava_switchkd.registry import checkpoint_name
 
-if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
     from matplotlib.figure import Figure
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what needs torch waits until the command line has been read
 
 @dataclass(frozen=True)
 class Look:
-    """One model's answer to a question about an image, and where it looked (None if the answer is empty)."""
+    """One model's answer to a question about an image, with its attention map (None if the answer is empty)."""
 
     name: str
     answer: str
@@ -54,14 +54,14 @@ def look(
     max_new_tokens: int = 64,
     layers: slice | None = None,
 ) -> Look:
-    """Ask a model a question about an image (greedy decoding) and read its attention.
+    """Ask a model a question about an image (greedy decoding) and compute its attention map.
 
     Args:
-        model: a `TinyLlavaForConditionalGeneration`, with its tokenizer and image processor.
         template: conversation template; None for the checkpoint's own.
+        layers: decoder layers to average over; None for all.
 
     Raises:
-        ValueError: no template is known for the checkpoint; or see `attention_map`.
+        ValueError: the checkpoint has no known template; also see `attention_map`.
     """
     import torch
 
@@ -94,13 +94,13 @@ def look(
 
 
 def likeness(looks: Sequence[Sequence[Look]]) -> list[list[float | None]]:
-    """Correlations with the first model's maps.
+    """Correlations of each model's maps with the first model's.
 
     Args:
-        looks: of each model, over the same images; the first model is what the others are compared with.
+        looks: [models][images]; the first model is the reference.
 
     Returns:
-        of each model but the first, one value an image; None where there is no map to compare.
+        [models - 1][images]; None where a map is missing or constant.
     """
     from tinyllava_switchkd.visualize.attention_map import correlation
 
@@ -115,7 +115,7 @@ def likeness(looks: Sequence[Sequence[Look]]) -> list[list[float | None]]:
 
 
 def likeness_lines(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> list[str]:
-    """Means with 95 % intervals over images, and the differences of each model to the one before on the same images."""
+    """Means over images with 95 % intervals, and each model's difference to the previous one on the same images."""
     lines = []
     for name, row in zip(names, values, strict=True):
         known = [value for value in row if value is not None]
@@ -136,17 +136,14 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def draw(image: Image.Image, question: str, looks: Sequence[Look], by_token: bool = False, columns: int = 8) -> Figure:
-    """A figure of the image and, beside it, every model's map of its whole answer.
+    """Draw the image and, beside it, every model's map of its whole answer.
 
     Args:
-        image: what the models were shown.
-        question: what they were asked; the title.
+        image: the image.
+        question: the title.
         looks: one per model.
-        by_token: one row per model and one map per token of its answer, instead of one map per model.
-        columns: at most so many tokens per model.
-
-    Returns:
-        a matplotlib figure.
+        by_token: draw one row per model with one map per token of its answer.
+        columns: largest number of tokens per row.
     """
     from matplotlib.figure import Figure
 
@@ -188,7 +185,7 @@ def parse_layers(text: str) -> slice:
     """``"8:16"`` -> ``slice(8, 16)``; either side may be empty.
 
     Raises:
-        argparse.ArgumentTypeError: the text is no range.
+        argparse.ArgumentTypeError: the text is not a range.
     """
     first, colon, last = text.partition(":")
     try:
@@ -200,18 +197,18 @@ def parse_layers(text: str) -> slice:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(description="Attention maps of one or several models on one image, as a figure.")
+    parser = CommandParser(description="Draw attention maps of one or more models on one image.")
     parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints: folders or hub names")
     parser.add_argument(
-        "--names", nargs="+", help="what to call them in the figure; the last part of each path if left out"
+        "--names", nargs="+", help="names of the models in the figure; default: the last part of each path"
     )
     parser.add_argument("--image", help="image file")
     parser.add_argument("--question")
     parser.add_argument("--output", help="figure to write: .png, .pdf or .svg")
     parser.add_argument(
-        "--data", help="instead of one image: a JSON list, or JSON lines, of {image, question or text}, one image each"
+        "--data", help="compare on many images: a JSON list, or JSON lines, of {image, question or text}"
     )
-    parser.add_argument("--image_folder", default=".", help="where the images of --data are (default: here)")
+    parser.add_argument("--image_folder", default=".", help="folder of the images in --data (default: here)")
     parser.add_argument("--by_token", action="store_true", help="one map per token of the answer")
     parser.add_argument("--layers", type=parse_layers, help="decoder layers to average, such as 8:16; default: all")
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -221,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the models one after another, so that only one is in memory, and write the figure."""
+    """Load the models one after another, so that only one is in memory, and write the figure or the comparison."""
     from tinyllava_switchkd.model.chat import open_image
     from tinyllava_switchkd.model.checkpoint import load_pretrained_model
     from tinyllava_switchkd.model.export.questions import read_questions
@@ -238,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         rows = [(args.image, args.question)]
     for image, _ in rows:
-        open_image(image)  # what is no image is said before weights are read
+        open_image(image)  # reports a bad image before weights are read
     looks: list[list[Look]] = []
     for path, name in zip(args.model_path, names, strict=True):
         model, tokenizer, processor, _ = load_pretrained_model(path, device=args.device)

@@ -1,4 +1,4 @@
-"""Where a model looks while it answers: attention from answer tokens to visual tokens, as a map over the image."""
+"""Attention from answer tokens to visual tokens, as a map over the image."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class AttentionMap:
     """Attention of an answer to its images.
 
     Attributes:
-        tokens: [A] pieces of the answer's text (a token, or the tokens of one character).
-        weights: [A, I, side, side] attention to every cell of every image, averaged over heads and layers; NaN where
-            the model has no token for a cell.
+        tokens: [A] pieces of the answer's text (one token, or the tokens of one character).
+        weights: [A, I, side, side] attention to every cell of every image, averaged over heads and layers; NaN for
+            cells without a visual token.
     """
 
     tokens: tuple[str, ...]
@@ -36,19 +36,19 @@ class AttentionMap:
 
     @property
     def share(self) -> np.ndarray:
-        """[A] how much of a token's attention goes to the images at all, in 0..1."""
+        """[A] the fraction of each token's attention that goes to the images, in 0..1."""
         return np.nansum(self.weights, axis=(1, 2, 3))
 
     def of(self, token: int | None = None, image: int = 0) -> np.ndarray:
-        """[side, side] map of one token over one image, or of the whole answer (the mean of its tokens)."""
+        """[side, side] map of one token over one image, or (None) of the whole answer, the mean of its tokens."""
         return self.weights[:, image].mean(axis=0) if token is None else self.weights[token, image]
 
 
 @contextmanager
 def eager_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Compute attention by the implementation that returns its weights, then go back to the one before.
+    """Use the attention implementation that returns weights, then restore the previous one.
 
-    The switch is the model's, so nothing else may run on the model meanwhile.
+    This changes the model itself, so nothing else may run on the model in the meantime.
     """
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
@@ -69,27 +69,24 @@ def attention_map(
 ) -> AttentionMap:
     """Attention from each token of an answer to the visual tokens of its prompt.
 
-    A token's attention is read where it was predicted: at the position before it. The prompt goes through the model
-    once with its usual attention; only the answer's few rows are computed with weights, so memory stays small.
+    A token's attention is read at the position that predicted it, the one before it. The prompt is processed once with
+    the model's usual attention; only the answer's few rows are computed with weights, so memory stays small.
 
     Args:
-        model: a `TinyLlavaForConditionalGeneration`.
-        tokenizer: the model's.
-        input_ids: [T] the prompt, `IMAGE_TOKEN_INDEX` per image.
-        image_features: [I, K, D], `model.encode_images` of the prompt's images; None where it has none.
-        answer_ids: the tokens that were generated.
-        layers: decoder layers to average over; all if None.
-
-    Returns:
-        an `AttentionMap`.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        input_ids: [T] the prompt, one `IMAGE_TOKEN_INDEX` per image.
+        image_features: [I, K, D], `model.encode_images` of the prompt's images; None if it has none.
+        answer_ids: the generated tokens.
+        layers: decoder layers to average over; None for all.
 
     Raises:
-        ValueError: there is no image or no answer, the visual tokens have no place in the image (see `token_grid`), or
-            the language model has no attention weights to show.
+        ValueError: there is no image or no answer, the visual tokens have no position in the image (see `token_grid`),
+            or the language model returns no attention weights.
     """
     grid = token_grid(model)
     if image_features is None or len(image_features) == 0:
-        raise ValueError("The conversation has no image, so there is nothing to draw attention on.")
+        raise ValueError("The conversation has no image, so there is no attention map.")
     groups = text_groups(tokenizer, answer_ids)
     if not groups:
         raise ValueError("The answer is empty, so no token's attention can be shown.")
@@ -118,12 +115,12 @@ def attention_map(
 
 
 def correlation(ours: AttentionMap, reference: AttentionMap) -> float | None:
-    """How alike two maps of whole answers over the first image are: Pearson's correlation over the reference's cells.
+    """Pearson's correlation of two maps of whole answers over the first image, over the reference's cells.
 
-    A map of another grid is first resampled (bilinear). Cells that either model has no token for are left out.
+    A map with another grid is first resampled (bilinear). Cells for which either model has no token are left out.
 
     Returns:
-        -1 to 1, or None where a map is constant.
+        -1 to 1, or None if a map is constant.
     """
     theirs, mine = reference.of(), ours.of()
     if mine.shape != theirs.shape:

@@ -1,4 +1,4 @@
-"""Grouped bars: models side by side over several measures."""
+"""Grouped bar chart: models side by side over several measures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def draw_bars(
     titles: Mapping[str, str] | None = None,
     note: str = "",
 ) -> Path:
-    """Draw one group of bars a measure, one bar a model, the value written on each.
+    """Draw one group of bars per measure, with one bar per model and its value on top.
 
     Args:
-        models: label -> measure -> value on 0-100, at most seven; the first one's measures, in order, are the groups.
+        models: label -> measure -> value on 0-100; at most seven models. The first model's measures are the groups.
         path: file to write.
         spread: label -> measure -> half length of an error bar (a standard deviation).
-        titles: measure -> what is written under its group.
+        titles: measure -> label of its group.
         note: a line below the chart.
     """
     from matplotlib import rc_context

@@ -1,15 +1,15 @@
-"""Curves of training runs from the log that the trainer keeps: losses, knees, overlap, shares of the gradient.
-
-As a command it draws the runs it is given into one picture each:
+"""Curves of training runs from the trainer's log: losses, knees, overlap, gradient shares.
 
     python -m tinyllava_switchkd.visualize.curves RUN... --output FOLDER
+
+draws the losses of all runs in one picture, and the other curves in one picture per run.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = Sequence[JsonObject]
-"""``log_history`` of a trainer_state.json: one mapping a logging step, with "step" and what was measured."""
+"""``log_history`` of a trainer_state.json: one mapping per logging step, with "step" and the logged values."""
 
 STYLE = {
     "font.family": "sans-serif",
@@ -50,24 +50,24 @@ STYLE = {
 
 
 def titles() -> tuple[dict[str, str], dict[str, str]]:
-    """Names and titles of what the registered methods log: terms of the loss, and the knees of the two leaders."""
+    """Name -> title of what the registered methods log: the terms of the loss, and the knees of the two leaders."""
     from tinyllava_switchkd.distill import KNEES, terms_of_all_methods
 
     return terms_of_all_methods(), KNEES
 
 
 def read_history(run: str | Path) -> list[JsonObject]:
-    """The log of a run.
+    """Read the log of a run.
 
     Args:
-        run: a ``trainer_state.json``, or an output folder that holds one (or, while it trains, a checkpoint's).
+        run: a ``trainer_state.json``, or a run's output folder. If the folder has none yet, as during training, the
+            newest checkpoint's is read.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a trainer's state.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a trainer's state.
     """
-    run = Path(run)
-    file = run
+    run = file = Path(run)
     if run.is_dir():
         checkpoints = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
         candidates = [run / "trainer_state.json", *reversed(checkpoints)]
@@ -81,18 +81,18 @@ def read_history(run: str | Path) -> list[JsonObject]:
 
 
 def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one measure; empty if it was never logged."""
+    """Steps and values of one logged quantity; empty if it was never logged."""
     rows = [(row["step"], row[name]) for row in history if name in row and "step" in row]
     steps, values = zip(*rows, strict=True) if rows else ((), ())
     return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
 
 
 def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
-    """Centred running mean; the window shrinks towards both ends so that these stay where they are.
+    """Centred running mean; the window shrinks towards both ends, so that the first and last values do not change.
 
     Args:
         values: [steps].
-        window: number of values, a fifteenth of them if None.
+        window: number of values; default: a fifteenth of them.
     """
     window = max(1, len(values) // 15) if window is None else window
     half = window // 2
@@ -103,18 +103,19 @@ def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
 
 
 def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
-    """Parts of the loss over the steps, a panel a part, a line a run; raw values faint behind the smoothed ones.
+    """Draw the terms of the loss over the steps: one panel per term, one line per run.
 
-    Values on held-out data are dashed, with a point an evaluation. A run that logged no parts (trained elsewhere) shows
-    its "loss" as cross-entropy.
+    Raw values are drawn faint behind smoothed ones. Losses on held-out data are dashed, with a point per evaluation. If
+    a run logged no terms (trained elsewhere), its "loss" is drawn as cross-entropy.
 
     Raises:
-        ValueError: no run logged any loss, or there are too many runs to tell apart.
+        ValueError: no run logged a loss, or there are more runs than colours.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    _check_number(runs)
+    if not 1 <= len(runs) <= len(COLOURS):
+        raise ValueError(f"A chart shows one to {len(COLOURS)} runs, not {len(runs)}.")
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     terms, _ = titles()
     for label, history in runs.items():
@@ -143,24 +144,24 @@ def draw_losses(runs: Mapping[str, History], path: str | Path) -> Path:
 
 
 GRADIENT = "gradient/"
-"""What the names of logged gradient norms begin with: gradient/PLACE/TERM."""
+"""Prefix of logged gradient norms: gradient/PLACE/TERM."""
 
 
 def draw_inside(history: History, path: str | Path, vocabulary: int | None = None, title: str = "") -> Path:
-    """What goes on inside a distilled run, over its steps, in one picture.
+    """Draw the knees, the top-k overlap and the gradient shares of a distilled run over its steps.
 
-    Its panels, as far as they were logged: the mean knee of both leaders; how far their top-k agree; and, for each
-    place of the student, the share of each weighted term in the gradient. A share is the norm of a term's gradient
-    there over the sum of all terms' norms.
+    The panels are: the mean knee of both leaders; the overlap of their top-k sets; and, for each place of the student,
+    each weighted term's share of the gradient. The share is the norm of the term's gradient there divided by the sum of
+    all terms' norms. Quantities that were not logged are left out.
 
     Args:
         history: log of the run.
         path: file to write.
-        vocabulary: size of the vocabulary, noted beside k.
-        title: of the picture.
+        vocabulary: vocabulary size, shown beside k.
+        title: title of the picture.
 
     Raises:
-        ValueError: the run has logged none of it.
+        ValueError: the run logged none of these quantities.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -213,7 +214,7 @@ def draw_inside(history: History, path: str | Path, vocabulary: int | None = Non
 
 
 def _gradients(history: History) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Place of the student -> weighted term -> steps and norms of its gradient."""
+    """Place in the student -> weighted term -> steps and norms of its gradient."""
     places: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name in dict.fromkeys(name for row in history for name in row if name.startswith(GRADIENT)):
         _, place, term = name.split("/")
@@ -227,18 +228,13 @@ def _line(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label
 
 
 def _headroom(lines: Sequence[np.ndarray]) -> float:
-    """Top of a loss axis: the first few values, which fall fast, may leave the picture."""
+    """Upper end of a loss axis; the first few values, which fall fast, may lie outside."""
     top = max(float(np.quantile(values, 0.98)) for values in lines)
     return 1.15 * top if top > 0 else 1.0
 
 
-def _check_number(runs: Collection[str]) -> None:
-    if not 1 <= len(runs) <= len(COLOURS):
-        raise ValueError(f"A chart shows one to {len(COLOURS)} runs, not {len(runs)}.")
-
-
 def save_figure(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
-    """Write a figure, in a folder that is made for it if need be."""
+    """Write a figure; creates its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, facecolor="white")
@@ -246,10 +242,9 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
     parser = CommandParser(
         prog="python -m tinyllava_switchkd.visualize.curves",
-        description="Draw the losses of training runs, and knees, overlap and shares of the gradient of each.",
+        description="Draw the losses of training runs, and the knees, overlap and gradient shares of each run.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of training runs")
     parser.add_argument("--output", default=".", help="folder for losses.png and inside_<run>.png (default: here)")

@@ -1,4 +1,4 @@
-"""Where a visual token stands in the image: token -> cell of the patch grid -> pixels."""
+"""Position of visual tokens in the image: token -> cell of the patch grid -> pixels."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 MIXING_CONNECTORS = ("resampler", "qformer")
-"""Connectors whose tokens are learned queries over the whole image: none of them has a place in it."""
+"""Connectors whose tokens are learned queries over the whole image and have no position in it."""
 
 GRID_CONNECTORS = ("ldp",)
-"""Connectors that shrink the grid of patches to a smaller grid, in raster order."""
+"""Connectors that reduce the grid of patches to a smaller grid, in raster order."""
 
 _MAX_PREFIX = 8  # class and register tokens that an encoder may put before its patches
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The places of one image's visual tokens.
+    """Grid positions of one image's visual tokens.
 
     Attributes:
-        side: cells of the grid along each side.
-        cells: [K] int, the cell of every token in raster order; -1 for a token that stands for no part of the image
-            (a class token that was kept).
+        side: number of cells along each side.
+        cells: [K] int, each token's cell in raster order; -1 for a class token.
     """
 
     side: int
     cells: np.ndarray
 
     def spread(self, weights: np.ndarray) -> np.ndarray:
-        """Lay the weights of tokens out over the image.
+        """Place token weights on the grid.
 
-        Tokens that share a cell (``mof`` has two encoders) are summed. NaN marks a cell that no token stands for: the
-        first patch of SigLIP under the strategy ``patch``, which v1 drops although it is no class token.
+        Tokens that share a cell (``mof`` has two encoders) are summed. A cell without a token is NaN, such as SigLIP's
+        first patch under the strategy ``patch``, which v1 drops although it is not a class token.
 
         Args:
             weights: [..., K].
@@ -49,7 +48,7 @@ class TokenGrid:
         """
         placed = self.cells >= 0
         out = np.zeros((*weights.shape[:-1], self.side * self.side))
-        np.add.at(out.T, self.cells[placed], weights[..., placed].T)  # a transposed array is the same memory
+        np.add.at(out.T, self.cells[placed], weights[..., placed].T)  # out.T is a view of out
         seen = np.zeros(self.side * self.side, dtype=bool)
         seen[self.cells[placed]] = True
         out[..., ~seen] = np.nan
@@ -57,20 +56,20 @@ class TokenGrid:
 
 
 def token_grid(model: TinyLlava) -> TokenGrid:
-    """The grid of a `TinyLlavaForConditionalGeneration`'s visual tokens.
+    """The grid of a model's visual tokens.
 
     SigLIP-so400m/384 has 27 x 27 patches; v1 drops the first, so its 728 tokens are cells 1 to 728.
 
     Raises:
-        ValueError: the tokens have no place in the image (learned queries), or the patches form no square.
+        ValueError: the tokens have no position in the image (learned queries), or the patches do not form a square.
     """
     tower, config = model.vision_tower, model.config
     connector = (config.connector_type or "").lower()
     count = model.num_image_tokens
     if connector.startswith(MIXING_CONNECTORS):
         raise ValueError(
-            f"The connector {connector!r} makes its {count} visual tokens of the whole image each, so there is no map "
-            f"of where in the image they are."
+            f"Each of the {count} visual tokens of the connector {connector!r} covers the whole image, so there is no "
+            f"map of their positions."
         )
     towers = tower.num_tokens("cls_patch") // tower.total_tokens  # 2 for `mof`, whose two encoders' tokens interleave
     tokens = tower.num_tokens(config.vision_feature_select_strategy) // towers
@@ -78,8 +77,7 @@ def token_grid(model: TinyLlava) -> TokenGrid:
         return TokenGrid(isqrt(count), np.arange(count))
     if count != tokens * towers:
         raise ValueError(
-            f"The connector {connector!r} turns {tokens * towers} visual tokens into {count}, which are not known to "
-            f"form a grid."
+            f"The connector {connector!r} turns {tokens * towers} visual tokens into {count}, which form no known grid."
         )
     total = tower.total_tokens
     declared = getattr(tower, "class_tokens", getattr(tower.config, "num_prefix_tokens", None))
@@ -87,7 +85,7 @@ def token_grid(model: TinyLlava) -> TokenGrid:
     prefix = next((n for n in candidates if total > n and isqrt(total - n) ** 2 == total - n), None)
     if prefix is None:
         raise ValueError(f"The vision tower's {total} tokens form no square grid.")
-    first = total - tokens - prefix  # cell of the first token; negative for a class token that was kept
+    first = total - tokens - prefix  # cell of the first token; negative for a class token
     cells = np.arange(first, first + tokens)
     return TokenGrid(isqrt(total - prefix), np.repeat(np.where(cells < 0, -1, cells), towers))
 
@@ -95,15 +93,15 @@ def token_grid(model: TinyLlava) -> TokenGrid:
 def visible_box(
     size: tuple[int, int], image_processor: BaseImageProcessor, aspect_ratio: str | None
 ) -> tuple[float, ...]:
-    """The part of an image that the model sees, which the grid covers.
+    """The part of an image that the model sees and the grid covers.
 
-    ``square`` shows SigLIP the whole image (squeezed) and CLIP its middle (cropped); ``pad`` shows a square with
-    borders, so the box reaches beyond the image.
+    With ``square``, SigLIP sees the whole image (squeezed) and CLIP its middle (cropped). With ``pad``, the model sees
+    a square with borders, so the box extends beyond the image.
 
     Args:
         size: width and height of the image in pixels.
-        image_processor: the model's.
-        aspect_ratio: the configuration's `image_aspect_ratio`.
+        image_processor: the model's image processor.
+        aspect_ratio: `image_aspect_ratio` of the configuration.
 
     Returns:
         left, top, right, bottom in pixels of the image.
@@ -118,7 +116,7 @@ def visible_box(
         wanted = dict(image_processor.size)
         shortest = wanted.get("shortest_edge")
         if shortest:
-            # Shorter edge to `shortest`, then the middle crop: in pixels of the image, a square in its middle.
+            # The shorter edge is resized to `shortest`, then the middle is cropped.
             scale = min(box[2] - box[0], box[3] - box[1]) / shortest
             half_width = dict(image_processor.crop_size)["width"] * scale / 2
             half_height = dict(image_processor.crop_size)["height"] * scale / 2

@@ -1,4 +1,4 @@
-"""A heat map laid over an image, and images at a size that is good to look at."""
+"""Heat maps over images, and images resized for display."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image
 
 from tinyllava_switchkd.data.image_files import to_rgb
 
-_SMALLEST, _LARGEST = 448, 1024  # pixels of the longer side of what is drawn
-_TOP = 0.995  # quantile drawn as the hottest: a few outliers do not blacken the rest
+_SMALLEST, _LARGEST = 448, 1024  # pixels of the longer side
+_TOP = 0.995  # quantile drawn as the maximum, so that a few outliers do not hide the rest
 _COLOURS = "turbo"
 
 
 def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None = None) -> Image.Image:
-    """Draw a map over the image that it belongs to.
+    """Draw a heat map over its image.
 
-    Colours are relative to the map itself: its least cell is transparent, its greatest is red. What the model did not
-    see (outside `box`) and cells without a token stay without colour.
+    Colours are relative to the map: its minimum is transparent, its maximum red. Areas that the model did not see
+    (outside `box`) and cells without a token have no colour.
 
     Args:
-        image: any size; enlarged or reduced to a size that is good to look at.
-        heat: [rows, columns]; NaN counts as the least.
-        box: the part of the image that the map covers (left, top, right, bottom in pixels); the whole image if None.
+        image: an image of any size; it is resized by `fit`.
+        heat: [rows, columns]; NaN counts as the minimum.
+        box: the part of the image that the map covers (left, top, right, bottom in pixels); default: all of it.
 
     Returns:
         an RGB image with the aspect ratio of `image`.
@@ -35,7 +35,7 @@ def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None 
     width, height = image.size
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     rows, columns = heat.shape
-    # Corners of the whole image, in cells of the map.
+    # Corners of the whole image in units of the map's cells.
     extent = (
         -left * columns / (right - left),
         -top * rows / (bottom - top),
@@ -48,13 +48,13 @@ def overlay(image: Image.Image, heat: np.ndarray, box: tuple[float, ...] | None 
     colours = matplotlib.colormaps[_COLOURS](0.25 + 0.7 * strength)[..., :3] * 255  # [H, W, 3]
     picture = np.asarray(shown, dtype=np.float64)
     grey = picture.mean(axis=-1, keepdims=True)
-    muted = 0.45 * picture + 0.45 * grey  # the map's colours are not mistaken for the image's
+    muted = 0.45 * picture + 0.45 * grey  # keeps the image's colours distinct from the map's
     alpha = 0.8 * strength[..., None]
     return Image.fromarray((muted * (1 - alpha) + colours * alpha).round().astype(np.uint8))
 
 
 def normalise(heat: np.ndarray) -> np.ndarray:
-    """A map on 0..1; NaN becomes 0, and a map of one value throughout becomes 0 everywhere."""
+    """Scale a map to 0..1; NaN becomes 0, and a constant map becomes 0 everywhere."""
     known = heat[~np.isnan(heat)]
     if known.size == 0:
         return np.zeros_like(heat)
@@ -65,19 +65,19 @@ def normalise(heat: np.ndarray) -> np.ndarray:
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """The image with its longer side brought between 448 and 1024 pixels."""
+    """Resize an image so that its longer side has 448 to 1024 pixels."""
     longer = max(image.size)
     scale = min(max(1.0, _SMALLEST / longer), _LARGEST / longer)
     if scale == 1.0:
         return image
     width, height = (max(1, round(side * scale)) for side in image.size)
-    # Tiny images are made of pixels that should stay recognisable; large ones are reduced without aliasing.
+    # Tiny images keep their pixels recognisable; large ones are reduced without aliasing.
     method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return image.resize((width, height), method)
 
 
 def data_address(image: Image.Image, side: int) -> str:
-    """An RGB image as a JPEG in a data address: shrunk to `side` pixels, or enlarged by whole pixels if it is tiny."""
+    """An RGB image as a JPEG in a data URL, reduced to `side` pixels, or enlarged by a whole factor if it is tiny."""
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     if (times := side // max(image.size)) > 1:

@@ -1,4 +1,4 @@
-"""The paper's own numbers (arXiv 2604.14629v1, Tables 1 to 6), kept in ``paper_tables.json`` beside this file."""
+"""The paper's numbers (arXiv 2604.14629v1, Tables 1 to 6), read from ``paper_tables.json`` beside this file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLUMNS = {
     "vizwiz": "VizWiz",
     "pope": "POPE",
 }
-"""Benchmark name -> the paper's column, in its order."""
+"""Benchmark -> the paper's column, in the paper's order."""
 
 AVG10 = tuple(COLUMNS.values())
 AVG7 = ("MME", "MMB", "MMB-CN", "GQA", "SciQA", "TextVQA", "VizWiz")
 AVERAGES = {"Avg7": AVG7, "Avg10": AVG10}
-"""Average -> the columns it is taken over, unrounded."""
+"""Average -> its columns; it is the mean of unrounded scores."""
 
 
 @cache
@@ -36,7 +36,7 @@ def paper_tables() -> JsonObject:
 
 
 def figure1_axes() -> dict[str, tuple[str, ...]]:
-    """The five axes of Figure 1: title -> the columns whose mean it shows."""
+    """The five axes of Figure 1: title -> the columns it averages."""
     return {title: tuple(columns) for title, columns in paper_tables()["figure1_axes"].items()}
 
 

@@ -1,4 +1,4 @@
-"""Token ids to the pieces of text that they add, one after another."""
+"""Decodes token ids one by one into the pieces of text that they add."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from tinyllava_switchkd.data.template.base import is_special
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of a character that has more tokens to come
-_LONGEST = 8  # tokens that a character may take; more are broken bytes, and are shown as such
+_INCOMPLETE = "\ufffd"  # what a decoder writes for the first bytes of an incomplete character
+_LONGEST = 8  # most tokens of a character; more are invalid bytes and are shown as such
 
 
 class TextPieces:
-    """Decodes a growing sequence: each token gives the text that it adds, '' while a character is incomplete.
+    """Incremental decoder: returns the text that each token adds, '' while a character is incomplete.
 
-    A token's text may depend on its left neighbours (SentencePiece drops the first space), so every step decodes from
-    the piece before the last one; the cost of a step does not grow with the sequence.
+    A token's text may depend on its left neighbours (SentencePiece drops the first space). So each step decodes again
+    from the previous piece on; its cost does not grow with the sequence.
 
     Args:
-        tokenizer: a tokenizer of transformers; special tokens add no text.
+        tokenizer: a transformers tokenizer; special tokens add no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0  # decoding starts here ...
-        self._read = 0  # ... and the text of what comes before here has been given out
+        self._context = 0  # decoding starts at this token
+        self._read = 0  # the text of all tokens before this one has been returned
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
@@ -36,7 +36,7 @@ class TextPieces:
         return self._step(force=False)
 
     def flush(self) -> str:
-        """What is left at the end: the broken rest of a character that generation cut in the middle."""
+        """The remaining text at the end: an incomplete character, if generation stopped in the middle of one."""
         return self._step(force=True)
 
     def _step(self, force: bool) -> str:
@@ -55,10 +55,10 @@ class TextPieces:
 
 
 def text_groups(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Split a sequence into the smallest runs of tokens that make readable text.
+    """Split a sequence into the shortest groups of tokens that decode to complete characters.
 
     Returns:
-        (text, indices of its tokens) in order; special tokens are left out, and the texts together are the whole text.
+        (text, indices of its tokens) in order, without special tokens; joined, the texts are the whole text.
     """
     pieces, groups, waiting = TextPieces(tokenizer), [], []
     for index, token in enumerate(ids):

@@ -1,4 +1,4 @@
-"""Sample predictions over their images: a sheet of cards, each an image, a question, and what every model said."""
+"""A sheet of sample predictions: cards with an image, a question, and every model's answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .curves import STYLE, save_figure
 from .radar import INK
 
 RIGHT, WRONG = "#00734f", "#b3400e"
-"""Ink of right and wrong answers; a mark in front says the same without colour."""
+"""Colours of right and wrong answers; a mark in front shows the same without colour."""
 
-_CHARACTERS = 34  # of a card's width, at the size of its text
-_LINE = 0.165  # inches of height a line of text
+_CHARACTERS = 34  # per line of a card
+_LINE = 0.165  # line height in inches
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,9 @@ class Prediction:
     """One question about one image.
 
     Attributes:
-        image: the image.
-        question: the question.
         reference: the right answer.
-        answers: what each model said, by its label.
-        right: whether each answer counts as right, by the same labels.
+        answers: label -> that model's answer.
+        right: label -> whether its answer counts as right.
     """
 
     image: Image.Image
@@ -44,10 +42,10 @@ def draw_predictions(predictions: Sequence[Prediction], path: str | Path, column
     """Draw the cards, row by row.
 
     Args:
-        predictions: what to show, at least one.
+        predictions: one or more predictions.
         path: file to write.
-        columns: cards in a row.
-        title: above the sheet.
+        columns: cards per row.
+        title: title above the cards.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -102,7 +100,7 @@ def draw_predictions(predictions: Sequence[Prediction], path: str | Path, column
 
 
 def card_text(prediction: Prediction) -> list[tuple[str, str, str]]:
-    """What a card says: (words, colour, weight) a line."""
+    """The lines of a card: (text, colour, font weight)."""
     lines = []
     for part in prediction.question.strip().splitlines():
         lines += [(line, INK, "bold") for line in textwrap.wrap(part, _CHARACTERS) or [""]]
@@ -117,7 +115,7 @@ def card_text(prediction: Prediction) -> list[tuple[str, str, str]]:
 
 
 def _enlarged(image: Image.Image, least: int = 256) -> Image.Image:
-    """Tiny images grow by whole pixels first, so that the smoothing of the page does not blur them."""
+    """Enlarge a tiny image by a whole factor, so that matplotlib's interpolation does not blur it."""
     image = to_rgb(image)
     factor = max(1, -(-least // max(image.size)))
     return (

@@ -1,4 +1,4 @@
-"""The radar chart of the paper's Figure 1: five abilities, one polygon a model."""
+"""The radar chart of the paper's Figure 1: five abilities, one polygon per model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which people with colour-blindness tell apart; black ink stays for the text.
+# Okabe and Ito's colours, which colour-blind people can tell apart. Black is reserved for text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#c8c8c8"
 RINGS = 4
-"""Rings around the centre, which is 0."""
+"""Number of rings around the centre."""
 
 
 def axis_values(
     scores: Mapping[str, float], axes: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, float | None]:
-    """Mean of each axis's columns; None for an axis that lacks one.
+    """The mean of each axis's columns; None if one of them has no score.
 
     Args:
         scores: column of the paper's tables -> score on 0-100.
@@ -37,7 +37,7 @@ def axis_values(
 
 
 def common_axes(models: Iterable[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:
-    """Figure 1's axes, cut down to the columns that every model has a score for."""
+    """Figure 1's axes, restricted to the columns for which every model has a score."""
     models = list(models)
     cut = {
         title: tuple(column for column in columns if all(model.get(column) is not None for model in models))
@@ -49,11 +49,11 @@ def common_axes(models: Iterable[Mapping[str, float]]) -> dict[str, tuple[str, .
 def absences(
     models: Mapping[str, Mapping[str, float]], reasons: Mapping[tuple[str, str], str] | None = None
 ) -> list[str]:
-    """Why an axis of Figure 1 is missing, or lacks a column: one sentence an axis.
+    """One sentence for each axis of Figure 1 that is missing or lacks a column, with the reason.
 
     Args:
         models: label -> scores by column.
-        reasons: (label, column) -> why there is no score to show; "no score" where it does not say.
+        reasons: (label, column) -> why there is no score; default: "no score".
     """
     sentences = []
     for title, columns in figure1_axes().items():
@@ -83,26 +83,25 @@ def draw_radar(
     dashed: Collection[str] = (),
     reasons: Mapping[tuple[str, str], str] | None = None,
 ) -> list[Path]:
-    """Draw one polygon a model and write it as ``<path>.png`` and ``<path>.svg``.
+    """Draw one polygon per model and write it as ``<path>.png`` and ``<path>.svg``.
 
-    All axes have one scale, which starts at 0 in the centre: areas are not stretched, and small differences look
-    small; the models' figures stand beside each axis. An axis that a model has no scores for is left out, and a line
-    below says why.
+    All axes share one scale that starts at 0 in the centre, so that small differences look small. The models' values
+    are written beside each axis. Axes for which a model has no score are left out; a line below gives the reason.
 
     Args:
         models: label -> scores by column of the paper's tables.
-        path: file name without its ending.
-        axes: title -> columns; by default Figure 1's, as far as all models have their columns.
-        formats: endings that matplotlib knows.
+        path: file name without extension.
+        axes: title -> columns; default: Figure 1's, restricted to columns that all models have.
+        formats: file extensions supported by matplotlib.
         note: a line below the legend.
-        dashed: labels drawn with a broken line (numbers from elsewhere).
-        reasons: (label, column) -> why a score is not shown, for the line about missing axes.
+        dashed: labels drawn with a dashed line (numbers from elsewhere).
+        reasons: (label, column) -> why a score is missing, see `absences`.
 
     Returns:
         the files.
 
     Raises:
-        ValueError: no model, too many to tell apart, or fewer than three axes that all models have.
+        ValueError: there is no model, there are more models than colours, or fewer than three common axes.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -128,7 +127,7 @@ def draw_radar(
         "font.family": "sans-serif",
         "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
         "font.size": 9,
-        "svg.hashsalt": "radar",  # the same chart gives the same file
+        "svg.hashsalt": "radar",  # makes the SVG file reproducible
         "axes.unicode_minus": False,
     }
     with rc_context(style):
@@ -166,19 +165,19 @@ def draw_radar(
 
 
 def scale_end(values: Sequence[float]) -> float:
-    """Where the axes end: whole numbers on the rings, and the highest value inside.
+    """The value at the outer ring: all rings are whole numbers, and no value lies outside.
 
     Raises:
         ValueError: a value is not on 0-100.
     """
     low, high = min(values), max(values)
     if low < 0 or high > 100:
-        raise ValueError(f"The values of an axis are not on 0-100: {low:g} to {high:g}.")
+        raise ValueError(f"The values of an axis must lie on 0-100, not {low:g} to {high:g}.")
     return float(next(RINGS * step for step in (1, 2, 5, 10, 15, 20, 25) if RINGS * step >= high))
 
 
 def _point(number: int, count: int, radius: float) -> tuple[float, float]:
-    """Axis `number` of `count`, clockwise from the top."""
+    """Coordinates on axis `number` of `count`, clockwise from the top."""
     angle = math.pi / 2 - 2 * math.pi * number / count
     return radius * math.cos(angle), radius * math.sin(angle)
 
@@ -198,7 +197,7 @@ def _draw_grid(axis: Axes, count: int, top: float) -> None:
             linewidth=0.9 if outer else 0.7,
             zorder=0 if outer else 1,
         )
-        # Beside the first axis, on its clockwise side, so that the polygons' corners stay free.
+        # Beside the first axis, on its clockwise side, so that it does not cover the polygons' corners.
         write(0.05, ring / RINGS, f"{ring / RINGS * top:g}")
     write(0.05, 0.0, "0")
     for number in range(count):
@@ -232,7 +231,7 @@ def _draw_models(
 
 
 def _draw_titles(axis: Axes, axes: Mapping[str, Sequence[str]], rows: Sequence[Sequence[float]]) -> None:
-    """At the end of every axis: its title, its columns, and the models' values in the models' colours."""
+    """Write at the end of every axis its title, its columns, and the models' values in their colours."""
     from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 
     for number, (title, columns) in enumerate(axes.items()):
@@ -244,7 +243,7 @@ def _draw_titles(axis: Axes, axes: Mapping[str, Sequence[str]], rows: Sequence[S
             for order, row in enumerate(rows)
         ]
         lines.append(HPacker(children=figures, pad=0, sep=7))
-        x, y = _point(number, len(axes), 1.05 if number == 0 else 1.11)  # the first has its figures beside it
+        x, y = _point(number, len(axes), 1.05 if number == 0 else 1.11)  # the first axis has its values beside it
         side = 0.5 if abs(x) < 0.2 else 0.0 if x > 0 else 1.0
         align: Literal["left", "center", "right"] = "center" if side == 0.5 else "left" if x > 0 else "right"
         vertical = 0.0 if y > 0.9 else 1.0 if y < -0.7 else 0.5

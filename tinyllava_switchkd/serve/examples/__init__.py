@@ -1,4 +1,4 @@
-"""The demo's examples: images that this project drew, each with a question."""
+"""The demo's example images, drawn by this project, each with a question."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ EXAMPLES = (
     ("fruit.png", "What lies to the left of the banana?"),
     ("chart.png", "Which day has the highest bar?"),
 )
-"""File in `FOLDER` and question. The digits are scenes of the quickstart, whose models know nothing else."""
+"""File in `FOLDER` and question. The digit images are scenes of the quickstart; its models know nothing else."""
