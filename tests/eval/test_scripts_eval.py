@@ -259,7 +259,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert "No data" not in done.stderr and not calls
     done, _ = bash("eval_all", "models/vlm", SPLIT="test")
     assert done.returncode == 1
-    assert "SPLIT is of one benchmark" in done.stderr
+    assert "SPLIT applies to a single benchmark" in done.stderr
     done, calls = bash("eval_all", "models/vlm", EVAL_DIR=str(tmp_path / "empty"))
     assert done.returncode == 1
     assert not calls

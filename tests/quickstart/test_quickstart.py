@@ -59,7 +59,7 @@ def test_from_nothing_to_a_table_and_again(tmp_path, monkeypatch):
         monkeypatch.setattr(type(BenchmarkFactory(name)), "max_new_tokens", 8)
     said = []
     bases = make_bases(tmp_path, TINY_BASES, said.append)
-    assert len(trained) == 3 and sum("right answers" in line for line in said) == 3
+    assert len(trained) == 3 and sum("accuracy on validation" in line for line in said) == 3
 
     def go(seeds):
         trained.clear()
@@ -128,8 +128,8 @@ def test_a_base_that_has_missed_a_question_begins_anew_a_few_times(tmp_path, mon
     said = []
     with pytest.raises(StageError, match=r"base-qwen2-teacher did not learn every kind .* from any of 1 starts"):
         make_bases(tmp_path, plan, said.append)
-    assert any("not learned: read; a round longer, attempts left: 1" in line for line in said)
-    assert any("not learned: where; enough" in line for line in said)
+    assert any("not learned: read; training another round, attempts left: 1" in line for line in said)
+    assert any("not learned: where; giving up" in line for line in said)
     assert (tmp_path / "models" / "base-siglip").is_dir() and not (tmp_path / "models" / "base-qwen2-teacher").exists()
     assert set(LEARNED) == {"digits", *QUESTION_TYPES}
 

@@ -41,7 +41,7 @@ def test_probe_wants_one_token_a_cell():
     made = scenes.make_scenes("font", "val", 2, seed=0)
     model = SimpleNamespace(vision_features=lambda pixels: torch.zeros(len(pixels), 3, 8))
     answerer = SimpleNamespace(model=model, pixels_of=lambda image: torch.zeros(3, 2, 2))
-    with pytest.raises(ValueError, match="3 tokens of an image with 4 cells"):
+    with pytest.raises(ValueError, match="3 tokens from an image with 4 cells"):
         evaluate.probe(answerer, made, made, made)
 
 

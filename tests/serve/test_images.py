@@ -87,9 +87,9 @@ def test_no_image(tmp_path):
         read_image(tmp_path / "page.eps")
     with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         read_image(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^Your image is not there"):
+    with pytest.raises(FileNotFoundError, match=r"^Your image does not exist"):
         read_image(tmp_path / "none.png", name="Your image")
 
 

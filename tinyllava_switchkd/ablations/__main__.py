@@ -10,25 +10,25 @@ from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.launch.__main__ import is_dry
 
 from .tables import TABLES
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "ablation_runs.json"
-"""Runs at quickstart scale whose figures are in the documents, and whose seconds a dry run counts with."""
+"""Stored runs at quickstart scale: their results are in the docs, and a dry run uses their times."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["real"]:
         from . import real
 
         return real.main(words[1:])
     environment = os.environ
-    parser = CommandParser(prog="ablations", description="Tables of ablations: what is missing is run, then shown.")
+    parser = CommandParser(prog="ablations", description="Run what is missing of some ablation tables and print them.")
     parser.add_argument("tables", nargs="+", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument(
-        "--seeds", default=environment.get("SEEDS") or "5", help="students of each row (default: $SEEDS, or 5)"
+        "--seeds", default=environment.get("SEEDS") or "5", help="students per row (default: $SEEDS, or 5)"
     )
     parser.add_argument(
         "--scale",
@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         default=Path(environment.get("ABLATE_OUT") or "playground/ablations"),
-        help="where everything goes (default: $ABLATE_OUT, or %(default)s)",
+        help="output folder (default: $ABLATE_OUT, or %(default)s)",
     )
     args = parser.parse_args(words)
     if not args.seeds.isdecimal() or int(args.seeds) < 1:
-        parser.error(f"the number of seeds is {args.seeds!r}; it takes at least one.")
+        parser.error(f"the number of seeds is {args.seeds!r}; it must be at least 1.")
     seeds = range(1, int(args.seeds) + 1)
     from tinyllava_switchkd.quickstart.experiment import told
 
-    if environment.get("DRY_RUN", "").lower() not in ("", "0", "false", "no"):
+    if is_dry(environment):
         return told("ablations", lambda: print(_dry(args.scale, args.tables, len(seeds))))
     root = args.output.expanduser().resolve()
     return told("ablations", lambda: print(_run(args.scale, args.tables, seeds, root)))

@@ -1,7 +1,7 @@
-"""What a table would cost, before anything is downloaded or trained: memory from configurations, hours from figures.
+"""The cost of a table before anything is downloaded or trained: memory from configurations, hours from measured times.
 
-Both models of every training are built on torch's meta device, checked against each other as before step 0, and counted
-by ``--estimate``'s own function.
+Both models of every training are built on torch's meta device and checked against each other as at the start of a run.
+Their memory is computed by the function behind ``--estimate``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tinyllava_switchkd.train.preflight.estimate import Estimate, estimate
 from .tables import Flags
 
 PEAK, PEAK_OF = 989e12, "H100 SXM, bfloat16 without sparsity, NVIDIA's data sheet"
-"""Operations a second of one GPU."""
+"""Operations per second of one GPU."""
 SHARE, SHARE_OF = 0.36, "align + switch in docs/benchmarks.md, `python -m benchmarks.step --repeats 3`, on a CPU"
-"""Share of a machine's matrix rate that a step of distillation reaches; no GPU has been measured yet."""
+"""Fraction of a machine's matrix throughput that a distillation step reaches; no GPU has been measured yet."""
 TEXT_TOKENS = {"pretrain": 32, "finetune": 300, "distill": 300}
-"""Tokens of text of a mean sample that hours are counted with: an assumption, not a count."""
+"""Assumed mean number of text tokens per sample, not a count; used to estimate hours."""
 
 CONFIGS: dict[str, dict[str, object]] = {
     name: {
@@ -62,7 +62,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "google/siglip-base-patch16-224": (768, 12, 12, 3072, 224, 16),
     }.items()
 }
-"""Configurations of the paper's models as their pages on the hub give them, so that no network is needed."""
+"""Configurations of the paper's models, copied from the hub so that no network is needed."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Planned:
     """One training.
 
     Attributes:
-        name: for people.
+        name: name to print.
         stage: pretrain, finetune or distill.
-        flags: of the training entry.
-        student, teacher: language model and tower of each; teacher None without distillation.
-        gpus: that share the batch; 0 on a CPU.
-        samples: that are seen.
-        seconds: that it took where it has been run; without them a GPU's are counted from operations.
+        flags: flags of the training entry.
+        student, teacher: language model and tower of each; teacher is None without distillation.
+        gpus: number of GPUs that share the batch; 0 on a CPU.
+        samples: number of training samples.
+        seconds: measured time; None if it was not run, then the time on GPUs is estimated from operations.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Planned:
 
 
 def build(models: tuple[str, str], flags: Flags) -> TinyLlavaForConditionalGeneration:
-    """A model on the meta device."""
+    """Build a model on the meta device."""
     llm, tower = (CONFIGS.get(name) or read_json(Path(name) / "config.json") for name in models)
     config = TinyLlavaConfig(
         text_config=llm,
@@ -113,7 +113,7 @@ def build(models: tuple[str, str], flags: Flags) -> TinyLlavaForConditionalGener
 
 
 def freeze(model: nn.Module, flags: Flags) -> nn.Module:
-    """Let those parts train that the flags say."""
+    """Freeze the parts of a model that the flags freeze."""
     parts = {"llm": model.language_model, "connector": model.connector, "vision_tower": model.vision_tower}
     for name, part in parts.items():
         part.requires_grad_(str(flags.get(f"tune_type_{name}", "full")) != "frozen")
@@ -140,17 +140,17 @@ def _number(value: object) -> object:
 
 
 def memory(planned: Planned) -> Estimate:
-    """Memory of each device.
+    """Memory per device.
 
     Raises:
-        ValueError: student and teacher do not fit each other.
+        ValueError: student and teacher do not match.
     """
     flags = planned.flags
     student, teacher = planned.models
     switch = False
     if teacher is not None:
         method = method_of(flags)
-        # before parts are frozen: it would compare two frozen towers' weights
+        # before parts are frozen, because it would compare the weights of two frozen towers
         build_distiller(student.train(), teacher.requires_grad_(False), method)
         switch = method.switch
     freeze(student.train(), flags)
@@ -171,8 +171,8 @@ def memory(planned: Planned) -> Estimate:
 
 
 def operations(planned: Planned) -> float:
-    """Floating-point operations of a sample: a weight and token take 2 forward, 2 for the gradient of the input, and 2
-    for the weight's own."""
+    """Floating-point operations per sample: per weight and token, 2 in the forward pass, 2 for the gradient of the
+    input, and 2 for the gradient of the weight."""
     student, teacher = planned.models
     length = student.num_image_tokens + TEXT_TOKENS[planned.stage]
     again = 2 if str(planned.flags.get("gradient_checkpointing", "False")) == "True" else 0
@@ -190,13 +190,13 @@ def operations(planned: Planned) -> float:
 
 
 def _weights(model: nn.Module) -> int:
-    """Weights that every token meets: neither the table of embeddings nor a tower's pooling head."""
+    """Number of weights applied to every token, without the embedding table and a tower's pooling head."""
     linear = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and ".head." not in name]
     return sum(weight.numel() for part in linear for weight in part.parameters())
 
 
 def hours(planned: Planned) -> float | None:
-    """Hours, measured or counted; None for what a CPU has not run yet."""
+    """Hours, measured or estimated; None if it would run on a CPU and has not been measured."""
     if planned.seconds is not None:
         return planned.seconds / 3600
     if not planned.gpus:
@@ -205,19 +205,19 @@ def hours(planned: Planned) -> float | None:
 
 
 def report(trainings: Iterable[Planned], seeds: int, rests_on: str) -> str:
-    """A line a training, the sum over all seeds, and the data; what belongs to the teacher is trained once."""
+    """One line per training, the total over all seeds (teachers are trained once), and the data."""
     trainings = list(trainings)
     rows = [(planned.name, memory(planned).peak / 2**30, hours(planned)) for planned in trainings]
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{'training':<{width}}  GiB a device     hours"]
-    lines += [f"{name:<{width}}  {size:12.2f}  {_hours(spent):>8}" for name, size, spent in rows]
+    lines = [f"{'training':<{width}}  GiB per device     hours"]
+    lines += [f"{name:<{width}}  {size:14.2f}  {_hours(spent):>8}" for name, size, spent in rows]
     once = sum(spent or 0 for name, _, spent in rows if name.startswith("teacher"))
     each = sum(spent or 0 for *_, spent in rows) - once
-    total = f"Teachers once, the rest for {seeds} seed{'s' * (seeds > 1)}: {_hours(once + seeds * each)} hours"
+    total = f"Teachers once, all else for {seeds} seed{'s' * (seeds > 1)}: {_hours(once + seeds * each)} hours"
     missing = sum(spent is None for *_, spent in rows)
-    total += f", without {missing} that nobody has timed." if missing else "."
+    total += f", without {missing} that {'has' if missing == 1 else 'have'} not been timed." if missing else "."
     read = {Path(str(planned.flags["data_path"])).name: planned.samples for planned in trainings if planned.samples}
-    data = [f"Data, each seen once: {', '.join(f'{name} ({count:,} samples)' for name, count in read.items())}."]
+    data = [f"Data, one epoch each: {', '.join(f'{name} ({count:,} samples)' for name, count in read.items())}."]
     return "\n".join([*lines, "", total, *(data if read else []), rests_on])
 
 

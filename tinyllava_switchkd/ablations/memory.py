@@ -1,7 +1,6 @@
-"""How much memory a training takes at most: ``python -m tinyllava_switchkd.ablations.memory FLAGS``.
+"""Measures the peak memory of a training: ``python -m tinyllava_switchkd.ablations.memory FLAGS``.
 
-It is a process of its own: after another training in the same one nothing could be told, for the allocator keeps what
-that one had.
+It runs in a separate process, because an allocator keeps the memory of earlier trainings in the same process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ MARK = "peak_mib"
 
 
 def resident(field: str) -> float | None:
-    """MiB of this process by /proc/self/status; None where the system has none."""
+    """A field of /proc/self/status in MiB; None on systems without it."""
     with contextlib.suppress(OSError):
         for line in STATUS.read_text().splitlines():
             if line.startswith(field):
@@ -27,7 +26,7 @@ def resident(field: str) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and print the MiB that it took at most: of the GPU, or of this process beyond what the libraries take."""
+    """Train, and print the peak memory in MiB: of the GPU, or of this process beyond that of the loaded libraries."""
     from tinyllava_switchkd.train import train
 
     before = resident("VmRSS")

@@ -1,4 +1,4 @@
-"""The runs of the tables at full scale: the stages of scripts/train, then the ten benchmarks of scripts/eval."""
+"""Runs of the tables at full scale: the stages of scripts/train, then the ten benchmarks of scripts/eval."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ MODELS = {
     "tower": "google/siglip-so400m-patch14-384",
     "small-tower": "google/siglip-base-patch16-224",
 }
-"""The models of `tables` -> names on the hub, as the paper's Table 6 pairs them."""
+"""The models of `tables` -> names on the hub, paired as in the paper's Table 6."""
 
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298, "distill": 665_298}
-"""Of LLaVA-558K and LLaVA-Mix-665K, each seen once."""
+"""Samples of LLaVA-558K and LLaVA-Mix-665K, one epoch each."""
 
 USUAL = Devices(tuple("01234567"), 8)
-"""What a dry run counts with on a machine without a GPU."""
+"""Devices that a dry run assumes on a machine without a GPU."""
 
 OURS = ("SCALE", "SEEDS", "ABLATE_OUT")
-"""Variables of the tables' scripts, which a training has not."""
+"""Variables of the tables' scripts that are not variables of a training."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training and what it is."""
+    """One training of a run."""
 
     name: str
     stage: str
@@ -61,7 +61,7 @@ class Step:
 
 
 class Paper:
-    """The commands of runs, each made once and in an order in which they can be run."""
+    """Builds the trainings of runs in the order in which they can be run."""
 
     def __init__(self, environment: Mapping[str, str], devices: Devices | None = None) -> None:
         own = {name: value for name, value in environment.items() if name not in OURS}
@@ -71,7 +71,7 @@ class Paper:
         self.recipe = read_recipe(RECIPE)
 
     def steps(self, way: Way, seed: int) -> list[Step]:
-        """Teacher's PT and SFT, student's PT or DPT, and SFT or DFT."""
+        """The teacher's PT and SFT if it has one, the student's PT or DPT, and its SFT or DFT."""
         steps, guide = [], None
         if way.distils:
             teacher = (MODELS[way.teacher], MODELS["tower"])
@@ -128,7 +128,7 @@ def _names(way: Way) -> str:
 
 
 def _settings(flags: Flags | None) -> Settings:
-    """A way's flags as a stage's settings; Switch-KD's that it does not have are taken out."""
+    """A way's flags as settings of a stage, without those of Switch-KD that the way does not have."""
     if flags is None:
         return {}
     removed: Settings = {name: "null" for name in SWITCH if name not in flags}
@@ -136,7 +136,7 @@ def _settings(flags: Flags | None) -> Settings:
 
 
 def plan(names: Sequence[str], environment: Mapping[str, str], seed: int = 1) -> list[dry.Planned]:
-    """What the tables train for one seed, each training once."""
+    """The trainings of some tables for one seed, each once."""
     devices = find_devices(environment, sys.executable)
     devices = devices if devices.gpus else USUAL
     paper = Paper(environment, devices)
@@ -151,17 +151,17 @@ def plan(names: Sequence[str], environment: Mapping[str, str], seed: int = 1) ->
 
 
 RESTS_ON = (
-    f"Hours of all GPUs together running. They rest on operations counted from the configurations, "
-    f"{dry.PEAK / 1e12:.0f} TFLOP/s a GPU ({dry.PEAK_OF}), of which a step reaches {dry.SHARE:.0%} ({dry.SHARE_OF}), "
-    f"and {dry.TEXT_TOKENS['pretrain']} tokens of text a sample in pre-training and {dry.TEXT_TOKENS['finetune']} in "
-    f"fine-tuning, which are assumed. No GPU has been measured; loading and evaluation come on top."
+    f"The hours are wall-clock time with all GPUs. They are estimated from the operations of the configurations, "
+    f"{dry.PEAK / 1e12:.0f} TFLOP/s per GPU ({dry.PEAK_OF}), of which a step reaches {dry.SHARE:.0%} "
+    f"({dry.SHARE_OF}), and assumed text tokens per sample: {dry.TEXT_TOKENS['pretrain']} in pre-training, "
+    f"{dry.TEXT_TOKENS['finetune']} in fine-tuning. No GPU has been measured. Loading and evaluation are not included."
 )
 
 
 def run_tables(names: Sequence[str], seeds: Sequence[int], root: Path, say: Callable[[str], object] = print) -> Path:
-    """Train and evaluate what is missing, seeds outermost; the file of results.
+    """Train and evaluate whatever is missing, seed by seed; return the file of results.
 
-    A finished training says so and ends at once, and an evaluation goes on where it was; so running again resumes.
+    To resume, run it again: a finished training ends at once, and an evaluation continues where it stopped.
 
     Raises:
         StageError: a command failed.
@@ -173,7 +173,7 @@ def run_tables(names: Sequence[str], seeds: Sequence[int], root: Path, say: Call
         def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
             code = commands.run(list(command), dict(environment))
             if code or commands.interrupted:
-                raise StageError(f"{' '.join(command[:4])} ... ended with exit code {code}; run this again to go on.")
+                raise StageError(f"{' '.join(command[:4])} ... ended with exit code {code}; run it again to continue.")
 
         for seed in seeds:
             for key in _ways(names):
@@ -193,12 +193,12 @@ def run_tables(names: Sequence[str], seeds: Sequence[int], root: Path, say: Call
 def _ways(names: Sequence[str]) -> list[str]:
     keys = list(dict.fromkeys(key for name in names for key in TABLES[name].ways))
     if any(WAYS[key].anew for key in keys):
-        raise ValueError("SCALE=paper has no table of base models drawn anew: Qwen2.5 and SigLIP come as they are.")
+        raise ValueError("SCALE=paper has no table of new base models: Qwen2.5 and SigLIP are already trained.")
     return keys
 
 
 def _row(folder: Path, name: str) -> JsonObject:
-    """Scores of a checkpoint's benchmarks: Avg10 where all ten are there, else the mean of those that are."""
+    """A checkpoint's benchmark scores: "score" is Avg10, or the mean of the available ones if some are missing."""
     results = Path(os.environ.get("RESULTS_DIR") or playground() / "results") / name
     (row,) = read_results([str(results)])
     ten = row.average("Avg10", include_val=True).value

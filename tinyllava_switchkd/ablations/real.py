@@ -1,10 +1,9 @@
 """Switch-KD on real pretrained weights: ``python -m tinyllava_switchkd.ablations real``, scripts/train/real_weights.sh.
 
-A teacher, and students trained with and without it on the same pictures, by the quickstart's experiment: the same
-training and evaluation entry points, and what is finished is used again. Beside scores of held-out pictures it measures
-what the terms of the loss are to one another before, in the middle of and after training. `real_plan` says how
-much is trained, `real_parts` makes models and pictures, `real_runs` trains and measures; the command and the tables are
-here.
+It trains a teacher, and students with and without it on the same pictures, with the quickstart's `Experiment`: the same
+entry points, and finished runs are reused. It scores the models on held-out pictures, and compares the terms of the
+loss before, in the middle of and after training. `real_plan` sets the amount of training, `real_parts` makes models and
+pictures, `real_runs` trains and measures; the command and the tables are here.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from .real_plan import UNTIL_CONVERGED, OutOfTimeError, Plan, plan_of
 from .tables import WAYS
 
 MEASURES = {
-    "caption_loss": "caption, loss a token",
+    "caption_loss": "caption, loss per token",
     "caption_words": "caption, F1 of words",
     "kind": "kind, TextVQA's form",
     "there": "yes/no, POPE's form",
 }
-"""What is measured of every held-out picture. The first is better when smaller; the rest are per cent."""
+"""Measures of every held-out picture. The first is better when smaller; the others are per cent."""
 
 OTHERS = ("align", "fkl", "rkl", "logit_kd", "llava_kd", "align_kd")
-"""Further ways of the tables that these models can go."""
+"""Other ways of training in `tables` that these models support."""
 
 
-# What is printed
+# Tables
 
 
 def of_pictures(stored: JsonObject, key: str, measure: str) -> list[float]:
-    """One measure of a way (or of the teacher), a value a held-out picture: the mean over seeds; [] without runs."""
+    """One measure of a way (or of the teacher) per held-out picture, averaged over seeds; [] without runs."""
     runs = [run for name, run in stored["runs"].items() if name.partition("/")[0] == key]
     return [fmean(values) for values in zip(*(run[measure] for run in runs), strict=True)]
 
@@ -55,7 +54,7 @@ def label(key: str) -> str:
 
 
 def lines(stored: JsonObject) -> list[list[str]]:
-    """Cells of the table of scores, the heads first."""
+    """Cells of the table of scores, header first."""
     rows = [["", "seeds", *MEASURES.values(), "training loss, first and last", "seconds"]]
     for key in ways_of(stored):
         runs = [run for name, run in stored["runs"].items() if name.partition("/")[0] == key]
@@ -88,7 +87,7 @@ CELLS = ("ce, align, switch", "gradients at the tower", "cosine switch, CE", "to
 
 
 def state_lines(stored: JsonObject) -> list[list[str]]:
-    """Cells of what the terms are to one another, a row a state, at tau 3."""
+    """Cells of the comparison of terms at tau 3, one row per state."""
     rows = [["", "k, teacher leads (5, 50, 95 %)", "k, student leads", "overlap", *CELLS]]
     for name, state in stored["states"].items():
         at = state["temperatures"]["3"]
@@ -104,7 +103,7 @@ def state_lines(stored: JsonObject) -> list[list[str]]:
 
 
 def temperature_lines(stored: JsonObject) -> list[list[str]]:
-    """Cells of the states that were measured at several temperatures."""
+    """Cells of the comparison of terms, for states that were measured at several temperatures."""
     rows = [["", "tau", *CELLS]]
     for name, state in stored["states"].items():
         for tau, at in state["temperatures"].items() if len(state["temperatures"]) > 1 else ():
@@ -113,14 +112,14 @@ def temperature_lines(stored: JsonObject) -> list[list[str]]:
 
 
 def _cells(at: JsonObject) -> list[str]:
-    """What the terms are to one another at one temperature: means, gradients, cosine, and the top tokens' share."""
+    """The terms at one temperature: means, gradient norms, cosine, and the share of the top tokens."""
     means, norms = (", ".join(f"{value:.3g}" for value in at[part].values()) for part in ("means", "norms"))
     cosine = "–" if at["cosine"] is None else f"{at['cosine']:+.2f}"
     return [means, norms, cosine, f"{100 * at['top_1']:.1f} % / {100 * at['top_100']:.0f} %"]
 
 
 def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:
-    """Cells of what a run logged on its training batches, evenly spread steps of it."""
+    """Cells of a run's log on training batches, at `most` evenly spread steps."""
     history = stored["runs"].get(key, stored.get("unfinished", {}).get(key, {})).get("history", [])
     rows = [["step", "ce", "align", "switch", "k, teacher leads", "k, student leads", "overlap"]]
     count = min(most, len(history))
@@ -132,7 +131,7 @@ def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -
 
 
 def text_of(stored: JsonObject) -> str:
-    """Everything that is stored, as tables of text."""
+    """All stored results as text tables."""
     tables = [lines(stored), differences(stored), state_lines(stored), temperature_lines(stored)]
     tables.append(history_lines(stored))
     return "\n\n".join("\n".join(cli.table(table, len(table[0]))) for table in tables if len(table) > 1)
@@ -142,33 +141,34 @@ def text_of(stored: JsonObject) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = cli.CommandParser(prog="real_weights", description="Switch-KD beside SFT on real pretrained weights.")
+    parser = cli.CommandParser(prog="real_weights", description="Compare Switch-KD and SFT on real pretrained weights.")
     parser.add_argument(
         "--minutes",
         type=float,
         default=60.0,
-        help="of one core; decides the steps of the first call, without a GPU (%(default)g)",
+        help="time limit on one core, which also sets the steps of the first call; ignored with a GPU (%(default)g)",
     )
-    parser.add_argument("--seeds", type=int, help="students of each way (default: 5 with a GPU, else 1)")
-    parser.add_argument("--output", type=Path, default=Path("playground/real_weights"), help="folder (%(default)s)")
+    parser.add_argument("--seeds", type=int, help="students per way of training (default: 5 with a GPU, else 1)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("playground/real_weights"), help="output folder (%(default)s)"
+    )
     parser.add_argument(
         "--ways",
         nargs="+",
         default=["sft", "switch_kd"],
         metavar="WAY",
-        help="rows (%(default)s); also " + ", ".join(OTHERS),
+        help="ways of training (%(default)s); others are " + ", ".join(OTHERS),
     )
     parser.add_argument(
         "--models",
         choices=("packages", "hub"),
-        help="where models come from (default: the hub with a GPU, if it is reached)",
+        help="source of the models (default: hub if there is a GPU and the hub is reachable, else packages)",
     )
-    parser.add_argument("--packages", type=Path, help="folder of the packages' files (default: OUTPUT/packages)")
+    parser.add_argument("--packages", type=Path, help="folder of the package files (default: OUTPUT/packages)")
     args = parser.parse_args(argv)
     for way in args.ways:
         if way not in ("sft", "switch_kd", *OTHERS):
-            parser.error(f"--ways has {way!r}; it takes sft, switch_kd, {', '.join(OTHERS)}.")
+            parser.error(f"--ways has {way!r}; choose from sft, switch_kd, {', '.join(OTHERS)}.")
     if args.minutes <= 0 or (args.seeds is not None and args.seeds < 1):
         parser.error(f"--minutes {args.minutes:g} and --seeds {args.seeds} must be above 0.")
     import torch
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             real_runs.run_all(experiment, [WAYS[way] for way in args.ways], range(1, seeds + 1))
         except OutOfTimeError as missing:
-            print(f"The {args.minutes:g} minutes are used up before: {missing}. The same command goes on from here.")
+            print(f"The {args.minutes:g} minutes are used up before: {missing}. Run the command again to continue.")
         print(text_of(experiment.stored))
 
     return told("real_weights", run)

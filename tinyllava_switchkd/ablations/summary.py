@@ -1,4 +1,4 @@
-"""From stored runs to a table: means, standard deviations, paired differences with intervals, and what they say."""
+"""Tables of stored runs: means, standard deviations, paired differences with intervals, and verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyllava_switchkd.statistics import mean_interval
 from .tables import Table
 
 Stored = JsonObject
-"""What `toy.RESULTS` and docs/ablation_runs.json hold: "runs" (``WAY/SEED`` -> row), "search" (way -> choice),
+"""Content of `toy.RESULTS` and docs/ablation_runs.json: "runs" (``WAY/SEED`` -> row), "search" (way -> choice),
 "memory" (way -> MiB) and "attention" (seed -> correlations with the teacher's maps)."""
 
 TITLES = {"knee_teacher": "k, teacher leads", "knee_student": "k, student leads", "topk_overlap": "overlap"}
@@ -22,7 +22,7 @@ TITLES = {"knee_teacher": "k, teacher leads", "knee_student": "k, student leads"
 
 @dataclass(frozen=True)
 class Difference:
-    """A row's score minus another's, over the same seeds: mean and 95 % interval."""
+    """A row's score minus another's over the same seeds: mean and 95 % interval."""
 
     mean: float
     low: float
@@ -30,10 +30,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval leaves out 0."""
+        """ "better" or "worse" if the interval does not contain 0, else "unclear"."""
         if self.low > 0:
             return "better"
-        return "worse" if self.high < 0 else "not told apart"
+        return "worse" if self.high < 0 else "unclear"
 
     def __str__(self) -> str:
         if math.isinf(self.low):
@@ -42,33 +42,33 @@ class Difference:
 
 
 def chosen(stored: Stored, table: Table) -> dict[str, str]:
-    """Row of the table -> the way that stands for it: in a tuned table the one that the search chose."""
+    """Row of the table -> the way whose runs it shows: in a tuned table the one chosen by the search."""
     search = stored.get("search", {})
     return {key: search.get(key, {}).get("chosen", key) if table.tuned else key for key in table.ways}
 
 
 def seeds_of(stored: Stored, table: Table) -> list[int]:
-    """The seeds that every row of the table has."""
+    """The seeds for which every row of the table has a run."""
     runs = stored["runs"].values()
     found = [{run["seed"] for run in runs if run["way"] == way} for way in chosen(stored, table).values()]
     return sorted(set.intersection(*found))
 
 
 def values(stored: Stored, table: Table, key: str, name: str) -> list[float]:
-    """One measure of a row, by seed; what was not measured is left out."""
+    """One measure of a row for each seed, without seeds for which it was not measured."""
     way = chosen(stored, table)[key]
     found = [stored["runs"][f"{way}/{seed}"].get(name) for seed in seeds_of(stored, table)]
     return [value for value in found if value is not None]
 
 
 def difference(stored: Stored, table: Table, key: str, other: str) -> Difference:
-    """Score of one row minus that of another, in pairs of one seed."""
+    """Score of one row minus that of another, paired by seed."""
     pairs = zip(values(stored, table, key, "score"), values(stored, table, other, "score"), strict=True)
     return Difference(*mean_interval([a - b for a, b in pairs]))
 
 
 def lines(stored: Stored, table: Table) -> list[list[str]]:
-    """The table's cells, the heads first."""
+    """The table's cells, header first."""
     memory = ["peak MiB"] if table.memory else []
     titles = [TITLES[name] for name in table.columns]
     rows = [["", "score", "sd", "minus SFT [95 %]", "seconds", *memory, *titles]]
@@ -91,10 +91,9 @@ def _mean(measured: Sequence[float], digits: int = 0) -> str:
 
 
 def sentences(stored: Stored, table: Table) -> list[str]:
-    """What the differences say, one sentence a comparison."""
-    count = len(seeds_of(stored, table))
-    if count < 2:
-        return ["One seed: no difference can be told from chance."]
+    """The verdicts, one sentence per comparison."""
+    if len(seeds_of(stored, table)) < 2:
+        return ["With one seed, no difference can be distinguished from chance."]
     found = []
     for key in table.ways:
         reference = table.reference(key)
@@ -109,13 +108,13 @@ def sentences(stored: Stored, table: Table) -> list[str]:
 
 def _sentence(table: Table, key: str, other: str, found: Difference) -> str:
     ours, theirs = table.label(key), table.label(other)
-    if found.verdict == "not told apart":
-        return f"{ours} does not beat {theirs}, nor the other way round: {found}."
+    if found.verdict == "unclear":
+        return f"{ours} is not clearly better or worse than {theirs}: {found}."
     return f"{ours} is {found.verdict} than {theirs}: {found}."
 
 
 def text_of(stored: Stored, table: Table) -> str:
-    """The table as it is printed."""
+    """The table and its verdicts as text."""
     count = len(seeds_of(stored, table))
     if not count:
         return f"{table.title}: no seed is complete yet."
@@ -124,7 +123,7 @@ def text_of(stored: Stored, table: Table) -> str:
 
 
 def markdown_of(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the heads first, for a page."""
+    """Rows of cells, header first, as a Markdown table."""
     head, *rows = cells
     every = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in every)

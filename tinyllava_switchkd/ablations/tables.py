@@ -1,4 +1,4 @@
-"""Which runs each table has. A run that several tables have is one entry here, and is trained once."""
+"""The runs of each table. A run in several tables is defined once here, and trained once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 Flags = Mapping[str, object]
 
 ALIGN: Flags = {"distill_method": "logit_kd", "distill_loss": "dbild", "temperature": 3.0, "align_weight": 1.0}
-"""Align only: the paper's loss on the student's own logits, without the switch."""
+"""Align only: the paper's loss on the student's logits, without the switch."""
 SWITCH: Flags = {
     "distill_method": "switch_kd",
     "distill_loss": "dbild",
@@ -17,21 +17,21 @@ SWITCH: Flags = {
     "align_weight": 1.0,
     "switch_weight": 1.0,
 }
-"""Switch-KD as the paper sets it (Section 4.1)."""
+"""Switch-KD with the paper's settings (Section 4.1)."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a student is trained: pre-training, then fine-tuning, either of them distilled or not.
+    """A way of training a student: pre-training, then fine-tuning, each with or without distillation.
 
     Attributes:
         key: its name in files and folders.
-        label: in tables.
+        label: its name in tables.
         tuning: flags of distillation in fine-tuning (DFT); None for SFT.
         pretraining: flags of distillation in pre-training (DPT); None for PT.
-        teacher, student, tower: which of the scale's models.
+        teacher, student, tower: names of models, see `toy.MODELS` and `paper.MODELS`.
         settings: other flags of fine-tuning, such as a learning rate.
-        anew: whether each seed has base models, and a teacher, of its own.
+        anew: whether each seed has its own base models and teacher.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Way:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """Student's language model and tower: ways with the same ones are compared in pairs."""
+        """The student's language model and tower; a row is compared with SFT of the same pair."""
         return self.student, self.tower
 
 
@@ -63,7 +63,7 @@ def _knee(key: str, label: str, **settings: object) -> Way:
 
 
 WINDOW = 32
-"""Largest logits among which `knee_window` looks for the knee; the quickstart's vocabulary has about 300 tokens."""
+"""`knee_window` looks for the knee among this many largest logits; the quickstart's vocabulary has about 300 tokens."""
 
 WAYS = {
     way.key: way
@@ -100,17 +100,17 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of results.
 
     Attributes:
-        key: of the command.
-        title: what it is about.
-        ways: its rows, in order; one of each student is SFT.
-        columns: logged measures beside score, time and memory.
-        labels: of rows that are called otherwise in this table.
+        key: its name on the command line.
+        title: its title.
+        ways: its rows in order, including SFT for each student.
+        columns: logged measures shown in addition to score, time and memory.
+        labels: row -> its name in this table, if it differs from the way's label.
         memory: whether peak memory is measured.
-        tuned: whether learning rate and weights are those that the search chose.
-        ours: the row that the others are compared with besides SFT.
+        tuned: whether learning rate and weights are chosen by the search.
+        ours: the row with which the others are compared, in addition to SFT.
     """
 
     key: str
@@ -124,14 +124,14 @@ class Table:
 
     @property
     def script(self) -> str:
-        """The script in scripts/train that makes it."""
+        """The script in scripts/train that makes this table."""
         return "compare_methods.sh" if self.key == "methods" else f"ablate_{self.key}.sh"
 
     def label(self, key: str) -> str:
         return self.labels.get(key, WAYS[key].label)
 
     def reference(self, key: str) -> str:
-        """The row that a row's difference is taken to: plain SFT of the same student."""
+        """The row that is subtracted from a row: plain SFT of the same student."""
         same = [other for other in self.ways if WAYS[other].pair == WAYS[key].pair]
         return next(other for other in same if not WAYS[other].distils)
 
@@ -143,7 +143,7 @@ TABLES = {
     for table in (
         Table(
             "methods",
-            "Methods beside one another",
+            "Comparison of methods",
             ("sft", "logit_kd", "llava_kd", "align_kd", "switch_kd"),
             memory=True,
             tuned=True,
@@ -151,14 +151,14 @@ TABLES = {
         ),
         Table(
             "losses",
-            "Losses between the student's own logits and the teacher's",
+            "Losses between the student's logits and the teacher's",
             ("sft", "fkl", "rkl", "bild_fkl", "bild_rkl", "dbild_fkl", "align"),
             labels={"align": "DBiLD-RKL"},
             ours="align",
         ),
         Table(
             "switch",
-            "Without and with the visual switch",
+            "With and without the visual switch",
             ("sft", "align", "switch_kd"),
             labels={"sft": "PT-SFT", "align": "without the switch", "switch_kd": "with the switch"},
             ours="switch_kd",
@@ -172,7 +172,7 @@ TABLES = {
         ),
         Table(
             "knee",
-            "Where the knee is looked for, on what, and over which pairs",
+            "Where and on what the knee is searched, and which pairs are compared",
             ("sft", "switch_kd", "knee_window", "knee_probabilities", "row_pairs"),
             columns=KNEE_MEASURES,
             labels={"switch_kd": "whole vocabulary, logits, triangle"},
@@ -186,7 +186,7 @@ TABLES = {
         ),
         Table(
             "bases",
-            "Base models drawn anew for each seed",
+            "New base models for each seed",
             ("anew_sft", "anew_align", "anew_switch"),
             ours="anew_switch",
         ),
@@ -197,21 +197,21 @@ TABLES = {
         ),
     )
 }
-"""Every table by the word of its command, the most telling first."""
+"""All tables by name, the most informative first."""
 
 GRID: Mapping[str, tuple[float, ...]] = {"rate": (1.0, 2.0), "weight": (1.0, 2.0)}
-"""What is searched on validation for every row of a tuned table: factors on the fine-tuning's learning rate, and on all
-of a method's weights together. SFT has no weights."""
+"""The grid searched on validation scenes for every row of a tuned table: factors of the learning rate of fine-tuning,
+and of all the method's weights together. SFT has no weights."""
 
 
 def grid(way: Way) -> list[Way]:
-    """The candidates of a way, as it stands first."""
+    """The candidates of a way; the first is the way itself."""
     weights = GRID["weight"] if way.tuning is not None else (1.0,)
     return [tuned(way, rate, weight) for rate in GRID["rate"] for weight in weights]
 
 
 def tuned(way: Way, rate: float, weight: float) -> Way:
-    """A way with other learning rates and weights; itself where both factors are 1."""
+    """A way with its learning rates and weights multiplied by factors; the way itself if both factors are 1."""
     if (rate, weight) == (1.0, 1.0):
         return way
     tuning = way.tuning
@@ -223,7 +223,7 @@ def tuned(way: Way, rate: float, weight: float) -> Way:
 
 
 def weights_of(flags: Flags) -> dict[str, float]:
-    """The weights of a method's terms: those in the flags, else the method's own."""
+    """The weights of a method's terms: from the flags, else the method's defaults."""
     from tinyllava_switchkd.distill.methods import MethodFactory
 
     method = MethodFactory(str(flags["distill_method"]))
@@ -233,7 +233,7 @@ def weights_of(flags: Flags) -> dict[str, float]:
 
 
 def cached(flags: Flags) -> bool:
-    """Whether a teacher cache serves the method of these flags."""
+    """Whether the method of these flags can use a teacher cache."""
     from tinyllava_switchkd.distill.methods import MethodFactory
     from tinyllava_switchkd.distill.trace import BLIND
 

@@ -1,4 +1,4 @@
-"""The runs of the tables at quickstart scale: through the quickstart's own experiment, one after another."""
+"""Runs of the tables at quickstart scale, by the quickstart's `Experiment`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
 SMALL_TOWER, LARGER_TEACHER = "base-small-siglip", "larger-teacher"
 WIDTHS = {SMALL_TOWER: 48, LARGER_TEACHER: 96}
 PADDING = 32
-"""Rows that the larger teacher's vocabulary has beyond the student's, as Qwen2.5-7B's beside 0.5B's."""
+"""Extra vocabulary rows of the larger teacher, as Qwen2.5-7B has more than 0.5B."""
 
 MODELS = {
     "teacher": "teacher",
@@ -44,7 +44,7 @@ MODELS = {
 """The models of `tables` -> names of base models; those that are not shipped are made first."""
 
 TUNING_SEED = 100
-"""Data and order of the search: of no student that is reported."""
+"""Seed of data and order in the search; no reported student has it."""
 
 RESULTS = "ablations.json"
 
@@ -54,18 +54,18 @@ GRADIENTS_EVERY = 20
 MEMORY_STEPS = 20
 
 RESTS_ON = (
-    "Hours of one core. They rest on the seconds in docs/ablation_runs.json; answering, the search on validation "
-    "scenes, and base models that are not shipped, with teachers of their own, come on top."
+    "Hours of one core, from the seconds in docs/ablation_runs.json. Not included: answering, the search on validation "
+    "scenes, and base models that are not shipped, with their teachers."
 )
 
 
 class Toy:
-    """Makes the runs that tables ask for, unless they are there, and keeps what they gave in one file.
+    """Makes the missing runs of tables and stores their results in one file.
 
     Args:
-        experiment: of the quickstart, with a folder of its own.
-        teacher_cache: folder that all runs share whose method a teacher cache serves; their seconds then leave the
-            teacher's own pass out.
+        experiment: a quickstart experiment in a separate folder.
+        teacher_cache: folder of a teacher cache, shared by all runs whose method can use it; their seconds then do not
+            include the teacher's own pass.
     """
 
     def __init__(self, experiment: Experiment, teacher_cache: str | None = None) -> None:
@@ -74,7 +74,7 @@ class Toy:
         self.stored: JsonObject = read_json(self.file) if self.file.is_file() else {"runs": {}, "search": {}}
 
     def train(self, way: Way, seed: int) -> Path:
-        """The student of a way and a seed."""
+        """Train the student of a way and a seed."""
         experiment = self._experiment(way, seed)
         names = {"who": MODELS[way.student], "tower": MODELS[way.tower]}
         guide = {"teacher_path": experiment.teacher(MODELS[way.teacher])} if way.distils else {}
@@ -93,10 +93,10 @@ class Toy:
         return experiment.student(way.key, seed, flags, start, **names)
 
     def make_bases(self, ways: Iterable[Way], say: Callable[[str], object]) -> None:
-        """Make the base models of some ways that are neither shipped nor made, as the shipped ones were made.
+        """Make the base models of some ways that are missing, in the same way as the shipped ones.
 
         Raises:
-            StageError: one did not learn what bases have to know.
+            StageError: a base model did not learn every kind of question.
         """
         ways, root = list(ways), self.experiment.root
         if any(way.tower == "small-tower" for way in ways):
@@ -106,15 +106,15 @@ class Toy:
             make_bases(root, plan, say, self.experiment.base(TOWER))
 
     def make_bases_anew(self, seed: int, say: Callable[[str], object]) -> None:
-        """Make all three base models from random weights that no other seed begins with, nor the shipped ones did.
+        """Make all three base models from random weights that neither another seed nor the shipped ones started from.
 
         Raises:
-            StageError: one did not learn what bases have to know.
+            StageError: a base model did not learn every kind of question.
         """
         make_bases(self._with_bases_of(seed).root, BasePlan(first_start=seed * BasePlan.starts), say)
 
     def _with_bases_of(self, seed: int) -> Experiment:
-        """The same experiment in a folder of a seed's own, with whatever base models were made there."""
+        """The same experiment in a folder for one seed, with the base models made there."""
         own = copy.copy(self.experiment)
         own.root = self.experiment.root / f"bases{seed}"
         return own
@@ -123,11 +123,11 @@ class Toy:
         return self._with_bases_of(seed) if way.anew else self.experiment
 
     def _distilled(self, flags: Flags) -> Flags:
-        """Flags of distillation, with the teacher cache where it serves the method."""
+        """Flags of distillation, with the teacher cache if the method can use it."""
         return {**flags, "teacher_cache": self.teacher_cache} if self.teacher_cache and cached(flags) else flags
 
     def run(self, way: Way, seed: int) -> JsonObject:
-        """What is known of a run: scores on test scenes, seconds, memory, and means of what it logged."""
+        """Make and store a run: scores on test scenes, seconds, and means of its logged measures."""
         experiment, checkpoint = self._experiment(way, seed), self.train(way, seed)
         found = experiment.scores(checkpoint)
         row = {name: found[name] for name in ("score", "by_type", "probe", "seconds", "steps")}
@@ -143,13 +143,13 @@ class Toy:
         return row
 
     def _noted(self, way: Way, seed: int) -> dict[str, dict[str, object]]:
-        """Name -> flags of all trainings of a run, the last stage last."""
+        """Name -> flags of all trainings of a run in order."""
         noting = NotingExperiment(self.experiment.root, self.experiment.plan, self.experiment.bases)
         Toy(noting).train(way, seed)
         return noting.trainings
 
     def memory(self, way: Way, seed: int) -> None:
-        """MiB that a few steps of a way take at most, in a process of its own."""
+        """Measure the peak memory of a few steps of a way, in a separate process."""
         if way.key in self.stored.setdefault("memory", {}):
             return
         *_, last = self._noted(way, seed).values()
@@ -163,7 +163,7 @@ class Toy:
         self._store("memory", way.key, {"peak_mib": float(found[1]) if found else None, "steps": MEMORY_STEPS})
 
     def search(self, way: Way) -> Way:
-        """The way with the learning rate and weights of the grid that validation scenes like best."""
+        """The way with the learning rate and weights of the grid that score best on validation scenes."""
         candidates = grid(way)
         scores = {}
         for candidate in candidates:
@@ -175,7 +175,7 @@ class Toy:
         return best
 
     def attention(self, seed: int) -> None:
-        """How alike the students' attention maps are to the teacher's on test scenes (Figure 3): one value a scene."""
+        """Correlate the students' attention maps with the teacher's, one value per test scene (Figure 3)."""
         models = [self.experiment.teacher(), *(self.train(WAYS[key], seed) for key in LOOKING)]
         source = [read_json(path / MADE)["mark"] for path in models]
         if self.stored.setdefault("attention", {}).get(str(seed), {}).get("of") == source:
@@ -185,7 +185,7 @@ class Toy:
         self._store("attention", str(seed), {"of": source, **values})
 
     def figure(self, seed: int) -> None:
-        """The first scenes' maps of teacher and students, to be drawn beside one another (Figure 3)."""
+        """Store the maps of teacher and students on the first scenes, to be drawn side by side (Figure 3)."""
         students = {WAYS[key].label: self.train(WAYS[key], seed) for key in LOOKING}
         scenes: dict[int, JsonObject] = {}
         for label, path in {"Teacher": self.experiment.teacher(), **students}.items():
@@ -196,7 +196,7 @@ class Toy:
         self._store("figure", "scenes", {"seed": seed, "by_question": scenes})
 
     def _looks(self, path: Path, number: int) -> list[tuple[JsonObject, Look]]:
-        """Test questions for a digit, each with what a checkpoint answers and where it looks."""
+        """Test questions about a single digit, each with a checkpoint's answer and attention map."""
         asked = self.experiment.questions("test")
         rows = [row for row in asked.questions if row["type"] in ("position", "colour")][:number]
         model, tokenizer, processor, _ = load_pretrained_model(path, device="cpu")
@@ -207,7 +207,7 @@ class Toy:
         )
 
     def inside(self, seed: int) -> None:
-        """Switch-KD of a seed once more, with the shares of the gradient logged beside knees and overlap."""
+        """Train Switch-KD of a seed again and store its logged knees, overlap and gradient shares."""
         way = WAYS["switch_kd"]
         settings = {**way.settings, "log_gradient_shares": GRADIENTS_EVERY}
         checkpoint = self.train(dataclasses.replace(way, key=f"{way.key}-inside", settings=settings), seed)
@@ -229,11 +229,11 @@ def _is_inside(name: str) -> bool:
 
 
 class NotingExperiment(Experiment):
-    """Notes the trainings that it is asked for, instead of making them."""
+    """Records requested trainings instead of making them."""
 
     @cached_property
     def trainings(self) -> dict[str, dict[str, object]]:
-        """Their flags, by name."""
+        """Name -> flags."""
         return {}
 
     def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
@@ -242,10 +242,10 @@ class NotingExperiment(Experiment):
 
 
 class DryExperiment(NotingExperiment):
-    """The same where nothing has been made."""
+    """A `NotingExperiment` in an empty folder."""
 
     def base(self, name: str) -> Path:
-        """A shipped base model, or one of random weights where it would be made first."""
+        """A shipped base model, or random weights in place of one that a real run would make."""
         folder = super().base(name)
         if not folder.is_dir():
             folder = self.root / "models" / name
@@ -260,12 +260,12 @@ class DryExperiment(NotingExperiment):
 
 
 def plan(names: Sequence[str], stored: JsonObject, root: Path) -> list[dry.Planned]:
-    """What the tables train for one seed, each training once, with the seconds that stored runs took.
+    """The trainings of some tables for one seed, each once, with the seconds of stored runs.
 
     Args:
-        names: of tables.
-        stored: runs of before.
-        root: an empty folder, for the configurations of models that are not shipped.
+        names: names of tables.
+        stored: earlier runs.
+        root: an empty folder for models that are not shipped.
     """
     experiment = DryExperiment(root)
     toy, found = Toy(experiment), {}
@@ -281,7 +281,8 @@ def plan(names: Sequence[str], stored: JsonObject, root: Path) -> list[dry.Plann
             teacher = "handwriting" in name
             runs = stored.get("runs", {}).values() if name == last else ()
             seconds = [run["seconds"] for run in runs if run["way"].partition("-rate")[0] == key]  # tuned or not
-            seconds = seconds or [stage["seconds"] for stage in [stored.get("stages", {}).get(name)] if stage]
+            if not seconds and name in stored.get("stages", {}):
+                seconds = [stored["stages"][name]["seconds"]]
             found[name] = dry.Planned(
                 f"teacher {MODELS[way.teacher]}, {stage}" if teacher else f"{way.student}, {name.split('-seed1-')[1]}",
                 stage,
@@ -296,7 +297,7 @@ def plan(names: Sequence[str], stored: JsonObject, root: Path) -> list[dry.Plann
 
 
 def run_tables(toy: Toy, names: Sequence[str], seeds: Sequence[int], say: Callable[[str], object] = print) -> None:
-    """All runs of some tables, seeds outermost: whenever it is stopped, every table has about as many."""
+    """Make all runs of some tables, seed by seed, so that all tables have about as many seeds if it is stopped."""
     tables = [TABLES[name] for name in names]
     ways = [WAYS[key] for table in tables for key in table.ways]
     toy.make_bases(ways, say)

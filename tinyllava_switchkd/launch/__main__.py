@@ -101,7 +101,7 @@ def playground() -> Path:
     return (repository if (repository / "scripts" / "train").is_dir() else Path.cwd()) / "playground"
 
 
-def _is_dry(environment: Mapping[str, str]) -> bool:
+def is_dry(environment: Mapping[str, str]) -> bool:
     return environment.get("DRY_RUN", "").lower() not in ("", "0", "false", "no")
 
 
@@ -124,12 +124,12 @@ def _train(words: list[str], script: str) -> int:
         trainings = [stages.one_stage(stage.removesuffix("_lora"), positional, request)]
     else:
         trainings = stages.whole_recipe(named, request)
-    if named is not None and named.world == "tiny" and not _is_dry(variables):
+    if named is not None and named.world == "tiny" and not is_dry(variables):
         with Commands().listening() as commands:
             code = commands.run([python, "-m", "tinyllava_switchkd.quickstart.tiny", str(request.tiny)], {})
         if code:
             return code
-    return _launch(trainings, dry=_is_dry(variables))
+    return _launch(trainings, dry=is_dry(variables))
 
 
 def _split(words: list[str]) -> tuple[str, list[str], recipe.Settings]:
@@ -201,7 +201,7 @@ def _eval(words: list[str], script: str) -> int:
     if name == "all":
         return _eval_all(request, script or "tinyllava-switchkd eval all")
     command = evaluate.evaluation(name, request)
-    if _is_dry(variables):
+    if is_dry(variables):
         show(shlex.join(command))
         return 0
     return become(command, request.environment)
@@ -215,7 +215,7 @@ def _eval_all(request: evaluate.Request, script: str) -> int:
     with Commands().listening() as commands:
 
         def run(command: list[str]) -> bool:
-            if _is_dry(request.variables):
+            if is_dry(request.variables):
                 show(shlex.join(command))
                 return True
             return commands.run(command, request.environment) == 0

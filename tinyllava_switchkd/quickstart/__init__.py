@@ -1,5 +1,5 @@
-"""The quickstart: the paper's story at toy scale, on a CPU, through the project's own scripts and entry points.
+"""The quickstart: the paper's experiment at toy scale on a CPU, run through the project's own entry points.
 
-Nothing in here trains: `scenes` writes data, `base_models` writes tiny model folders, `experiment` calls the entry
-point of training, `evaluate` asks the checkpoints that come out, and `report` lays their answers side by side.
+`scenes` writes data, `base_models` writes tiny model folders, `experiment` calls the training entry point, `evaluate`
+asks the checkpoints, and `report` compares their answers.
 """

@@ -1,6 +1,6 @@
-"""The quickstart's held-out questions in the formats of POPE, VQAv2, MMBench and ScienceQA.
+"""Writes the quickstart's held-out questions in the formats of POPE, VQAv2, MMBench and ScienceQA.
 
-The evaluation's commands run on them as on the real ones: the quickstart is a test drive of ``scripts/eval``, too.
+The evaluation commands run on them as on the real benchmarks, so the quickstart also tries out ``scripts/eval``.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .experiment import MADE, Experiment, StageError, call, once, words_of
 from .scenes import QuestionSet
 
 BENCHMARKS = ("vqav2", "pope", "mmbench", "scienceqa")
-"""Benchmarks that the held-out questions are written as."""
+"""Benchmarks in whose formats the questions are written."""
 
 OPEN_TYPES = ("position", "colour", "where", "read")
-"""Question types that become VQAv2's open-ended ones."""
+"""Question types written as open-ended questions of VQAv2."""
 
 SCENES = 100
-"""Test scenes, the first ones, that become benchmarks: to see the commands work, not for another score."""
+"""Number of test scenes used, the first ones. They show that the commands work; they are not another score."""
 
-_ROTATION = 1_000_000  # MMBench: a rotated copy of question i has the index i + ROTATION
+_ROTATION = 1_000_000  # MMBench: the rotated copy of question i has index i + _ROTATION
 _ANNOTATORS = 10
 
 
 def run_benchmarks(experiment: Experiment, checkpoints: Mapping[str, Path]) -> str:
-    """The evaluation's commands on checkpoints, by label; what its report says of them.
+    """Run the evaluation commands on labelled checkpoints and return the text of their report.
 
-    The answers go to the folder ``eval``, scores and report to ``benchmarks``.
+    Answers are written to the folder ``eval``, scores and report to ``benchmarks``.
 
     Raises:
         StageError: a command failed.
@@ -80,11 +80,11 @@ def run_benchmarks(experiment: Experiment, checkpoints: Mapping[str, Path]) -> s
 
 
 def write_benchmarks(question_set: QuestionSet, root: Path) -> None:
-    """Write the four folders in LLaVA's layout.
+    """Write the four benchmark folders in LLaVA's layout.
 
     Args:
         question_set: scenes and questions of the test split.
-        root: what ``EVAL_DIR`` names.
+        root: the folder for ``EVAL_DIR``.
     """
     rows = list(zip(question_set.questions, question_set.scene_of, strict=True))
     _write_vqav2([row for row in rows if row[0]["type"] in OPEN_TYPES], question_set.scenes, root / "vqav2")
@@ -107,7 +107,7 @@ def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> 
             "answer_type": "other" if row["type"] == "where" else "number",
             "multiple_choice_answer": row["answer"],
             "answers": [
-                # The official scorer turns hyphens of predictions into spaces, but not those of unanimous annotators
+                # The official scorer turns hyphens into spaces in predictions, but not in unanimous annotations
                 {"answer_id": number + 1, "answer": row["answer"].replace("-", " "), "answer_confidence": "yes"}
                 for number in range(_ANNOTATORS)
             ],
@@ -118,7 +118,7 @@ def _write_vqav2(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> 
 
 
 def _write_pope(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
-    """Every object asked for is drawn at random, so there is one category of POPE's three."""
+    """POPE has three categories; all objects here are drawn at random, so there is only the category "random"."""
     _write_questions(rows, pictures, folder / "llava_pope_test.jsonl", "random")
     write_jsonl(
         folder / "coco" / "coco_pope_random.json",
@@ -135,7 +135,7 @@ def _write_pope(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> N
 
 
 def _write_mmbench(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path) -> None:
-    """A question and its rotation: with two choices, guessing scores a quarter."""
+    """Write each question and its rotation; with two choices, guessing scores 25 %."""
     header = ["index", "question", "hint", "A", "B", "answer", "category", "image", "source", "l2-category", "comment"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "mmbench_dev_20230712.tsv", "w", encoding="utf-8", newline="") as file:
@@ -174,7 +174,7 @@ def _write_scienceqa(rows: Rows, pictures: Sequence[scenes.Scene], folder: Path)
 
 
 def _write_questions(rows: Rows, pictures: Sequence[scenes.Scene], file: Path, category: str) -> None:
-    """LLaVA's question file, and COCO's folder of images beside it."""
+    """Write LLaVA's question file, and COCO's image folder beside it."""
     _save_images(rows, pictures, file.parent / "val2014")
     write_jsonl(
         file,
@@ -186,7 +186,7 @@ def _write_questions(rows: Rows, pictures: Sequence[scenes.Scene], file: Path, c
 
 
 def _options(row: JsonObject) -> tuple[str, list[str]]:
-    """A choice question's stem and its options."""
+    """The stem and the options of a multiple-choice question."""
     question, *lines = row["question"].replace(scenes.LETTER_ANSWER, "").split("\n")
     return question, [line.split(". ", 1)[1] for line in lines]
 

@@ -1,7 +1,7 @@
-"""Folders of tiny, untrained base models, in the shape in which Qwen2.5 and SigLIP come from the hub.
+"""Writes folders of tiny, untrained base models in the layout of Qwen2.5 and SigLIP on the hub.
 
-``scripts/train/*.sh`` take them by path exactly as they take ``Qwen/Qwen2.5-0.5B`` and
-``google/siglip-so400m-patch14-384`` by name.
+``scripts/train/*.sh`` accept their paths just like the names ``Qwen/Qwen2.5-0.5B`` and
+``google/siglip-so400m-patch14-384``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tinyllava_switchkd.data.template import TemplateFactory
 from . import scenes
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""The three base models that come with the project, which `bases` made."""
+"""The three base models shipped with the project; `bases` made them."""
 
 CONV_VERSION = "qwen2_base"
-"""Conversation template of every stage but pre-training: that of Qwen's base models."""
+"""Conversation template of all trainings but the base tower's: that of Qwen's base models."""
 
 END_OF_TEXT = "<|endoftext|>"
 """End-of-sequence and padding token, as in Qwen2's base models."""
@@ -37,19 +37,19 @@ _OPENERS = "The Describe What Where Is Yes No A B C D"
 _WORDS = "the image digit digits is are there in a"
 
 _POSITION_SCALE = 0.5
-"""Standard deviation of the vision tower's position embedding. SigLIP's own 1/sqrt(width) drowns in the patches, and
-captions in a fixed order never ask the tower where a digit is, so it would be lost before a question does."""
+"""Standard deviation of the vision tower's position embedding. SigLIP's 1/sqrt(width) is too small beside the patches.
+Captions in a fixed order never need a digit's position, so the embedding would be lost before a question needs it."""
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen2's tokenizer without its merges: every word of the scenes is one token, all other text goes byte by byte.
+    """Qwen2's tokenizer without merges: every word of the scenes is one token, all other text is one token per byte.
 
-    The fixed sentences of LLaVA's prompts (the system prompt, the two suffixes that ask for a format) are one token
-    each, too: they say nothing about a scene, and spelled out they would make the sequences four times as long.
+    The fixed sentences of LLaVA's prompts (the system prompt, and the two suffixes that ask for a format) are one token
+    each, too. They say nothing about a scene, and would otherwise make the sequences four times as long.
     """
     system = TemplateFactory(CONV_VERSION)().system.apply().strip()
     sentences = [system, "USER:", scenes.SHORT_ANSWER.strip(), scenes.LETTER_ANSWER.strip()]
-    # What stands at a beginning takes the white space before it; other words have their space in front, as in Qwen
+    # Words at a beginning absorb the white space before them; other words start with a space, as in Qwen
     tokens = [AddedToken(text, lstrip=True, rstrip=text == "USER:", normalized=False) for text in sentences]
     tokens += [AddedToken("ASSISTANT:", lstrip=True, normalized=False)]
     tokens += [AddedToken(word, lstrip=True, single_word=True, normalized=False) for word in _OPENERS.split()]
@@ -72,12 +72,12 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
     """Write a random Qwen2 with its tokenizer, as a Hugging Face folder.
 
     Args:
-        folder: to write to; its name tells the LLM factory what it is, so "qwen2" should be in it.
+        folder: output folder; its name should contain "qwen2", from which the LLM factory chooses the class.
         width: hidden size.
         layers: decoder layers.
-        heads: attention heads, each with keys of its own.
-        seed: of the weights.
-        padding: rows of the vocabulary beyond the tokenizer's, as larger Qwen2.5 have them.
+        heads: attention heads, each with its own keys.
+        seed: seed of the weights.
+        padding: vocabulary rows beyond the tokenizer's, as in larger Qwen2.5 models.
     """
     tokenizer = build_tokenizer()
     config = Qwen2Config(
@@ -88,11 +88,11 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=512,
-        # Qwen2.5's. With few and slowly turning dimensions a question finds its cell by what is in it; at 10,000 and
-        # with four heads of a quarter the width, base training took twice as long or missed it altogether.
+        # As in Qwen2.5. With few, slowly rotating dimensions, a question finds its cell by content. With theta 10,000
+        # and four heads of a quarter of the width, base training took twice as long or failed.
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        initializer_range=width**-0.5,  # Qwen2's 0.02 is for widths of 1000: at this one, nothing would ever move
+        initializer_range=width**-0.5,  # Qwen2's 0.02 suits widths of 1000; here, nothing would learn
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -103,14 +103,14 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
 
 
 def write_vision_tower(folder: Path, width: int = 64, layers: int = 2, heads: int = 4, seed: int = 0) -> None:
-    """Write a random SigLIP vision tower of one token a cell with its image processor, as a Hugging Face folder.
+    """Write a random SigLIP vision tower (one token per cell) and its image processor, as a Hugging Face folder.
 
     Args:
-        folder: to write to; its name tells the vision tower factory what it is, so "siglip" should be in it.
+        folder: output folder; its name should contain "siglip", from which the factory chooses the class.
         width: hidden size.
         layers: encoder layers.
         heads: attention heads.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     config = SiglipVisionConfig(
         image_size=scenes.IMAGE_SIZE,
@@ -119,7 +119,7 @@ def write_vision_tower(folder: Path, width: int = 64, layers: int = 2, heads: in
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        vision_use_head=False,  # the pooling head has no part in a VLM
+        vision_use_head=False,  # a VLM does not use the pooling head
     )
     torch.manual_seed(seed)
     tower = SiglipVisionModel(config)

@@ -1,11 +1,11 @@
-"""The quickstart's three base models, from random weights: ``python -m tinyllava_switchkd.quickstart.bases``.
+"""Train the quickstart's three base models from random weights: ``python -m tinyllava_switchkd.quickstart.bases``.
 
-They stand for what people download, SigLIP and Qwen2.5: a vision tower that sees, and two language models that can
-speak of what it sees, all of it about rendered digits. Those shipped with the project were made by this command.
+They stand for downloads such as SigLIP and Qwen2.5: a vision tower and two language models that can describe what the
+tower sees, here rendered digits. The models shipped with the project were made by this command.
 
-Small models answer a kind of question by chance for some thousand steps, and then, within a few hundred, rightly; when
-that happens differs from one start to the next. So each is asked about validation scenes before it is taken; if it has
-missed one kind, it trains for another round, and then begins anew from other random weights.
+A small model answers a kind of question by chance for some thousand steps, and then learns it within a few hundred.
+When this happens differs between random starts. So each model is tested on validation scenes; if it has not learned
+every kind of question, it is trained for further rounds, and then again from other random weights.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 LEARNED = {"digits": 75, "position": 65, "colour": 65, "where": 90, "read": 30, "yes_no": 62, "choice": 62}
-"""What counts as learned, in per cent: far above chance (10, 10, 10, 25, 0, 50, 50), and as high as a tower that reads
-four of five digits right allows ("read" asks for four digits at once)."""
+"""Accuracy in per cent that counts as learned: far above chance (10, 10, 10, 25, 0, 50, 50), and as high as is possible
+with a tower that reads four of five digits correctly ("read" asks for four digits at once)."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,27 @@ class BasePlan:
     """Sizes and settings of the bases."""
 
     scenes: int = 10_000
-    """Scenes of font digits that they grow up on."""
+    """Training scenes of font digits."""
     val_scenes: int = 100
     layers: int = 2
     towers: tuple[tuple[str, int], ...] = (("base-siglip", 64),)
     """Names and widths of vision towers."""
     companion_width: int = 48
-    """Of the language model that the tower grows up with."""
+    """Width of the language model that is trained with the tower and then discarded."""
     widths: tuple[tuple[str, int], ...] = (("teacher", 64), ("student", 48))
     """Names and widths of language models."""
     padding: int = 0
-    """Rows of the language models' vocabularies beyond the tokenizer's."""
+    """Vocabulary rows of the language models beyond the tokenizer's."""
     tower_steps: int = 1500
     llm_steps: int = 3000
     rounds: int = 4
-    """Times that a start trains, one after the other, while something is not learned: each begins at the full learning
-    rate again."""
+    """Largest number of training rounds per start; each begins at the full learning rate again."""
     starts: int = 3
-    """Starts from other random weights, at most."""
+    """Largest number of starts from other random weights."""
     first_start: int = 0
-    """Seed of the first start's weights; the next one's is one more."""
+    """Seed of the first start's weights; each further start adds one."""
     learned: Mapping[str, float] = field(default_factory=lambda: dict(LEARNED))
-    """Right answers in per cent that every kind of question must reach on validation scenes."""
+    """Accuracy in per cent that every kind of question must reach on validation scenes."""
 
 
 def make_bases(
@@ -68,19 +67,19 @@ def make_bases(
     say: Callable[[str], object] = print,
     vision_tower: Path | None = None,
 ) -> Path:
-    """Train the base tower and both base language models, unless they are there.
+    """Train the base tower and both base language models, unless they exist.
 
     Args:
-        root: folder that everything goes to.
+        root: output folder.
         plan: sizes and settings.
-        say: takes what there is to tell, a line at a time.
-        vision_tower: that the language models grow up with; the first of the plan's if None.
+        say: called with each line of progress.
+        vision_tower: the tower that the language models are trained with; default: the plan's first.
 
     Returns:
-        the folder with them, by default ``base-siglip``, ``base-qwen2-teacher`` and ``base-qwen2-student``.
+        the folder with the models, by default ``base-siglip``, ``base-qwen2-teacher`` and ``base-qwen2-student``.
 
     Raises:
-        StageError: a training failed, or something was not learned in any of the attempts.
+        StageError: a training failed, or a model did not learn every kind of question in any attempt.
     """
     plan = plan or BasePlan()
     bases = _Bases(root, plan, say)
@@ -94,17 +93,17 @@ def make_bases(
 
 
 class _Bases(Experiment):
-    """Trainings of bases; those that have learned all go to the folder ``models``."""
+    """Trains bases; those that have learned everything are written to the folder ``models``."""
 
     def __init__(self, root: Path, sizes: BasePlan, say: Callable[[str], object]) -> None:
         super().__init__(root, Plan(), root / "models", say)
         self.sizes = sizes
-        # The young models learn from descriptions what those adapted later know: more of them
-        self.grown_on = self.data("font", "font", sizes.scenes, 0, caption_share=0.5)
+        # Untrained models have to learn from descriptions what adapted models already know, so they get more of them
+        self.train_data = self.data("font", "font", sizes.scenes, 0, caption_share=0.5)
         self.asked = scenes.question_set("font", "val", sizes.val_scenes, seed=0)
 
     def random(self, name: str, source: Sequence[object], write: Callable[[Path], None]) -> Path:
-        """A folder of random weights, made once."""
+        """A folder of random weights, created once."""
         made = self.bases / name
         once(made, [*source, [digest(base_models.__file__), digest(scenes.__file__)]], write)
         return made
@@ -115,18 +114,18 @@ class _Bases(Experiment):
         return self.random(f"random{seed}-qwen2-{who}", ["llm", width, sizes.layers, sizes.padding, seed], write)
 
     def train_tower(self, name: str, width: int, seed: int, number: int, before: Path | None) -> Path:
-        """Captions of font scenes, everything tuned; the language model is thrown away afterwards.
+        """Train a tower on captions of font scenes with all parts tuned; the language model is discarded afterwards.
 
         Args:
-            name, width: of the tower.
-            seed: of the start's random weights.
-            number: of the round.
-            before: checkpoint of the round before.
+            name, width: name and width of the tower.
+            seed: seed of the start's random weights.
+            number: number of the round.
+            before: checkpoint of the previous round.
         """
         write = partial(base_models.write_vision_tower, width=width, seed=seed)
         flags = {
             "template": "pretrain",
-            "data_path": self.grown_on / "captions.json",
+            "data_path": self.train_data / "captions.json",
             "model_name_or_path": self.random_llm("tower", self.sizes.companion_width, seed),
             "vision_tower": self.random(f"random{seed}-{name}", [width, seed], write),
             "tune_type_vision_tower": "full",
@@ -136,13 +135,14 @@ class _Bases(Experiment):
         return self.grow("Base vision tower", f"{name}-start{seed}-round{number}", flags, number, before)
 
     def train_llm(self, who: str, width: int, vision_tower: Path, seed: int, number: int, before: Path | None) -> Path:
-        """Descriptions of and questions about font scenes, from random weights and with the base tower.
+        """Train a language model on descriptions of and questions about font scenes, with the base tower.
 
-        (Language models that grew up with the tower know cells by their order, and hardly unlearn it.)
+        It starts from random weights, because a language model trained with the tower identifies cells by their order
+        and hardly unlearns this.
         """
         flags = {
             "template": base_models.CONV_VERSION,
-            "data_path": self.grown_on / "questions.json",
+            "data_path": self.train_data / "questions.json",
             "model_name_or_path": self.random_llm(who, width, seed),
             "vision_tower": vision_tower,
             "max_steps": self.sizes.llm_steps,
@@ -151,19 +151,19 @@ class _Bases(Experiment):
         return self.grow(f"Base language model ({who})", name, flags, number, before)
 
     def grow(self, title: str, name: str, flags: Mapping[str, object], number: int, before: Path | None) -> Path:
-        """One round of a base's training."""
-        common = {**PRETRAIN, "image_folder": self.grown_on / "images", "tune_type_llm": "full"}
+        """Train a base for one round."""
+        common = {**PRETRAIN, "image_folder": self.train_data / "images", "tune_type_llm": "full"}
         return self.train(title, name, {**common, **flags, "pretrained_model_path": before, "seed": number})
 
     def what_tower_sees(self, checkpoint: Path) -> Mapping[str, float]:
-        """Digits that a probe reads off the tower, in per cent."""
+        """Per cent of the digits that a linear probe reads from the tower's tokens."""
         from . import evaluate
 
         fitted = scenes.make_scenes("font", "train", 2 * self.sizes.val_scenes, 10_000)
         return {"digits": evaluate.probe(evaluate.load(checkpoint), fitted, self.asked.scenes, self.asked.scenes)}
 
     def what_llm_knows(self, checkpoint: Path) -> Mapping[str, float]:
-        """Kind of question -> right answers in per cent."""
+        """Kind of question -> accuracy in per cent."""
         from . import evaluate
 
         answers = evaluate.answer_questions(evaluate.load(checkpoint), self.asked)
@@ -176,12 +176,12 @@ class _Bases(Experiment):
         ask: Callable[[Path], Mapping[str, float]],
         keep: Callable[[Path, Path], None],
     ) -> None:
-        """Train until all is learned, a round longer or from other weights if need be, and keep that part.
+        """Train until everything is learned, with more rounds or other weights if needed, and keep the trained part.
 
         Args:
-            name: of the folder with the part.
-            train: makes a checkpoint of a start's seed, a round's number and the checkpoint of the round before.
-            ask: what a checkpoint knows.
+            name: folder name of the part.
+            train: (seed of the start, number of the round, checkpoint of the previous round) -> checkpoint.
+            ask: checkpoint -> accuracies.
             keep: writes the part of a checkpoint to a folder.
         """
         sizes, checkpoint = self.sizes, None
@@ -191,30 +191,30 @@ class _Bases(Experiment):
             with logged(f"Asking {name}", self.root / "logs" / f"{name}.log"):
                 found = ask(checkpoint)
             known = ", ".join(f"{kind} {value:.0f} %" for kind, value in found.items())
-            self.say(f"    right answers, validation: {known}")
+            self.say(f"    accuracy on validation scenes: {known}")
             missed = [kind for kind, value in found.items() if value < sizes.learned.get(kind, 0)]
             if not missed:
                 once(self.bases / name, digest(checkpoint / "model.safetensors"), partial(keep, checkpoint))
                 return
             left = sizes.starts * sizes.rounds - attempt - 1
-            go_on = "a round longer" if number + 1 < sizes.rounds else "from other weights"
-            after = f"{go_on}, attempts left: {left}" if left else "enough"
+            going_on = "training another round" if number + 1 < sizes.rounds else "starting from other weights"
+            after = f"{going_on}, attempts left: {left}" if left else "giving up"
             self.say(f"    not learned: {', '.join(missed)}; {after}")
         raise StageError(
-            f"{name} did not learn every kind of question from any of {sizes.starts} starts. Use the bases that are "
-            f"shipped (without --from_scratch), or tell us the versions that you use."
+            f"{name} did not learn every kind of question from any of {sizes.starts} starts. Use the shipped bases "
+            f"(without --from_scratch), or tell us the versions that you use."
         )
 
 
 def _keep_tower(checkpoint: Path, folder: Path) -> None:
-    """The tower of a trained VLM, in the shape in which SigLIP comes."""
+    """Write the tower of a trained VLM as a SigLIP folder."""
     model, _, image_processor = _load(checkpoint)
     model.vision_tower._vision_tower.vision_model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
 
 
 def _keep_llm(checkpoint: Path, folder: Path) -> None:
-    """The language model of a trained VLM, in the shape in which Qwen2.5 comes."""
+    """Write the language model of a trained VLM as a Qwen2 folder."""
     model, tokenizer, _ = _load(checkpoint)
     model.language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -227,7 +227,6 @@ def _load(checkpoint: Path) -> tuple[TinyLlava, PreTrainedTokenizerBase, BaseIma
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
     parser = CommandParser(prog="quickstart.bases", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for data, runs and, in models/, the bases")
     args = parser.parse_args(argv)

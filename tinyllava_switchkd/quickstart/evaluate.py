@@ -1,4 +1,4 @@
-"""Scores of a checkpoint on scenes: its answers by generate(), and a linear probe of its vision tower."""
+"""Scores of a checkpoint on scenes: its answers from generate(), and a linear probe of its vision tower."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .scenes import QuestionSet, Scene
 
 BATCH_SIZE = 128
 MAX_NEW_TOKENS = 8
-"""The longest answer, four digits and the end, is five tokens."""
+"""The longest answer has five tokens: four digits and the end."""
 
 PROBE_STRENGTHS = (0.01, 0.1, 1.0)
-"""Inverse regularisation strengths of the probe; the best on validation scenes is taken."""
+"""Inverse regularisation strengths of the probe; the best one on validation scenes is used."""
 
 
 def answer_questions(
     answerer: Answerer, question_set: QuestionSet, progress: Callable[[int], None] = lambda count: None
 ) -> list[str]:
-    """Greedy answers to all questions, each asked alone, in their order.
+    """Greedy answers to all questions in order, each asked in its own conversation.
 
     Args:
         answerer: a loaded checkpoint.
-        question_set: what to ask.
+        question_set: the questions.
         progress: called with the number of questions answered since the last call.
     """
     features = _in_batches(question_set.scenes, answerer.encode_images, answerer)
@@ -44,7 +44,7 @@ def answer_questions(
 
 
 def accuracy(questions: Sequence[JsonObject], answers: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """Exact matches in per cent: over all questions, and by type in the order of their appearance."""
+    """Exact matches in per cent: over all questions, and by type in order of appearance."""
     right: dict[str, list[bool]] = {}
     for question, answer in zip(questions, answers, strict=True):
         right.setdefault(question["type"], []).append(answer == question["answer"])
@@ -53,13 +53,13 @@ def accuracy(questions: Sequence[JsonObject], answers: Sequence[str]) -> tuple[f
 
 
 def probe(answerer: Answerer, train: Sequence[Scene], val: Sequence[Scene], test: Sequence[Scene]) -> float:
-    """How well a linear classifier reads the digits off the vision tower's tokens, in per cent of the test digits.
+    """Accuracy in per cent of a linear classifier that reads the test digits from the vision tower's tokens.
 
-    It is fitted on scenes of training digits and sees the tower alone: no connector, no language model. What it gains
-    by a way of training, the tower has learned.
+    It is fitted on scenes of training digits. It uses only the tower, not the connector or language model, so
+    differences between ways of training are due to the tower.
 
     Raises:
-        ValueError: the tower has not one token a cell.
+        ValueError: the tower does not have one token per cell.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -71,8 +71,8 @@ def probe(answerer: Answerer, train: Sequence[Scene], val: Sequence[Scene], test
         digits = np.array([scene.digits for scene in scenes])  # [scenes, cells]
         if features.shape[1] != digits.shape[1]:
             raise ValueError(
-                f"The vision tower makes {features.shape[1]} tokens of an image with {digits.shape[1]} cells; the "
-                f"probe needs one token a cell."
+                f"The vision tower makes {features.shape[1]} tokens from an image with {digits.shape[1]} cells; the "
+                f"probe needs one token per cell."
             )
         sets[name] = features.flatten(0, 1).float().cpu().numpy(), digits.reshape(-1)
     fits = [
@@ -84,7 +84,7 @@ def probe(answerer: Answerer, train: Sequence[Scene], val: Sequence[Scene], test
 
 
 def load(checkpoint: Path) -> Answerer:
-    """A checkpoint of a fine-tuned model, ready to be asked, on the CPU."""
+    """Load a fine-tuned checkpoint on the CPU."""
     return Answerer.from_pretrained(checkpoint, device="cpu")
 
 

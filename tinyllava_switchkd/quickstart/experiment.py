@@ -1,7 +1,7 @@
-"""Runs of the quickstart: data, bases, teacher and students, each made once and used again.
+"""Runs of the quickstart: data, bases, teacher and students, each made once and then reused.
 
-Everything trains through the entry point of full size (`tinyllava_switchkd.train.train.main`), in this process: what
-``scripts/train/*.sh`` pass to it is a dict of flags here. A comparison of one's own takes the same road::
+All trainings call the usual entry point (`tinyllava_switchkd.train.train.main`) in this process, with a dict of flags
+in place of the arguments that ``scripts/train/*.sh`` pass. For a comparison of your own::
 
     experiment = Experiment(Path("playground/mine"))
     for seed in (1, 2, 3):
@@ -34,17 +34,17 @@ from . import scenes
 from .base_models import CONV_VERSION, SHIPPED
 
 MADE = "made.json"
-"""In every finished folder: what it was made from. Without it the folder is half done, and is made anew."""
+"""A file in every finished folder that records what the folder was made from. A folder without it is made again."""
 
 CONNECTOR = "mlp2x_gelu"
 
 TOWER = "base-siglip"
-"""The base vision tower that is shipped."""
+"""The shipped base vision tower."""
 
 COMMON = {
     "connector_type": CONNECTOR,
     "training_recipe": "common",
-    "model_max_length": 256,  # tokens, those of the image counted; the longest conversation has about 120
+    "model_max_length": 256,  # tokens, including the image's; the longest conversation has about 120
     "per_device_train_batch_size": 16,
     "num_train_epochs": 1,
     "weight_decay": 0.01,
@@ -53,10 +53,10 @@ COMMON = {
     "warmup_steps": 0.05,
     "lr_scheduler_type": "cosine",
     "mm_vision_select_layer": -1,
-    # One visual token a cell: TinyLLaVA's "patch" would drop the first one, and with it a quarter of the scene.
+    # One visual token per cell; TinyLLaVA's "patch" would drop the first one, a quarter of the scene.
     "mm_vision_select_feature": "cls_patch",
-    "keep_in_memory": True,  # a few hundred scenes, each seen dozens of times
-    "save_strategy": "no",  # a stage takes a minute, so there is nothing to resume
+    "keep_in_memory": True,  # a few hundred scenes, each used dozens of times
+    "save_strategy": "no",  # a stage takes a minute, so resuming is not needed
     "report_to": "none",
     "use_cpu": True,
     "gradient_checkpointing": False,
@@ -64,13 +64,13 @@ COMMON = {
 """Flags of every stage."""
 
 PRETRAIN = {
-    "template": CONV_VERSION,  # the template that the base language models know; those of full size read anything
+    "template": CONV_VERSION,  # the only template that the base language models know
     "learning_rate": 3e-3,
     "tune_type_llm": "frozen",
     "tune_type_vision_tower": "frozen",
     "tune_type_connector": "full",
 }
-"""Flags of pre-training (PT), scripts/train/pretrain.sh."""
+"""Flags of pre-training (PT), as in scripts/train/pretrain.sh."""
 
 FINETUNE = {
     "template": CONV_VERSION,
@@ -80,25 +80,25 @@ FINETUNE = {
     "tune_type_vision_tower": "full",
     "tune_type_connector": "full",
 }
-"""Flags of fine-tuning (SFT), scripts/train/finetune.sh; with a teacher's path, of distillation."""
+"""Flags of fine-tuning (SFT), as in scripts/train/finetune.sh; with ``teacher_path``, of distillation."""
 
 
 class StageError(RuntimeError):
-    """Something could not be made; the message says what, and where its log is."""
+    """A stage failed; the message names it and its log."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and settings. They were chosen on validation scenes; the test scenes had no part in it."""
+    """Sizes and settings. They were chosen on validation scenes, without the test scenes."""
 
     teacher_scenes: int = 10_000
-    """Handwriting scenes that the teacher is adapted on."""
+    """Handwriting scenes on which the teacher is adapted."""
     student_scenes: int = 300
-    """Handwriting scenes that the student gets, in every seed others."""
+    """Handwriting scenes for the student; each seed has others."""
     val_scenes: int = 150
     test_scenes: int = 400
     probe_scenes: int = 400
-    """Scenes of training digits that the linear probe is fitted on."""
+    """Scenes of training digits on which the linear probe is fitted."""
 
     teacher_pt_steps: int = 200
     teacher_steps: int = 1200
@@ -107,13 +107,13 @@ class Plan:
 
 
 class Experiment:
-    """Makes what is asked for, and what that needs, unless it is there already, made from the same.
+    """Makes models and scores, and everything that they need. What was made before from the same inputs is reused.
 
     Args:
-        root: folder that everything goes to.
+        root: output folder.
         plan: sizes and settings.
-        bases: folder of the base models, by default those shipped with the project.
-        say: takes what there is to tell, a line at a time.
+        bases: folder of the base models; default: those shipped with the project.
+        say: called with each line of progress.
     """
 
     def __init__(
@@ -128,21 +128,21 @@ class Experiment:
     # Data
 
     def data(self, name: str, domain: str, number: int, seed: int, caption_share: float = 0.1) -> Path:
-        """A folder of scenes in LLaVA's format: ``images``, ``captions.json`` and ``questions.json``.
+        """A folder of scenes in LLaVA's format: images, ``captions.json``, ``descriptions.json``, ``questions.json``.
 
         Args:
-            name: of the folder.
+            name: folder name.
             domain: one of `scenes.DOMAINS`.
-            number: of scenes, of the domain's training split.
-            seed: of the scenes and of the questions about them.
-            caption_share: of the scenes that ``questions.json`` describes instead of asking about them.
+            number: number of scenes from the domain's training split.
+            seed: seed of the scenes and the questions about them.
+            caption_share: fraction of the scenes that are described in ``questions.json`` instead of asked about.
         """
 
         def make(folder: Path) -> None:
             made = scenes.make_scenes(domain, "train", number, seed)
             names = scenes.save_images(made, folder / "images", name)
             write_json(folder / "captions.json", scenes.caption_samples(made, names))
-            # PT is on these: a frozen language model teaches a fresh connector by what it has read itself
+            # Used for PT: a frozen language model can teach a new connector only with text that it has learned itself
             write_json(folder / "descriptions.json", scenes.description_samples(made, names, seed))
             samples = scenes.conversation_samples(made, names, seed, caption_share=caption_share)
             write_json(folder / "questions.json", samples)
@@ -157,15 +157,15 @@ class Experiment:
     # Training
 
     def train(self, title: str, name: str, flags: Mapping[str, object]) -> Path:
-        """One run of the training entry point; its folder in ``checkpoints``.
+        """Run the training entry point and return its output folder in ``checkpoints``.
 
         Args:
-            title: for people.
-            name: of the folder.
-            flags: the entry point's, without dashes, beyond `COMMON`; those whose value is None are left out.
+            title: title to print.
+            name: folder name.
+            flags: flags of the entry point without dashes, in addition to `COMMON`; flags with value None are omitted.
 
         Raises:
-            StageError: it failed.
+            StageError: the training failed.
         """
         flags = {key: value for key, value in {**COMMON, **flags}.items() if value is not None}
         flags.setdefault("logging_steps", max(1, min(10, int(str(flags.get("max_steps", 1))) // 40)))
@@ -184,12 +184,12 @@ class Experiment:
         return folder
 
     def base(self, name: str) -> Path:
-        """A base model: one of `bases`, or one that was made for this experiment."""
+        """The folder of a base model: made for this experiment, or else one of `bases`."""
         made = self.root / "models" / name
         return made if (made / MADE).is_file() else self.bases / name
 
     def inputs(self, who: str, data: Path, samples: str, tower: str = TOWER) -> dict[str, Path]:
-        """Flags that name what a run reads: the base models of `who`, and a folder's captions or questions."""
+        """Flags that name a run's inputs: the base models of `who`, and a file of samples in a data folder."""
         return {
             "model_name_or_path": self.base(f"base-qwen2-{who}"),
             "vision_tower": self.base(tower),
@@ -198,7 +198,7 @@ class Experiment:
         }
 
     def teacher(self, who: str = "teacher") -> Path:
-        """The teacher: base models adapted on many handwriting scenes (PT, SFT)."""
+        """The teacher: base models adapted on many handwriting scenes (PT, then SFT)."""
         plan = self.plan
         data = self.data("teacher", "handwriting", plan.teacher_scenes, 0)
         flags = {
@@ -220,13 +220,13 @@ class Experiment:
         who: str = "student",
         tower: str = TOWER,
     ) -> Path:
-        """What students of a seed start from: the base models after PT on the seed's few scenes.
+        """The starting point of a seed's students: the base models after PT on the seed's few scenes.
 
         Args:
-            seed: of data and order.
-            flags: over PT's; ``teacher_path`` makes it a distilled pre-training.
-            way: its name, which ends the folder's.
-            who: whose base language model.
+            seed: seed of data and order.
+            flags: override those of PT; ``teacher_path`` makes it a distilled pre-training.
+            way: name of the way of training, the end of the folder's name.
+            who: name of the base language model.
             tower: the base vision tower.
         """
         inputs = self.inputs(who, self.student_data(seed), "descriptions", tower)
@@ -242,16 +242,16 @@ class Experiment:
         who: str = "student",
         tower: str = TOWER,
     ) -> Path:
-        """A student of a seed, trained from `student_start` in some way.
+        """A student of a seed, trained from `student_start`.
 
-        Every way has the same data, order, steps and learning rate, but for what the flags say.
+        All ways of training share data, order, steps and learning rate, unless the flags change them.
 
         Args:
-            way: its name, which ends the folder's.
-            seed: of data and order.
-            flags: over SFT's; ``teacher_path`` makes it a distillation.
-            start: another start than that of `who` and `tower`.
-            who: whose base language model.
+            way: name of the way of training, the end of the folder's name.
+            seed: seed of data and order.
+            flags: override those of SFT; ``teacher_path`` makes it a distillation.
+            start: checkpoint to start from; default: `student_start` of `who` and `tower`.
+            who: name of the base language model.
             tower: the base vision tower.
         """
         inputs = self.inputs(who, self.student_data(seed), "questions", tower)
@@ -261,22 +261,22 @@ class Experiment:
         return self.train(f"Student {seed}: {way}", name, {**FINETUNE, **inputs, **begin, **settings})
 
     def switch_kd(self) -> dict[str, object]:
-        """Flags of Switch-KD, as the paper sets it."""
+        """Flags of Switch-KD with the paper's settings."""
         weights = {"temperature": 3.0, "align_weight": 1.0, "switch_weight": 1.0}
         return {"teacher_path": self.teacher(), "distill_loss": "dbild", **weights}
 
     # Scores
 
     def questions(self, split: str) -> scenes.QuestionSet:
-        """Handwriting scenes of the validation or test digits, and a question of every type about each."""
+        """Handwriting scenes of the validation or test digits, with a question of every type about each."""
         return scenes.question_set("handwriting", split, getattr(self.plan, f"{split}_scenes"), seed=0)
 
     def scores(self, checkpoint: Path, split: str = "test") -> JsonObject:
-        """What a checkpoint answers and how good that is.
+        """A checkpoint's answers and scores.
 
         Returns:
-            "score" and "by_type" (exact matches in per cent), "probe" (see `evaluate.probe`), "answers", "seconds"
-            that its last stage trained, and "steps".
+            "score" and "by_type" (exact matches in per cent), "probe" (see `evaluate.probe`), "answers", and "seconds"
+            and "steps" of its last training.
         """
         from . import evaluate
 
@@ -297,35 +297,35 @@ class Experiment:
 
 
 def told(name: str, command: Callable[[], object]) -> int:
-    """Run a command; its exit code. What stops it is said in one sentence after its name."""
+    """Run a command and return its exit code; report a failure in one sentence after its name."""
     try:
         command()
     except (StageError, ValueError, OSError) as error:
         print(f"\n{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; what is finished is used again next time.", file=sys.stderr)
+        print(f"\n{name}: stopped; the next run reuses what is finished.", file=sys.stderr)
         return 130
     return 0
 
 
 def words_of(flags: Mapping[str, object]) -> list[str]:
-    """Flags as words of a command line."""
+    """Flags as command-line arguments."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 def run_name(who: str, version: str, stage: str, tower: str = TOWER) -> str:
-    """TinyLLaVA's name of an output folder."""
+    """The name of an output folder, as in TinyLLaVA."""
     return stages.run_name(f"base-qwen2-{who}", tower, version, stage)
 
 
 def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, object] | None]) -> None:
-    """Make a folder, unless it is there already, finished and made from the same.
+    """Make a folder, unless it is already finished and was made from the same source.
 
     Args:
-        folder: what `make` fills.
-        source: what it is made from, as JSON can hold it.
-        make: fills the empty folder; what it returns is noted in `MADE`.
+        folder: the folder.
+        source: what it is made from, as a JSON value.
+        make: fills the empty folder; the facts that it returns are written to `MADE`.
     """
     mark = hashlib.sha256(json.dumps(source, sort_keys=True, default=str).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError):
@@ -338,7 +338,7 @@ def once(folder: Path, source: object, make: Callable[[Path], Mapping[str, objec
 
 
 def training_time(checkpoint: Path) -> dict[str, float]:
-    """Seconds of processor time that a run took (start-up of the process not counted), and its steps."""
+    """Seconds of processor time of a run (without the start of the process), and its steps."""
     return {
         "seconds": float(read_json(checkpoint / MADE)["seconds"]),
         "steps": int(read_json(checkpoint / "trainer_state.json")["global_step"]),
@@ -346,7 +346,7 @@ def training_time(checkpoint: Path) -> dict[str, float]:
 
 
 def _content(value: object) -> object:
-    """What stands for a flag's value: of a file or a folder, what is in it and not where it lies."""
+    """What identifies a flag's value: for a file or folder its content, not its path."""
     if not isinstance(value, Path):
         return value
     if value.is_dir():
@@ -359,10 +359,10 @@ def _content(value: object) -> object:
 
 @contextlib.contextmanager
 def logged(title: str, log: Path) -> Iterator[None]:
-    """What is printed in the block goes to a log, and on a terminal the last progress bar is shown.
+    """Redirect the output of the block to a log; a terminal shows the latest progress bar.
 
     Raises:
-        StageError: something was raised in the block; with the end of the log.
+        StageError: the block raised an error; the message contains the end of the log.
     """
     logger = logging.getLogger("tinyllava_switchkd")
     handlers = logger.handlers
@@ -381,14 +381,14 @@ def logged(title: str, log: Path) -> Iterator[None]:
             raise StageError(f"{title} failed; its log is {log}:\n{end}") from error
         finally:
             screen.clear()
-            logger.handlers = handlers  # those set in the block write to a log that is closed now
+            logger.handlers = handlers  # handlers set in the block write to the log, which is closed now
 
 
 def call(title: str, command: Callable[[list[str]], int], arguments: Sequence[object], log: Path) -> None:
-    """Run a command of this package in this process, as its module would be run; what it prints goes to a log.
+    """Run a command of this package in this process; its output goes to a log.
 
     Raises:
-        StageError: it failed; with the end of the log.
+        StageError: the command failed; the message contains the end of the log.
     """
     words = [str(argument) for argument in arguments]
     with logged(title, log):
@@ -399,7 +399,7 @@ def call(title: str, command: Callable[[list[str]], int], arguments: Sequence[ob
 
 
 class _Screen(io.TextIOBase):
-    """Standard error of a command: a log; a progress bar, which begins with a carriage return, is shown instead."""
+    """Standard error of a command: written to a log, but progress bars (after a carriage return) are shown."""
 
     def __init__(self, log: io.TextIOBase, title: str) -> None:
         self.log, self.title, self.terminal = log, title, sys.stderr
@@ -422,7 +422,7 @@ class _Screen(io.TextIOBase):
 
 
 def prepare_environment() -> None:
-    """What tiny models want of their libraries: one thread, unless the user says otherwise, and no bars of loading."""
+    """Set libraries up for tiny models: one thread, unless ``OMP_NUM_THREADS`` is set, and no loading bars."""
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

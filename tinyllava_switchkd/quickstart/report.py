@@ -1,4 +1,4 @@
-"""From checkpoints to the table, the pictures and ``results.json``."""
+"""The quickstart's table, pictures and ``results.json``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import scenes
 from .experiment import Experiment
 
 METHODS = {"teacher": "Teacher", "sft": "SFT", "sft_equal_time": "SFT, twice the steps", "switch_kd": "Switch-KD"}
-"""Keys of ``results.json`` and what people read, in the table's order."""
+"""Key in ``results.json`` -> label, in the table's order."""
 
 STUDENTS = tuple(METHODS)[1:]
 
@@ -34,16 +34,16 @@ TYPE_TITLES = {
     "yes_no": "yes/no",
     "choice": "choice",
 }
-"""Question types as the table heads them."""
+"""Question type -> heading in the table."""
 
 PAPER_LLM = "Qwen2.5-0.5B"
 
 
 def ways(experiment: Experiment) -> dict[str, tuple[str, dict[str, object]]]:
-    """How the students are trained: the end of the folder's name, and flags beyond those of SFT.
+    """Way of training a student -> (end of the folder's name, flags in addition to those of SFT).
 
-    A step of Switch-KD takes about twice as long as one of SFT. So that a result does not depend on how busy a machine
-    was, the SFT that is given Switch-KD's time has twice the steps, on every machine.
+    A step of Switch-KD takes about twice as long as one of SFT. The SFT that is given the same time therefore has twice
+    the steps on every machine, so that results do not depend on how busy a machine was.
     """
     return {
         "sft": ("finetune", {}),
@@ -53,22 +53,22 @@ def ways(experiment: Experiment) -> dict[str, tuple[str, dict[str, object]]]:
 
 
 def regime(experiment: Experiment) -> str:
-    """What was compared, in one sentence."""
+    """One sentence that describes the comparison."""
     plan = experiment.plan
     return (
-        f"Toy scale, real handwriting: base models that can read rendered digits, a teacher adapted on "
-        f"{plan.teacher_scenes:,} handwritten scenes, and a student that gets {plan.student_scenes}, from one point "
-        f"by SFT, by SFT of twice the steps, and by Switch-KD; with so few scenes the teacher has much to add, so the "
-        f"gain says nothing about its size at full scale."
+        f"Toy scale with real handwriting: the base models can read rendered digits, the teacher is adapted on "
+        f"{plan.teacher_scenes:,} handwritten scenes, and the students get {plan.student_scenes} and are trained from "
+        f"the same start by SFT, by SFT with twice the steps, and by Switch-KD; with so few scenes the teacher has "
+        f"much to add, so the gain says nothing about the gain at full scale."
     )
 
 
 Runs = Mapping[str, Sequence[JsonObject]]
-"""Method -> what `Experiment.scores` says, a seed after the other."""
+"""Method -> results of `Experiment.scores`, one per seed."""
 
 
 def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> JsonObject:
-    """What ``results.json`` holds."""
+    """The content of ``results.json``."""
     results: JsonObject = {method: summary(rows) for method, rows in runs.items()}
     results["paired_differences"] = {
         f"switch_kd - {other}": difference(runs["switch_kd"], runs[other]) for other in ("sft", "sft_equal_time")
@@ -79,7 +79,7 @@ def results_of(experiment: Experiment, runs: Runs, seeds: Sequence[int]) -> Json
 
 
 def summary(rows: Sequence[JsonObject]) -> JsonObject:
-    """Means over runs of one method, standard deviations if there are several, and each run."""
+    """Means over the runs of one method, standard deviations if there are several runs, and each run."""
     kinds = list(rows[0]["by_type"])
     result: JsonObject = {
         "score": mean(row["score"] for row in rows),
@@ -118,7 +118,7 @@ def draw(
 
 
 def draw_scores(results: JsonObject, path: Path) -> None:
-    """The table as bars."""
+    """Draw the table as a bar chart."""
     bars = {
         label: {"score": results[method]["score"], **results[method]["by_type"], "probe": results[method]["probe"]}
         for method, label in METHODS.items()
@@ -136,7 +136,7 @@ def draw_scores(results: JsonObject, path: Path) -> None:
 
 
 def shown_rows(asked: scenes.QuestionSet, number: int = 12) -> list[int]:
-    """Questions to show: of type i about scene i, so not chosen by what was answered."""
+    """The questions to show: type i about scene i, so that the choice does not depend on the answers."""
     kinds = len(scenes.QUESTION_TYPES)
     return [index * kinds + index % kinds for index in range(min(number, len(asked.scenes)))]
 
@@ -144,13 +144,13 @@ def shown_rows(asked: scenes.QuestionSet, number: int = 12) -> list[int]:
 def draw_answers(
     asked: scenes.QuestionSet, answers: Mapping[str, Sequence[str] | Mapping[int, str]], path: Path, seed: int
 ) -> None:
-    """A sheet of test scenes with what every method's model answered.
+    """Draw a sheet of test scenes with the answers of every method's model.
 
     Args:
         asked: the scenes and questions.
-        answers: method -> answers, by the number of the question.
+        answers: method -> question number -> answer.
         path: file to write.
-        seed: of the students, for the title.
+        seed: seed of the students, for the title.
     """
     samples = []
     for row in shown_rows(asked):
@@ -172,12 +172,12 @@ def draw_answers(
 
 
 def text_of(results: JsonObject) -> str:
-    """The table and what belongs to it, as it is printed."""
+    """The text to print: the table, its notes, and the paper's results."""
     lines = score_table(results)
     lines += [
         "",
-        "probe: digits read off the vision tower's tokens by a linear classifier; steps, seconds: of the last stage's "
-        "training, seconds of one core.",
+        "probe: digits that a linear classifier reads from the vision tower's tokens; steps, seconds: of the last "
+        "training stage, on one core.",
     ]
     if len(results["seeds"]) > 1:
         lines += ["", "Paired differences of the students, seed by seed:"]
@@ -185,18 +185,18 @@ def text_of(results: JsonObject) -> str:
             left, right = (METHODS[method] for method in name.split(" - "))
             each = ", ".join(f"{value:+.1f}" for value in row["each"])
             lines.append(f"  {left} - {right}: {row['mean']:+.2f} +- {row['std']:.2f}  ({each})")
-        lines.append("One base and one teacher serve all seeds, so the spread is that of data and order alone.")
+        lines.append("All seeds share the bases and the teacher, so the spread is only that of data and order.")
     return "\n".join([*lines, "", results["regime"], "", *paper_lines()])
 
 
 def difference(left: Sequence[JsonObject], right: Sequence[JsonObject]) -> JsonObject:
-    """Differences of the scores of paired runs: each, their mean, and their standard deviation (None for one pair)."""
+    """Differences between the scores of paired runs: each, mean, and standard deviation (None for one pair)."""
     each = [a["score"] - b["score"] for a, b in zip(left, right, strict=True)]
     return {"each": each, "mean": mean(each), "std": stdev(each) if len(each) > 1 else None}
 
 
 def score_table(results: JsonObject) -> list[str]:
-    """The table as lines of text: a row a method; with several seeds mean and standard deviation."""
+    """The table as lines of text: one row per method, with mean and standard deviation if there are several seeds."""
     kinds = list(results["teacher"]["by_type"])
     rows = [["", "overall", *(TYPE_TITLES.get(kind, kind) for kind in kinds), "probe", "steps", "seconds"]]
     for method, label in METHODS.items():
@@ -210,17 +210,17 @@ def score_table(results: JsonObject) -> list[str]:
 
 
 def paper_lines() -> list[str]:
-    """The paper's rows of its 0.5B student and their teacher, as text."""
+    """The paper's results for its 0.5B students and their teacher, as lines of text."""
     table = paper_tables()["table1"]
     rows = [row for row in table if row["llm"] == PAPER_LLM]
     teacher = [row for row in table if row["llm"] == "Qwen2.5-3B"]
-    lines = ["The paper's own, at full scale (arXiv 2604.14629, Table 1; averages of 7 and of 10 benchmarks):"]
+    lines = ["The paper's results at full scale (arXiv 2604.14629, Table 1; averages of 7 and of 10 benchmarks):"]
     for row in [*teacher, *rows]:
         lines.append(f"  {row['method']:<12} {row['llm']:<13} Avg7 {row['Avg7']:5.1f}  Avg10 {row['Avg10']:5.1f}")
     return lines
 
 
 def environment() -> dict[str, str]:
-    """What the numbers depend on: versions, the machine's kind, threads."""
+    """What the numbers depend on: versions, type of machine, threads."""
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn", "matplotlib", "pillow")
     return versions(packages) | {"machine": platform.machine(), "threads": str(torch.get_num_threads())}

@@ -1,7 +1,7 @@
-"""The quickstart, from nothing to a table: ``bash scripts/quickstart.sh [--seeds N]``.
+"""Run the quickstart: ``bash scripts/quickstart.sh [--seeds N]``.
 
-A teacher and students are trained on small scenes of real handwriting, one after another, and all are asked the same
-questions. What is there already, made from the same settings, is used again.
+It trains a teacher and students on small scenes of real handwriting and asks all of them the same questions. Results
+of earlier runs with the same settings are reused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import JsonObject, write_json, write_text
 
-if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
     from .experiment import Plan
 
 BENCHMARKED = ("teacher", "sft", "switch_kd")
-"""What the benchmarks' commands are run on."""
+"""Models on which the benchmarks' commands are run."""
 
 
 def quickstart(
@@ -30,17 +30,17 @@ def quickstart(
     bases: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> JsonObject:
-    """Run what is missing.
+    """Run whatever is missing.
 
     Args:
-        root: folder that everything goes to.
-        seeds: of the students' data and order.
+        root: output folder.
+        seeds: seeds of the students' data and order.
         plan: sizes and settings.
-        bases: folder of the base models, by default those shipped.
-        say: takes what there is to tell, a line at a time.
+        bases: folder of the base models; default: those shipped.
+        say: called with each line of progress.
 
     Returns:
-        the results, as ``results.json`` holds them, and "text": the table and what belongs to it.
+        the content of ``results.json``, and "text": the printed tables.
 
     Raises:
         StageError: a stage failed.
@@ -51,41 +51,40 @@ def quickstart(
     from .experiment import Experiment, once
 
     experiment = Experiment(root, plan, bases or SHIPPED, say)
-    say("Teacher, on many handwritten scenes (base models -> PT -> SFT)")
+    say("Teacher, on many scenes of handwriting (base models -> PT -> SFT)")
     checkpoints: dict[str, list[Path]] = {"teacher": [experiment.teacher()], **{way: [] for way in report.STUDENTS}}
     for seed in seeds:
-        say("Students, on few (base models -> PT -> SFT or Switch-KD)")
+        say("Students, on few scenes (base models -> PT -> SFT or Switch-KD)")
         for way, (stage, flags) in report.ways(experiment).items():
             checkpoints[way].append(experiment.student(stage, seed, flags))
-    say("Questions about test scenes, to all of them")
+    say("All models answer questions about test scenes")
     runs = {way: [experiment.scores(folder) for folder in folders] for way, folders in checkpoints.items()}
     results = report.results_of(experiment, runs, seeds)
     write_json(root / "results.json", results)
     pictures = [results, *(folders[0].name for folders in checkpoints.values())]
     once(root / "pictures", pictures, lambda folder: report.draw(experiment, results, runs, checkpoints, folder))
     text = report.text_of(results)
-    say("The benchmarks' commands on some of these questions")
+    say("The benchmark commands on some of these questions")
     text += "\n\n" + run_benchmarks(experiment, {way: checkpoints[way][0] for way in BENCHMARKED})
     write_text(root / "results.txt", text + "\n")
     return {**results, "text": text}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
     parser = CommandParser(prog="quickstart.sh", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=1, help="students to train each way (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="students per way of training (default: %(default)s)")
     parser.add_argument(
-        "--from_scratch", action="store_true", help="train the base models, too, instead of using those shipped"
+        "--from_scratch", action="store_true", help="train the base models, too, instead of using the shipped ones"
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(os.environ.get("QUICKSTART_OUT") or "playground/quickstart"),
-        help="where everything goes (default: $QUICKSTART_OUT, or %(default)s)",
+        help="output folder (default: $QUICKSTART_OUT, or %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.seeds < 1:
-        parser.error(f"--seeds is {args.seeds}; it takes at least one.")
+        parser.error(f"--seeds is {args.seeds}; it must be at least 1.")
     root = args.output.expanduser().resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             bases = make_bases(root)
         print("\n" + quickstart(root, range(1, args.seeds + 1), bases=bases)["text"])
-        print(f"\nAll of it is in {root} ({(time.monotonic() - started) / 60:.1f} minutes).")
+        print(f"\nEverything is in {root} ({(time.monotonic() - started) / 60:.1f} minutes).")
 
     return told("quickstart.sh", run)
 

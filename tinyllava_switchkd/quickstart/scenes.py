@@ -1,15 +1,13 @@
 """Scenes of four coloured digits, with captions and questions, in LLaVA's JSON format.
 
-A scene is a 2x2 mosaic: in every cell one digit in one of six colours (all four differ), placed with jitter on a
-noisy grey ground. Two domains share everything but the strokes:
+A scene has 2x2 cells. Each cell contains one digit in one of six colours (all four differ), at a random position on a
+noisy grey ground. The two domains differ only in the digits' strokes:
 
 * ``handwriting``: scikit-learn's 1,797 handwritten digits, split *by digit image* into train, val and test, so that no
-  stroke of a test scene was ever seen in training;
-* ``font``: digits rendered from the fonts that matplotlib ships, the stand-in for the web data behind SigLIP and
-  Qwen2.5.
+  digit image of a test scene occurs in training;
+* ``font``: digits rendered from matplotlib's fonts, in place of the web data behind SigLIP and Qwen2.5.
 
-Everything is a function of (domain, split, seed, number): the same call gives the same scenes on every machine that
-has the same versions of scikit-learn, matplotlib and Pillow.
+Scenes depend only on (domain, split, seed, number), and on the versions of scikit-learn, matplotlib and Pillow.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from tinyllava_switchkd.data.template.base import Message, exchange
 from tinyllava_switchkd.io import JsonObject
 
 IMAGE_SIZE = 32
-"""Side of a scene in pixels: two cells of `CELL_SIZE` a side."""
+"""Side of a scene in pixels: two cells."""
 
 CELL_SIZE = 16
-"""Side of a cell, which is one patch of the tiny vision tower: one visual token a digit."""
+"""Side of a cell in pixels. A cell is one patch of the tiny vision tower, so each digit has one visual token."""
 
 DIGIT_SIZE = 13
-"""Side of a digit in pixels; the rest of the cell is room for jitter."""
+"""Side of a digit in pixels; the rest of the cell leaves room for a random position."""
 
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
 """Names of the four cells, in raster order (the order of the visual tokens)."""
@@ -45,25 +43,25 @@ COLOURS = {
     "purple": (190, 80, 220),
     "cyan": (60, 220, 230),
 }
-"""Ink colours (RGB), bright enough for the dark ground."""
+"""Digit colours (RGB), bright enough for the dark ground."""
 
 QUESTION_TYPES = ("position", "colour", "where", "read", "yes_no", "choice")
 """Kinds of questions, in the order of the printed table."""
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-"""LLaVA's suffix of short-answer questions (VQAv2, GQA, TextVQA, POPE)."""
+"""LLaVA's suffix for short-answer questions (VQAv2, GQA, TextVQA, POPE)."""
 
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-"""LLaVA's suffix of multiple-choice questions (ScienceQA, MMBench)."""
+"""LLaVA's suffix for multiple-choice questions (ScienceQA, MMBench)."""
 
 CAPTION_REQUEST = "Describe the image."
 
 DOMAINS = ("font", "handwriting")
 SPLITS = ("train", "val", "test")
 
-_SPLIT_SIZES = (1200, 250)  # handwritten digit images for train and val; the remaining 347 are the test's
-_SPLIT_SEED = 0  # the split is part of the data set, not of a run: every --seeds run is judged on the same test digits
-_FONT_VARIANTS = {"train": 8, "val": 2, "test": 2}  # random slants and proportions of every glyph of every font
+_SPLIT_SIZES = (1200, 250)  # handwritten digit images for train and val; the other 347 are for test
+_SPLIT_SEED = 0  # the split is part of the data set, so all runs are tested on the same digits
+_FONT_VARIANTS = {"train": 8, "val": 2, "test": 2}  # random slants and proportions per glyph and font
 _FONT_FILES = [
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -88,12 +86,12 @@ _FONT_FILES = [
 
 @dataclass(frozen=True)
 class Scene:
-    """One mosaic: what is in it, cell by cell in the order of `POSITIONS`.
+    """One scene; its cells are in the order of `POSITIONS`.
 
     Attributes:
         digits: the four digit values.
         colours: the four colour names, all different.
-        sources: index of each cell's stroke image in its pool (`digit_pool`), for checks of disjointness.
+        sources: index of each digit's image in its `digit_pool`, to check that splits are disjoint.
         pixels: uint8 [IMAGE_SIZE, IMAGE_SIZE, 3].
     """
 
@@ -106,15 +104,15 @@ class Scene:
     def caption(self) -> str:
         """Digits, then colours, both in raster order: ``"The digits 3 5 2 8 are red blue cyan green."``
 
-        The regular form is deliberate. Every word that names something in cell i stands the same number of tokens
-        after visual token i, so that a language model a few hundred steps old finds its way from word to cell.
+        The form is deliberately regular. The distance in tokens between visual token i and a word about cell i is the
+        same for all cells, so that a language model learns within a few hundred steps which cell a word is about.
         """
         return f"The digits {' '.join(map(str, self.digits))} are {' '.join(self.colours)}."
 
 
 @cache
 def handwriting_split() -> dict[str, np.ndarray]:
-    """Indices into ``sklearn.datasets.load_digits`` of each split: a partition of all 1,797 images."""
+    """Each split's indices into ``sklearn.datasets.load_digits``; together they are all 1,797 images."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(1797)
     train, val = _SPLIT_SIZES
     return {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
@@ -122,16 +120,18 @@ def handwriting_split() -> dict[str, np.ndarray]:
 
 @cache
 def digit_pool(domain: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Stroke images that scenes of a domain and split are composed of.
+    """The digit images from which scenes of a domain and split are composed.
 
     Returns:
         Ink coverage, float32 [images, DIGIT_SIZE, DIGIT_SIZE] in 0..1, and the digit values, int [images].
 
     Raises:
-        ValueError: unknown domain or split.
+        ValueError: the domain or split is unknown.
     """
     if domain not in DOMAINS or split not in SPLITS:
-        raise ValueError(f"A pool is one of {DOMAINS} and one of {SPLITS}, not {domain!r} and {split!r}.")
+        raise ValueError(
+            f"The domain must be one of {DOMAINS} and the split one of {SPLITS}, not {domain!r} and {split!r}."
+        )
     if domain == "handwriting":
         from sklearn.datasets import load_digits
 
@@ -150,18 +150,18 @@ def digit_pool(domain: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_scenes(domain: str, split: str, number: int, seed: int) -> list[Scene]:
-    """Compose `number` scenes from the stroke images of one domain and split."""
+    """Compose `number` scenes from the digit images of one domain and split."""
     coverage, values = digit_pool(domain, split)
     rng = np.random.default_rng([seed, DOMAINS.index(domain), SPLITS.index(split)])
     return [_compose(coverage, values, rng) for _ in range(number)]
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """The cells in random order, each named by colour and position, in either order, and then its digit.
+    """One clause per cell, in random order: its colour and position in either order, then its digit.
 
-    What stands first in a clause cannot be foreseen; the rest must be looked up in the image by it. That makes it the
-    densest lesson in looking things up: eight answers in some twenty tokens. The digit always comes last, so that what
-    is asked for next is never in doubt; with the three in free order, most base models never learned some questions.
+    The first word of a clause cannot be predicted; the others have to be looked up in the image by it. So a description
+    trains eight look-ups in some twenty tokens. The digit always comes last, so that it is clear what the next word has
+    to be; with all three words in random order, most base models never learned some kinds of questions.
     """
     clauses = []
     for cell in rng.permutation(4):
@@ -175,7 +175,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
     """A question of one of `QUESTION_TYPES` about a scene, and its answer.
 
-    Yes/no questions and the digits asked for in counts are balanced by the draw, so that no constant answer scores.
+    "Yes" and "No", and "A" and "B", are equally likely, so that a constant answer scores no better than chance.
     """
     cell = int(rng.integers(4))
     digit, colour, position = scene.digits[cell], scene.colours[cell], POSITIONS[cell]
@@ -204,7 +204,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
         options = [shown, other] if rng.random() < 0.5 else [other, shown]
         lines = "".join(f"\n{letter}. {phrase.format(option)}" for letter, option in zip("AB", options, strict=True))
         return f"What is in the image?{lines}" + LETTER_ANSWER, "AB"[options.index(shown)]
-    raise ValueError(f"Unknown question type {kind!r}; there are {', '.join(QUESTION_TYPES)}.")
+    raise ValueError(f"Unknown question type {kind!r}; use one of {', '.join(QUESTION_TYPES)}.")
 
 
 def conversation_samples(
@@ -215,10 +215,10 @@ def conversation_samples(
     kinds: tuple[str, ...] = QUESTION_TYPES,
     caption_share: float = 0.1,
 ) -> list[dict]:
-    """LLaVA's fine-tuning JSON: one conversation of `turns` questions a scene, or its caption for a share of them.
+    """LLaVA's fine-tuning JSON: per scene a conversation of `turns` questions, or its description (`caption_share`).
 
     Returns:
-        Samples ``{"id", "image", "conversations": [{"from", "value"}, ...]}``; ``<image>`` stands in the first turn.
+        Samples ``{"id", "image", "conversations": [{"from", "value"}, ...]}``; ``<image>`` is in the first turn.
     """
     rng = np.random.default_rng([seed, 101])
     samples = []
@@ -233,12 +233,12 @@ def conversation_samples(
 
 
 def caption_samples(scenes: list[Scene], image_names: list[str]) -> list[dict]:
-    """LLaVA's pre-training JSON: one caption a scene."""
+    """LLaVA's pre-training JSON: one caption per scene."""
     return [_sample(name, [(CAPTION_REQUEST, scene.caption)]) for scene, name in zip(scenes, image_names, strict=True)]
 
 
 def description_samples(scenes: list[Scene], image_names: list[str], seed: int) -> list[dict]:
-    """The same with descriptions, which say what is where (`describe`)."""
+    """LLaVA's pre-training JSON with `describe` instead of captions."""
     rng = np.random.default_rng([seed, 404])
     return [
         _sample(name, [(CAPTION_REQUEST, describe(scene, rng))])
@@ -249,7 +249,7 @@ def description_samples(scenes: list[Scene], image_names: list[str], seed: int) 
 def test_questions(
     scenes: list[Scene], image_names: list[str], seed: int, kinds: tuple[str, ...] = QUESTION_TYPES
 ) -> list[dict]:
-    """One question of every type a scene, each asked alone.
+    """One question of every type per scene, each in its own conversation.
 
     Returns:
         ``{"question_id", "image", "type", "question", "answer"}`` in the order of scenes and types.
@@ -286,7 +286,7 @@ class QuestionSet:
 
     Attributes:
         scenes: the scenes.
-        questions: as `test_questions` makes them.
+        questions: made by `test_questions`.
         scene_of: index of each question's scene.
     """
 
@@ -296,7 +296,7 @@ class QuestionSet:
 
 
 def question_set(domain: str, split: str, number: int, seed: int) -> QuestionSet:
-    """Scenes of a domain and split, and a question of every type about each."""
+    """Scenes of a domain and split, with a question of every type about each."""
     made = make_scenes(domain, split, number, seed)
     questions = test_questions(made, [f"{split}_{index:05d}.png" for index in range(number)], seed)
     return QuestionSet(made, questions, [index for index in range(number) for _ in QUESTION_TYPES])
@@ -314,7 +314,7 @@ def _compose(coverage: np.ndarray, values: np.ndarray, rng: np.random.Generator)
     ground = rng.uniform(15, 70)
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), ground, dtype=np.float32)
     sources = rng.integers(len(values), size=4)
-    if rng.random() < 0.5:  # a repeated digit now and then, so that counting is more than seeing
+    if rng.random() < 0.5:  # a repeated digit in at least half of the scenes
         same = np.flatnonzero(values == values[sources[0]])
         sources[1 + int(rng.integers(3))] = rng.choice(same)
         sources = rng.permutation(sources)
@@ -335,7 +335,7 @@ def _compose(coverage: np.ndarray, values: np.ndarray, rng: np.random.Generator)
 
 
 def _font_strokes(split: str) -> tuple[list[np.ndarray], list[int]]:
-    """Digits of matplotlib's fonts at the 8x8 pixels of scikit-learn's, each in several slants and proportions."""
+    """Digits of matplotlib's fonts in scikit-learn's 8x8 pixels, each in several slants and proportions."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -351,7 +351,7 @@ def _font_strokes(split: str) -> tuple[list[np.ndarray], list[int]]:
 
 
 def _glyph(font: ImageFont.FreeTypeFont, character: str, shear: float, stretch: float) -> np.ndarray:
-    """One character, slanted and stretched, cropped to its ink, centred in a square and scaled to 8x8; in 0..1."""
+    """One character, slanted, stretched, cropped, centred in a square and scaled to 8x8; values in 0..1."""
     page = Image.new("L", (96, 96))
     ImageDraw.Draw(page).text((48, 48), character, font=font, fill=255, anchor="mm")
     page = page.transform(

@@ -1,4 +1,4 @@
-"""``python -m tinyllava_switchkd.quickstart.tiny FOLDER``: tiny models and drawn pictures for the recipe `debug`."""
+"""``python -m tinyllava_switchkd.quickstart.tiny FOLDER``: writes tiny models and pictures for the recipe `debug`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), 
 
 
 def write_tiny_world(folder: Path) -> None:
-    """Write qwen2-teacher, qwen2-student, siglip-tiny, images, captions.json and conversations.json; none twice."""
-    if (folder / "conversations.json").is_file():  # the last one to be written
+    """Write qwen2-teacher, qwen2-student, siglip-tiny, images, captions.json and conversations.json, if missing."""
+    if (folder / "conversations.json").is_file():  # written last
         return
     write_llm(folder / "qwen2-student", width=32, layers=2)
     write_llm(folder / "qwen2-teacher", width=48, layers=2, seed=1)
@@ -43,7 +43,6 @@ def _write_data(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
     (folder,) = sys.argv[1:] if argv is None else argv
     write_tiny_world(Path(folder))
     return 0

@@ -176,7 +176,9 @@ def printable(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description="Talk to a TinyLLaVA checkpoint in the terminal.")
     parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub name")
-    parser.add_argument("--image", "--image_file", nargs="+", default=[], metavar="FILE", help="the first images")
+    parser.add_argument(
+        "--image", "--image_file", nargs="+", default=[], metavar="FILE", help="images for the first question"
+    )
     parser.add_argument(
         "--question", action="append", help="ask this and quit; may be repeated, the questions are asked in order"
     )
