@@ -119,7 +119,7 @@ def test_visual_tokens_of_the_model_named(folder, capsys, model, tokens):
     model = [str(FIXTURES / "upstream" / word) if "tiny" in word or "ckpt" in word else word for word in model]
     assert main([str(folder / "data.json"), "--image_folder", str(folder), *model]) == 0
     out = capsys.readouterr().out
-    assert f" {tokens}  visual tokens of an image" in out
+    assert f" {tokens}  visual tokens per image" in out
     assert ("samples encoded" in out) == ("--model_path" in model)
 
 

@@ -119,7 +119,7 @@ def test_vqav2_is_of_the_split_that_has_all_answers(tmp_path):
         score = score_file("vqav2", tmp_path, answers, submission=upload)
         assert (score.split, len(json.loads(upload.read_text()))) == (split, 6)
     answers = write_rows(tmp_path / "a.jsonl", [{"question_id": n, "text": "Yes"} for n in (1, 5, 9)])
-    with pytest.raises(ValueError, match=r"test has 2 of 3, and not '9'. Say with --split"):
+    with pytest.raises(ValueError, match=r"test has 2 of 3, and not '9'. Name the split with --split"):
         score_file("vqav2", tmp_path, answers, submission=upload)
 
 
@@ -235,7 +235,7 @@ def test_a_response_cache_that_has_no_room_costs_no_evaluation(checkpoint, tmp_p
     assert "is no longer written to: database or disk is full" in caplog.text
     assert len(read_lines(tmp_path / "a" / "answers.jsonl")) == 18
     (tmp_path / "folder" / "responses.sqlite").mkdir(parents=True)
-    for name, reason in (("folder", "unable to open"), ("text", "is no response cache")):
+    for name, reason in (("folder", "unable to open"), ("text", "is not a response cache")):
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / "responses.sqlite").write_text("no data base, but a text" * 50)
         assert main(command(checkpoint, "pope", data, tmp_path / "b", "--response_cache", str(tmp_path / name))) == 1

@@ -127,7 +127,7 @@ def test_loss_of_a_target(model, answerer, images):
 
 
 def test_what_the_model_cannot_see(model):
-    with pytest.raises(ValueError, match=r"The task t shows a str \(document 0\), and this model sees only pictures"):
+    with pytest.raises(ValueError, match=r"The task t shows a str \(document 0\), but this model sees only pictures"):
         model.generate_until(requests_of(model, [("what?", {"max_new_tokens": 2}, ["a/video.mp4"])]))
     with pytest.raises(NotImplementedError, match="Tasks of several rounds"):
         model.generate_until_multi_round([])

@@ -205,8 +205,8 @@ def test_image_that_does_not_decode_is_named(hub: FakeHub, tmp_path: Path, capsy
     write_parquet(hub.folder("lmms-lab-encoder/VizWiz-VQA") / file, schema, rows)
     assert prepare(tmp_path, "vizwiz", "--source", "hf") == 1
     output = capsys.readouterr()
-    assert f"val/{rows[3]['question_id']}.jpg doesn't decode and is left out" in output.err
-    assert f"val/{rows[4]['question_id']}.jpg doesn't decode and is left out: no image data" in output.err
+    assert f"val/{rows[3]['question_id']}.jpg cannot be decoded and is left out" in output.err
+    assert f"val/{rows[4]['question_id']}.jpg cannot be decoded and is left out: no image data" in output.err
     assert "incomplete  val/" in output.out and "71 of 73 files" in output.out
 
 
@@ -278,7 +278,7 @@ def test_mme_release_of_its_authors(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert prepare(tmp_path, "mme", "--source", "official", "--force") == 1
     text.unlink()
     assert prepare(tmp_path, "mme", "--source", "official", "--force") == 1
-    assert f"MME's release lacks {text}, the questions on an image; unpack it again." in capsys.readouterr().err
+    assert f"MME's release lacks {text}, the questions about an image; unpack it again." in capsys.readouterr().err
 
 
 def test_mmbench_table_of_its_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +440,7 @@ def test_doctor_names_a_file_that_is_no_json(tmp_path: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["popee"], "Unknown benchmark 'popee'"),
-        (["pope", "mme", "--repo-id", "a/b"], "one by one"),
+        (["pope", "mme", "--repo-id", "a/b"], "one at a time"),
         (["pope", "--split", "train"], "POPE has the split test, not 'train'"),
     ],
 )

@@ -256,4 +256,4 @@ def test_bad_arguments(student: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_score_that_is_with_the_server_is_passed_over(student: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_score(student, "vizwiz", score=None)
     [row] = read_results([str(student)])
-    assert "VizWiz" not in row.scores and "ground truth is with the server" in caplog.text
+    assert "VizWiz" not in row.scores and "is not public" in caplog.text

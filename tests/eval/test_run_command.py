@@ -278,7 +278,7 @@ def test_memory_that_does_not_suffice_for_one_question(checkpoint, pope, tmp_pat
     monkeypatch.setattr(Answerer, "answer", full)
     assert main(command(checkpoint, "pope", pope, tmp_path / "out", "--device", "cpu")) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("error: the GPU's memory does not suffice") and "Tried to allocate 2.00 GiB." in error
+    assert error.startswith("error: the GPU's memory is too small") and "Tried to allocate 2.00 GiB." in error
 
 
 def test_a_malformed_question_is_named_by_line(checkpoint, tmp_path, capsys):

@@ -277,7 +277,7 @@ def test_changed_data_are_noticed(setting, tmp_path, capsys):
     before = (out / "answers.jsonl").read_bytes()
     write_pope(tmp_path / "pope", images=1, words=("cat", "dog"))
     assert main(arguments(checkpoint, data, out)) == 1
-    assert "which the data do not have" in capsys.readouterr().err
+    assert "which is not in the data" in capsys.readouterr().err
     assert before == (out / "answers.jsonl").read_bytes()
 
 

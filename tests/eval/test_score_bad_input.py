@@ -182,7 +182,7 @@ def test_mme_release_without_a_subtask_is_told(copy_of, tmp_path):
     [
         ("index\t", "number\t", "line 1: no column index"),
         ("\n244\t", "\nx\t", "line 3: the index 'x' is not an integer"),
-        ("\n244\t", "\n241\t", "line 3: the index 241 is there already"),
+        ("\n244\t", "\n241\t", "line 3: the index 241 occurs twice"),
         ("\n244\tWhich animal is this?", "\n244", "line 3: 13 cells, but the header has 14"),
     ],
 )

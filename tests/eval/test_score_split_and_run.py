@@ -69,7 +69,7 @@ def test_mmbench_answers_that_fit_both_splits(tmp_path, capsys):
     few = write_rows(tmp_path / "few.jsonl", [row for row in rows if row["question_id"] in first][:-1])
     arguments = ["mmbench", "--data_dir", str(folder), "--answers_file", str(few)]
     assert main(arguments) == 1
-    assert f"The answers fit {dev} and {test} in {folder}; say which with --split." in capsys.readouterr().err
+    assert f"The answers fit {dev} and {test} in {folder}; choose one with --split." in capsys.readouterr().err
     assert main([*arguments, "--split", "dev"]) == 0
     assert json.loads(capsys.readouterr().out)["details"]["table"] == dev
     assert main([*arguments, "--split", "val"]) == 1

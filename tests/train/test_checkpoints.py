@@ -145,7 +145,7 @@ def test_a_fingerprint_that_says_nothing_and_a_pipe_are_one_sentence(begun, tmp_
     checkpoints.seal(tmp_path / "run" / "checkpoint-2", 2, 1)
     line = command_line(world, tmp_path / "run", **settings)
     assert main(line) == 1
-    assert "does not say what a run was begun with" in capsys.readouterr().err
+    assert "does not hold a run's arguments" in capsys.readouterr().err
     os.mkfifo(tmp_path / "run" / "trainer_state.json")
     assert main(line) == 1
     assert "holds trainer_state.json, a pipe or a device; remove it" in capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
         make(lock)
         assert main(line) == 1
         said = capsys.readouterr().err
-        assert "run.lock is no file but a link or a folder" in said or "holds run.lock, a pipe" in said
+        assert "run.lock is a link or a folder" in said or "holds run.lock, a pipe" in said
         lock.rmdir() if lock.is_dir() else lock.unlink()
     assert (tmp_path / "mine").read_text() == "mine"
     seen = []
@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, capsys, monkeypatch, library):
         assert main(line) == checkpoints.NO_ROOM
     said = capsys.readouterr().err
     (sentence,) = [text for text in said.splitlines() if text.startswith("error: ")]
-    assert str(tmp_path / "run") in sentence and "are free" in sentence and "goes on from checkpoint-1" in sentence
+    assert str(tmp_path / "run") in sentence and "are free" in sentence and "continues from checkpoint-1" in sentence
     assert "Traceback" not in said
     assert names(tmp_path / "run") == ["checkpoint-1"]
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-1") is None
@@ -351,4 +351,4 @@ def test_a_disk_without_inodes_and_a_card_without_room(tmp_path, capsys, monkeyp
         patch.setattr("tinyllava_switchkd.train.train.write_model_card", fails)
         assert main(line) == 0
     said = capsys.readouterr().err
-    assert "The model card could not say how the model was trained" in said and "No space left" in said
+    assert "The training's settings could not be added to the model card" in said and "No space left" in said

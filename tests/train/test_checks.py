@@ -32,7 +32,7 @@ def test_a_base_model_is_not_written_over_where_a_checkpoint_is_started_from(wor
     """It is named without being read, as the scripts do."""
     assert main(command_line(world, tmp_path / "first", max_steps=1)) == 0
     line = command_line(world, world["llm"], pretrained_model_path=tmp_path / "first", overwrite_output_dir=True)
-    assert "is the folder of --model_name_or_path as well" in refused(capsys, line)
+    assert "is also the folder of --model_name_or_path" in refused(capsys, line)
 
 
 def test_a_strangers_weights_are_not_written_over(world, tmp_path, capsys):
@@ -82,4 +82,4 @@ def test_a_run_of_a_few_steps_is_told(samples, changes, steps):
         }
     )
     told = few_steps(training, samples)
-    assert told is None if steps is None else f"make {steps} optimiser steps of 128" in told
+    assert told is None if steps is None else f"make only {steps} optimiser steps of 128" in told

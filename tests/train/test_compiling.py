@@ -123,7 +123,7 @@ def test_layers_of_bitsandbytes_are_left_alone(monkeypatch):
     [
         ({"torch_compile_backend": "nonsense"}, "--torch_compile_backend is 'nonsense'; torch has .*inductor"),
         ({"torch_compile_mode": "fast"}, "--torch_compile_mode is 'fast' .*max-autotune"),
-        ({"torch_compile_mode": "default", "torch_compile_backend": "eager"}, "backend 'eager'; .*others have none"),
+        ({"torch_compile_mode": "default", "torch_compile_backend": "eager"}, "backend 'eager'; only inductor"),
     ],
 )
 def test_what_torch_has_not_is_refused(tmp_path, kwargs, words):
@@ -135,5 +135,5 @@ def test_zero_3_is_refused(tmp_path):
     args = toy_arguments(tmp_path, torch_compile=True)
     check_compile(args)
     args.hf_deepspeed_config = type("Config", (), {"is_zero3": lambda self: True})()
-    with pytest.raises(ValueError, match="--torch_compile does not go with ZeRO-3"):
+    with pytest.raises(ValueError, match="--torch_compile does not work with ZeRO-3"):
         check_compile(args)

@@ -164,11 +164,11 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"connector_type": "linear"}, ["connector_type 'mlp2x_gelu'", "'linear' now"]),
-        ({"model_name_or_path": "teacher_llm"}, ["hidden_size 32", "48 now"]),
-        ({"model_name_or_path": "teacher_llm", "allow_changed": "hidden_size"}, ["hidden_size 32", "48 now"]),
-        ({"tune_type_vision_tower": "frozen"}, ["tune_type_vision_tower 'full'", "'frozen' now"]),
-        ({"training_recipe": "lora", "tune_type_llm": "lora"}, ["tune_type_llm 'full'", "'lora' now"]),
+        ({"connector_type": "linear"}, ["connector_type 'mlp2x_gelu'", "now 'linear'"]),
+        ({"model_name_or_path": "teacher_llm"}, ["hidden_size 32", "now 48"]),
+        ({"model_name_or_path": "teacher_llm", "allow_changed": "hidden_size"}, ["hidden_size 32", "now 48"]),
+        ({"tune_type_vision_tower": "frozen"}, ["tune_type_vision_tower 'full'", "now 'frozen'"]),
+        ({"training_recipe": "lora", "tune_type_llm": "lora"}, ["tune_type_llm 'full'", "now 'lora'"]),
         ({"vision_tower_lr": 1e-4}, ["vision_tower_lr None", "now 0.0001"]),
         ({"optim": "sgd"}, ["optim 'adamw_torch'", "now 'sgd'", "--allow_changed optim"]),
         ({"optim": "sgd", "allow_changed": "optim"}, ["another --optim"]),

@@ -80,7 +80,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(w
     process.join(90)
     said = (tmp_path / "log").read_text()
     assert process.exitcode == signals.INTERRUPTED == 75, said
-    assert f"error: {name} has ended the run at step" in said and "the same command goes on" in said
+    assert f"error: {name} has ended the run at step" in said and "the same command continues" in said
     assert not (tmp_path / "run" / "trainer_state.json").exists()
     (folder,) = checkpoints.checkpoints(tmp_path / "run")
     assert checkpoints.damage(folder) is None and checkpoints.step_of(folder) < 6
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_it_at_once_in_one_sentence(world, tmp_path, monkeypatch, ca
     finally:
         signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
-    assert f"error: Interrupted; the same command goes on from checkpoint-2 in {tmp_path / 'run'}." in said
+    assert f"error: Interrupted; the same command continues from checkpoint-2 in {tmp_path / 'run'}." in said
     assert "Traceback" not in said and not (tmp_path / "run" / locking.LOCK).exists()
     assert train.main(line) == 0 and "Resuming from" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
     third = start(line, tmp_path / "third", hold=1)
     log = tmp_path / "third"
     assert until(lambda: log.exists() and "Resuming from" in log.read_text())
-    assert f"process {first.pid}" in log.read_text() and "it is taken over" in log.read_text()
+    assert f"process {first.pid}" in log.read_text() and "taking it over" in log.read_text()
     os.kill(third.pid, signal.SIGKILL)
     third.join(30)
 

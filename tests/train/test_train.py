@@ -158,7 +158,7 @@ def spoilt(world, tmp_path, name):
         case "no data file":
             return {**sft, "data_path": tmp_path / "no.json"}, ["--data_path", "no.json", "does not exist"]
         case "no image folder":
-            return {**sft, "image_folder": tmp_path / "no"}, ["--image_folder", "no folder"]
+            return {**sft, "image_folder": tmp_path / "no"}, ["--image_folder", "not a folder"]
         case "missing image":
             records[1]["image"] = "gone.png"
             data.write_text(json.dumps(records))

@@ -185,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, distil):
 
 def test_checkpointing_reaches_layers_behind_frozen_ones(tmp_path):
     """Only the tower's second layer trains; its input has no gradient of its own, so that the reentrant kind fails."""
-    with pytest.raises(ValueError, match="asks for use_reentrant"):
+    with pytest.raises(ValueError, match="sets use_reentrant"):
         toy_arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     results = []
     for number, kwargs in enumerate(({}, {"gradient_checkpointing": True})):

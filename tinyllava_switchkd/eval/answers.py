@@ -1,11 +1,11 @@
-"""The answers of a run on disk: appended as they come, found again after a kill, merged only when none is missing.
+"""The answers of a run on disk: appended as they are made, kept after a kill, merged only when none is missing.
 
 A folder holds one run of one benchmark:
 
-    answers.jsonl           the answers in the question file's order; there only once a run is complete
-    answers.part-0.jsonl    what process 0 has so far (one file a process; gone after the merge)
+    answers.jsonl           the answers in the question file's order; exists only once the run is complete
+    answers.part-0.jsonl    the answers of process 0 so far (one file per process, removed by the merge)
     run.json                how the answers are made
-    .lock                   whose byte r process r holds while it lives
+    .lock                   process r locks its byte r while it lives
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SETTINGS = (
     "image_aspect_ratio",
     "decoding",
 )
-"""What the answers of one folder must have in common."""
+"""Settings that all answers in one folder must share."""
 
 SYNC_SECONDS = 5
-"""How often answers are forced to the disk, which takes long; every batch is handed to the operating system at once."""
+"""Seconds between two fsyncs, which are slow. Every batch is passed to the operating system at once."""
 
 
 def check_keys(questions: Sequence[Question], source: str | Path) -> None:
-    """Refuse questions that an answers file could not tell apart.
+    """Check that an answers file can tell all questions apart.
 
     Raises:
         ValueError: two different questions have the same id and prompt.
@@ -59,15 +59,15 @@ def check_keys(questions: Sequence[Question], source: str | Path) -> None:
         if seen.setdefault(question.key, pair) != pair:
             raise ValueError(
                 f"Two questions in {source} have the id {question.question_id!r} and the same text, but different "
-                f"images: their answers could not be told apart. Give them ids of their own."
+                f"images, so their answers could not be told apart. Give them different ids."
             )
 
 
 class AnswerFolder:
-    """The files of one run, see the module.
+    """The files of one run, see the module's docstring.
 
     Args:
-        folder: made if it does not exist.
+        folder: created if it does not exist.
 
     Raises:
         ValueError: it is a file.
@@ -88,15 +88,15 @@ class AnswerFolder:
 
     @property
     def parts(self) -> list[Path]:
-        """What the processes of this run, and of earlier ones, have left."""
+        """The parts of all processes, of this run and of interrupted ones."""
         return sorted(self.folder.glob("answers.part-*.jsonl"))
 
     # -------------------------------------------------------------------------------------------- one run at a time
 
     def lock(self, process: int) -> None:
-        """Hold this process's byte of the lock file until it ends, however it ends.
+        """Lock this process's byte of the lock file until the process ends, however it ends.
 
-        The kernel lets go of it when the process dies; processes forked from it do not inherit it.
+        The kernel releases it when the process dies; forked processes do not inherit it.
 
         Raises:
             ValueError: another run writes to the folder.
@@ -116,13 +116,13 @@ class AnswerFolder:
             ) from None
 
     def unlock(self) -> None:
-        """Let go of it before the process ends."""
+        """Release the lock before the process ends."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def wait_for(self, process: int) -> None:
-        """Wait until another process of this run has ended, however it ended; the caller holds a byte of its own."""
+        """Wait until another process of this run has ended, however it ended. The caller must hold its own byte."""
         assert self._lock is not None, "the caller holds a byte of its own"
         fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, process)
         fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, process)
@@ -130,10 +130,10 @@ class AnswerFolder:
     # -------------------------------------------------------------------------------------------- what the run is
 
     def claim(self, run: JsonObject) -> None:
-        """Write `run.json`, unless the folder holds answers that were made otherwise.
+        """Write `run.json`.
 
         Raises:
-            ValueError: it does.
+            ValueError: the folder holds answers that were made with other settings.
         """
         if self.merged.is_file() or any(part.stat().st_size for part in self.parts):
             if not self.run_file.is_file():
@@ -153,7 +153,7 @@ class AnswerFolder:
     # ---------------------------------------------------------------------------------------------------- the rows
 
     def repair(self) -> None:
-        """Cut off the line that a killed process, or a copy that broke off, has half written."""
+        """Cut off an incomplete last line, left by a killed process or an interrupted copy."""
         for path in (self.merged, *self.parts):
             if not path.is_file():
                 continue
@@ -163,14 +163,14 @@ class AnswerFolder:
                 if end == len(data):
                     continue
                 try:
-                    json.loads(data[end:])  # whole but for its line feed
+                    json.loads(data[end:])  # complete except for its line feed
                     file.write(b"\n")
                 except ValueError:
                     logger.warning("%s ends in half a line (the process was killed); it is dropped.", path)
                     file.truncate(end)
 
     def read(self) -> dict[Key, list[JsonObject]]:
-        """All answers there are, by `answer_key`.
+        """All answers so far, by `answer_key`.
 
         Raises:
             ValueError: a line is not an answer.
@@ -185,7 +185,7 @@ class AnswerFolder:
                     rows.setdefault(answer_key(row), []).append(row)
             except ValueError as error:
                 raise ValueError(
-                    f"{error} It is not a line that an evaluation writes: delete that line (its question is asked "
+                    f"{error} An evaluation does not write such a line: delete the line (its question is asked "
                     f"again) or the file, and repeat the command."
                 ) from None
         return rows
@@ -197,7 +197,7 @@ class AnswerFolder:
             yield AnswerWriter(file)
 
     def merge(self, rows: Sequence[JsonObject]) -> None:
-        """Put `answers.jsonl` in the place of the parts; at no time is an answer on neither side."""
+        """Replace the parts by `answers.jsonl`. At every moment each answer is in one or the other."""
         write_jsonl(self.merged, rows)
         for part in self.parts:
             part.unlink()
@@ -211,18 +211,18 @@ class AnswerWriter:
         self._synced = time.monotonic()
 
     def write(self, rows: Iterable[JsonObject]) -> None:
-        """Append rows. They outlive this process from then on, and the machine's power within `SYNC_SECONDS`.
+        """Append rows. They now survive a kill, and a power failure once they are synced (`SYNC_SECONDS`).
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: for example, the disk is full.
         """
         try:
             self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             self._file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.close()  # now, because to close it later would fail again and hide the reason
-            reason = f"{error.strerror}; the answers before are kept: see to it and repeat the command"
+                self._file.close()  # closing it later would fail again and hide the reason
+            reason = f"{error.strerror}; the earlier answers are kept: solve this and repeat the command"
             raise OSError(error.errno, reason, self._file.name) from None
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
@@ -258,7 +258,7 @@ def in_question_order(
     for key in left:
         if key not in known:
             raise ValueError(
-                f"{folder} holds an answer to the question {key[0]!r}, which the data do not have: they have "
-                f"changed since. Move the answers away, or choose another folder."
+                f"{folder} holds an answer to the question {key[0]!r}, which is not in the data: they have changed "
+                f"since. Move the answers away, or choose another folder."
             )
     return ordered

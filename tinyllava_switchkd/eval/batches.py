@@ -1,4 +1,4 @@
-"""What is asked in which order: each (image, prompt) once, an image's questions together, similar lengths together."""
+"""The order of generation: each (image, prompt) once, an image's questions together, similar lengths together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyllava_switchkd.data.image_files import opened
 from .benchmarks import Question
 
 UNREADABLE = (OSError, ValueError)
-"""What Pillow raises for a file that is no image, a broken one or a huge one."""
+"""Errors that Pillow raises for a file that is not an image, or a broken or huge one."""
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Task:
     Attributes:
         prompt: the user's turn without the image token.
         images: its pictures in order, paths or encoded bytes.
-        image_key: equal for the same pictures; None without one.
-        questions: equal (image, prompt) pairs of the question file (POPE repeats 43 % of its pairs).
+        image_key: equal for the same pictures; None without pictures.
+        questions: the questions with this (image, prompt) pair (POPE repeats 43 % of its pairs).
     """
 
     prompt: str
@@ -42,8 +42,8 @@ class Batch:
 
     Attributes:
         tasks: in order.
-        load: pictures that no earlier batch has shown, by the key of the tasks that show them.
-        drop: keys of pictures that no later batch shows.
+        load: pictures that no earlier batch shows, by image key.
+        drop: image keys that no later batch has.
     """
 
     tasks: list[Task]
@@ -52,12 +52,12 @@ class Batch:
 
 
 def pair_of(question: Question) -> tuple[str | None, str]:
-    """Picture and prompt: what the answer depends on."""
+    """The picture and prompt, on which the answer depends."""
     return question.image_key, question.prompt
 
 
 def tasks_of(questions: Iterable[Question]) -> list[Task]:
-    """The distinct (image, prompt) pairs of some questions, in the order of their first sight."""
+    """The distinct (image, prompt) pairs of some questions, in the order in which they first occur."""
     tasks: dict[Hashable, Task] = {}
     for question in questions:
         pair = pair_of(question)
@@ -68,11 +68,11 @@ def tasks_of(questions: Iterable[Question]) -> list[Task]:
 
 
 def in_order(tasks: Iterable[Task], shard: int = 0, shards: int = 1) -> list[Task]:
-    """One process's share of the tasks, in the order in which they are best asked.
+    """One process's share of the tasks, in the best order.
 
-    Questions about one picture stay together, so that it is decoded and encoded once, and by one process. The groups
-    go by length, longest first: batches then hold little padding, a batch that is too large for the memory shows at
-    once, and the time left is guessed too long rather than too short. The shards take the groups in turn.
+    Questions about one picture stay together, so that one process decodes and encodes it once. The groups are sorted by
+    length, longest first: batches then have little padding, a batch that is too large for the memory fails at once, and
+    the remaining time is over- rather than underestimated. The shards take the groups in turn.
     """
     groups: dict[Hashable, list[Task]] = {}
     for number, task in enumerate(tasks):
@@ -84,12 +84,12 @@ def in_order(tasks: Iterable[Task], shard: int = 0, shards: int = 1) -> list[Tas
 
 
 def _length(task: Task) -> tuple[int, int]:
-    """Visual tokens are all alike and outnumber the words, hence come first; words are counted in characters."""
+    """Sort key: first the number of pictures, whose visual tokens outnumber the words, then the characters."""
     return len(task.images), len(task.prompt)
 
 
 def batches_of(tasks: Sequence[Task], batch_size: int) -> list[Batch]:
-    """Cut ordered tasks into batches, and note in which a picture is needed first and last."""
+    """Cut ordered tasks into batches, and record in which batch a picture is needed first and last."""
     batches = [Batch(list(tasks[start : start + batch_size])) for start in range(0, len(tasks), batch_size)]
     first: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -109,7 +109,7 @@ def open_image(image: Path | bytes) -> Image.Image:
     """A decoded picture.
 
     Raises:
-        FileNotFoundError, BadImageError: it is not there, or does not decode.
+        FileNotFoundError, BadImageError: it does not exist, or does not decode.
     """
     with opened(image) as one:
         one.load()
@@ -118,12 +118,12 @@ def open_image(image: Path | bytes) -> Image.Image:
 
 @dataclass
 class Prepared:
-    """A batch made ready by a worker.
+    """A batch prepared by a worker.
 
     Attributes:
         prompts: token ids [T] of each task.
-        pixels: [n, 3, H, W] of the pictures of each key of `Batch.load` whose pictures could all be read.
-        unreadable: why the others could not, by key.
+        pixels: image key -> [n, 3, H, W], for the keys of `Batch.load` whose pictures could all be read.
+        unreadable: image key -> reason, for the others.
     """
 
     prompts: list[Tensor]
@@ -132,10 +132,10 @@ class Prepared:
 
 
 class Prefetched(Dataset):
-    """Batches with their prompts tokenised and their new pictures decoded, resized and normalised.
+    """Batches with tokenised prompts and with the new pictures decoded, resized and normalised.
 
     Args:
-        batches: the plan.
+        batches: from `batches_of`.
         prompt_ids: text and number of images -> token ids [T].
         pixels_of: picture -> pixel values [3, H, W].
     """
@@ -165,7 +165,7 @@ class Prefetched(Dataset):
         return prepared
 
     def loader(self, num_workers: int) -> Iterable[Prepared]:
-        """The batches in order, made ahead of time by so many processes (0: when they are asked for, in this one)."""
-        # Quick, and the workers end with this process however it ends: those of a fork server would outlive it.
+        """The batches in order, prepared ahead by `num_workers` processes (0: on demand, in this process)."""
+        # Forking is quick, and the workers end with this process however it ends. A fork server's would outlive it.
         context = "fork" if num_workers else None
         return DataLoader(self, batch_size=None, num_workers=num_workers, multiprocessing_context=context)

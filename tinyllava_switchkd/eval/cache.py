@@ -1,8 +1,8 @@
-"""Answers that another run has generated already: one file that output folders share, read before anything is asked.
+"""Answers that other runs have generated, in one file that output folders share and that is read before generating.
 
-An answer depends on the checkpoint, the way it is asked, the prompt and the pictures, and is found by a digest of
-them: two folders with copies of a picture, or two benchmarks with the same question, share it. SQLite keeps the file
-whole when a process dies and lets several processes of one machine write to it.
+An answer is found by a digest of all it depends on: the checkpoint, the settings, the prompt and the pictures. So two
+folders with copies of a picture, or two benchmarks with the same question, share it. SQLite keeps the file intact when
+a process dies and lets several processes of one machine write to it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ logger = logging.getLogger(__name__)
 
 FILE = "responses.sqlite"
 SETTINGS = ("checkpoint_digest", "conversation_template", "image_aspect_ratio", "decoding")
-"""What of the `run` object an answer depends on, beside prompt and pictures."""
+"""Keys of the `run` object that an answer depends on, besides prompt and pictures."""
 
 
 class ResponseCache:
     """Answers by checkpoint, prompt and pictures.
 
     Args:
-        folder: made if it does not exist; several output folders name the same one.
+        folder: created if it does not exist; runs with the same folder share answers.
         run: the `run` object.
 
     Raises:
-        ValueError: the file there is none of these, or cannot be made.
+        ValueError: the file is not a response cache, or cannot be created.
     """
 
     def __init__(self, folder: str | Path, run: JsonObject) -> None:
@@ -45,15 +45,17 @@ class ResponseCache:
         try:
             self._file = sqlite3.connect(self.path, timeout=60)
             self._file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
-        except sqlite3.OperationalError as error:  # no room, or no right to write
+        except sqlite3.OperationalError as error:  # no space, or no write permission
             raise ValueError(
                 f"The response cache {self.path} cannot be written ({error}); name another folder."
             ) from None
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is no response cache ({error}); delete it or name another folder.") from None
+            raise ValueError(
+                f"{self.path} is not a response cache ({error}); delete it or name another folder."
+            ) from None
 
     def get(self, tasks: Iterable[Task]) -> dict[int, str]:
-        """Texts of the tasks that have been answered, by their place in `tasks`."""
+        """The texts of the answered tasks, by index in `tasks`."""
         found = {}
         for place, task in enumerate(tasks):
             key = self._key(task)
@@ -63,23 +65,23 @@ class ResponseCache:
         return found
 
     def put(self, answered: Iterable[tuple[Task, str]]) -> None:
-        """Keep the answers of a batch; where that fails, a warning says so and no more are kept."""
+        """Store the answers of a batch. After a failure, a warning is logged and no more answers are stored."""
         if not self._writes:
             return
         rows = [(key, text) for task, text in answered if (key := self._key(task))]
         try:
             with self._file:  # one transaction
                 self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
-        except sqlite3.OperationalError as error:  # no reason to lose an evaluation
+        except sqlite3.OperationalError as error:  # must not end the evaluation
             self._writes = False
             logger.warning("The response cache %s is no longer written to: %s.", self.path, error)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def _key(self, task: Task) -> str | None:
-        """None where a picture cannot be read: such a question has no answer."""
+        """The digest of a task; None if a picture cannot be read, since such a question gets no answer."""
         try:
             pictures = [self._picture(image) for image in task.images]
         except OSError:

@@ -1,4 +1,4 @@
-"""Two checkpoints on the same questions, benchmark by benchmark: is the difference more than chance?"""
+"""Compares two checkpoints on the same questions, benchmark by benchmark: is the difference more than chance?"""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .score import rows_file
 
 
 def read_rows(result: Result) -> list[JsonObject]:
-    """The verdicts behind a score, as `eval.run --score` and `eval.score --rows` leave them beside it.
+    """The verdicts behind a score, which `eval.run --score` and `eval.score --rows` write beside it.
 
     Raises:
-        FileNotFoundError: they are not there.
+        FileNotFoundError: they do not exist.
         ValueError: they are of another benchmark, or malformed.
     """
     path = rows_file(result.path)
@@ -44,17 +44,17 @@ def scored(result: Result) -> Benchmark:
 
 
 def compare_models(first: str, second: str) -> tuple[Row, Row, dict[str, Comparison]]:
-    """Compare two models on every benchmark that both have a score of.
+    """Compare two models on every benchmark for which both have a score.
 
     Args:
         first, second: score file or folder, or LABEL=PATH.
 
     Returns:
-        both, and the comparisons (second minus first) by column.
+        both rows, and the comparisons (second minus first) by column.
 
     Raises:
-        FileNotFoundError: a folder or the verdicts of a score are not there.
-        ValueError: they are several models, share no benchmark, or were not asked the same questions.
+        FileNotFoundError: a folder or a score's verdicts do not exist.
+        ValueError: a source holds several models, or the two share no benchmark or were asked other questions.
     """
     a, b = (_one(source) for source in (first, second))
     shared = [column for column in a.results if column in b.results]
@@ -83,7 +83,7 @@ HEADER = ("Benchmark", "A", "B", "B - A", "95 % interval", "p", "p, Holm", "test
 
 
 def lines(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
-    """Cells of the table, a row a benchmark."""
+    """Cells of the table, one row per benchmark."""
     adjusted = holm({column: comparison.p for column, comparison in comparisons.items()})
     return [
         [

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint to batches of prompts: greedy, padded on the left, asked in the way it was trained."""
+"""Answers of a checkpoint to batches of prompts: greedy, padded on the left, with the template of its training."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ DTYPES = ("auto", *FLOAT_DTYPES)
 
 
 def template_of(config: TinyLlavaConfig, wanted: str | None, where: str | Path) -> str:
-    """The conversation template to ask a checkpoint with: its own, unless the user insists on another.
+    """The conversation template for a checkpoint: its own, unless the user names another.
 
     Args:
-        config: of the checkpoint.
-        wanted: the user's wish, or None.
+        config: the checkpoint's configuration.
+        wanted: the user's choice, or None.
         where: the checkpoint, for messages.
 
     Raises:
@@ -67,7 +67,7 @@ def template_of(config: TinyLlavaConfig, wanted: str | None, where: str | Path) 
 
 
 def image_policy_of(config: TinyLlavaConfig, image_aspect_ratio: str | None) -> str:
-    """How images become square ("square" or "pad"): as in training, unless the user insists on the other way."""
+    """How images become square ("square" or "pad"): as in training, unless the user chooses the other way."""
     own = config.image_aspect_ratio or "square"
     if image_aspect_ratio not in (None, own):
         logger.warning(
@@ -79,10 +79,10 @@ def image_policy_of(config: TinyLlavaConfig, image_aspect_ratio: str | None) -> 
 
 
 def dtype_of(config: TinyLlavaConfig, dtype: str, device: str | torch.device) -> torch.dtype:
-    """The weights' type: on a CPU float32; on a GPU the checkpoint's own half precision, bfloat16 if it has none.
+    """The weights' dtype. "auto" is float32 on a CPU; on a GPU the checkpoint's half precision, otherwise bfloat16.
 
     Raises:
-        ValueError: the name is none of `DTYPES`.
+        ValueError: the name is not in `DTYPES`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
@@ -97,17 +97,17 @@ def dtype_of(config: TinyLlavaConfig, dtype: str, device: str | torch.device) ->
 
 @dataclass(frozen=True)
 class Setting:
-    """A checkpoint and how it is asked: found out once, before anything is loaded.
+    """A checkpoint and how it is asked, determined before anything is loaded.
 
     Attributes:
         folder: the checkpoint on this machine.
-        name: what the user called it.
+        name: the path or hub name that the user gave.
         config: its configuration.
         template: name of the conversation template.
         image_aspect_ratio: "square" or "pad".
         dtype: of the weights.
-        device: where they go.
-        attn_implementation: as in transformers; None for its choice.
+        device: of the weights.
+        attn_implementation: as in transformers; None for its default.
     """
 
     folder: Path
@@ -134,7 +134,7 @@ class Setting:
 
         Args:
             model_path: a folder or a hub repository.
-            device: this process's GPU if there is one, else the CPU.
+            device: None is this process's GPU if there is one, else the CPU.
             dtype: one of `DTYPES`, see `dtype_of`.
             template: conversation template; the checkpoint's own if None.
             image_aspect_ratio: "square" or "pad"; the checkpoint's own if None.
@@ -142,7 +142,7 @@ class Setting:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is no TinyLLaVA, or names no template and neither do you.
+            ValueError: it is not a TinyLLaVA, or neither it nor `template` names a template.
         """
         folder = resolve_folder(model_path)
         config = read_config(folder)
@@ -160,10 +160,10 @@ class Setting:
 
 
 class Answerer:
-    """A model with all that is needed to ask it.
+    """A model with everything needed to ask it.
 
-    Decoding is greedy and takes nothing from a ``generation_config.json`` but its stop tokens: Qwen's, for one, has a
-    repetition penalty, which is for chats and not for benchmarks.
+    Decoding is greedy and takes only the stop tokens from a ``generation_config.json``. Qwen's, for example, has a
+    repetition penalty, which is meant for chats and not for benchmarks.
 
     Args:
         model: in eval mode.
@@ -175,8 +175,8 @@ class Answerer:
     Attributes:
         prompt_ids: question and number of images -> token ids, see `TextPreprocess.prompt_ids`.
         pixels_of: picture -> pixel values [3, H, W].
-        batch_limit: rows that fit into memory, None until a batch did not.
-        guesses: answers of one token that came before, tried first (`guesses.py`); None, the default, tries none.
+        batch_limit: rows that fit into memory; None until a batch did not fit.
+        guesses: earlier answers of one token, tried first (`guesses.py`); None, the default, tries none.
     """
 
     def __init__(
@@ -201,16 +201,16 @@ class Answerer:
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path, **asked: Any) -> Answerer:
-        """Load a checkpoint of any layout; arguments as `Setting.of`."""
+        """Load a checkpoint of any layout. The arguments are those of `Setting.of`."""
         return cls.load(Setting.of(model_path, **asked))
 
     @classmethod
     def load(cls, setting: Setting) -> Answerer:
-        """Load a checkpoint as it is to be asked.
+        """Load the checkpoint of a setting.
 
         Raises:
             FileNotFoundError: it lacks weights or a tokenizer.
-            ValueError: it does not fit together.
+            ValueError: its parts do not fit together.
         """
         model, tokenizer, image_processor, _ = load_pretrained_model(
             setting.folder,
@@ -222,14 +222,14 @@ class Answerer:
         return cls(model, tokenizer, image_processor, setting.template, setting.image_aspect_ratio)
 
     def auto_batch_size(self, characters: int, images: int, max_new_tokens: int) -> int:
-        """How many prompts to answer at once: on a GPU what its free memory bears, on a CPU 16.
+        """How many prompts to answer at once: on a GPU as many as its free memory holds, on a CPU 16.
 
-        A guess from the keys and values of the longest prompt, with as much again for activations; a batch that does
-        not fit all the same is halved (`answer_ids`).
+        Estimated from the keys and values of the longest prompt, with as much again for activations. A batch that still
+        does not fit is halved (`answer_ids`).
 
         Args:
-            characters: of the longest prompt.
-            images: most pictures of a prompt.
+            characters: length of the longest prompt.
+            images: largest number of pictures in a prompt.
             max_new_tokens: length limit of an answer.
         """
         device = self.model.device
@@ -252,7 +252,7 @@ class Answerer:
     def answer(
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], max_new_tokens: int, **sampling: object
     ) -> list[str]:
-        """Answer a batch of prompts: their texts, stripped; otherwise as `answer_ids`."""
+        """As `answer_ids`, but returns the answers as stripped texts."""
         ids = self.answer_ids(prompts, images, max_new_tokens, **sampling)
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 
@@ -262,23 +262,23 @@ class Answerer:
     ) -> list[list[int]]:
         """Answer a batch of prompts.
 
-        If it does not fit into a GPU's memory it is answered in parts, and so are the batches after it.
+        A batch that does not fit into the GPU's memory is answered in parts, and so are all later batches.
 
         Args:
-            prompts: token ids [T] of each, see `TextPreprocess.prompt_ids`.
-            images: visual tokens [images of the prompt, K, D] of each, None for a prompt without one. Give the same
-                tensor to all prompts about a picture: what precedes their questions is then computed once.
+            prompts: token ids [T] of each prompt, see `TextPreprocess.prompt_ids`.
+            images: visual tokens [images of the prompt, K, D] of each prompt, None for a prompt without images. Give
+                the same tensor to all prompts about a picture: their shared prefix is then computed once.
             max_new_tokens: length limit.
-            sampling: other decoding than greedy, as in transformers (`do_sample`, `temperature`, `num_beams`, ...).
+            sampling: settings for other than greedy decoding, as in transformers (`do_sample`, `temperature`, ...).
 
         Returns:
-            token ids of the answers, without what ended them.
+            token ids of the answers, without the stop tokens.
         """
         decoding = self.decoding(max_new_tokens, **sampling)
         return self._in_chunks(len(prompts), lambda rows: self._answer(prompts[rows], images[rows], decoding))
 
     def decoding(self, max_new_tokens: int, **sampling: object) -> GenerationConfig:
-        """The decoding settings, complete: nothing of the language model's own is mixed in."""
+        """The complete decoding settings, independent of the language model's own."""
         greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
         return GenerationConfig(
             **{**greedy, **sampling},
@@ -288,7 +288,7 @@ class Answerer:
         )
 
     def _in_chunks(self, count: int, compute: Callable[[slice], list[T]]) -> list[T]:
-        """`compute(slice)` over all rows, by halves and quarters where memory runs out; the results in one list."""
+        """The joined results of `compute(slice)` over all rows. The slices are halved when memory runs out."""
         results: list[T] = []
         while len(results) < count:
             size = min(count - len(results), self.batch_limit or count)
@@ -298,7 +298,7 @@ class Answerer:
                 if size <= 1:
                     raise
                 self.batch_limit = size // 2
-                logger.warning("%d rows do not fit into memory; going on with %d at a time.", size, self.batch_limit)
+                logger.warning("%d rows do not fit into memory; continuing with %d at a time.", size, self.batch_limit)
             else:
                 results.extend(chunk)
                 continue
@@ -309,10 +309,10 @@ class Answerer:
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
     ) -> list[list[int]]:
         language_model = self.model.language_model
-        own = language_model.generation_config  # what is None in ours would be filled in from there
+        own = language_model.generation_config  # generate() would fill settings that are None in ours from it
         language_model.generation_config = decoding
         try:
-            if decoding.num_beams > 1:  # transformers would not give each beam its copy of what is shared
+            if decoding.num_beams > 1:  # transformers would not copy the shared prefix for each beam
                 answers = self._generate(prompts, images)
             else:
                 prefix = SharedPrefix.of(prompts, images, language_model.config, decoding.max_new_tokens)
@@ -336,7 +336,7 @@ class Answerer:
         return self._cut(output)
 
     def _after(self, prefix: SharedPrefix, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Prompts whose beginnings are computed once a picture; padding follows these. As `_continue` takes them."""
+        """The arguments of `_continue` for prompts after a shared prefix; padding is between prefix and prompt."""
         cache, length = prefix.compute(self.model)
         input_ids, attention_mask = self._padded([prompt[len(prefix.head) :] for prompt in prompts])  # [B, T] each
         tail = self.model.get_input_embeddings()(input_ids)  # [B, T, D]
@@ -345,10 +345,10 @@ class Answerer:
     def _continue(
         self, tail: Tensor, attention_mask: Tensor, cache: DynamicCache, decoding: GenerationConfig | None = None
     ) -> list[list[int]]:
-        """Answers that follow what a cache holds and embeddings [B, T, D]; the mask [B, P + T] is of both."""
+        """Answers after P cached positions and embeddings [B, T, D]; the mask [B, P + T] is for both."""
         seen = tail.new_zeros(len(tail), attention_mask.shape[1] - tail.shape[1], tail.shape[-1])
         output = self.model.language_model.generate(
-            inputs_embeds=torch.cat([seen, tail], dim=1),  # the first P stand for what the cache holds
+            inputs_embeds=torch.cat([seen, tail], dim=1),  # the first P are placeholders for the cached positions
             attention_mask=attention_mask,
             generation_config=decoding,
             **with_cache(cache),
@@ -358,7 +358,7 @@ class Answerer:
     def _guesses_for(
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
     ) -> list[int]:
-        """What to try as whole answers; nothing where decoding is not plainly greedy or the model cannot."""
+        """The guesses to try; none if decoding is not plainly greedy or the model does not support it."""
         if self.guesses is None:
             return []
         language_model = self.model.language_model
@@ -377,7 +377,7 @@ class Answerer:
         images: Sequence[Tensor | None],
         decoding: GenerationConfig,
     ) -> list[list[int]]:
-        """Answers of which those that are a guess take one pass, see `try_guesses`."""
+        """Answers, with only one pass for those that are a guess, see `try_guesses`."""
         language_model = self.model.language_model
         if prefix is not None:
             tail, attention_mask, cache = self._after(prefix, prompts)
@@ -412,12 +412,12 @@ class Answerer:
         return input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
     def _cut(self, output: Tensor) -> list[list[int]]:
-        """Generated rows [B, N] up to their first stop token: what follows pads a row while others go on."""
+        """Generated rows [B, N] up to their first stop token; the rest is padding while other rows continue."""
         return [list(takewhile(lambda token: token not in self.stop_token_ids, row)) for row in output.tolist()]
 
 
 def _joined(images: Sequence[Tensor | None]) -> Tensor | None:
-    """The visual tokens [I, K, D] of all prompts; None without any."""
+    """The visual tokens [I, K, D] of all prompts; None if there are none."""
     visual = [tokens for tokens in images if tokens is not None]
     return torch.cat(visual) if visual else None
 
@@ -425,10 +425,10 @@ def _joined(images: Sequence[Tensor | None]) -> Tensor | None:
 def stop_token_ids(
     model: TinyLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[int, ...]:
-    """Tokens that end an answer: the language model's, the tokenizer's, and the template's where it is one token.
+    """Tokens that end an answer: the language model's, the tokenizer's, and the template's if it is one token.
 
     Raises:
-        ValueError: nothing would end an answer.
+        ValueError: there are none.
     """
     sources = [
         model.language_model.generation_config.eos_token_id,

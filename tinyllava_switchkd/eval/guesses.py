@@ -1,11 +1,11 @@
-"""Answers of one token without a generate loop: "A", "Yes" or "2" is found, and found to end there, in one pass.
+"""Answers of one token without a generate loop: one pass finds "A", "Yes" or "2", and that the answer ends there.
 
-A benchmark of letters or of yes and no has a handful of answers. Greedy decoding needs two passes for each of them: one
-that reads the prompt and gives the token, and one that finds that the answer ends after it. Here the tokens that were
-answers before stand behind the prompt as its possible next tokens, side by side: each has the position after the prompt
-and sees the prompt and itself. The pass that reads the prompt then gives its greedy token, and for each of the tokens
-whether the answer would end after it. Nothing is taken on trust: a row whose own greedy token was not among them, or
-does not end there, goes on token by token from what is already computed. So the answers are greedy decoding's.
+A benchmark of letters or of yes and no has only a few answers. Greedy decoding needs two passes for each: one reads the
+prompt and gives the token, the other finds that the answer ends after it. Here tokens that were answers before (the
+guesses) are appended to the prompt, side by side. Each has the position after the prompt, and attends to the prompt and
+itself. The pass that reads the prompt then gives its greedy token and, for each guess, whether the answer would end
+after it. If a row's greedy token is not a guess, or the answer does not end there, decoding continues token by token
+from the computed cache. So the answers are those of greedy decoding.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ RECENT = 256
 
 
 class Guesses:
-    """The tokens that were whole answers of late, of which the commonest are worth trying.
+    """The tokens that were whole answers recently; the commonest are the guesses.
 
-    Where fewer than half of the last answers were one of them nothing is tried: each guess makes the pass a little
-    longer, for those rows too that it does not help.
+    If the guesses cover only half of the recent answers or fewer, none is tried, because each guess makes the pass
+    slightly longer for every row.
     """
 
     def __init__(self) -> None:
         self._recent: deque[int | None] = deque(maxlen=RECENT)
 
     def learn(self, answers: Sequence[Sequence[int]]) -> None:
-        """Remember answers, as token ids without what ended them."""
+        """Record answers, as token ids without the stop token."""
         self._recent.extend(answer[0] if len(answer) == 1 else None for answer in answers)
 
     def tokens(self) -> list[int]:
-        """Token ids to try: those of nine tenths of the answers of one token, at most `MOST_GUESSES`."""
+        """Token ids to try: those that cover nine tenths of the one-token answers, at most `MOST_GUESSES`."""
         recent = Counter(token for token in self._recent if token is not None)
         common, hits = [], 0
         for token, count in recent.most_common(MOST_GUESSES):
@@ -53,7 +53,7 @@ class Guesses:
 
 @dataclass(frozen=True)
 class Tried:
-    """What one pass found.
+    """The result of one pass.
 
     Attributes:
         first: [B] the greedy token after each prompt.
@@ -67,7 +67,7 @@ class Tried:
 
 
 def can_try(language_model: PreTrainedModel) -> bool:
-    """Whether the language model takes a mask and positions of our own; flash and flex attention take no such mask."""
+    """Whether the language model accepts custom positions and masks; flash and flex attention accept no such mask."""
     takes = inspect.signature(language_model.forward).parameters
     attention = language_model.config._attn_implementation
     return attention in ("eager", "sdpa") and {"position_ids", "logits_to_keep"} <= takes.keys()
@@ -81,20 +81,20 @@ def try_guesses(
     guesses: Sequence[int],
     stop_token_ids: Sequence[int],
 ) -> Tried:
-    """Read the prompts and, in the same pass, what would follow each guess.
+    """Read the prompts and, in the same pass, predict the token after each guess.
 
     Args:
-        language_model: one that `can_try`, whose layers attend to all positions.
-        prompts: embeddings [B, T, D] of what the cache does not hold, padded on the left.
-        attention_mask: [B, P + T], of the P positions that the cache holds and of the prompts.
+        language_model: a model for which `can_try` is true and whose layers attend to all positions.
+        prompts: embeddings [B, T, D] of the part that the cache does not hold, padded on the left.
+        attention_mask: [B, P + T], for the P cached positions and the prompts.
         cache: keys and values [B, heads, P, width] of what precedes the prompts, or empty. It is filled.
         guesses: G token ids.
-        stop_token_ids: what ends an answer.
+        stop_token_ids: tokens that end an answer.
     """
     guessed = torch.tensor(guesses, device=prompts.device)  # [G]
     embedded = language_model.get_input_embeddings()(guessed)[None].expand(len(prompts), -1, -1)  # [B, G, D]
     positions = attention_mask.cumsum(dim=1).sub(1).clamp(min=0)  # [B, P + T]
-    after = (positions[:, -1:] + 1).expand(-1, len(guesses))  # [B, G]: all stand in the same place
+    after = (positions[:, -1:] + 1).expand(-1, len(guesses))  # [B, G]: all guesses have the same position
     outputs = language_model(
         inputs_embeds=torch.cat([prompts, embedded], dim=1),
         attention_mask=_mask(attention_mask, prompts.shape[1], len(guesses), prompts.dtype),
@@ -111,10 +111,10 @@ def try_guesses(
 
 
 def _mask(attention_mask: Tensor, prompt: int, guesses: int, dtype: torch.dtype) -> Tensor:
-    """What each new position sees, [B, 1, T + G, P + T + G], as numbers to add: 0 or the least of its type.
+    """The additive mask of the new positions, [B, 1, T + G, P + T + G]: 0 or the dtype's minimum.
 
-    A position of a prompt sees all before it but padding; a guess sees the prompt. Each sees itself, padding too, since
-    a row that sees nothing has no softmax.
+    A prompt's position attends to everything before it except padding; a guess attends to the prompt. Each attends to
+    itself, even padding, since the softmax of a fully masked row is undefined.
     """
     width = attention_mask.shape[1]  # P + T
     earlier = torch.ones(prompt + guesses, width, dtype=torch.bool, device=attention_mask.device)

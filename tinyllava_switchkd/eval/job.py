@@ -1,4 +1,4 @@
-"""One benchmark, one checkpoint, one folder of answers: from the checks before to the completeness after."""
+"""One benchmark, one checkpoint, one folder of answers: the checks, the generation, and the merge at the end."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Job:
     """One benchmark, one checkpoint, one folder.
 
     Attributes:
-        questions: all of the split.
-        wanted: those to be answered now (`--limit`).
+        questions: all questions of the split.
+        wanted: those to answer (`--limit`).
         answers: the files.
-        cache: answers of other runs, if the user names where they are.
+        cache: answers of other runs, with `--response_cache`.
     """
 
     benchmark: Benchmark
@@ -66,7 +66,7 @@ class Job:
         """Read the questions.
 
         Raises:
-            FileNotFoundError: the data are not there.
+            FileNotFoundError: the data do not exist.
             ValueError: the benchmark is unknown, or its data are malformed.
         """
         benchmark = BenchmarkFactory(arguments.benchmark)
@@ -83,7 +83,7 @@ class Job:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is no TinyLLaVA, or its conversation template is unknown.
+            ValueError: it is not a TinyLLaVA, or its conversation template is unknown.
         """
         arguments = self.arguments
         return Setting.of(
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def split(self) -> str:
-        """The split whose questions these are."""
+        """The split of the questions."""
         return self.benchmark.split_of(self.arguments.data_dir, self.arguments.split)
 
     @property
@@ -138,12 +138,12 @@ def describe(job: Job) -> JsonObject:
 
 
 def checkpoint_digest(folder: str | Path) -> str:
-    """SHA-256 over all that a checkpoint's answers depend on: weights, configuration, tokenizer, image processor.
+    """SHA-256 of everything that a checkpoint's answers depend on: weights, configuration, tokenizer, image processor.
 
-    Optimiser states, logs and the model card are left out, so that they may come and go.
+    Optimiser states, logs and the model card do not count.
 
     Args:
-        folder: the checkpoint, of any layout (parts in folders of their own included).
+        folder: the checkpoint, of any layout (also with parts in subfolders).
 
     Returns:
         ``sha256:`` and 64 hexadecimal digits.
@@ -155,10 +155,10 @@ def checkpoint_digest(folder: str | Path) -> str:
 
 
 def check_images(job: Job) -> None:
-    """Look for the image files before the model is loaded.
+    """Check that the image files exist, before the model is loaded.
 
     Raises:
-        FileNotFoundError: some are not there (only a warning with ``--skip_bad_images``).
+        FileNotFoundError: some do not (only a warning with ``--skip_bad_images``).
     """
     paths = {image for question in job.wanted for image in question.images if isinstance(image, Path)}
     absent = sorted(path for path in paths if not path.is_file())
@@ -174,7 +174,7 @@ def check_images(job: Job) -> None:
 
 
 def set_up(job: Job) -> None:
-    """What process 0 does before the others begin: check everything, take the folder, tidy it up."""
+    """The work of process 0 before the others begin: check everything, lock the folder, repair its files."""
     check_keys(job.questions, job.arguments.data_dir)
     check_images(job)
     run = describe(job)
@@ -184,10 +184,10 @@ def set_up(job: Job) -> None:
 
 
 def generate(job: Job) -> None:
-    """Answer this process's share of what is not answered yet."""
+    """Answer this process's share of the unanswered questions."""
     rows = job.answers.read()
     job.processes.meet()
-    job.processes.leave()  # from here on the files change, and nobody waits for anybody
+    job.processes.leave()  # from here on the files change, and no process waits for another
     answered, pending = split_answered(job.wanted, rows)
     known = {pair_of(question): rows[question.key][0]["text"] for question in answered}
     repeated = [question for question in pending if pair_of(question) in known]
@@ -210,7 +210,7 @@ def generate(job: Job) -> None:
 
 
 def read_cache(job: Job, tasks: Sequence[Task], writer: AnswerWriter) -> list[Task]:
-    """Write the answers that other runs have generated; returns the tasks that are left."""
+    """Write the answers found in the response cache; returns the remaining tasks."""
     job.cache = ResponseCache(job.arguments.response_cache, read_json(job.answers.run_file))
     known = job.cache.get(tasks)
     writer.write(
@@ -222,7 +222,7 @@ def read_cache(job: Job, tasks: Sequence[Task], writer: AnswerWriter) -> list[Ta
 
 
 def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWriter) -> None:
-    """Generate batch by batch; an answer is on the disk before the next batch begins."""
+    """Generate batch by batch; each batch's answers are written before the next batch begins."""
     size = job.arguments.batch_size
     if size == "auto":
         size = answerer.auto_batch_size(
@@ -234,7 +234,7 @@ def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWrite
     if workers is None:
         workers = 4 if answerer.model.device.type == "cuda" else 0
     prefetched = Prefetched(batches, answerer.prompt_ids, answerer.pixels_of).loader(workers)
-    visual: dict[str, torch.Tensor] = {}  # [n, K, D] of the pictures that this batch or a later one shows
+    visual: dict[str, torch.Tensor] = {}  # [n, K, D] of the pictures that this or a later batch shows
     with progress_bar(job, sum(len(task.questions) for task in tasks)) as bar:
         for batch, prepared in zip(batches, prefetched, strict=True):
             for key, reason in prepared.unreadable.items():
@@ -266,7 +266,7 @@ def ask(job: Job, answerer: Answerer, tasks: Sequence[Task], writer: AnswerWrite
 
 
 def progress_bar(job: Job, total: int) -> tqdm:
-    """Done, rate and time left of process 0's share, on stderr; a line every 15 s where that is a file."""
+    """Progress of process 0's share on stderr; if stderr is a file, one line every 15 s."""
     label = job.benchmark.title
     if job.processes.world > 1:
         label += f" (process 0 of {job.processes.world})"
@@ -282,17 +282,17 @@ def answer_row(job: Job, question: Question, text: str) -> JsonObject:
 
 
 def name_of(images: Sequence[Path | bytes]) -> str:
-    """What to call a question's pictures in a message."""
+    """A question's pictures, for messages."""
     return ", ".join(
         str(image) if isinstance(image, Path) else f"an encoded image of {len(image)} bytes" for image in images
     )
 
 
 def finish(job: Job) -> None:
-    """Wait for the other processes, check that nothing is missing, merge, and count in `run.json`.
+    """Wait for the other processes, check that nothing is missing, merge, and write the counts to `run.json`.
 
     Raises:
-        ValueError: questions have no answer; the answers there are stay where they are.
+        ValueError: questions have no answer; the existing answers are kept.
     """
     for process in range(1, job.processes.world):
         job.answers.wait_for(process)
@@ -322,7 +322,7 @@ def finish(job: Job) -> None:
 
 
 def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
-    """Why the pictures of unanswered questions cannot be read; None as soon as one can, or there is none to blame."""
+    """Why the pictures of unanswered questions cannot be read; None if some question's can, or it has none."""
     reasons: dict[str, str] = {}
     for question in missing:
         if not question.images:
@@ -341,7 +341,7 @@ def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
 
 
 def note_missing(job: Job, missing: Sequence[Question], unreadable: Mapping[str, str] | None = None) -> str:
-    """Write down which questions have no answer; returns what is missing, why, and what to do about it."""
+    """Write the list of unanswered questions; returns a message with what is missing, why, and the remedy."""
     path = job.answers.folder / MISSING_FILE
     names = [{"question_id": question.question_id, "prompt": question.key[1]} for question in missing]
     write_json(path, names, indent=1)
@@ -356,13 +356,13 @@ def note_missing(job: Job, missing: Sequence[Question], unreadable: Mapping[str,
             f"{len(unreadable)} image(s) cannot be read, the first is {name} ({reason}). The other answers are kept: "
             f"repair the images and repeat the command, or pass --skip_bad_images to leave these questions unanswered."
         )
-    return message + "A process has ended early. The other answers are kept: repeat the command to go on."
+    return message + "A process has ended early. The other answers are kept: repeat the command to continue."
 
 
 def still_open(job: Job) -> str:
-    """The same of a run that is being stopped, while other processes may yet be writing."""
+    """As `note_missing`, for a run that is being stopped while other processes may still write."""
     try:
         _, missing = split_answered(job.wanted, job.answers.read())
     except ValueError:  # half a line of another process
-        return "Not all questions have an answer. The answers made are kept: repeat the command to go on."
+        return "Not all questions have an answer. The answers so far are kept: repeat the command to continue."
     return note_missing(job, missing) if missing else "All questions have an answer: repeat the command to merge them."

@@ -1,4 +1,4 @@
-"""The lmms-eval model class: any task with images or text, in batches padded on the left. Needs lmms-eval."""
+"""The model class for lmms-eval: any task with images or text, in batches padded on the left. Needs lmms-eval."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_MAX_NEW_TOKENS = 1024
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
-"""What of a task's generation_kwargs is heeded beside `max_new_tokens` and `until`."""
+"""The keys of a task's generation_kwargs that are used besides `max_new_tokens` and `until`."""
 
 
 class TinyLlavaSwitchKD(lmms):
     """A checkpoint of this package under lmms-eval's "simple" interface.
 
     A request's arguments are (context, generation kwargs, doc_to_visual, doc id, task, split). Conversation template
-    and image policy are the checkpoint's own: a task's `image_aspect_ratio` is for other models and not heeded.
+    and image policy are the checkpoint's own. A task's `image_aspect_ratio` is meant for other models and is ignored.
 
     Args:
         pretrained: checkpoint, a folder or a hub repository.
@@ -39,9 +39,9 @@ class TinyLlavaSwitchKD(lmms):
         image_aspect_ratio: "square" or "pad"; the checkpoint's own by default.
         dtype: auto, float32, float16 or bfloat16.
         attn_implementation: as in transformers.
-        device: this process's GPU if there is one, else the CPU.
-        batch_size: requests at once; "auto" is 16, and half of it where memory runs out.
-        max_batch_size: of lmms-eval's interface; caps `batch_size`.
+        device: the default is this process's GPU if there is one, else the CPU.
+        batch_size: requests at once; "auto" is 16. The size is halved when memory runs out.
+        max_batch_size: limit of `batch_size` (part of lmms-eval's interface).
         conv_mode: LLaVA's name of `template`.
     """
 
@@ -62,7 +62,7 @@ class TinyLlavaSwitchKD(lmms):
         super().__init__()
         size = DEFAULT_BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
         self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
-        # lmms-eval hands "cuda" or "cuda:0" to every process; each is to use its own GPU.
+        # lmms-eval passes "cuda" or "cuda:0" to every process, but each must use its own GPU.
         own = None if device is None or str(device).startswith("cuda") else device
         self.answerer = Answerer.from_pretrained(
             pretrained,
@@ -76,11 +76,10 @@ class TinyLlavaSwitchKD(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self.answerer.model.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Texts of the requests, in their order; the longest are generated first."""
+        """Answers in the order of the requests; the longest requests are generated first."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -119,16 +118,16 @@ class TinyLlavaSwitchKD(lmms):
     def _images(
         self, doc_to_visual: Callable[[object], list[Image.Image] | None], doc_id: int, task: str, split: str
     ) -> list[Image.Image]:
-        """Pictures of a document.
+        """The pictures of a document.
 
         Raises:
-            ValueError: it has something else than pictures.
+            ValueError: it shows something other than pictures.
         """
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         for visual in visuals:
             if not isinstance(visual, Image.Image):
                 raise ValueError(
-                    f"The task {task} shows a {type(visual).__name__} (document {doc_id}), and this model sees only "
+                    f"The task {task} shows a {type(visual).__name__} (document {doc_id}), but this model sees only "
                     f"pictures: choose image tasks."
                 )
         return visuals
@@ -144,13 +143,13 @@ class TinyLlavaSwitchKD(lmms):
 
     @staticmethod
     def _text(context: str, num_images: int) -> str:
-        """The context without marks for its pictures, which stand in front (as in training)."""
+        """The context without image tokens; the pictures are put in front, as in training."""
         return context.replace(DEFAULT_IMAGE_TOKEN, "").strip() if num_images else context
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Mean cross-entropy of each target, its end token included, and whether greedy decoding would give it.
+        """Mean cross-entropy of each target, including its end token, and whether greedy decoding would give it.
 
-        That it is a loss and not a likelihood is lmms-eval's convention: its multiple-choice tasks take the smallest.
+        By lmms-eval's convention it is a loss, not a likelihood: its multiple-choice tasks take the smallest.
         """
         results = []
         for request in tqdm(requests, desc="Scoring", disable=self.rank != 0):
@@ -178,7 +177,7 @@ class TinyLlavaSwitchKD(lmms):
         return float(output.loss), bool((greedy == targets)[supervised].all())
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not offered.
+        """Not supported.
 
         Raises:
             NotImplementedError: always.

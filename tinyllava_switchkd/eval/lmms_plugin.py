@@ -2,8 +2,8 @@
 
     python -m lmms_eval --model tinyllava_switchkd --model_args pretrained=CHECKPOINT --tasks mme,pope --batch_size 16
 
-lmms-eval (0.6 and newer) finds `manifests` through the entry-point group `lmms_eval.models`. This module imports
-nothing heavy: lmms-eval loads it whatever model it is going to run.
+lmms-eval (0.6 and newer) finds `manifests` through the entry-point group `lmms_eval.models`. This module has no slow
+imports, because lmms-eval loads it for every model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODEL_ID = "tinyllava_switchkd"
 
 
 def manifests() -> list[ModelManifest]:
-    """What lmms-eval registers."""
+    """The models for lmms-eval to register."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     path = f"{__package__}.lmms_model.TinyLlavaSwitchKD"

@@ -1,9 +1,9 @@
-"""Where two checkpoints differ: pictures, questions, truths and both answers, on one page that needs nothing else::
+"""Where two checkpoints differ: pictures, questions, truths and both answers, on one self-contained page::
 
     python -m tinyllava_switchkd.eval.mistakes A.rows.jsonl B.rows.jsonl --data_dir DIR --output PAGE.html
 
 The rows are the verdicts that `eval.run --score` and `eval.score --rows` write, each optionally as LABEL=FILE. The
-pictures are shrunk and put into the page; questions about one picture stand together.
+pictures are shrunk and embedded, and questions about one picture are grouped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One question and what two checkpoints made of it.
+    """One question and the answers of two checkpoints.
 
     Attributes:
         question: with its prompt and pictures.
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def kind(self) -> str | None:
-        """A key of `KINDS`; None where both are (equally, and not wholly) right."""
+        """A key of `KINDS`; None if both are equally right and not wrong."""
         a, b = self.values
         if a == b:
             return "wrong" if a == 0 else None
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def read_verdicts(path: Path) -> tuple[str, dict[Key, JsonObject]]:
-    """Benchmark and rows by `Question.key`; questions without an answer are left out.
+    """The benchmark, and the rows of answered questions by `Question.key`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,7 +87,7 @@ def pair(
 
 
 def thumbnail(image: Path | bytes) -> str:
-    """A picture as a `data_address`; a grey one where it cannot be read."""
+    """A picture as a `data_address`; a grey one if it cannot be read."""
     try:
         with opened(image) as one:
             picture = upright(one)
@@ -97,13 +97,13 @@ def thumbnail(image: Path | bytes) -> str:
 
 
 def page(title: str, labels: Sequence[str], verdicts: Sequence[Verdict], limit: int) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        title: of the benchmark.
-        labels: of A and B.
+        title: the benchmark's title.
+        labels: the names of A and B.
         verdicts: all questions that both have answered.
-        limit: so many questions at most; those that only one has right go first.
+        limit: the largest number of questions; those that only one has right come first.
     """
     counts = {kind: sum(verdict.kind == kind for verdict in verdicts) for kind in KINDS}
     chosen = [verdict for verdict in verdicts if verdict.kind in ("lost", "gained")][:limit]
@@ -165,23 +165,23 @@ def run(first: str, second: str, data_dir: Path, output: Path, limit: int) -> in
     """Write the page; returns how many questions differ.
 
     Raises:
-        FileNotFoundError: a file or the data are not there.
-        ValueError: the files are of two benchmarks, or have no question in common.
+        FileNotFoundError: a file or the data do not exist.
+        ValueError: the files are of different benchmarks, or have no question in common.
     """
     (label_a, path_a), (label_b, path_b) = (_labelled(source) for source in (first, second))
     (name, a), (other, b) = read_verdicts(path_a), read_verdicts(path_b)
     if name != other:
-        raise ValueError(f"{path_a} has verdicts of {name}, and {path_b} of {other}; compare two of one benchmark.")
+        raise ValueError(f"{path_a} has verdicts of {name}, but {path_b} of {other}; compare two of one benchmark.")
     if label_a == label_b:
         label_a, label_b = f"{label_a} (A)", f"{label_b} (B)"
     benchmark = BenchmarkFactory(name)
     splits = benchmark.splits or (None,)
     verdicts: list[Verdict] = []
-    for split in splits:  # the rows do not say which; the first that has them
+    for split in splits:  # the rows do not name their split: take the first that has their questions
         try:
             verdicts = pair(benchmark.questions(data_dir, split), a, b)
         except FileNotFoundError:
-            if split == splits[-1] and not verdicts:
+            if split == splits[-1]:
                 raise
         if verdicts:
             break
@@ -199,7 +199,7 @@ def _labelled(source: str) -> tuple[str, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.mistakes",
         description=__doc__,

@@ -1,7 +1,7 @@
-"""Questions about one picture have their beginning in common: it is computed once a picture, not once a question.
+"""The shared prefix of prompts about one picture, which is computed once per picture instead of once per question.
 
-The beginning is all that stands before the question: the template's system prompt and the visual tokens, with a real
-tower nine tenths of the prompt. GQA asks 32 questions about a picture, POPE 10 different ones, VQAv2 five.
+The prefix is everything before the question: the template's system prompt and the visual tokens. With a real tower it
+is nine tenths of the prompt. GQA asks 32 questions per picture, POPE 10 different ones, VQAv2 five.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The beginnings of a batch of prompts with one picture each.
+    """The prefixes of a batch of prompts with one picture each.
 
     Attributes:
-        head: [H] token ids up to the picture's place, which is the last of them.
+        head: [H] token ids up to and including the picture's placeholder.
         pictures: visual tokens [1, K, D] of each distinct picture.
-        picture_of_row: [B] which of them each prompt has.
+        picture_of_row: [B] index of each prompt's picture.
     """
 
     head: Tensor
@@ -36,13 +36,13 @@ class SharedPrefix:
     def of(
         cls, prompts: Sequence[Tensor], images: Sequence[Tensor | None], config: PretrainedConfig, new_tokens: int
     ) -> SharedPrefix | None:
-        """The common beginnings, or None where there is nothing to gain or the model could tell the difference.
+        """The shared prefixes, or None if nothing is gained or the result could change.
 
         Args:
-            prompts: token ids [T] of each.
-            images: visual tokens [n, K, D] of each; the same picture is the same memory.
+            prompts: token ids [T] of each prompt.
+            images: visual tokens [n, K, D] of each prompt; the same picture must be the same memory.
             config: of the language model.
-            new_tokens: how many are going to be generated.
+            new_tokens: the number of tokens to generate.
         """
         visuals = [visual for visual in images if visual is not None and len(visual) == 1]
         if len(visuals) < len(images):
@@ -61,7 +61,7 @@ class SharedPrefix:
         return cls(head, pictures, torch.tensor(picture_of_row))
 
     def compute(self, model: TinyLlavaForConditionalGeneration) -> tuple[DynamicCache, int]:
-        """Keys and values of each prompt's beginning, and its length in positions."""
+        """Keys and values of each prompt's prefix, and its length in positions."""
         head = self.head.to(model.device).expand(len(self.pictures), -1)  # [I, H]
         prepared = model.prepare_inputs(head, image_features=torch.cat(list(self.pictures)))
         cache = DynamicCache(config=model.language_model.config)
@@ -77,7 +77,7 @@ class SharedPrefix:
 
 
 def attends_to_all(config: PretrainedConfig, length: int) -> bool:
-    """Whether every layer sees all of so many positions, wherever padding lies between them."""
+    """Whether every layer attends to all of `length` positions, including any padding between them."""
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     return kinds <= {"full_attention", "sliding_attention"} and (window is None or length <= window)

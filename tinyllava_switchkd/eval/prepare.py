@@ -1,8 +1,7 @@
-"""Build LLaVA's evaluation folders from primary sources, or tell what a folder lacks.
+"""Build LLaVA's evaluation folders from primary sources, or list what a folder lacks.
 
-``python -m tinyllava_switchkd.eval.prepare BENCH [BENCH ...|all]``. What a benchmark's folder holds and how each of
-its sources is turned into it stands in the benchmark's own file; what all of them share is here: access to hub data
-sets and archives, images, and the check.
+``python -m tinyllava_switchkd.eval.prepare BENCH [BENCH ...|all]``. Each benchmark's own file defines what its folder
+holds and how it is built from each source. This module has the command and the check.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
-from tinyllava_switchkd.fetch import (
-    SourceError,
-)
+from tinyllava_switchkd.fetch import SourceError
 from tinyllava_switchkd.io import read_json, write_json
 
 from .benchmarks import Benchmark, BenchmarkFactory, ExpectedFile, names
@@ -30,14 +27,14 @@ PROVENANCE_FILE = "prepared.json"
 
 
 def make_folder(benchmark: Benchmark, build: Build) -> None:
-    """Build a benchmark's folder from the build's source and record where it came from.
+    """Build a benchmark's folder from the build's source and record its origin.
 
     Raises:
-        SourceError: the source cannot be had.
-        ValueError: the source is not what it should be.
+        SourceError: the source is not available.
+        ValueError: the source's content is wrong.
     """
     if build.source not in benchmark.sources:
-        raise SourceError(f"{benchmark.title} is not to be had from there")
+        raise SourceError(f"{benchmark.title} is not available there")
     (benchmark.from_hf if build.source == "hf" else benchmark.from_official)(build)
     path = build.root / PROVENANCE_FILE
     known = read_json(path) if path.is_file() else {}
@@ -49,11 +46,11 @@ def make_folder(benchmark: Benchmark, build: Build) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the list: a file or an image folder, its state and what was counted."""
+    """One line of the list: a file or an image folder, its state and the counts."""
 
     path: str
     state: str
-    """ok, missing, incomplete, unreadable or count (complete, but not with an official number of rows)."""
+    """ok, missing, incomplete, unreadable, or count (readable, but without an official number of rows)."""
     detail: str
 
     @property
@@ -94,7 +91,7 @@ def _check_file(root: Path, expected: ExpectedFile) -> Finding:
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a benchmark file: JSON lines, a JSON list or dictionary (also VQA's and TextVQA's), or a TSV.
+    """Number of rows in a benchmark file: JSON lines, a JSON list or dictionary (also VQA's and TextVQA's), or a TSV.
 
     Raises:
         ValueError: the file cannot be read.
@@ -121,27 +118,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.prepare",
-        description="Build LLaVA's evaluation folders from primary sources, or tell what a folder lacks.",
+        description="Build LLaVA's evaluation folders from primary sources, or list what a folder lacks.",
     )
     parser.add_argument("benchmarks", nargs="+", metavar="BENCH", help="all, or some of: " + " ".join(preparable()))
     parser.add_argument(
         "--eval_dir", type=Path, default=Path("playground/data/eval"), help="the folder of all benchmarks (%(default)s)"
     )
-    parser.add_argument("--check", action="store_true", help="build nothing, list what is there and what is missing")
+    parser.add_argument("--check", action="store_true", help="only list what is there and what is missing")
     parser.add_argument("--split", help="val (default) or test for vqav2 and vizwiz; the others have one split")
     parser.add_argument(
         "--source",
         choices=("auto", "hf", "official"),
         default="auto",
-        help="the Hugging Face hub, the authors' own files, or whichever answers first (%(default)s)",
+        help="the Hugging Face hub, the authors' own files, or the first that is available (%(default)s)",
     )
     parser.add_argument("--repo_id", help="another data set of the hub, or a folder with its parquet files")
     parser.add_argument("--revision", help="commit, tag or branch of the hub's data set")
     parser.add_argument(
-        "--download_dir", type=Path, help="where the authors' archives are kept (EVAL_DIR/.downloads); delete it after"
+        "--download_dir", type=Path, help="folder for the authors' archives (EVAL_DIR/.downloads); delete it afterwards"
     )
     parser.add_argument("--any_count", action="store_true", help="accept row counts that are not the official ones")
-    parser.add_argument("--force", action="store_true", help="build again although the folder is complete")
+    parser.add_argument("--force", action="store_true", help="build again even if the folder is complete")
     return parser.parse_args(argv)
 
 
@@ -162,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"{benchmark.title}: interrupted; run the command again to continue.", file=sys.stderr)
             return 130
-        except (ValueError, OSError) as error:  # the others go on
+        except (ValueError, OSError) as error:  # continue with the others
             print(f"{benchmark.title}: {sentence_of(error)}", file=sys.stderr)
             complete = False
         except ModuleNotFoundError as error:
@@ -178,9 +175,9 @@ def _chosen(arguments: argparse.Namespace) -> list[tuple[Benchmark, str]]:
     benchmarks = [BenchmarkFactory(name) for name in dict.fromkeys(wanted)]
     for benchmark in benchmarks:
         if not benchmark.repos:
-            raise ValueError(f"{benchmark.title} is not prepared by itself; known are {', '.join(preparable())}.")
+            raise ValueError(f"{benchmark.title} cannot be prepared; choose from {', '.join(preparable())}.")
     if arguments.repo_id and len(benchmarks) > 1:
-        raise ValueError("--repo_id names the data set of one benchmark; prepare the benchmarks one by one.")
+        raise ValueError("--repo_id names the data set of one benchmark; prepare the benchmarks one at a time.")
     if arguments.split and len(benchmarks) == 1 and arguments.split not in benchmarks[0].prepared_splits:
         known = " and ".join(benchmarks[0].prepared_splits)
         raise ValueError(f"{benchmarks[0].title} has the split {known}, not {arguments.split!r}.")
@@ -211,12 +208,12 @@ def _prepare(benchmark: Benchmark, split: str, arguments: argparse.Namespace) ->
             make_folder(benchmark, build)
             break
         except SourceError as error:
-            logger.warning("%s: %s can't be used: %s", benchmark.title, source, error)
+            logger.warning("%s: %s cannot be used: %s", benchmark.title, source, error)
     else:
         print(f"{benchmark.title}: no source could be used. By hand: {benchmark.by_hand}", file=sys.stderr)
         return False
     for image, problem in build.undecodable.items():
-        print(f"{benchmark.title}: {image} doesn't decode and is left out: {problem}", file=sys.stderr)
+        print(f"{benchmark.title}: {image} cannot be decoded and is left out: {problem}", file=sys.stderr)
     return _check(benchmark, split, arguments) and not build.undecodable
 
 

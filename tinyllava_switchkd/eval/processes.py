@@ -1,4 +1,4 @@
-"""The processes of one evaluation, as torchrun or `accelerate launch` has started them."""
+"""The processes of one evaluation, started by torchrun, `accelerate launch` or `spawn`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MESSAGES = "TINYLLAVA_EVAL_MESSAGES"
-"""Environment variable: the folder where a process of `spawn` leaves what its parent is to say at the end."""
+"""Environment variable: the folder for messages that a process of `spawn` has its parent print at the end."""
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process has an error and has reported it."""
+    """Another process failed and has reported its error."""
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process's place among those that share the work.
 
-    They meet twice before the generation and never during it: a slow or a dead process holds up nobody.
+    They synchronise twice before the generation and never during it, so that none waits for a slow or dead process.
 
     Attributes:
         rank: 0 to world - 1.
-        world: how many there are.
+        world: the number of processes.
     """
 
     rank: int = 0
@@ -36,10 +36,10 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """Read torchrun's variables; one process without them.
+        """Read torchrun's environment variables; without them there is one process.
 
         Raises:
-            ValueError: they say that there are several processes, but not where these meet.
+            ValueError: there are several processes, but the rank or the master's address is not set.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
@@ -54,7 +54,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is process 0, which looks after the files."""
+        """Whether this is process 0, which manages the files."""
         return self.rank == 0
 
     def join(self) -> None:
@@ -65,7 +65,7 @@ class Processes:
             dist.init_process_group("gloo")
 
     def leave(self) -> None:
-        """Close it."""
+        """Close the connection."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -73,13 +73,13 @@ class Processes:
                 dist.destroy_process_group()
 
     def meet(self, failed: bool = False) -> None:
-        """Wait until everybody is here, and hear whether all of them go on.
+        """Wait for all processes, and check that none has failed.
 
         Args:
-            failed: this process does not go on, and says itself why.
+            failed: whether this process has failed. It reports its error itself.
 
         Raises:
-            OtherProcessFailed: another one does not go on, or has died on the way.
+            OtherProcessFailed: another process has failed or died.
         """
         if self.world == 1:
             return
@@ -97,7 +97,7 @@ class Processes:
 
 
 def tell(message: str, rank: int) -> None:
-    """An error for the user: printed now, or by the parent of `spawn` when all processes have ended."""
+    """Print an error now, or have the parent of `spawn` print it when all processes have ended."""
     folder = os.environ.get(MESSAGES)
     if folder is None:
         print(message, file=sys.stderr)
@@ -107,10 +107,10 @@ def tell(message: str, rank: int) -> None:
 
 
 def spawn(module: str, argv: Sequence[str], count: int) -> int:
-    """Run a module in so many processes of this machine and wait for them all; returns the exit status.
+    """Run a module in `count` processes on this machine and wait for all of them; returns the exit status.
 
-    No process is ended because another has failed: what it still answers is kept. What went wrong is said last, after
-    everything that libraries print.
+    If a process fails, the others continue and their answers are kept. Errors are printed last, below the output of
+    libraries.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,7 +121,7 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # a signal reaches them once, from here
+                start_new_session=True,  # signals reach them only through `forward`
             )
             for rank in range(count)
         ]
@@ -144,8 +144,8 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             if child.returncode < 0 and not ended_by:
                 name = signal.Signals(-child.returncode).name
                 print(
-                    f"[process {rank}] error: it was ended from outside ({name}; where that is SIGKILL, the machine's "
-                    f"memory may not suffice: take fewer processes or a smaller --batch_size).",
+                    f"[process {rank}] error: it was ended from outside ({name}; after SIGKILL, the machine's memory "
+                    f"may be too small: use fewer processes or a smaller --batch_size).",
                     file=sys.stderr,
                 )
         for rank in reversed(range(count)):

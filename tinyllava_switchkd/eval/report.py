@@ -1,12 +1,12 @@
-"""Models by benchmarks::
+"""A table of models by benchmarks::
 
     python -m tinyllava_switchkd.eval.report RESULTS... [--with_paper] [--include_val]
         [--format terminal,markdown,csv,latex] [--output_dir DIR] [--compare A B]
 
-RESULTS are score files (`tinyllava_switchkd.eval.score --output`) or folders of them, as playground/results/MODEL, each
-optionally as LABEL=PATH. With --output_dir the table is written as report.md, report.csv and report.tex, and the radar
+RESULTS are score files (`tinyllava_switchkd.eval.score --output`) or folders of them, such as playground/results/MODEL,
+each optionally as LABEL=PATH. --output_dir writes the table as report.md, report.csv and report.tex, and the radar
 chart of the paper's Figure 1 as radar.png and radar.svg. --compare tests two models against each other, question by
-question (compare.md), and needs the verdicts that `eval.run` leaves beside its scores.
+question (compare.md). It needs the verdicts that `eval.run` writes beside its scores.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ RADAR_NOTES = {
 }
 FILES = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
 PAPER_RADAR_LLM = "Qwen2.5-0.5B"
-"""The paper's rows that the radar chart shows: its main student and those it is compared with."""
+"""The radar chart shows the paper's rows with this language model: its main student and those compared with it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows to show and how.
+    """The rows of a report.
 
     Attributes:
-        rows: own models.
-        paper: rows of the paper, if they are wanted.
-        include_val: whether val scores of VQAv2 and VizWiz enter the averages.
+        rows: our models.
+        paper: rows of the paper, empty if not wanted.
+        include_val: whether the averages include val scores of VQAv2 and VizWiz.
     """
 
     rows: list[Row]
@@ -58,11 +58,11 @@ class Report:
 
     @property
     def columns(self) -> list[str]:
-        """The paper's columns that some row has, in its order, then others."""
+        """The columns that some row has: the paper's, in its order, then others."""
         return sorted({column for row in [*self.rows, *self.paper] for column in row.scores}, key=place_of)
 
     def notes(self) -> list[str]:
-        """Sentences that a reader needs beside the table."""
+        """The notes below the table."""
         results = [(row.label, result) for row in self.rows for result in row.results.values()]
         notes = []
         if any(result.stand_in for _, result in results):
@@ -72,13 +72,11 @@ class Report:
                 if self.include_val
                 else "They are left out of the averages (--include_val takes them in)."
             )
-            notes.append(
-                f"val: a score on the validation split, where the paper has the server's score: {named}. {used}"
-            )
+            notes.append(f"val: a score on the validation split; the paper has the server's score: {named}. {used}")
         if any(result.standard_error is not None for _, result in results):
             notes.append(
-                "Standard errors: over questions, those about one picture being one cluster. They say nothing about "
-                "another training."
+                "Standard errors: over questions, clustered by picture. They do not cover the variation between "
+                "trainings."
             )
         if missing := [
             f"{label}, {result.column}: {result.missing:,} of {result.total:,}"
@@ -91,7 +89,7 @@ class Report:
             for label, result in results
             if result.asked and "part" in result.marks
         ]:
-            notes.append(f"§: only the first questions were asked, and these are scored ({_some(part)}).")
+            notes.append(f"§: only the first questions were asked and scored ({_some(part)}).")
         if own := [f"{label}, {result.column}: {result.total:,}" for label, result in results if result.own_data]:
             notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
         if unread := [f"{label}, {result.column}: {result.fallback:,}" for label, result in results if result.fallback]:
@@ -115,7 +113,7 @@ def _some(items: Sequence[str], most: int = 6) -> str:
 
 
 def _lines(report: Report, rows: Sequence[Row]) -> list[list[str]]:
-    """A model's cells and, below them, its standard errors where they are known."""
+    """Each model's cells and, on the next line, its standard errors if they are known."""
     lines = []
     for row in rows:
         line = [row.label]
@@ -139,7 +137,7 @@ def _marked(score: float, marks: Sequence[str]) -> str:
 
 
 def terminal(report: Report) -> str:
-    """Aligned columns, for a terminal of any width."""
+    """The table as aligned columns, and its notes."""
     header = ["Model", *report.columns, *AVERAGES]
     own, paper = _lines(report, report.rows), _lines(report, report.paper)
     head, rule, *lines = cli.table([header, *own, *paper], rule="─")
@@ -149,7 +147,7 @@ def terminal(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The table, its notes, and how every score came about."""
+    """The table, its notes, and how every score was made."""
     header = ["Model", *report.columns, *AVERAGES]
     text = _markdown_table(header, _lines(report, [*report.rows, *report.paper]))
     text += "".join(f"\n- {_escape_markdown(note)}" for note in report.notes()) + "\n"
@@ -191,7 +189,7 @@ def _score_line(label: str, result: Result) -> list[str]:
 
 
 def _runs(row: Row) -> str:
-    """How a model's answers were made: what all its runs share once, and what differs benchmark by benchmark."""
+    """How a model's answers were made: settings that all runs share as a list, the others as a table by benchmark."""
     runs = {column: dict(_flat(result.run)) for column, result in row.results.items() if result.run}
     if not runs:
         return ""
@@ -218,7 +216,7 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
 
 
 def as_csv(report: Report) -> str:
-    """One line a model: unrounded scores with their splits, averages with the number of scores they would need."""
+    """One line per model: unrounded scores with their splits, and averages with the number of scores they need."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     splits = [column for column in report.columns if any(column in row.results for row in report.rows)]
@@ -285,12 +283,12 @@ FORMATS: dict[str, Callable[[Report], str]] = {
 
 
 def write_radar(report: Report, output_dir: Path) -> list[Path]:
-    """The radar chart of own models and, if the paper is wanted, of the rows about its main student.
+    """The radar chart of our models and, if the paper is wanted, of the rows about its main student.
 
-    Its axes are averages: val scores enter them under the same condition.
+    Val scores are shown only with `include_val`, as in the averages.
 
     Returns:
-        the files; none, with a line in the log, where there are too few benchmarks or too many models.
+        the files; none, with a warning, if there are too few benchmarks or too many models.
     """
     from tinyllava_switchkd.visualize.radar import absences, draw_radar
 
@@ -316,7 +314,7 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
     try:
         files = draw_radar(models, output_dir / "radar", note=note, dashed=dashed, reasons=reasons)
     except (ValueError, ModuleNotFoundError) as error:
-        logger.warning("No radar chart: %s", error)  # says which axes are missing, too
+        logger.warning("No radar chart: %s", error)  # the error also names the missing axes
         return []
     for sentence in absences(models, reasons):
         logger.warning("Radar chart: %s", sentence)
@@ -324,7 +322,7 @@ def write_radar(report: Report, output_dir: Path) -> list[Path]:
 
 
 def comparison(first: str, second: str, output_dir: Path | None) -> str:
-    """The table of `--compare`, for the terminal; it is written as compare.md, too.
+    """The table of `--compare` for the terminal; with `output_dir`, also writes compare.md.
 
     Raises:
         FileNotFoundError, ValueError: see `compare_models`.
@@ -335,30 +333,28 @@ def comparison(first: str, second: str, output_dir: Path | None) -> str:
     names = f"A: {a.label}. B: {b.label}."
     table = lines(compared)
     if output_dir is not None:
-        text = "\n".join(
-            [names, "", _markdown_table(HEADER, table), *(f"- {_escape_markdown(note)}" for note in NOTES)]
-        )
-        write_text(output_dir / "compare.md", text + "\n")
+        notes = [f"- {_escape_markdown(note)}" for note in NOTES]
+        write_text(output_dir / "compare.md", "\n".join([names, "", _markdown_table(HEADER, table), *notes, ""]))
     return "\n".join([names, "", *cli.table([HEADER, *table], len(HEADER), "─"), "", *NOTES])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = cli.CommandParser(
         prog="python -m tinyllava_switchkd.eval.report",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="score file or folder, or LABEL=PATH")
-    parser.add_argument("--with_paper", action="store_true", help="put the rows of the paper's Table 1 beside")
+    parser.add_argument("--with_paper", action="store_true", help="add the rows of the paper's Table 1")
     parser.add_argument(
-        "--include_val", action="store_true", help="let val scores of VQAv2 and VizWiz enter the averages, and say so"
+        "--include_val", action="store_true", help="include val scores of VQAv2 and VizWiz in the averages, with a note"
     )
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="test model B against A on every benchmark that both have"
     )
     parser.add_argument(
-        "--format", help=f"some of {','.join(FORMATS)} (terminal; with --output_dir all), written or printed"
+        "--format", help=f"some of {','.join(FORMATS)} to print or write (terminal; all with --output_dir)"
     )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write files and the radar chart there")
     arguments = parser.parse_args(argv)
@@ -372,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             cli.show("")
         if not arguments.results and not arguments.with_paper:
-            raise ValueError("Nothing to report: give score files or folders, or --with_paper, or --compare A B.")
+            raise ValueError("Nothing to report: give score files or folders, --with_paper or --compare A B.")
         report = Report(
             read_results(arguments.results), paper_rows() if arguments.with_paper else [], arguments.include_val
         )

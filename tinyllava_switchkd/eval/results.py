@@ -1,4 +1,4 @@
-"""Results of several models side by side: reading score files, and averages that say what they leave out."""
+"""Reads the score files of several models and computes averages that state which scores are missing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ logger = logging.getLogger(__name__)
 SERVER_SPLITS = {
     name: BenchmarkFactory(name).paper_split for name in BENCHMARKS if BenchmarkFactory(name).upload == "json"
 }
-"""Benchmarks whose number in the paper is a server's: the ground truth of the split is not public, val's is."""
+"""Benchmarks whose score in the paper comes from a server: the split's ground truth is not public, unlike val's."""
 
 
 @dataclass(kw_only=True)
 class Result(Score):
-    """A score file: a model on one benchmark; `run` as the file has it, empty where it has none.
+    """A score file: one model on one benchmark.
 
     Attributes:
+        run: the file's `run` object; empty if it has none.
         path: the file.
     """
 
@@ -35,24 +36,24 @@ class Result(Score):
 
     @property
     def registered(self) -> Benchmark | None:
-        """The benchmark itself; None for one whose plugin is not installed here."""
+        """The benchmark; None if its plugin is not installed."""
         return BenchmarkFactory(self.benchmark) if self.benchmark in BenchmarkFactory else None
 
     @property
     def column(self) -> str:
-        """The paper's name of the benchmark; its own where the paper does not have it."""
+        """The paper's name of the benchmark, or its own if the paper does not have it."""
         if self.registered is None:
             return COLUMNS.get(self.benchmark, self.benchmark)
         return self.registered.column or self.registered.title
 
     @property
     def stand_in(self) -> bool:
-        """Whether the score is a val score where the paper has a server's test score."""
+        """Whether this is a val score of a benchmark for which the paper has a server's test score."""
         return self.benchmark in SERVER_SPLITS and self.split.startswith("val")
 
     @property
     def own_data(self) -> bool:
-        """Whether the questions are not the official ones, to judge by their number: a part of them, or others."""
+        """Whether the number of questions is not an official one."""
         if self.registered is None or self.split not in self.registered.prepared_splits:
             return False
         official = next((file.rows for file in self.registered.files(self.split)), ())
@@ -60,7 +61,7 @@ class Result(Score):
 
     @property
     def changed_options(self) -> list[str]:
-        """How the benchmark was asked otherwise than by default: "name=value"."""
+        """The benchmark's options that are not the default, as "name=value"."""
         options = self.run.get("options")
         if self.registered is None or not isinstance(options, dict):
             return []
@@ -68,7 +69,7 @@ class Result(Score):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What sets the score apart: "val", "missing", "part", "own data"."""
+        """The marks of the score, some of "val", "missing", "part", "own data"."""
         part = self.asked is not None and "limit" in self.asked
         found = {"val": self.stand_in, "missing": self.missing > 0, "part": part, "own data": self.own_data}
         return tuple(name for name, is_so in found.items() if is_so)
@@ -76,13 +77,13 @@ class Result(Score):
 
 @dataclass
 class Row:
-    """A model's line of the table.
+    """A model's row of the table.
 
     Attributes:
         label: the model.
         scores: column -> unrounded score.
-        results: column -> its file, empty for a row of the paper.
-        averages: printed averages of a row of the paper (they were taken before rounding).
+        results: column -> score file; empty for a row of the paper.
+        averages: the printed averages of a row of the paper (computed before rounding).
     """
 
     label: str
@@ -91,12 +92,12 @@ class Row:
     averages: dict[str, float | None] | None = None
 
     def comparable(self, include_val: bool) -> dict[str, float]:
-        """The scores that may enter an average: those on the paper's splits, or all of them."""
+        """The scores for averages: those on the paper's splits, or all with `include_val`."""
         stand_ins = {column for column, result in self.results.items() if result.stand_in and not include_val}
         return {column: score for column, score in self.scores.items() if column not in stand_ins}
 
     def average(self, name: str, include_val: bool) -> Average:
-        """Avg7 or Avg10 over unrounded scores, with what it lacks."""
+        """Avg7 or Avg10 over unrounded scores."""
         columns = AVERAGES[name]
         scores = self.comparable(include_val)
         found = [column for column in columns if column in scores]
@@ -107,7 +108,7 @@ class Row:
         return Average(value, len(found), len(columns), tuple(marks))
 
     def average_error(self, name: str, include_val: bool) -> float | None:
-        """Standard error of an average: its benchmarks ask different questions, so their variances add up."""
+        """Standard error of an average. Its benchmarks ask different questions, so their variances add up."""
         if self.averages is not None or self.average(name, include_val).value is None:
             return None
         columns = AVERAGES[name]
@@ -117,13 +118,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Average:
-    """A mean over columns, or how many of them there are: half an average is not a number to compare.
+    """A mean over columns. It has no value unless every column has a score.
 
     Attributes:
-        value: None if a column is lacking.
-        found: number of columns that have a score.
+        value: None if a column has no score.
+        found: number of columns with a score.
         wanted: number of columns of the average.
-        marks: of the scores that went in.
+        marks: the marks of its scores.
     """
 
     value: float | None
@@ -136,14 +137,14 @@ class Average:
 
 
 def read_results(sources: Sequence[str]) -> list[Row]:
-    """Score files as rows of a table, models and columns in the order in which they come.
+    """Read score files into rows of a table, with the models in the order of `sources`.
 
     Args:
-        sources: score files or folders of them, each optionally as ``LABEL=PATH``. Without a label a model is called
-            what its run says, else by its folder.
+        sources: score files or folders of them, each optionally as ``LABEL=PATH``. Without a label, a model has its
+            run's name, or else its folder's.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or no score in it.
+        FileNotFoundError: a file or folder does not exist, or holds no score.
         ValueError: a file is malformed, or two files have the same model, benchmark and split.
     """
     rows: dict[str, Row] = {}
@@ -157,7 +158,7 @@ def read_results(sources: Sequence[str]) -> list[Row]:
 
 
 def place_of(column: str) -> tuple[int, str]:
-    """By which columns are sorted: the paper's in its order, then others by name."""
+    """Sort key of a column: the paper's columns in its order, then others by name."""
     order = list(COLUMNS.values())
     return (order.index(column) if column in order else len(order), column)
 
@@ -183,7 +184,7 @@ def _results_of(path: Path) -> list[Result]:
         document = read_json(candidate, object, what="score file")
         if isinstance(document, dict) and {"benchmark", "score"} <= document.keys():
             if document["score"] is None:
-                logger.warning("%s has no score: %s's ground truth is with the server.", candidate, document["split"])
+                logger.warning("%s has no score: the ground truth of %s is not public.", candidate, document["split"])
             else:
                 results.append(_result(document, candidate))
         elif candidate == path:
@@ -240,7 +241,7 @@ def _add(rows: dict[str, Row], label: str, result: Result) -> None:
             f"{known.path} and {result.path} are both {label}'s score on {result.benchmark} ({result.split}); give one "
             f"of them, or label the models: LABEL=PATH."
         )
-    if known is None or known.stand_in:  # a test score takes the place of its stand-in
+    if known is None or known.stand_in:  # a test score replaces its stand-in
         row.scores[result.column] = result.score
         row.results[result.column] = result
 
@@ -258,7 +259,7 @@ def paper_rows() -> list[Row]:
 
 
 def different_checkpoints(row: Row) -> list[str]:
-    """Digests of the checkpoints behind a row, if there is more than one: then it is not one model's row."""
+    """Digests of the checkpoints behind a row, if there are several, which means that it mixes models."""
     digests: dict[str, None] = {}
     for result in row.results.values():
         digest = next((result.run[key] for key in result.run if "digest" in key and result.run[key]), None)

@@ -3,8 +3,8 @@
     python -m tinyllava_switchkd.eval.run BENCH --model_path CHECKPOINT --data_dir DIR --output_dir DIR ...
     torchrun --nproc_per_node 8 -m tinyllava_switchkd.eval.run ...  # or accelerate launch: the same on several machines
 
-The answers are `answers.jsonl` in the output folder, with LLaVA's keys and in the question file's order; the file is
-there only once no answer is missing. A run that was killed goes on where it stopped when the command is repeated.
+The answers are written to `answers.jsonl` in the output folder, with LLaVA's keys and in the question file's order.
+This file exists only once no answer is missing. To continue a run that was killed, repeat the command.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .benchmarks.files import sentence_of
 from .processes import OtherProcessFailed, Processes, spawn, tell
 from .score import rows_file, score_file, write_rows
 
-if TYPE_CHECKING:  # what needs torch waits until the command line has been read
+if TYPE_CHECKING:  # modules that need torch are imported after the command line is read
     from .job import Job
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
@@ -56,14 +56,14 @@ def score(job: Job) -> None:
     elif arguments.submission is not None:
         logger.info("%s (%s): no public ground truth; upload %s.", job.benchmark.title, job.split, arguments.submission)
     else:
-        logger.info("%s (%s%s): nothing that makes the headline.", job.benchmark.title, result.split, part)
+        logger.info("%s (%s%s): no question counts for the headline score.", job.benchmark.title, result.split, part)
 
 
 def run(arguments: argparse.Namespace, processes: Processes) -> None:
     """The whole command in one process.
 
     Raises:
-        FileNotFoundError, ValueError: something the user has to see to.
+        FileNotFoundError, ValueError: an error that the user must fix.
         OtherProcessFailed: another process has failed.
     """
     from .job import Job, finish, generate, set_up, still_open
@@ -106,23 +106,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_path", required=True, help="checkpoint: a folder or a hub repository")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
     parser.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="where the answers go; resumed if it has some"
+        "--output_dir", required=True, metavar="DIR", help="folder for the answers; a run in it is continued"
     )
     parser.add_argument("--model_name", help="model_id of the answers; by default the checkpoint's base name")
-    parser.add_argument("--split", help="the split to ask; by default the first that is there")
+    parser.add_argument("--split", help="the split to ask; by default the first one in the data folder")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
     parser.add_argument(
         "--batch_size",
         type=_batch_size,
         default=16,
         metavar="N",
-        help="questions at once (%(default)s), or auto: as many as the GPU's memory bears",
+        help="questions at once (%(default)s), or auto: as many as fit into the GPU's memory",
     )
     parser.add_argument("--num_workers", type=int, metavar="N", help="processes that read images (GPU: 4, CPU: 0)")
     parser.add_argument(
         "--guess_answers",
         action="store_true",
-        help="try the commonest answers of one token in the pass that reads a question; the answers stay the same",
+        help="try the commonest one-token answers in the pass that reads a question; the answers stay the same",
     )
     parser.add_argument("--max_new_tokens", type=_positive, metavar="N", help="by default LLaVA's for the benchmark")
     parser.add_argument(*TEMPLATE_FLAGS, metavar="NAME", help="conversation template; by default the checkpoint's own")
@@ -133,15 +133,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="by default this process's GPU, else the CPU")
     parser.add_argument("--attn_implementation", metavar="NAME", help="sdpa, eager or flash_attention_2")
     parser.add_argument(
-        "--skip_bad_images", action="store_true", help="leave questions unanswered whose image cannot be read"
+        "--skip_bad_images", action="store_true", help="leave questions unanswered if their image cannot be read"
     )
     parser.add_argument("--score", metavar="FILE.json", help="score the answers and write the result there")
-    parser.add_argument("--submission", metavar="FILE", help="write the file that the benchmark's server takes")
+    parser.add_argument("--submission", metavar="FILE", help="write the file to upload to the benchmark's server")
     parser.add_argument("--judge", metavar="NAME", help="a plugin's judge for answers that no rule can read (none)")
     parser.add_argument(
-        "--response_cache", metavar="DIR", help="share answers with other runs of the same checkpoint that name it"
+        "--response_cache", metavar="DIR", help="share answers with runs of the same checkpoint and the same DIR"
     )
-    parser.add_argument("--processes", type=_positive, metavar="N", help="share the questions: one process a GPU")
+    parser.add_argument(
+        "--processes", type=_positive, metavar="N", help="processes to share the questions, one per GPU"
+    )
     options = {option.name: option for name in names() for option in BenchmarkFactory(name).options}
     for option in options.values():
         kind = {"choices": option.choices} if option.choices else {"action": "store_true"}
@@ -167,7 +169,7 @@ def _terminate(*_: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0 only if every question wanted has its answer."""
+    """Run the command; returns its exit status, which is 0 only if every wanted question has an answer."""
     arguments = parse_arguments(argv)
     if arguments.processes is not None and "RANK" not in os.environ:
         return spawn("tinyllava_switchkd.eval.run", sys.argv[1:] if argv is None else argv, arguments.processes)
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, prefix = 0, ""
     handler = None
     if threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGTERM, _terminate)  # torchrun ends the others so when one has failed
+        handler = signal.signal(signal.SIGTERM, _terminate)  # torchrun sends it to the others when one has failed
     try:
         processes = Processes.from_environment()
         rank = processes.rank
@@ -195,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         reason = first_line(error)
         tell(
-            f"{prefix}error: the GPU's memory does not suffice even for one question at a time: {reason} "
-            f"The answers made are kept; make room on the GPU, or pass --dtype bfloat16, and repeat the command.",
+            f"{prefix}error: the GPU's memory is too small even for one question at a time: {reason} "
+            f"The answers so far are kept; free memory on the GPU, or pass --dtype bfloat16, and repeat the command.",
             rank,
         )
         return 1

@@ -1,7 +1,7 @@
 """Score a benchmark's answers: ``python -m tinyllava_switchkd.eval.score BENCH --data_dir DIR --answers_file FILE``.
 
-Prints one JSON object on stdout and nothing else; an error is one sentence on stderr and exit status 1. Imports no
-torch, so that it runs anywhere and at once.
+Prints only one JSON object on stdout; an error is one sentence on stderr and exit status 1. It does not import torch,
+so it starts quickly and runs anywhere.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def score_file(
     split: str | None = None,
     judge: str | None = None,
 ) -> Score:
-    """Score an answers file, and write the upload file if one is asked for.
+    """Score an answers file, and write the upload file if requested.
 
     Args:
         name: a registered benchmark.
         data_dir: the benchmark's own folder, in LLaVA's layout.
         answers_file: JSONL with LLaVA's keys.
-        submission: where to write the upload file.
+        submission: path of the upload file to write.
         allow_missing: write it even if answers are missing.
-        split: the answers' split; by default what the run beside them says, else what their questions tell.
-        judge: name of a registered judge, which reads the answers that no rule can read; none by default.
+        split: the answers' split; by default taken from the run beside them, otherwise inferred from their questions.
+        judge: name of a registered judge for answers that no rule can read; none by default.
 
     Returns:
-        The score, with the `run` object that stands beside the answers. Its `score` is None, and the details say why,
-        where the answers belong to a split without public ground truth and only the submission could be written. Where
-        the run asked only a part of the split, only that part is scored, and `asked` says which it was.
+        The score, with the `run` object beside the answers. If the split has no public ground truth and only the
+        submission could be written, its `score` is None and the details say why. If the run asked only a part of the
+        split, only that part is scored, and `asked` describes it.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: the benchmark is unknown, a file is malformed, ids do not match, or there is no ground truth and
-            no submission was asked for.
+        FileNotFoundError: a file does not exist.
+        ValueError: the benchmark is unknown, a file is malformed, ids do not match, or there is neither ground truth
+            nor a submission to write.
     """
     benchmark = BenchmarkFactory(name)
     benchmark.judge = None if judge is None else JudgeFactory(judge)
@@ -80,10 +80,10 @@ def score_file(
 
 
 def _narrow(benchmark: Benchmark, data_dir: str | Path, run: JsonObject) -> JsonObject | None:
-    """Restrict a benchmark to what a run has asked; returns how that differs from the whole split, None if it is all.
+    """Restrict a benchmark to the questions of a run; returns a description of that part, None for the whole split.
 
     Raises:
-        ValueError: the run has an option that the benchmark does not know.
+        ValueError: the benchmark does not have one of the run's options.
     """
     options, limit = run.get("options") or {}, run.get("limit")
     chosen = {name: value for name, value in options.items() if value != benchmark.default_of(name)}
@@ -99,9 +99,9 @@ def _narrow(benchmark: Benchmark, data_dir: str | Path, run: JsonObject) -> Json
 
 
 def run_beside(answers_file: str | Path, benchmark: str) -> JsonObject | None:
-    """How the answers were made: the `run.json` that `tinyllava_switchkd.eval.run` leaves beside its answers.
+    """The `run.json` that `tinyllava_switchkd.eval.run` writes beside its answers, which says how they were made.
 
-    None for answers from elsewhere, or of another benchmark.
+    None for answers of another origin or another benchmark.
     """
     path = Path(answers_file).with_name("run.json")
     if not path.is_file() or not Path(answers_file).match("answers*.jsonl"):
@@ -111,30 +111,30 @@ def run_beside(answers_file: str | Path, benchmark: str) -> JsonObject | None:
 
 
 def rows_file(score_file: str | Path) -> Path:
-    """Where `eval.run` keeps the verdicts behind a score file: ``pope.json`` -> ``pope.rows.jsonl``."""
+    """The file of verdicts that belongs to a score file: ``pope.json`` -> ``pope.rows.jsonl``."""
     return Path(score_file).with_suffix(".rows.jsonl")
 
 
 def write_rows(score: Score, path: str | Path) -> None:
-    """One line a question, with its verdict; see `Benchmark.score`."""
+    """Write one line per question, with its verdict; see `Benchmark.score`."""
     write_jsonl(path, ({"benchmark": score.benchmark, **row} for row in score.rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = CommandParser(
         prog="python -m tinyllava_switchkd.eval.score", description="Score a benchmark's answers with its own protocol."
     )
     parser.add_argument("benchmark", metavar="BENCH", help=f"one of {', '.join(names())}, or your own")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="the benchmark's own folder (LLaVA's layout)")
     parser.add_argument("--answers_file", required=True, metavar="FILE", help="answers, JSONL with LLaVA's keys")
-    parser.add_argument("--output", metavar="FILE.json", help="write the JSON object there, too")
-    parser.add_argument("--rows", metavar="FILE.jsonl", help="write one row a question, with its verdict")
-    parser.add_argument("--submission", metavar="FILE", help="write the file that the benchmark's server takes")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the JSON object to this file")
+    parser.add_argument("--rows", metavar="FILE.jsonl", help="write one row per question, with its verdict")
+    parser.add_argument("--submission", metavar="FILE", help="write the file to upload to the benchmark's server")
     parser.add_argument(
         "--allow_missing", action="store_true", help="write the submission even if questions have no answer"
     )
-    parser.add_argument("--split", help="the answers' split, where the data folder holds several and they fit both")
+    parser.add_argument("--split", help="the answers' split, if the data folder holds several that they fit")
     parser.add_argument("--judge", metavar="NAME", help="a plugin's judge for answers that no rule can read (none)")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
 import warnings
 
-# All supported versions of transformers call it gradient checkpointing; newer ones say that it has another name.
+# Newer transformers warn that gradient_checkpointing is renamed; every supported version accepts the old name.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)

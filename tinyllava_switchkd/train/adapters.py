@@ -1,4 +1,7 @@
-"""What a method trains beside the student: in a checkpoint, but in a folder of its own and never in the student."""
+"""Adapters: modules that a method trains beside the student, such as a bridge.
+
+A checkpoint holds them in a separate folder, never in the student.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BRIDGE_SAMPLES = 64
-"""Samples with images that a bridge begins from."""
+"""Number of samples with images that a bridge is initialised from."""
 
 FILE = Path("distill", "adapters.safetensors")
-"""Where it lies in a checkpoint's folder."""
+"""Path of the adapters in a checkpoint's folder."""
 
 _PREFIX = "adapters."
 
@@ -32,9 +35,9 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
     """Write a task's adapters, if it has any.
 
     Args:
-        task: what is trained.
-        folder: the checkpoint's.
-        state_dict: the task's complete weights, where they do not all lie in it (ZeRO-3).
+        task: the task that is trained.
+        folder: the checkpoint's folder.
+        state_dict: the task's complete weights, if the task does not hold all of them (ZeRO-3).
     """
     if not hasattr(task, "adapters"):
         return
@@ -52,22 +55,22 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
 def begin_adapters(
     task: Task, earlier: str | None, dataset: Samples, collate: DataCollatorForSupervisedDataset
 ) -> None:
-    """Start a run's adapters: from the stage before if it has them, a bridge else from least squares.
+    """Initialise a run's adapters: from the stage before if it has any, otherwise a bridge by least squares.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         earlier: the folder that the student starts from, if any.
-        dataset: what is trained on, from which a bridge begins.
-        collate: makes batches of it.
+        dataset: the training data, on which a bridge is fitted.
+        collate: makes batches from it.
 
     Raises:
-        ValueError: the earlier stage's do not fit.
+        ValueError: the earlier stage's adapters do not fit.
     """
     if not isinstance(task, Distiller) or not hasattr(task, "adapters"):
         return
     if earlier is not None and Path(earlier, FILE).is_file():
         read_adapters(task, earlier)
-        logger.info("What the method trains beside the student goes on from %s.", Path(earlier, FILE))
+        logger.info("The adapters of the method continue from %s.", Path(earlier, FILE))
     elif task.bridge is not None:
         lengths = dataset.modality_lengths
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
@@ -82,26 +85,26 @@ def begin_adapters(
         with whole:
             explained = task.fit_bridge(batches)
         logger.info(
-            "The student's vision features have another shape than the teacher's: a bridge begins as the least-squares "
+            "The student's vision features differ in shape from the teacher's: a bridge starts as the least-squares "
             "map from %d samples, which explains %.0f %% of the teacher's variance.",
             *(len(chosen), 100 * explained),
         )
 
 
 def read_adapters(task: nn.Module, folder: str | Path) -> None:
-    """Read a task's adapters back, if it has any.
+    """Load a task's adapters, if it has any.
 
     Raises:
-        ValueError: the folder has none although the task wants some, or they do not fit.
+        ValueError: the folder has no adapters although the task needs them, or they do not fit.
     """
     adapters = getattr(task, "adapters", None)
     if adapters is None:
         return
     file = Path(folder, FILE)
     if not file.is_file():
-        raise ValueError(f"{file} is missing: the checkpoint was written by a method that trains nothing of its own.")
+        raise ValueError(f"{file} is missing: the checkpoint was written by a method without adapters.")
     try:
         adapters.load_state_dict(load_file(file))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} holds the trained parts of another method or pair of models ({reason}).") from None
+        raise ValueError(f"{file} holds the adapters of another method or pair of models ({reason}).") from None

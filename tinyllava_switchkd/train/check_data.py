@@ -1,4 +1,4 @@
-"""``python -m tinyllava_switchkd.train.check_data DATA.json``: look a data file over, as a model would read it."""
+"""``python -m tinyllava_switchkd.train.check_data DATA.json``: check a data file as a model would read it."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from tinyllava_switchkd.constants import TEMPLATE_FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, 1 if there is a problem."""
+    """Run the command; returns its exit code, which is 1 if there is a problem."""
     parser = CommandParser(
-        prog="python -m tinyllava_switchkd.train.check_data", description="Look a LLaVA data file over before training."
+        prog="python -m tinyllava_switchkd.train.check_data", description="Check a LLaVA data file before training."
     )
     parser.add_argument("data_path", help="LLaVA JSON or JSON lines")
-    parser.add_argument("--image_folder", help="folder that the images' names start from")
+    parser.add_argument("--image_folder", help="folder that the image paths are relative to")
     parser.add_argument(*TEMPLATE_FLAGS, default="phi", help="conversation template (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="tokenizer to check the template against and to measure lengths with")
-    parser.add_argument("--model_path", help="checkpoint whose tokenizer, visual tokens and image processor are taken")
-    parser.add_argument("--vision_tower", help="vision tower whose image processor and visual tokens are taken")
+    parser.add_argument("--tokenizer", help="tokenizer for checking the template and measuring lengths")
+    parser.add_argument("--model_path", help="checkpoint whose tokenizer, visual tokens and image processor are used")
+    parser.add_argument("--vision_tower", help="vision tower whose image processor and visual tokens are used")
     parser.add_argument("--connector_type", default="mlp2x_gelu", help="connector (default: %(default)s)")
     parser.add_argument("--mm_vision_select_feature", default="patch", help="patch or cls_patch (default: %(default)s)")
-    parser.add_argument("--num_queries", type=int, default=128, help="of resampler and qformer (default: %(default)s)")
+    parser.add_argument("--num_queries", type=int, default=128, help="for resampler and qformer (default: %(default)s)")
     parser.add_argument("--image_aspect_ratio", help="square or pad (default: the checkpoint's, else square)")
     parser.add_argument(
-        "--num_image_tokens", type=int, help="tokens an image takes (default: those of the model named)"
+        "--num_image_tokens", type=int, help="visual tokens per image (default: those of the model or vision tower)"
     )
-    parser.add_argument("--model_max_length", type=int, help="where samples are cut (default: the tokenizer's)")
+    parser.add_argument("--model_max_length", type=int, help="length to cut samples at (default: the tokenizer's)")
     parser.add_argument(
         "--decode",
         choices=("sample", "all", "none"),
         nargs="?",
         const="all",
         default="sample",
-        help="images to decode: some spread over all, all, or none (default: %(default)s)",
+        help="images to decode: a sample spread over the file, all, or none (default: %(default)s)",
     )
     parser.add_argument(
         "--allow_outside_images",
         action="store_true",
-        help="images may lie outside the folder: absolute names, .., links",
+        help="allow images outside the folder (absolute paths, .., links)",
     )
     args = parser.parse_args(argv)
     try:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
-    """The report's lines, and whether the data is ready."""
+    """The report's lines, and whether the data has no problems."""
     for name in ("num_image_tokens", "model_max_length", "num_queries"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -67,7 +67,7 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
     if args.model_path or args.vision_tower:
         settings = _of_model(args)
         tokens, name = settings["num_image_tokens"], args.model_path or args.vision_tower
-        lines.append(f"{tokens:>12,}  visual tokens of an image ({name})")
+        lines.append(f"{tokens:>12,}  visual tokens per image ({name})")
     if args.tokenizer:
         from tinyllava_switchkd.model.llm import open_tokenizer
 
@@ -86,7 +86,7 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
 
 
 def _of_model(args: argparse.Namespace) -> dict[str, Any]:
-    """What `check_data` takes of the model named on the command line, whose weights are not read."""
+    """Settings for `check_data` from the model on the command line, without reading its weights."""
     import torch
 
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
@@ -106,7 +106,7 @@ def _of_model(args: argparse.Namespace) -> dict[str, Any]:
             num_queries=args.num_queries,
             resampler_hidden_size=768,
             num_resampler_layers=1,
-            text_config={"model_type": "llama", "num_hidden_layers": 1},  # any will do: it makes no visual tokens
+            text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it is not used
         )
         resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
     with torch.device("meta"):

@@ -1,8 +1,8 @@
-"""torch.compile where it pays: each layer of the language models and of the vision towers, compiled in place.
+"""torch.compile where it pays: each layer of the language models and vision towers is compiled in place.
 
-A whole task would not become one graph: splicing depends on the data, and the loss over chunks is an autograd function
-of its own. Its layers do, all layers of one kind share what is compiled, and names of parameters stay as they are, so
-that checkpoints, resuming, adapters and distributed training need not know.
+A whole task would not become one graph: splicing depends on the data, and the chunked loss is a custom autograd
+function. A layer does become one, and layers of the same kind share the compiled code. Parameter names do not change,
+so checkpoints, resuming, adapters and distributed training work as without compiling.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .recipes.parts import LAYER
 logger = logging.getLogger(__name__)
 
 VARIANTS = 64
-"""Compiled forms of a layer that torch may keep.
+"""How many compiled variants of a layer torch may keep.
 
-Student and teacher, each with and without gradient, batches of one and of more, make about a dozen; past torch's own
-limit of 8 it would go on uncompiled.
+Student and teacher, with and without gradients, with batches of one and of more, need about a dozen. Beyond torch's
+default limit of 8, further variants would run uncompiled.
 """
 
 
 def check_compile(training: TrainingArguments) -> None:
-    """Refuse a compiler that there is not.
+    """Check the flags of torch.compile.
 
     Raises:
-        ValueError: an unknown backend or mode, or DeepSpeed's ZeRO-3.
+        ValueError: the backend or mode is unknown, or the run uses DeepSpeed's ZeRO-3.
     """
     if not training.torch_compile:
         return
@@ -48,29 +48,28 @@ def check_compile(training: TrainingArguments) -> None:
         if training.torch_compile_backend != "inductor" or training.torch_compile_mode not in modes:
             raise ValueError(
                 f"--torch_compile_mode is {training.torch_compile_mode!r} with the backend "
-                f"{training.torch_compile_backend!r}; the backend inductor has {', '.join(modes)}, others have none."
+                f"{training.torch_compile_backend!r}; only inductor has modes: {', '.join(modes)}."
             )
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     if deepspeed is not None and deepspeed.is_zero3():
         raise ValueError(
-            "--torch_compile does not go with ZeRO-3, which gathers weights in hooks inside every layer, where a graph "
-            "would break each time; use ZeRO-2 (zero2.json), or train without --torch_compile."
+            "--torch_compile does not work with ZeRO-3, whose hooks gather weights inside every layer and would break "
+            "each graph; use ZeRO-2 (zero2.json), or train without --torch_compile."
         )
 
 
 def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str | None = None) -> int:
     """Have torch compile every layer of a task's models when it first runs.
 
-    Sequence lengths and numbers of images are symbols in what is compiled, so that another batch needs no other
-    compilation. Layers with bitsandbytes' quantised weights are left as they are.
+    Sequence lengths and numbers of images are dynamic, so another batch shape needs no new compilation. Layers with
+    bitsandbytes' quantised weights are not compiled.
 
     Args:
         task: its models are changed in place.
-        backend: torch.compile's.
-        mode: torch.compile's.
+        backend, mode: as for `torch.compile`.
 
     Returns:
-        the number of layers.
+        the number of compiled layers.
     """
     parts = [part for model in task.models for part in (model.language_model, model.vision_tower)]
     layers = [layer for part in parts for layer in _layers(part)]

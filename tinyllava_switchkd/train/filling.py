@@ -1,4 +1,4 @@
-"""``--fill_teacher_cache``: the teacher reads every sample once, on all ranks, before anything is trained."""
+"""``--fill_teacher_cache``: all ranks run the teacher once over every sample before training starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORTS = 10
-"""How often the main process says how far it is."""
+"""How many times the main process reports progress per data set."""
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Filling:
     """A teacher cache that is ready to be filled.
 
     Attributes:
-        cache: to be filled.
-        teacher: whole on each rank.
-        data: data sets, of the training and of what is held out.
-        collator: makes batches, with digests.
-        training: read are the batch size, the workers, the precision and packing.
+        cache: the cache.
+        teacher: the whole teacher, on each rank.
+        data: the training and held-out data sets.
+        collator: makes batches with digests.
+        training: gives the batch size, the workers, the precision and packing.
     """
 
     cache: TeacherCache
@@ -51,12 +51,12 @@ class Filling:
     training: TrainingArguments
 
     def __call__(self) -> None:
-        """Fill it, each rank with its share of the samples; those that are there already cost no pass.
+        """Fill the cache, each rank with its share of the samples; cached samples are not computed again.
 
         Raises:
             SampleError: a sample cannot be read.
             CheckpointError: the cache cannot be written; what was written before is kept.
-            InterruptedRunError: a signal ended it; what was computed is kept.
+            InterruptedRunError: a signal stopped the filling; what was computed is kept.
         """
         guide = FrozenTeacher(self.teacher)
         for dataset in self.data:
@@ -69,22 +69,22 @@ class Filling:
         logger.info("The teacher cache %s holds %d samples.", self.cache.folder, len(self.cache))
 
     def release(self) -> None:
-        """There is no output folder to let go of."""
+        """Does nothing: filling holds no output folder."""
 
     def left(self) -> str:
-        """What there is to go on from, if the filling ends now."""
-        return f"the same command goes on with what {self.cache.folder} holds"
+        """What the user can continue from if the filling ends now."""
+        return f"the same command continues with what {self.cache.folder} holds"
 
     def _check_written(self) -> None:
         if self.cache.unwritten is not None:
             raise CheckpointError(
                 f"The teacher cache could not be written ({self.cache.unwritten}); it holds {len(self.cache)} samples. "
-                f"Make room and run the same command again, which goes on."
+                f"Make room and run the same command again; it continues from there."
             )
 
     def _fill(self, guide: FrozenTeacher, dataset: Samples) -> None:
         training = self.training
-        lengths = dataset.lengths  # batches of equal lengths have little padding
+        lengths = dataset.lengths  # batches of similar lengths have little padding
         longest_first = sorted(range(len(dataset)), key=lambda index: -lengths[index])
         share = longest_first[training.process_index :: training.world_size]
         loader = DataLoader(
@@ -99,8 +99,8 @@ class Filling:
             if signals.received():
                 self.cache.sync()
                 raise signals.InterruptedRunError(
-                    f"{signals.received()} has ended the filling of {self.cache.folder}; what is there is kept, and "
-                    f"the same command goes on."
+                    f"{signals.received()} stopped the filling of {self.cache.folder}; what was computed is kept, and "
+                    f"the same command continues."
                 )
             with torch.autocast(device.type, dtype) if half else nullcontext():
                 fill(self.cache, guide, on_device(batch, device), training.packing)

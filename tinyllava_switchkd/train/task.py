@@ -1,4 +1,4 @@
-"""Plain supervised training: cross-entropy through the same door as distillation."""
+"""Supervised training: cross-entropy through the same interface as distillation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SupervisedTask(Task):
-    """Plain supervised training (pre-training, supervised fine-tuning) of a TinyLLaVA. Arguments as `Task`'s."""
+    """Pre-training or supervised fine-tuning of a TinyLLaVA. The arguments are those of `Task`."""
 
     def forward(
         self,
@@ -25,7 +25,7 @@ class SupervisedTask(Task):
         num_items_in_batch: Tensor | int | None = None,
         step_counts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of a batch; the arguments are those of `Distiller.forward`, of which `step_counts` is not needed.
+        """Losses of a batch. The arguments are those of `Distiller.forward`; `step_counts` is not used.
 
         Returns:
             "loss" with gradient; "ce" and "supervised_tokens" without.

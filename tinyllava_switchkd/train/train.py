@@ -1,7 +1,7 @@
 """The entry point of every training: ``python -m tinyllava_switchkd.train.train --data_path ...``.
 
-Pre-training, supervised fine-tuning and, with ``--teacher_path``, distilled fine-tuning are one program; scripts/train
-has the arguments of each. What can be checked is checked before weights are read and before anything is written.
+Pre-training, supervised fine-tuning and, with ``--teacher_path``, distillation are one program; scripts/train has the
+arguments of each. As much as possible is checked before weights are read and before anything is written.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ logger = logging.getLogger("tinyllava_switchkd.train.train")  # also when run as
 T = TypeVar("T")
 
 USER_ERRORS = (ValueError, OSError, ImportError, LockedError)
-"""What a wrong argument, file or installation raises before training, with a sentence that says so."""
-
+"""Errors before training: a wrong argument, file or installation."""
 
 EXIT_CODES: dict[type[Exception], int] = {
     resume.ResumeError: 1,
@@ -79,7 +78,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     checkpoints.CheckpointError: checkpoints.NO_ROOM,
     signals.InterruptedRunError: signals.INTERRUPTED,
 }
-"""What ends a run that has begun to train, with a sentence, and the exit code that it ends with."""
+"""Errors that end a run after training has started -> exit codes."""
 
 
 class OtherRankFailedError(RuntimeError):
@@ -87,9 +86,10 @@ class OtherRankFailedError(RuntimeError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a training from a command line; the exit code.
+    """Run a training from a command line; returns the exit code.
 
-    What is wrong before the first step is said in one sentence, without a traceback unless TINYLLAVA_TRACEBACK is set.
+    An error before the first step is printed as one sentence. The environment variable TINYLLAVA_TRACEBACK adds a
+    traceback.
     """
     _set_up_logging()
     signals.follow_launcher()
@@ -111,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = tuple(EXIT_CODES) if run is not None else early
         if not isinstance(error, expected) or (run is None and os.environ.get("TINYLLAVA_TRACEBACK")):
             raise
-        # while training, a bad sample and a full disk are met by one rank alone, everything else by all of them
+        # during training only one rank meets a bad sample or a full disk, but all ranks meet every other error
         if is_main_process() or (run is not None and isinstance(error, (SampleError, checkpoints.CheckpointError))):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
-    except KeyboardInterrupt:  # at once, where the signals of a cluster wait for the next step
+    except KeyboardInterrupt:  # ends the run at once; a cluster's signals wait for the next step
         if run is None:
             raise
         if is_main_process():
@@ -133,53 +133,53 @@ class Run:
 
     trainer: LLaVATrainer
     checkpoint: str | None
-    """Where to resume from."""
+    """The checkpoint to resume from."""
     lock: OutputLock
-    """Of the output folder."""
+    """The lock of the output folder."""
 
     def release(self) -> None:
-        """Let others have the output folder."""
+        """Release the output folder."""
         self.lock.release()
 
     def left(self) -> str:
-        """What there is to go on from, if the run ends now."""
+        """What the user can continue from if the run ends now."""
         output = self.trainer.args.output_dir
-        return f"the same command goes on from {checkpoints.latest_name(output)} in {output}"
+        return f"the same command continues from {checkpoints.latest_name(output)} in {output}"
 
     def __call__(self) -> None:
         """Train, and write the student.
 
         Raises:
-            ResumeError, NonFiniteError, CheckpointError, InterruptedRunError: the run has ended early; with a sentence.
+            ResumeError, NonFiniteError, CheckpointError, InterruptedRunError: the run ended early.
         """
         trainer, output = self.trainer, self.trainer.args.output_dir
         trainer.train(resume_from_checkpoint=self.checkpoint)
         if trainer.interrupted:
             raise signals.InterruptedRunError(
                 f"{signals.received() or 'A signal to another rank'} has ended the run at step "
-                f"{trainer.state.global_step} of {trainer.state.max_steps}; {checkpoints.latest_name(output)} in "
-                f"{output} holds it, and the same command goes on."
+                f"{trainer.state.global_step} of {trainer.state.max_steps}; the same command continues from "
+                f"{checkpoints.latest_name(output)} in {output}."
             )
         trainer.save_result()
         if trainer.is_world_process_zero():
             try:
-                write_model_card(output)  # once more: now the folder knows how the model was trained
-            except OSError as error:  # the model is whole, and so is the card of before
-                logger.warning("The model card could not say how the model was trained (%s).", error)
-        truncation = self.trainer.data_collator.report()
+                write_model_card(output)  # again, because the folder now has the settings of the training
+            except OSError as error:  # the model and its first card are complete
+                logger.warning("The training's settings could not be added to the model card (%s).", error)
+        truncation = trainer.data_collator.report()
         if truncation is not None:
             logger.warning(truncation)
-        logger.info("The trained model is in %s.", self.trainer.args.output_dir)
+        logger.info("The trained model is in %s.", output)
 
 
 def prepare(arguments: Arguments) -> Run | Filling | None:
-    """Check everything, then load everything; None if the run is finished already.
+    """Check everything, then load everything; None if the run is already finished.
 
-    With ``--fill_teacher_cache`` what is prepared fills the teacher cache, and the output folder is left alone.
+    With ``--fill_teacher_cache`` the result fills the teacher cache, and the output folder is not touched.
 
     Raises:
-        ValueError, OSError, ImportError: something is wrong with the arguments or the files they name.
-        OtherRankFailedError: another rank found something wrong.
+        ValueError, OSError, ImportError: an argument or a file that it names is wrong.
+        OtherRankFailedError: a check failed on another rank.
     """
     training = arguments.training
     error = plan = None
@@ -187,7 +187,7 @@ def prepare(arguments: Arguments) -> Run | Filling | None:
         plan = check(arguments)
     except USER_ERRORS as raised:
         error = raised
-    found = gather_object([error and str(error)])  # nobody is left waiting for a rank that has gone
+    found = gather_object([error and str(error)])  # so that no rank waits for one that has failed
     if error is not None:
         raise error
     for rank, words in enumerate(found):
@@ -215,7 +215,7 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     checkpoint, chosen = on_main(lambda: _begin(arguments, plan, lock))
     recipe = plan.recipe
     cache = _teacher_cache(arguments, plan, chosen)
-    set_seed(training.seed)  # a fresh connector is the same on every rank and in every run
+    set_seed(training.seed)  # a new connector is the same on every rank and in every run
     model = recipe.load(model_settings(arguments))
     apply_run_settings(model, arguments)
     model = recipe(model)
@@ -259,10 +259,10 @@ def _prepare_filling(arguments: Arguments, plan: Plan) -> Filling:
 
 
 def _teacher_cache(arguments: Arguments, plan: Plan, chosen: JsonObject) -> TeacherCache | None:
-    """Where the teacher's hidden states are kept, after saying how large it becomes.
+    """The cache of the teacher's hidden states, if there is one; logs how large it will become.
 
     Raises:
-        OSError, ValueError: the folder cannot be made, or the disk has no room.
+        OSError, ValueError: the folder cannot be created, or the disk has no room.
     """
     distill = arguments.distill
     if distill.teacher_cache is None or plan.teacher is None:
@@ -278,10 +278,10 @@ def _teacher_cache(arguments: Arguments, plan: Plan, chosen: JsonObject) -> Teac
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What a function returns on the main process, on all of them.
+    """Call a function on the main process and return its result on all processes.
 
     Raises:
-        OtherRankFailedError: on the others, if it failed; there, what it raised.
+        OtherRankFailedError: on the other processes, if the function failed; the main process raises its own error.
     """
     error: Exception | None = None
     box: list[Any] = [None, False]
@@ -299,12 +299,12 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, JsonObject]:
-    """Take the output folder; the checkpoint to go on from, and what the run is to be told by (main process).
+    """Lock the output folder (main process); returns the checkpoint to resume from, if any, and the fingerprint.
 
     Raises:
         LockedError: another run writes there.
-        ValueError: the run cannot go on from the checkpoint.
-        CheckpointError: a checkpoint is to be converted for another number of processes, and there is no room.
+        ValueError: the run cannot resume from the checkpoint.
+        CheckpointError: the checkpoint must be converted for another number of processes, and there is no room.
     """
     training = arguments.training
     checks.prepare_output(training.output_dir)
@@ -325,7 +325,7 @@ def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | No
 
 @dataclass
 class Plan:
-    """What the checks have made sure of, and made on the way."""
+    """The results of the checks: all that a run needs except the weights."""
 
     recipe: BaseTrainingRecipe
     skeleton: TinyLlava
@@ -336,10 +336,10 @@ class Plan:
 
 
 def check(arguments: Arguments) -> Plan | None:
-    """Everything that can be known to be wrong before weights are read; None if the run is finished already.
+    """Check everything that can be checked without weights; None if the run is already finished.
 
     Raises:
-        ValueError, OSError, ImportError: the first thing found, in one sentence.
+        ValueError, OSError, ImportError: the first mistake found, in one sentence.
     """
     training = arguments.training
     checks.check_names(arguments)
@@ -350,7 +350,7 @@ def check(arguments: Arguments) -> Plan | None:
         check_quantization(f"--teacher_bits {arguments.distill.teacher_bits}", training.device)
     if not training.overwrite_output_dir and resume.is_finished(training.output_dir):
         logger.info(
-            "The run in %s is finished; nothing to do. To train it anew, remove the folder or pass "
+            "The run in %s is finished; nothing to do. To train again, remove the folder or pass "
             "--overwrite_output_dir True.",
             training.output_dir,
         )
@@ -373,7 +373,7 @@ def check(arguments: Arguments) -> Plan | None:
 
 
 def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecipe) -> Task:
-    """What the trainer trains: the model alone, or the model with a teacher."""
+    """The task for the trainer: the model alone, or the model with a teacher."""
     distill = arguments.distill
     if distill.teacher_path is None:
         return SupervisedTask(model, chunk_size=distill.chunk_size, packing=arguments.training.packing)
@@ -388,13 +388,13 @@ def build_task(arguments: Arguments, model: TinyLlava, recipe: BaseTrainingRecip
 
 
 def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> TinyLlava:
-    """The teacher on this rank's device, with its tokenizer and its image processor."""
+    """The teacher on this rank's device, with its tokenizer and image processor."""
     distill = arguments.distill
     assert distill.teacher_path is not None, "the arguments have been checked"
     return load_pretrained_model(
         distill.teacher_path,
         device=arguments.training.device,
-        dtype=recipe.compute_dtype(),  # frozen, it needs no float32 copy: on a GPU usually bfloat16
+        dtype=recipe.compute_dtype(),  # frozen weights need no float32 copy
         attn_implementation=attention_of(arguments),
         load_8bit=distill.teacher_bits == 8,
         load_4bit=distill.teacher_bits == 4,
@@ -403,10 +403,12 @@ def load_teacher(arguments: Arguments, recipe: BaseTrainingRecipe) -> TinyLlava:
 
 
 def _where_to_resume(arguments: Arguments) -> str | None:
-    """The checkpoint to go on from; None to begin at the beginning."""
+    """The checkpoint to resume from; None to start from the beginning."""
     training = arguments.training
     asked = training.resume_from_checkpoint
-    if asked is not None and asked.lower() != "true":  # True asks for the latest, which is sought anyway
+    if asked is not None and asked.lower() == "true":  # True means the latest, which is looked for anyway
+        asked = None
+    if asked is not None:
         missing = resume.what_is_missing(asked, training.world_size)
         if missing is not None:
             raise ValueError(f"--resume_from_checkpoint {asked} is incomplete: {missing}.")
@@ -415,13 +417,13 @@ def _where_to_resume(arguments: Arguments) -> str | None:
     checkpoint = resume.find_checkpoint(training.output_dir, training.world_size)
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
-    return checkpoint or (asked if asked is not None and asked.lower() != "true" else None)
+    return checkpoint or asked
 
 
 def _data(
     arguments: Arguments, skeleton: TinyLlava, teacher: TinyLlava | None
 ) -> tuple[Samples, Samples | None, DataCollatorForSupervisedDataset]:
-    """What is trained on, what is held out, and the collator, after the data has been looked over."""
+    """The training data, the held-out data if any, and the collator; checks the data."""
     data = arguments.data
     tokenizer = skeleton.tokenizer
     assert tokenizer is not None, "it came with the model"
@@ -438,9 +440,8 @@ def _data(
     module = make_supervised_data_module(tokenizer, SimpleNamespace(**settings))
     whole, collator = module["train_dataset"], module["data_collator"]
     if data.eval_data_path is not None:
-        held_out = make_supervised_data_module(
-            tokenizer, SimpleNamespace(**{**settings, "data_path": data.eval_data_path})
-        )
+        settings["data_path"] = data.eval_data_path
+        held_out = make_supervised_data_module(tokenizer, SimpleNamespace(**settings))
         return whole, held_out["train_dataset"], collator
     if data.eval_share is not None:
         return *hold_out(whole, data.eval_share, arguments.training.seed), collator
@@ -448,7 +449,7 @@ def _data(
 
 
 def _set_up_logging() -> None:
-    """Messages of this package on stderr: from the main process all, from the others warnings."""
+    """Log this package's messages to stderr; processes other than the main one only log warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
     package = logging.getLogger("tinyllava_switchkd")
@@ -459,6 +460,6 @@ def _set_up_logging() -> None:
 
 if __name__ == "__main__":
     code = main()
-    if code in (0, signals.INTERRUPTED) and dist.is_initialized():  # all ranks are here
-        dist.destroy_process_group()  # left to the interpreter's end, its threads can abort a run that went well
+    if code in (0, signals.INTERRUPTED) and dist.is_initialized():  # all ranks reach this line
+        dist.destroy_process_group()  # at the interpreter's exit its threads can abort a successful run
     sys.exit(code)

@@ -1,16 +1,15 @@
-"""LLaVATrainer: transformers' Trainer around a task (plain supervised training, or distillation by any method).
+"""LLaVATrainer: transformers' Trainer for a task (supervised training, or distillation by any method).
 
-What differs from the Trainer:
+Differences from the Trainer:
 
-* the loss is divided by the supervised tokens of the whole optimiser step, all micro-batches and all ranks, so that
-  batch 4, batch 1 accumulated four times, and two ranks give the same gradients;
-* the task's losses and measures are logged beside it, averaged over the logging window and all ranks;
-* connector and vision tower may have learning rates of their own;
-* `--torch_compile` compiles the layers of the models, not the task;
-* samples are grouped by modality or length with an order that depends on seed and epoch alone;
-* checkpoints hold the student alone, complete enough to be loaded by themselves; what a method trains beside it lies
-  in a folder of its own in there;
-* what keeps a run from being lost is in `ReliableTrainer`.
+* The loss is divided by the supervised tokens of the whole optimiser step, over all micro-batches and ranks, so that
+  batch 4, batch 1 accumulated four times, and two ranks give the same gradients.
+* The task's losses and measures are logged beside the loss, averaged over the logging window and all ranks.
+* Connector and vision tower may have separate learning rates.
+* `--torch_compile` compiles the layers of the models, not the task.
+* Grouping by modality or length uses an order that depends only on seed and epoch.
+* A checkpoint holds only the student, and can be loaded by itself. A subfolder holds the method's adapters, if any.
+* `ReliableTrainer` keeps a run from being lost.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALL_SHARE = 0.01
-"""A weighted term with less than this share of the gradient everywhere is warned of."""
+"""A weighted term with less than this share of the gradient at every place causes a warning."""
 
 
 class LLaVATrainer(ReliableTrainer):
     """Trains a task.
 
     Args:
-        model: a task, or a TinyLLaVA model, which then trains by itself (cross-entropy).
+        model: a task, or a TinyLLaVA model to train with cross-entropy only.
         args: training arguments.
         recipe: writes the student, and reads it back to resume without DeepSpeed; the common one by default.
         kwargs: for `transformers.Trainer` (train_dataset, data_collator, callbacks, ...).
@@ -80,7 +79,7 @@ class LLaVATrainer(ReliableTrainer):
         self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
         if args.torch_compile:
             compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the task as a whole
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole task
         self.add_callback(_Moments(self))
 
     @property
@@ -111,7 +110,7 @@ class LLaVATrainer(ReliableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The task's loss; the rest of what it reports goes into the logging window."""
+        """The task's loss; its other losses and measures go into the logging window."""
         counts = self._step_counts if num_items_in_batch is not None else None
         every = self.args.log_gradient_shares
         if every and self._first_of_step and self.state.global_step % every == 0 and isinstance(self.model, Distiller):
@@ -132,17 +131,17 @@ class LLaVATrainer(ReliableTrainer):
         return (loss, losses) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the window's losses, measures and speed beside the loss."""
+        """Log the window's losses, measures and speed beside the loss."""
         if "loss" in logs:
             logs, self._gradients = {**logs, **self._gradients}, {}
             logs = {**logs, **self._window.close(self.accelerator, self.state.global_step)}
         super().log(logs, start_time)
 
     def _note_gradients(self, norms: Mapping[str, Mapping[str, float]]) -> None:
-        """Have the next line of the log tell how strongly each term pulls; warn once of one that hardly does."""
+        """Add each term's gradient norm to the next log line; warn once if a term's share is tiny everywhere."""
         for place, terms in norms.items():
             self._gradients |= {f"gradient/{place}/{term}": norm for term, norm in terms.items()}
-        if self._warned_of_small_terms or self.state.global_step == 0:  # towers that start alike say nothing yet
+        if self._warned_of_small_terms or self.state.global_step == 0:  # at first, equal towers give no gradient
             return
         totals = {place: sum(terms.values()) for place, terms in norms.items()}
         for name, measure in self.model.measures.items():
@@ -175,7 +174,7 @@ class LLaVATrainer(ReliableTrainer):
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
         best = self.state.best_model_checkpoint
-        logger.info("The best held-out %s was at %s, which is taken.", self.args.metric_for_best_model, best)
+        logger.info("Loading %s, which has the best held-out %s.", best, self.args.metric_for_best_model)
         return self._load_from_checkpoint(best)
 
     # Order of the samples
@@ -201,7 +200,7 @@ class LLaVATrainer(ReliableTrainer):
     # The optimiser
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser over groups: learning rate by part, weight decay not for norms and biases."""
+        """The optimiser, with a learning rate per part and without weight decay for norms and biases."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             optimizer: torch.optim.Optimizer = cls(self.parameter_groups(model), **kwargs)
@@ -212,7 +211,7 @@ class LLaVATrainer(ReliableTrainer):
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module | None = None) -> list[dict[str, object]]:
-        """Trainable parameters by learning rate and weight decay; groups without any are left out."""
+        """Trainable parameters by learning rate and weight decay, without empty groups."""
         model = self.model if model is None else model
         rates = {"connector": self.args.mm_projector_lr, "vision_tower": self.args.vision_tower_lr}
         decayed = set(self.get_decay_parameter_names(model))
@@ -245,10 +244,10 @@ class LLaVATrainer(ReliableTrainer):
 
 
 class _Moments(TrainerCallback):
-    """Opens the logging window where the run begins, tells the sampler the epoch, and has the teacher cache kept.
+    """Opens the logging window at the start, tells the sampler the epoch, and writes the teacher cache.
 
-    accelerate does not reach the sampler through the nested batch samplers of a resumed run. The cache loses nothing at
-    a checkpoint, and at the start of an epoch every rank knows what the others have computed.
+    accelerate does not reach the sampler through the nested batch samplers of a resumed run. The cache is written at
+    every checkpoint and exchanged between ranks at the start of every epoch.
     """
 
     def __init__(self, trainer: LLaVATrainer) -> None:
@@ -279,7 +278,7 @@ class _Moments(TrainerCallback):
 
 
 class _Window:
-    """What happened since the last line of the log, on this rank."""
+    """Sums since the last log line, on this rank."""
 
     def __init__(self, measures: Mapping[str, Measure]) -> None:
         self._of_batch = {name for name, measure in measures.items() if measure.of_batch}
@@ -287,7 +286,7 @@ class _Window:
 
     def open(self, step: int) -> None:
         self._step, self._start = step, time.perf_counter()
-        self.waited = 0.0  # seconds for the data loader
+        self.waited = 0.0  # seconds spent waiting for the data loader
         self._sums: dict[str, Tensor] = {}
 
     def add(self, losses: Mapping[str, Tensor], tokens: Tensor, computed: Tensor) -> None:
@@ -298,7 +297,7 @@ class _Window:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Means over the window and all ranks, tokens per second and what is lost; begins the next window."""
+        """Means over the window and all ranks, speed, and the shares of padding and waiting; opens the next window."""
         names, steps = sorted(self._sums), max(step - self._step, 1)
         if not names:
             return {}

@@ -1,4 +1,4 @@
-"""Held-out data while training: which samples, and the means of everything that a task reports over them."""
+"""Held-out data during training: which samples are held out, and the mean losses and measures over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Around(Dataset):
-    """A data set over another one, which answers for what it has not itself."""
+    """A data set that wraps another one and forwards other attributes to it."""
 
     def __init__(self, whole: Samples) -> None:
         self.whole = whole
@@ -30,13 +30,13 @@ class _Around(Dataset):
         return len(self.whole)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "whole":  # not there yet: a worker is being made
+        if name == "whole":  # not set yet while the object is unpickled in a worker
             raise AttributeError(name)
         return getattr(self.whole, name)
 
 
 class Subset(_Around):
-    """Some samples of a data set, by their indices, with their lengths."""
+    """The samples of a data set at some indices, with their lengths."""
 
     def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
         super().__init__(whole)
@@ -63,7 +63,7 @@ class Subset(_Around):
 
 
 class WithFillers(_Around):
-    """Data, and beyond its end the same samples with nothing to learn in them, which make ranks even."""
+    """A data set that, beyond its end, repeats its samples without labels, to give all ranks equally many."""
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.whole[index % len(self.whole)]
@@ -73,18 +73,18 @@ class WithFillers(_Around):
 
 
 def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[Subset, Subset]:
-    """Split a data set by the ids of its samples: the same id is always on the same side, whatever the order.
+    """Split a data set by sample id: the same id is always on the same side, in any order of the samples.
 
     Args:
-        dataset: has `records` with `id_of`.
-        share: of the samples held out, between 0 and 1.
-        seed: another one holds out others.
+        dataset: its `records` have `id_of`.
+        share: share of the samples to hold out, between 0 and 1.
+        seed: selects the split.
 
     Returns:
-        what is trained on, what is held out.
+        the training data and the held-out data.
 
     Raises:
-        ValueError: nothing would be left on one side.
+        ValueError: one side would be empty.
     """
     names = (f"{seed} {dataset.records.id_of(index)}".encode(errors="surrogatepass") for index in range(len(dataset)))
     chosen = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 < share for name in names]
@@ -92,7 +92,7 @@ def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[S
     rest = [index for index, out in enumerate(chosen) if not out]
     if not held or not rest:
         raise ValueError(
-            f"--eval_share {share} of {len(dataset)} samples leaves {len(rest)} to train on and {len(held)} held out; "
+            f"--eval_share {share} of {len(dataset)} samples gives {len(rest)} for training and {len(held)} held out; "
             f"choose another share, or give --eval_data_path."
         )
     return Subset(dataset, rest), Subset(dataset, held)
@@ -100,16 +100,16 @@ def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[S
 
 @torch.no_grad()
 def held_out_means(trainer: Trainer, model: nn.Module, dataset: Samples, batch_size: int) -> dict[str, float]:
-    """Every loss and measure of a task over a data set, each sample counted once, on all ranks.
+    """Mean of every loss and measure of a task over a data set, with each sample counted once, on all ranks.
 
     Args:
         trainer: gives the collator, the accelerator and the workers.
         model: the task, wrapped as for training.
-        dataset: what is held out.
-        batch_size: samples a batch and rank.
+        dataset: the held-out data.
+        batch_size: samples per batch and rank.
 
     Returns:
-        "loss" and the task's measures; means over the same units as in training.
+        "loss" and the task's measures, averaged over the same units as in training.
     """
     task: Task = trainer.model
     ranks, rank = trainer.args.world_size, trainer.args.process_index

@@ -1,8 +1,4 @@
-"""The benchmarks: one module each, registered by name, none of which imports torch.
-
-`names()` lists them in the order of the paper's tables, others after them; a benchmark says itself what its
-column and its upload file are (see `Benchmark`).
-"""
+"""The benchmarks: one module each, registered by name. None of them imports torch."""
 
 from . import gqa, mmbench, mme, mmmu, pope, scienceqa, textvqa, vizwiz, vqav2  # noqa: F401  # they register themselves
 from .base import (

@@ -1,8 +1,8 @@
-"""What a benchmark is: questions, score, upload file and preparation, behind one class and one registry.
+"""The interface of a benchmark: questions, score, upload file and preparation, in one class with one registry.
 
 Nothing here imports torch: a benchmark reads questions and compares strings, and `python -m
-tinyllava_switchkd.eval.score` must start at once on a machine that has no accelerator. A third party adds a
-benchmark with one decorated class in one file, see docs/extend.md.
+tinyllava_switchkd.eval.score` must start quickly on a machine without an accelerator. To add a benchmark, write one
+decorated class in one file, see docs/extend.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 Image = Path | bytes | tuple[Path, ...] | None
-"""A picture's path or encoded bytes (MMBench keeps its pictures in the table), several paths, or no picture."""
+"""A picture's path or encoded bytes (MMBench's table contains its pictures), several paths, or no picture."""
 
 SINGLE_WORD_SUFFIX = "Answer the question using a single word or phrase."
 """Ends the prompt of every short-answer task (LLaVA, docs/Evaluation.md)."""
@@ -44,10 +44,10 @@ class Question:
     Attributes:
         question_id: as in the question file; **not** unique in MME and TextVQA.
         prompt: the user's turn without image tokens.
-        image: see `Image`; several pictures go in front of the prompt in their order.
-        category: of the question file.
-        logged_prompt: what LLaVA writes under "prompt" where that is not `prompt` (MMBench leaves the suffix out,
-            ScienceQA writes the image token in).
+        image: see `Image`; several pictures come before the prompt, in their order.
+        category: from the question file.
+        logged_prompt: the "prompt" that LLaVA writes to the answers file, if it is not `prompt` (MMBench's has no
+            suffix, ScienceQA's has the image token).
         extra: further keys of the answer row (MMBench's round_id, options and option_char).
     """
 
@@ -60,15 +60,15 @@ class Question:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Names the question in an answers file; equals `answer_key` of the row that `answer_row` returns.
+        """Identifies the question in an answers file; equals `answer_key` of the row that `answer_row` returns.
 
-        Two rows of a question file may be equal in everything (TextVQA), then their keys are, too.
+        If two rows of a question file are identical (TextVQA), their keys are, too.
         """
         return str(self.question_id), self.prompt if self.logged_prompt is None else self.logged_prompt
 
     @cached_property
     def image_key(self) -> str | None:
-        """Equal for questions about the same picture (or the same pictures); None without one."""
+        """Equal for questions about the same picture or pictures; None without a picture."""
         if isinstance(self.image, bytes):
             return hashlib.sha1(self.image).hexdigest()
         if isinstance(self.image, tuple):
@@ -77,7 +77,7 @@ class Question:
 
     @property
     def images(self) -> tuple[Path | bytes, ...]:
-        """Its pictures, in order."""
+        """The pictures, in order."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
@@ -105,12 +105,12 @@ class Answer:
     """One row of an answers file.
 
     Attributes:
-        question_id: as a string, whatever the file has.
-        text: the model's words, untouched.
-        prompt: what the file has under "prompt", or "" where that is no string (TinyLLaVA's MMMU script writes the
-            whole question list there).
+        question_id: always as a string.
+        text: the model's unmodified answer.
+        prompt: the file's "prompt", or "" if that is not a string (TinyLLaVA's MMMU script writes the whole question
+            list there).
         where: "FILE, line N", for messages.
-        letters: letters of the choices that were shown, where the file says so (MMBench's `option_char`).
+        letters: letters of the choices that were shown, if the file has them (MMBench's `option_char`).
     """
 
     question_id: str
@@ -121,16 +121,16 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, str]:
-        """`Question.key` of the question that it answers."""
+        """`Question.key` of the answered question."""
         return self.question_id, self.prompt
 
 
 def read_answers(path: str | Path) -> list[Answer]:
-    """Answers of a JSONL file with LLaVA's keys, in the file's order.
+    """The answers in a JSONL file with LLaVA's keys, in the file's order.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a row is malformed, or there is no row.
+        ValueError: a row is malformed, or there are no rows.
     """
     answers = []
     for where, row in read_jsonl(path, what="answers file"):
@@ -154,18 +154,18 @@ class Score:
 
     Attributes:
         benchmark: registered name.
-        metric: what `score` is.
-        score: the headline, on the scale of the paper's tables; None where the split has no public ground truth.
+        metric: name of the figure in `score`.
+        score: the headline, on the scale of the paper's tables; None if the split has no public ground truth.
         split: the data's split.
-        total: questions that wait for an answer.
-        answered: of these, how many have one.
-        fallback: answers that no rule of the protocol could read.
-        details: further figures, by benchmark.
+        total: number of questions to be answered.
+        answered: number of these with an answer.
+        fallback: number of answers that no rule of the protocol could read.
+        details: further figures, depending on the benchmark.
         rows: one per question with its verdict, see `Benchmark.score`; not part of the JSON object.
-        standard_error: of `score`, the questions about one picture being one cluster; None where it is not known.
-        asked: what part of the split was asked, where that is not all of it.
-        judge: share of the answers that a judge has read, where there was one.
-        run: how the answers were made, where that is known.
+        standard_error: of `score`, clustered by picture; None if unknown.
+        asked: the part of the split that was asked, if not all of it.
+        judge: the judge, if any, and the share of the answers that it has read.
+        run: how the answers were made, if known.
     """
 
     benchmark: str
@@ -210,9 +210,9 @@ class Option:
     """A setting of how a benchmark is asked, which becomes a flag of `eval.run`.
 
     Attributes:
-        name: its flag without the hyphens.
+        name: the flag without the hyphens.
         help: one line.
-        choices: the values, the default first; none of them for a switch that is off by default.
+        choices: the values, the default first; empty for a switch that is off by default.
     """
 
     name: str
@@ -226,24 +226,24 @@ class Option:
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """A file of a prepared folder with its official row counts (several: several releases; none: not counted)."""
+    """A file of a prepared folder with its official row counts, one for each release; if empty, nothing is counted."""
 
     path: str
     rows: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
-    """Other names under which the same file goes round."""
+    """Other names of the same file."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a judge is shown: an answer that no rule of the protocol can read.
+    """The input of a judge: an answer that no rule of the protocol can read.
 
     Attributes:
         benchmark: registered name.
         question_id: as in the question file.
-        prompt: what the model was asked.
+        prompt: the model's prompt.
         text: its answer.
-        choices: what the judge may return -> what it stands for ("A" -> "a red bus"; "yes" -> "yes").
+        choices: possible verdicts -> their meaning ("A" -> "a red bus"; "yes" -> "yes").
     """
 
     benchmark: str
@@ -254,31 +254,31 @@ class Reading:
 
 
 JudgeFactory: Registry[Callable[[Reading], str | None]] = Registry("judge")
-"""`JudgeFactory("name")` is the judge registered under that name, a function of a `Reading`."""
+"""`JudgeFactory("name")` is the judge of that name, a function of a `Reading`."""
 
 register_judge = JudgeFactory.register
 """Decorator for a judge: a callable that takes a `Reading` and returns one of its choices, or None."""
 
 
 class Benchmark(ABC):
-    """One benchmark in LLaVA's data layout: all that the package knows about it.
+    """One benchmark in LLaVA's data layout: everything that the package knows about it.
 
     Class attributes:
         name: the registered name, also the "benchmark" of its scores.
         title: for messages.
-        folder: its folder's name under LLaVA's playground/data/eval.
+        folder: name of its folder under LLaVA's playground/data/eval.
         metric: the headline's name.
-        column: its column's name in the report; by default the title.
-        upload: suffix of its server's file ("json", "xlsx"); None where there is no server.
-        answers_folder: where below its folder the scripts keep answers; two benchmarks may share a folder of data.
-        paper_split: the split behind the paper's number; a score on another split is a stand-in.
+        column: name of its column in the report; by default the title.
+        upload: suffix of the upload file for its server ("json", "xlsx"); None if there is no server.
+        answers_folder: subfolder in which the scripts keep answers; two benchmarks may share a data folder.
+        paper_split: the split of the paper's score; a score on another split is a stand-in.
         max_new_tokens: length limit of LLaVA's own generation script.
-        options: how it may be asked otherwise.
-        repos: its data set's names on the Hugging Face hub, the newest first; none: `eval.prepare` cannot build it.
+        options: settings of how it is asked.
+        repos: names of its data set on the Hugging Face hub, newest first; if empty, `eval.prepare` cannot build it.
         prepared_as: name of the benchmark whose folder this one uses; None for its own.
         sources: "hf" (the hub) and "official" (the authors' own files), in the order in which they are tried.
-        prepared_splits: what `eval.prepare` can build; the first is the default.
-        by_hand: where a person gets the data without this program.
+        prepared_splits: the splits that `eval.prepare` can build, the default first.
+        by_hand: where to get the data without this program.
     """
 
     name: ClassVar[str]
@@ -298,9 +298,9 @@ class Benchmark(ABC):
     by_hand: ClassVar[str] = ""
 
     answered_split: str | None = None
-    """The split of the answers to be scored, where somebody says it; else it is told from the answers."""
+    """The split of the answers to be scored; None if it must be inferred from the answers."""
     asked: Sequence[Question] | None = None
-    """The questions that were asked, where that was not the whole split: only these are scored."""
+    """The questions to score; None for the whole split."""
     judge: Callable[[Reading], str | None] | None = None
     """Reads answers that no rule can read; off by default."""
 
@@ -311,7 +311,7 @@ class Benchmark(ABC):
     # ------------------------------------------------------------------------------------------------ asking
 
     def configure(self, settings: Mapping[str, str | bool | None]) -> None:
-        """Choose how to ask, by `options`; what is None keeps its default.
+        """Set `options`; None keeps an option's default.
 
         Raises:
             ValueError: the benchmark has no such option, or the option no such value.
@@ -333,24 +333,24 @@ class Benchmark(ABC):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, where there are several to choose from."""
+        """Names of the splits, if there are several to choose from."""
         return ()
 
     def split_of(self, data_dir: str | Path, split: str | None = None) -> str:
-        """The split that `questions` asks: the one that is named, else the first whose file is there.
+        """The split that `questions` asks: the given one, else the first whose file exists.
 
         Raises:
-            FileNotFoundError: the data are not there.
+            FileNotFoundError: the data do not exist.
             ValueError: the split is unknown.
         """
         return split or self.paper_split
 
     @abstractmethod
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
-        """The questions of a split, in the question file's order; by default of the first split whose file is there.
+        """The questions of a split, in the question file's order; by default of the first split whose file exists.
 
         Raises:
-            FileNotFoundError: the data are not there.
+            FileNotFoundError: the data do not exist.
             ValueError: they are malformed, or the split is unknown.
         """
 
@@ -360,17 +360,17 @@ class Benchmark(ABC):
     def score(self, data_dir: str | Path, answers: Sequence[Answer]) -> Score:
         """Compare answers with the ground truth, joined by key; a question without an answer counts as wrong.
 
-        A row of the result has the `question_id`, the `text` (None without an answer), the `truth`, and the verdict:
-        `value`, 0 to 1, what the question adds to the mean. `cluster` names the picture, where questions share one.
-        Where the answers' split has no public ground truth there is no score, and the details have a `note` about it.
+        Each row of the result has the `question_id`, the `text` (None without an answer), the `truth`, and the verdict
+        `value` (0 to 1), which the question adds to the mean. If questions share pictures, `cluster` names the picture.
+        If the answers' split has no public ground truth, there is no score, and the details have a `note` about it.
 
         Raises:
-            FileNotFoundError: the ground truth is not there.
-            ValueError: malformed data, an unknown question id, or a second answer to a question.
+            FileNotFoundError: the ground truth does not exist.
+            ValueError: the data are malformed, a question id is unknown, or a question has a second answer.
         """
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
-        """What the headline is made of: (cluster, unit, what it adds to the sums) for each question, or group of them.
+        """The headline's parts: (cluster, unit, its terms of the sums) for each question or group of questions.
 
         Units of one cluster (the questions about one picture) are not independent of each other.
         """
@@ -379,23 +379,23 @@ class Benchmark(ABC):
             yield unit if cluster in (None, "") else cluster, unit, {"value": row["value"], "count": 1.0}
 
     def headline(self, sums: Sums) -> Figure:
-        """The score (0-100) from sums over `units`: of numbers, or of arrays for many resamples at once."""
+        """The score (0-100) from sums over `units`, which are numbers, or arrays for many resamples at once."""
         return 100.0 * sums["value"] / sums["count"]
 
     def asked_of(
         self, truth: Mapping[K, V], key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id
     ) -> dict[K, V]:
-        """The part of the ground truth, which is by key, that was asked; `key_of` as for `join`."""
+        """The part of the ground truth (by key) that was asked; `key_of` as for `join`."""
         if self.asked is None:
             return dict(truth)
         keys = {key_of(Answer(question.key[0], "", question.key[1], "")) for question in self.asked}
         return {key: value for key, value in truth.items() if key in keys}
 
     def read_by_judge(self, answer: Answer, choices: Mapping[str, str]) -> str | None:
-        """What the judge reads in an answer that no rule can read; None without a judge, or where it cannot tell.
+        """The judge's verdict on an answer that no rule can read; None without a judge, or if it gives no verdict.
 
         Raises:
-            ValueError: the judge returns something else than a choice.
+            ValueError: the judge returns something other than a choice.
         """
         if self.judge is None:
             return None
@@ -409,7 +409,7 @@ class Benchmark(ABC):
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
     ) -> None:
-        """Write the file that the benchmark's server (or official scorer) takes.
+        """Write the file for the benchmark's server or official scorer.
 
         Raises:
             ValueError: there is no such format, or answers are missing and `allow_missing` is not set.
@@ -429,8 +429,8 @@ class Benchmark(ABC):
     ) -> Score:
         """A `Score` under this benchmark's name and metric.
 
-        What is not given is counted in the rows, the score is the metric among the details, and a row without a
-        `value` has it from its `correct`.
+        By default the score is the metric in the details, and the counts come from the rows. A row without a `value`
+        gets it from its `correct`.
         """
         for row in rows:
             row.setdefault("value", float(row.get("correct", 0.0)))
@@ -453,11 +453,11 @@ class Benchmark(ABC):
         return []
 
     def images(self, root: Path, split: str) -> Iterable[str]:
-        """Paths below `root` of the pictures that the split's questions name; the question files exist."""
+        """Paths, relative to `root`, of the pictures that the split's questions name. The question files must exist."""
         return ()
 
     def source_order(self, split: str) -> tuple[str, ...]:
-        """Sources in the order in which ``--source auto`` tries them."""
+        """The sources in the order in which ``--source auto`` tries them."""
         return self.sources
 
     def from_hf(self, build: Build) -> None:
@@ -470,13 +470,13 @@ class Benchmark(ABC):
 
 
 class QuestionFileBenchmark(Benchmark):
-    """A benchmark whose questions lie ready in a JSONL file, as `llava/eval/model_vqa_loader.py` reads them.
+    """A benchmark with its questions in a JSONL file, in the format of `llava/eval/model_vqa_loader.py`.
 
-    A line is `{"question_id", "image", "text", "category"}`; the text is the whole prompt, suffix included.
+    A line is `{"question_id", "image", "text", "category"}`; the text is the whole prompt, including the suffix.
 
     Class attributes:
         question_files: candidate file names for each split, the default split first.
-        image_folders: candidate image folders for each split; the first that exists.
+        image_folders: candidate image folders for each split; the first that exists is used.
     """
 
     question_files: ClassVar[Mapping[str, tuple[str, ...]]]
@@ -493,7 +493,7 @@ class QuestionFileBenchmark(Benchmark):
         """Split and path of the question file.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
             ValueError: there is no such split.
         """
         if split is not None and split not in self.question_files:
@@ -507,7 +507,7 @@ class QuestionFileBenchmark(Benchmark):
         raise missing_file(data_dir, names, f"{self.title} question file", self.name)
 
     def read_questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[tuple[str, JsonObject]]:
-        """Rows of the question file, each with its place for messages."""
+        """Rows of the question file, each with its "FILE, line N" for messages."""
         for where, row in read_jsonl(self.question_file(data_dir, split)[1], what="question file"):
             require(row, {"question_id": ID, "image": str, "text": str}, where)
             yield where, row
@@ -524,7 +524,7 @@ class QuestionFileBenchmark(Benchmark):
 
 
 def said(answer: Answer | None) -> dict[str, str | None]:
-    """The columns of a row that come from the answer."""
+    """The columns of a result row that come from the answer."""
     return {"prompt": None, "text": None} if answer is None else {"prompt": answer.prompt, "text": answer.text}
 
 
@@ -541,19 +541,19 @@ def question_images(root: Path, question_file: str, folder: str) -> Iterator[str
 
 
 BenchmarkFactory: Registry[Benchmark] = Registry("benchmark", resolve=lambda benchmark: benchmark())
-"""`BenchmarkFactory("pope")` is an instance of the benchmark registered under that name."""
+"""`BenchmarkFactory("pope")` is a new instance of the benchmark of that name."""
 
 register_benchmark = BenchmarkFactory.register
 
 
 def image_folder(data_dir: str | Path, candidates: Sequence[str]) -> Path:
-    """The first of the folders that exists, or simply the first: a missing image is reported when it is opened."""
+    """The first folder that exists, or else the first; missing images are reported when they are opened."""
     folders = [Path(data_dir) / candidate for candidate in candidates]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def strip_suffix(prompt: str, suffix: str = SINGLE_WORD_SUFFIX) -> str:
-    """The question alone: the prompt without its instruction and the white space before it."""
+    """The question: the prompt without its instruction and the white space before it."""
     return prompt.replace(suffix, "").strip()
 
 
@@ -563,10 +563,10 @@ def join(
     source: str | Path,
     key_of: Callable[[Answer], Hashable] = lambda answer: answer.question_id,
 ) -> dict[Hashable, Answer]:
-    """Answers by key; `known` are the keys of the questions, and `source` is the file that these are from.
+    """Answers by key. `known` are the keys of the questions, and `source` is their file.
 
     Raises:
-        ValueError: a key is unknown or comes twice.
+        ValueError: a key is unknown or occurs twice.
     """
     joined: dict[Hashable, Answer] = {}
     for answer in answers:
@@ -586,10 +586,10 @@ def join(
 
 
 def refuse_missing(missing: Sequence[object], total: int, allow_missing: bool) -> None:
-    """Stop a submission with holes: servers score them as wrong without a word.
+    """Refuse an incomplete submission, since servers silently score missing answers as wrong.
 
     Raises:
-        ValueError: something is missing and `allow_missing` is not set.
+        ValueError: answers are missing and `allow_missing` is not set.
     """
     if missing and not allow_missing:
         named = ", ".join(str(item) for item in missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -600,12 +600,12 @@ def refuse_missing(missing: Sequence[object], total: int, allow_missing: bool) -
 
 
 def percentage(values: Collection[float]) -> float | None:
-    """Mean on 0-100; None of nothing."""
+    """Mean on 0-100; None without values."""
     return 100.0 * sum(values) / len(values) if values else None
 
 
 def percentage_by(items: Iterable[tuple[object, float]]) -> dict[str, float]:
-    """Mean on 0-100 for each group of (group, value) pairs, groups in order of first sight."""
+    """Mean on 0-100 for each group of (group, value) pairs, with the groups in the order in which they first occur."""
     groups: dict[str, list[float]] = {}
     for group, value in items:
         groups.setdefault(str(group), []).append(value)

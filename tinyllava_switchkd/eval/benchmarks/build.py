@@ -1,4 +1,4 @@
-"""What a benchmark works with while it builds its folder: hub data sets, official archives, images."""
+"""Helpers for benchmarks that build their folder: hub data sets, official archives, images."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
 
 @dataclass
 class Build:
-    """One benchmark, one split, one source: what a benchmark works with while it builds its folder.
+    """The build of one benchmark's folder for one split from one source.
 
     Attributes:
         root: the benchmark's folder.
-        split: which of its `prepared_splits`.
+        split: one of its `prepared_splits`.
         source: "hf" or "official".
         repos: names of the data set on the hub.
-        downloads: where archives and files of official sites are kept.
-        undecodable: images that could not be decoded -> why.
-        provenance: where the data came from, for `PROVENANCE_FILE`.
+        downloads: folder for archives and files of official sites.
+        undecodable: image that could not be decoded -> reason.
+        provenance: the data's origin, for `PROVENANCE_FILE`.
     """
 
     root: Path
@@ -42,11 +42,11 @@ class Build:
     def rows(
         self, split: str, config: str | None = None, columns: Collection[str] = (), optional: Collection[str] = ()
     ) -> Iterator[dict[str, Any]]:
-        """Rows of one split of the hub's data set, with `columns` and what there is of `optional`.
+        """Rows of one split of the hub's data set, with `columns` and those of `optional` that exist.
 
         Raises:
-            SourceError: the data set cannot be had.
-            ValueError: it has no column of one of these names.
+            SourceError: the data set is not available.
+            ValueError: it lacks one of `columns`.
         """
         patterns = split_files(split, config)
         name, folder = hub_folder(self.repos, patterns, self.revision)
@@ -76,11 +76,11 @@ class Build:
         return download(url, self.downloads / url.rsplit("/", 1)[-1])
 
     def extract(self, url: str, members: Mapping[str, Path]) -> None:
-        """Write members of an official archive to their places; it is not downloaded where all are there already.
+        """Write members of an official archive to their paths; nothing is downloaded if all exist already.
 
         Raises:
             SourceError: the site refuses the archive or cannot be reached.
-            ValueError: it is damaged, or lacks one of them.
+            ValueError: it is damaged, or lacks a member.
         """
         if all(self.inside(path, self.downloads).is_file() for path in members.values()):
             return
@@ -90,27 +90,27 @@ class Build:
             raise ValueError(f"{archive} lacks {lacking[0]} ({len(lacking)} files in all); delete it and run again.")
 
     def inside(self, path: str | Path, *other: Path) -> Path:
-        """A path below the benchmark's folder (or one of the others): the data name files, and must not choose where.
+        """A path inside the benchmark's folder or one of `other`: the data must not name files elsewhere.
 
         Raises:
             ValueError: it leads out of them.
         """
-        target = Path(os.path.normpath(self.root / path))  # links of the user's own are followed
+        target = Path(os.path.normpath(self.root / path))  # the user's own links are followed
         if not any(target.is_relative_to(os.path.normpath(folder)) for folder in (self.root, *other)):
             raise ValueError(f"The data name the file {str(path)!r}, outside {self.root}; it is not written.")
         return target
 
     def write_image(self, path: str, cell: Mapping[str, Any] | None) -> None:
-        """Write a hub image (``{"bytes", "path"}``) under the benchmark's folder, byte for byte, unless it is there.
+        """Write a hub image (``{"bytes", "path"}``) into the benchmark's folder, byte for byte, unless it exists.
 
-        An image that does not decode is noted and left out.
+        An image that does not decode is recorded and left out.
         """
         target = self.inside(path)
         if path not in self.undecodable and not target.is_file() and (data := self.check_image(path, cell)):
             write_bytes(target, data)
 
     def check_image(self, name: str, cell: Mapping[str, Any] | None) -> bytes | None:
-        """The content of a hub image; one that does not decode is noted under `name`."""
+        """The content of a hub image; None if it does not decode, which is recorded under `name`."""
         data = (cell or {}).get("bytes")
         problem = image_problem(data) if data else "no image data"
         if problem:

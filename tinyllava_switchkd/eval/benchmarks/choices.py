@@ -1,4 +1,4 @@
-"""Which choice does a free text name? VLMEvalKit's exact matching, and a careful reader's answer beside it."""
+"""Finds the choice that a free text names: VLMEvalKit's exact matching, and a more careful reading."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ _LAST_WORDS = 4
 
 
 def match_exactly(text: str, options: Mapping[str, str]) -> str | None:
-    """VLMEvalKit's `can_infer` (e8e78f0, matching_util.py), as it is used without a judge model.
+    """VLMEvalKit's `can_infer` (e8e78f0, matching_util.py), as used without a judge model.
 
-    A letter that is alone among the words and one of the last four; else "answer is X", whatever the case and
-    whatever follows X; else the one option whose text is part of the answer, if the answer is not more than twice as
-    long as all options together.
+    In this order: the only letter among the words, if it is one of the last four words; "answer is X" in any case and
+    with anything after X; the one option whose text is part of the answer, if the answer is at most twice as long as
+    all options together.
 
     Args:
+        text: the answer.
         options: option texts by letter.
 
     Returns:
-        A letter, `REFUSED`, or None where nothing matches or more than one thing does.
+        A letter, `REFUSED`, or None if nothing or more than one thing matches.
     """
     return _match_letter(text, options) or _match_text(text, options)
 
@@ -62,13 +63,13 @@ def _match_text(text: str, options: Mapping[str, str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-# A capital that is no part of a word; Chinese characters may touch it ("选项D").
+# A capital that is not part of a word; Chinese characters may be adjacent ("选项D").
 _LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-H](?![A-Za-z0-9'’])")
 _SMALL_LETTER = re.compile(
     r"(?:\b(?:answer|option|choice|letter)(?:\s+is)?\s*:?\s*(?:option\s+)?\(?|^\(?)([a-h])(?:[).:,]|$)",
     re.MULTILINE | re.IGNORECASE,
 )
-# What comes before a choice that is ruled out: "Not B", "It is not A", "isn't (C)", "cannot be D", "不是B".
+# The text before a choice that is ruled out: "Not B", "It is not A", "isn't (C)", "cannot be D", "不是B".
 _DENIED = re.compile(
     r"(?:\bnot|n['’]t|\bcannot)(?:\s+(?:be|option|choice|answer|letter|the))*[\s(\"'*]*$|不是\W*$", re.IGNORECASE
 )
@@ -78,14 +79,15 @@ _EDGES = " \t\r\n.,:;!?*_`\"'()[]{}。、"
 
 
 def read_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter a person would read, or None where a person could not tell.
+    """The letter that a person would read, or None if a person could not tell.
 
-    Full-width forms are read as the plain ones, a letter in lower case that stands for itself is a letter, "A" before
-    a noun is an article, and a letter is found wherever it stands. An option's whole text goes before a letter in it.
-    A letter that is denied ("Not B") is no answer; what the model does say may stand beside it.
+    Full-width forms are read as plain ones, a single lower-case letter counts as a letter, "A" before a noun is an
+    article, and a letter is found anywhere. An option's whole text takes precedence over a letter in it. A denied
+    letter ("Not B") is not an answer, but another letter beside it may be.
 
     Args:
-        options: option texts by letter, "None" being one of them where it is one.
+        text: the answer.
+        options: option texts by letter, including an option "None" if there is one.
     """
     text = unicodedata.normalize("NFKC", text).strip()
     bare = text.strip(_EDGES)
@@ -110,7 +112,7 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     named = {letter: option for letter, option in plain.items() if option and _has_words(lowered, option)} or {
         letter: option for letter, option in plain.items() if option and option in lowered
     }
-    # "no parking" names "no", too; the longer option is what was said.
+    # "no parking" also contains "no"; the longer option is meant.
     longest = [a for a in named if not any(named[a] in named[b] and named[a] != named[b] for b in named)]
     return longest[0] if len(longest) == 1 else None
 
@@ -120,12 +122,12 @@ def _plain(option: str) -> str:
 
 
 def _has_words(text: str, words: str) -> bool:
-    """Whether the words are in the text and are not parts of longer (English) words."""
+    """Whether the words are in the text and not parts of longer (English) words."""
     return re.search(rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])", text) is not None
 
 
 def _is_article(match: re.Match[str], text: str) -> bool:
-    """Whether a capital A is the word "a": a word in lower case follows, and nothing says that a letter is meant."""
+    """Whether a capital A is the word "a": a lower-case word follows, and nothing around it announces a letter."""
     if match[0] != "A" or _BEFORE_LETTER.search(text[: match.start()]):
         return False
     rest = text[match.end() :]

@@ -1,4 +1,4 @@
-"""Reading benchmark files: every defect is one sentence that names the file and the line."""
+"""Reads benchmark files; the error for a defect is one sentence that names the file and the line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
 
 
 def need_file(data_dir: str | Path, names: Sequence[str], what: str, benchmark: str) -> Path:
-    """The first of `names` (relative to `data_dir`) that is a file of the benchmark; `what` is for the message.
+    """As `find_file`, but a missing file is an error; `what` is for the message.
 
     Raises:
         FileNotFoundError: there is none.
@@ -29,7 +29,7 @@ def need_file(data_dir: str | Path, names: Sequence[str], what: str, benchmark: 
 
 
 def missing_file(data_dir: str | Path, names: Sequence[str], what: str, benchmark: str) -> FileNotFoundError:
-    """The error that says which file is expected where, and the remedy."""
+    """The error for a missing file: which file is expected where, and the remedy."""
     lacking = f"No {what} in {data_dir}: expected {' or '.join(names)}."
     if not Path(data_dir).is_dir():
         lacking = f"The data folder {data_dir} does not exist."
@@ -37,19 +37,19 @@ def missing_file(data_dir: str | Path, names: Sequence[str], what: str, benchmar
 
 
 def prepare_hint(benchmark: str) -> str:
-    """The remedy for absent data."""
+    """The remedy for missing data."""
     return f"Build it with `python -m tinyllava_switchkd.eval.prepare {benchmark}`"
 
 
 def sentence_of(error: Exception) -> str:
-    """What to tell the user: an error of the operating system without its number, anything else in its own words."""
+    """An error's text for the user; that of the operating system is given without its number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
 
 
 def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, JsonObject]]:
-    """Objects of a JSON-lines file, each with its place ("FILE, line N"); empty lines are skipped.
+    """Objects of a JSON-lines file, each with its position ("FILE, line N"); empty lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
@@ -72,11 +72,11 @@ def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, J
 
 
 def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Rows of a tab-separated table with a header, each with its place; cells are strings, quoted as pandas quotes.
+    """Rows of a tab-separated table with a header, each with its position; cells are strings, quoted as by pandas.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a required column is not there, or a row has more or fewer cells than the header.
+        ValueError: a required column is missing, or a row has more or fewer cells than the header.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,32 +103,32 @@ def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[
 
 
 def picture_path(folder: Path, name: str, where: str) -> Path:
-    """Where the picture lies that a question names: in the folder of pictures, since question files are often others'.
+    """Path of the picture that a question names. It must be in the folder, since question files are often from others.
 
     Raises:
         ValueError: the name leads out of the folder.
     """
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{where}: the picture {name!r} lies outside {folder}, from which alone pictures are read.")
+        raise ValueError(f"{where}: the picture {name!r} lies outside {folder}; pictures are only read from there.")
     return folder / name
 
 
 _KINDS = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
 
 ID = (str, int)
-"""What a question's id may be."""
+"""The types of a question's id."""
 
 
 def require(row: object, keys: Sequence[str] | Mapping[str, type | tuple[type, ...]], where: str) -> None:
-    """Check that an object has its keys, and that their values are of the right kind.
+    """Check that an object has the given keys, with values of the right type.
 
     Args:
         row: the object.
         keys: names, or names with the type (or types) of their values.
-        where: file and place, for the message.
+        where: file and position, for the message.
 
     Raises:
-        ValueError: the row is no object, a key is absent, or a value is of another kind.
+        ValueError: the row is not an object, a key is missing, or a value has another type.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
@@ -149,5 +149,5 @@ def _shown(value: object) -> str:
 
 
 def write_upload(path: str | Path, data: object) -> None:
-    """Write a server's JSON file, byte for byte as the official converters write it."""
+    """Write a server's JSON file, byte for byte as the official converters do."""
     write_text(path, json.dumps(data, allow_nan=False))

@@ -39,9 +39,9 @@ _NO_STEP = ("exist", "query: name", "choose name")  # official eval.py: operatio
 class GQA(QuestionFileBenchmark):
     """GQA in LLaVA's layout: `data/testdev_balanced_questions.json` is the official file.
 
-    The prediction is the text in lower case without full stops at its end (LLaVA, convert_gqa_for_eval.py), and right
-    if it equals the answer (official eval.py). That script's validity and plausibility need files that testdev does
-    not have, and are left out.
+    The prediction is the text in lower case without full stops at its end (LLaVA, convert_gqa_for_eval.py). It is right
+    if it equals the answer (official eval.py). That script's validity and plausibility are left out, because they need
+    files that testdev does not have.
     """
 
     name, title, folder = "gqa", "GQA", "gqa"
@@ -154,7 +154,7 @@ class GQA(QuestionFileBenchmark):
 
 
 def prediction(text: str) -> str:
-    """What is compared with the answer: lower case, no full stops at the end (all of them, and nothing else)."""
+    """The text that is compared with the answer: in lower case, without any full stops at the end."""
     return text.rstrip(".").lower()
 
 
@@ -167,7 +167,7 @@ def _list_of(row: JsonObject, key: str, where: str) -> list:
 
 
 def _steps(question: JsonObject) -> int:
-    """Reasoning steps: operations but for the last, "querying" one."""
+    """Number of reasoning steps: operations except the last, "querying" one."""
     operations = (f"{step.get('operation')}: {step.get('argument')}" for step in question.get("semantic") or ())
     return sum(not any(mark in operation for mark in _NO_STEP) for operation in operations)
 

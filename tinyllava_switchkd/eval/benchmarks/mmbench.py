@@ -54,11 +54,11 @@ L2_CATEGORIES = {
 }
 """Names in the table -> names in MMBench's and VLMEvalKit's reports."""
 
-# What pandas takes for a missing value, hence what VLMEvalKit and LLaVA's converter do not see (pandas >= 2.0).
+# Texts that pandas (>= 2.0) reads as missing values, so VLMEvalKit and LLaVA's converter do not see them.
 _PANDAS_MISSING = frozenset(
     ["", "NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null", "None", "nan", "NaN", "-nan", "-NaN"]
 ) | {"1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
-# What is missing indeed: an empty cell, or the "nan" that the Hugging Face copies have in its place.
+# Truly missing: an empty cell, or the "nan" that the Hugging Face copies have instead.
 _MISSING = frozenset({"", "nan"})
 
 OFFICIAL_URL = "https://download.openmmlab.com/mmclassification/datasets/mmbench/"
@@ -74,16 +74,17 @@ Row = JsonObject
 
 
 class _MMBench(Benchmark):
-    """What the two languages share.
+    """The part that both languages share.
 
     The headline is CircularEval (a question counts if every rotation in the table is right) with VLMEvalKit's exact
-    matching, which leaves unread what it cannot match. Beside it stands the same score as a careful reader would give
-    it (`circular_human_reading`), with the questions on which the two differ.
+    matching, which leaves answers unread that it cannot match. The details also have the score that a careful reader
+    would give (`circular_human_reading`), and the questions on which the two differ.
 
-    An option whose text is "None" is an option, for the prompt and for the matching. LLaVA and VLMEvalKit read their
-    tables with pandas, which takes the word for a missing cell: LLaVA's prompt stops before it, VLMEvalKit's matching
-    does not know its letter. ``--prompt_protocol llava`` asks and matches so; answers that were asked so elsewhere
-    are told by their `option_char`, and matched so. `options_named_none` counts the questions that this is about.
+    An option with the text "None" is an option in the prompt and in the matching. LLaVA and VLMEvalKit read their
+    tables with pandas, which reads this word as a missing cell: LLaVA's prompt stops before it, and VLMEvalKit's
+    matching does not know its letter. ``--prompt_protocol llava`` asks and matches this way. Answers from elsewhere
+    that were asked this way are recognised by their `option_char` and matched this way. `options_named_none` counts the
+    questions with such an option.
     """
 
     metric = "circular"
@@ -93,7 +94,7 @@ class _MMBench(Benchmark):
     options = (
         Option(
             "prompt_protocol",
-            'MMBench: full asks an option whose text is "None"; llava stops before it, as LLaVA does',
+            'MMBench: full shows an option with the text "None"; llava stops before it, as LLaVA does',
             ("full", "llava"),
         ),
     )
@@ -113,11 +114,11 @@ class _MMBench(Benchmark):
         return next(iter(self._tables(data_dir, split)))[0]
 
     def questions(self, data_dir: str | Path, split: str | None = None) -> Iterator[Question]:
-        pictures: dict[str, bytes] = {}  # the rotations of a question repeat its picture: keep it once
+        pictures: dict[str, bytes] = {}  # the rotations of a question share one copy of its picture
         table, *others = self._tables(data_dir, split).values()
         if others:
             names = ", ".join(other.name for other in others)
-            logger.info("%s is asked from %s; %s is there, too (--split chooses).", self.title, table.name, names)
+            logger.info("%s is asked from %s; there is also %s (--split chooses).", self.title, table.name, names)
         rows = self._rows(table)
         encoded = _pictures(rows)
         for row in rows:
@@ -180,9 +181,9 @@ class _MMBench(Benchmark):
     def write_submission(
         self, data_dir: str | Path, answers: Sequence[Answer], path: str | Path, allow_missing: bool = False
     ) -> None:
-        """Write the upload table (LLaVA, convert_mmbench_for_submission.py): the raw texts in a column `prediction`.
+        """Write the upload table (LLaVA, convert_mmbench_for_submission.py), with the raw texts as `prediction`.
 
-        A cell that pandas would not see ("None", "NA") stays empty, as the server's tables have it.
+        A cell that pandas reads as missing ("None", "NA") is empty, as in the server's tables.
 
         Raises:
             ValueError: answers are missing, or the path does not end in ".xlsx".
@@ -202,7 +203,7 @@ class _MMBench(Benchmark):
         write_xlsx(path, columns, rows)
 
     def _tables(self, data_dir: str | Path, split: str | None = None) -> dict[tuple[str, str], Path]:
-        """The known tables that are there, letter case aside, by (split, name): dev before test, the paper's first."""
+        """The known tables that exist (ignoring case), by (split, name): dev before test, the paper's first."""
         if split is not None and split not in self.tables:
             raise ValueError(f"{self.title} has no split {split!r}, only {', '.join(self.tables)}.")
         known = [(key, name) for key, names in self.tables.items() if split in (None, key) for name in names]
@@ -216,9 +217,9 @@ class _MMBench(Benchmark):
     def _joined(
         self, data_dir: str | Path, answers: Sequence[Answer]
     ) -> tuple[tuple[str, Path], list[Row], dict[Hashable, Answer]]:
-        """The table that the answers belong to with its split, its rows, and the answers by index.
+        """The table of the answers with its split, its rows, and the answers by index.
 
-        Of several tables it is the one that has all the answered questions; of several such ones of a split the first.
+        If there are several tables, it is the first that has all the answered questions.
 
         Raises:
             ValueError: there is none, or the answers fit tables of both splits.
@@ -229,17 +230,17 @@ class _MMBench(Benchmark):
         if len(tables) > 1:
             asked = {answer.question_id for answer in answers}
             fitting = [key for key in tables if asked <= {str(row["index"]) for row in rows[key]}]
-            if len({split for split, _ in fitting}) > 1:  # a complete run tells them apart
+            if len({split for split, _ in fitting}) > 1:  # the number of answers of a complete run decides
                 fitting = [key for key in fitting if len(rows[key]) == len(asked)] or fitting
             if len({split for split, _ in fitting}) > 1:
                 names = " and ".join(tables[key].name for key in fitting)
-                raise ValueError(f"The answers fit {names} in {data_dir}; say which with --split.")
+                raise ValueError(f"The answers fit {names} in {data_dir}; choose one with --split.")
         chosen = (fitting or list(tables))[0]
         path, table = tables[chosen], rows[chosen]
         return (chosen[0], path), table, join(answers, {str(row["index"]) for row in table}, path)
 
     def _rows(self, path: Path) -> list[Row]:
-        """The table, `index` as an integer."""
+        """The table's rows, with `index` as an integer."""
         rows: list[Row] = []
         seen: set[int] = set()
         for where, cells in read_tsv(path, ("index", "question", "A", "B", "image")):
@@ -248,7 +249,7 @@ class _MMBench(Benchmark):
             except ValueError:
                 raise ValueError(f"{where}: the index {cells['index']!r} is not an integer.") from None
             if index in seen:
-                raise ValueError(f"{where}: the index {index} is there already.")
+                raise ValueError(f"{where}: the index {index} occurs twice.")
             seen.add(index)
             rows.append({**cells, "index": index})
         if not rows:
@@ -256,7 +257,7 @@ class _MMBench(Benchmark):
         return rows
 
     def _judge(self, row: Row, answer: Answer | None, split: str) -> Row:
-        """Both readings of one row's answer; the split is the table's, for rows that do not name theirs."""
+        """Both readings of one row's answer. `split` is the table's, for rows that do not name their own."""
         options = options_of(row, _MISSING)
         named_none = before_none(options) != options
         shown = options
@@ -301,7 +302,7 @@ class _MMBench(Benchmark):
 
     @property
     def file_name(self) -> str:
-        """OpenMMLab's table, which LLaVA and the paper use; VLMEvalKit's name for it comes after it in `tables`."""
+        """OpenMMLab's table, which LLaVA and the paper use; the next name in `tables` is VLMEvalKit's for it."""
         return self.tables["dev"][0]
 
     def files(self, split: str) -> list[ExpectedFile]:
@@ -309,7 +310,7 @@ class _MMBench(Benchmark):
 
     def from_official(self, build: Build) -> None:
         path = build.official(OFFICIAL_URL + self.file_name)
-        read_tsv(path, ("index", "question", "A", "B", "answer", "image"))  # refuse an error page under its name
+        read_tsv(path, ("index", "question", "A", "B", "answer", "image"))  # refuse an error page
         with open(path, "rb") as source, atomic_file(build.root / self.file_name) as target:
             shutil.copyfileobj(source, target)
 
@@ -342,15 +343,15 @@ class _MMBench(Benchmark):
             text.detach()
         if recovered:
             logger.warning(
-                "%s: the hub's copy lost the text of %d options that read like missing values; they are written as "
-                "'None'. The official file (--source official) has them as they were.",
+                "%s: the hub's copy lost the text of %d options that look like missing values; they are written as "
+                "'None'. The official file (--source official) has the original texts.",
                 self.title,
                 recovered,
             )
 
 
 def _tables(*names: str) -> dict[str, tuple[str, ...]]:
-    """File names of both splits' tables."""
+    """Split -> file names of its tables."""
     return {split: tuple(name.format(split, split.upper()) for name in names) for split in ("dev", "test")}
 
 
@@ -386,7 +387,7 @@ class MMBenchCN(_MMBench):
 
 
 def _groups(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    """The rotations of each question; as in VLMEvalKit, a copy whose original is not in the table counts nowhere."""
+    """The rotations of each question. As in VLMEvalKit, copies without their original in the table do not count."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
@@ -399,7 +400,7 @@ def options_of(row: Mapping[str, str], missing: frozenset[str]) -> dict[str, str
 
 
 def before_none(options: Mapping[str, str]) -> dict[str, str]:
-    """The choices that LLaVA shows: those before the first that pandas takes for a missing cell."""
+    """The choices that LLaVA shows: those before the first that pandas reads as a missing cell."""
     shown = {}
     for letter, option in options.items():
         if option in _PANDAS_MISSING:
@@ -409,12 +410,12 @@ def before_none(options: Mapping[str, str]) -> dict[str, str]:
 
 
 def _asked_without(answer: Answer | None, options: Mapping[str, str]) -> bool:
-    """Whether the answer's row says that a choice was not shown."""
+    """Whether a choice was not shown, according to the answer's row."""
     return answer is not None and answer.letters is not None and not set(options) <= set(answer.letters)
 
 
 def _pictures(table: Sequence[Row]) -> dict[int, str]:
-    """Each row's picture in base64; a short cell is the index of the row that has it (VLMEvalKit's tables)."""
+    """Each row's picture in base64; in VLMEvalKit's tables a short cell is the index of the row with the picture."""
     cells = {row["index"]: row["image"] for row in table}
     return {
         index: cells[int(cell)] if len(cell) <= 64 and cell.isdigit() and int(cell) in cells else cell
@@ -423,12 +424,12 @@ def _pictures(table: Sequence[Row]) -> dict[int, str]:
 
 
 def _present(text: str | None) -> str:
-    """The hub's copies went through pandas, which turned empty cells and the words None, NA, null into "nan"."""
+    """A cell of the hub's copy, in which pandas turned empty cells and the words None, NA and null into "nan"."""
     return "" if text is None or text == "nan" else text
 
 
 def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table with a header row; strings stay strings, and control characters, which xlsx forbids, go.
+    """Write a table with a header row. Strings stay strings, without the control characters that xlsx forbids.
 
     Raises:
         ImportError: openpyxl is not installed.
@@ -445,6 +446,6 @@ def write_xlsx(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence
         sheet.append([ILLEGAL_CHARACTERS_RE.sub("", cell) or None if isinstance(cell, str) else cell for cell in cells])
         for cell in sheet[number]:
             if isinstance(cell.value, str):
-                cell.data_type = "s"  # an answer that starts with "=" is no formula
+                cell.data_type = "s"  # an answer that starts with "=" is not a formula
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     book.save(path)

@@ -42,7 +42,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 RELEASE = "MME_Benchmark_release_version"
 IN_FOLDERS = frozenset({"artwork", "celebrity", "landmark", "posters", "scene"})
-"""Subtasks whose release keeps `images/` and `questions_answers_YN/` apart; the hub's ids are flat for all."""
+"""Subtasks with subfolders `images/` and `questions_answers_YN/` in the release; the hub's ids are flat for all."""
 _ASK = "Please answer yes or no."
 _YES_NO = {"yes": "yes", "no": "no"}
 
@@ -51,8 +51,8 @@ _YES_NO = {"yes": "yes", "no": "no"}
 class MME(QuestionFileBenchmark):
     """MME as released, under `MME_Benchmark_release_version`; the headline is perception / 20 (2000 -> 100).
 
-    The official scorer pairs *consecutive lines*, so that a reordered or merged file is scored wrongly without a word.
-    Here a pair is the questions about one picture, found by (subtask, picture, question).
+    The official scorer pairs *consecutive lines*, so it silently misjudges a reordered or merged file. Here a pair is
+    the questions about one picture, found by (subtask, picture, question).
     """
 
     name, title, folder = "mme", "MME", "MME"
@@ -108,7 +108,7 @@ class MME(QuestionFileBenchmark):
         )
 
     def _hundredth(self, subtasks: int) -> int:
-        """A hundredth of the perception to be had, which is 2,000; of a part that was asked, by its own subtasks."""
+        """A hundredth of the highest perception score: 2,000, or 200 per subtask if only a part was asked."""
         return 20 if self.asked is None else 2 * subtasks
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple[Hashable, Hashable, dict[str, float]]]:
@@ -135,7 +135,7 @@ class MME(QuestionFileBenchmark):
         return [ExpectedFile("llava_mme.jsonl", (2_374,))]
 
     def images(self, root: Path, split: str) -> Iterable[str]:
-        """Images, and beside each the text file with its two questions and answers."""
+        """Images, each with the text file of its two questions and answers."""
         for image in super().images(root, split):
             yield image
             yield answer_file(image)
@@ -167,9 +167,9 @@ class MME(QuestionFileBenchmark):
 
     @staticmethod
     def _key(answer: Answer, truth: Mapping[tuple[str, str, str], str]) -> tuple[str, str, str]:
-        """Subtask, picture and question of an answer, as LLaVA's convert_answer_to_mme.py finds them.
+        """Subtask, picture and question of an answer, as in LLaVA's convert_answer_to_mme.py.
 
-        The release has two spaces before "Please" in some lines, which the converter tries second.
+        Some lines of the release have two spaces before "Please"; like the converter, this tries one space first.
 
         Raises:
             ValueError: the answer has no prompt.
@@ -196,31 +196,31 @@ def read_truth(folder: Path) -> dict[tuple[str, str, str], str]:
     """
     truth: dict[tuple[str, str, str], str] = {}
     for subtask in PERCEPTION + COGNITION:
-        # Some subtasks keep their pictures and their texts in folders of their own.
+        # Some subtasks have subfolders for pictures and texts.
         own = folder / subtask / "questions_answers_YN"
         for path in sorted((own if own.is_dir() else folder / subtask).glob("*.txt")):
             for question, expected in read_pairs(path):
                 key = subtask, path.stem.split(".")[0], question
                 if key in truth:
-                    raise ValueError(f"{path}: the question {question!r} is there twice.")
+                    raise ValueError(f"{path}: the question {question!r} occurs twice.")
                 truth[key] = expected
     if not truth:
         raise FileNotFoundError(
             f"No MME ground truth in {folder}: expected <subtask>/<picture>.txt. "
-            f"The release is given on request by its authors; unpack it there."
+            f"Ask its authors for the release and unpack it there."
         )
     return truth
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """The questions about a picture, and their answers, "yes" or "no".
+    """The questions about a picture with their answers, "yes" or "no".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is not "question<TAB>Yes|No".
     """
     if not path.is_file():
-        raise FileNotFoundError(f"MME's release lacks {path}, the questions on an image; unpack it again.")
+        raise FileNotFoundError(f"MME's release lacks {path}, the questions about an image; unpack it again.")
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             question, tab, expected = line.strip().partition("\t")
@@ -230,13 +230,13 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_yes_no(text: str) -> str:
-    """What the first four characters contain, "yes" before "no", or "other" (official calculation.py)."""
+    """Return "yes" or else "no" if the first four characters contain it, or "other" (official calculation.py)."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def score_subtask(rows: Sequence[JsonObject]) -> dict[str, float | int]:
-    """A subtask's figures: `acc` counts questions, `acc_plus` pictures with all questions right, `score` is the sum."""
+    """A subtask's figures: `acc` is over questions, `acc_plus` over pictures (all right), and `score` is their sum."""
     pictures: dict[str, list[bool]] = defaultdict(list)
     confusion: Counter[str] = Counter()
     for row in rows:
@@ -257,7 +257,7 @@ def score_subtask(rows: Sequence[JsonObject]) -> dict[str, float | int]:
 
 
 def answer_file(image: str) -> str:
-    """Where the release keeps an image's questions: ``a/1.jpg`` -> ``a/1.txt``, with folders of their own if any."""
+    """The release's file with an image's questions: ``a/1.jpg`` -> ``a/1.txt``, or in the subtask's subfolder."""
     stem = image.rsplit(".", 1)[0]
     return f"{stem.replace('/images/', '/questions_answers_YN/')}.txt"
 

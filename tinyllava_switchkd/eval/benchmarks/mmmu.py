@@ -70,9 +70,9 @@ MULTIPLE_CHOICE = "multiple-choice"
 class MMMU(Benchmark):
     """MMMU's validation set in TinyLLaVA's layout: `anns_for_eval.json`, `eval/answer_dict_val.json`, `all_images/`.
 
-    A question about several pictures is asked with the first one, as the authors do for LLaVA; `multi_image` chooses
-    otherwise. Where the official parser reads no choice it draws one at random; here the draw depends on the
-    question's id alone and is counted.
+    A question about several pictures is asked with the first one, as the authors do for LLaVA, unless `multi_image`
+    says otherwise. If the official parser finds no choice, it draws one at random; here the draw depends only on the
+    question's id, and is counted.
     """
 
     name, title, folder = "mmmu", "MMMU", "MMMU"
@@ -82,8 +82,8 @@ class MMMU(Benchmark):
     options = (
         Option(
             "multi_image",
-            "MMMU: what a question about several pictures is asked with: the first one (LLaVA), all of them, or not at "
-            "all (TinyLLaVA: the choice is drawn)",
+            "MMMU: ask a question about several pictures with the first one (LLaVA) or all of them, or skip it "
+            "(TinyLLaVA: the choice is drawn)",
             ("first", "all", "skip"),
         ),
     )
@@ -105,7 +105,7 @@ class MMMU(Benchmark):
             if len(paths) > 1 and self.settings["multi_image"] == "all":
                 yield Question(identifier, sample["prompt"], paths)
             else:
-                # TinyLLaVA's file gives only the paths of several pictures, and the first counts if it is there.
+                # For several pictures TinyLLaVA's file has only paths; the first is used if it exists.
                 there = paths and (sample.get("image") is not None or paths[0].is_file())
                 yield Question(identifier, sample["prompt"], paths[0] if there else None)
 
@@ -174,14 +174,14 @@ class MMMU(Benchmark):
         write_upload(path, predictions)
 
     def _skips(self, sample: JsonObject) -> bool:
-        """Whether a question is not asked, because it is about several pictures (then TinyLLaVA names no `image`)."""
+        """Whether a question is skipped because it has several pictures (TinyLLaVA's file then has no `image`)."""
         several = isinstance(sample.get("img_path"), list) or sample.get("image") is None
         return self.settings["multi_image"] == "skip" and several
 
     def _scored(self, samples: Mapping[str, dict]) -> dict[str, dict]:
-        """What enters the score: the questions asked, and those that were skipped, whose answers are drawn.
+        """The questions in the score: those asked, and the skipped ones, whose answers are drawn.
 
-        With ``--limit`` only those are drawn that stand before the last question asked.
+        With ``--limit``, only skipped questions before the last asked one are included.
         """
         asked = self.asked_of(samples)
         if self.settings["multi_image"] != "skip" or self.asked is None:
@@ -208,7 +208,7 @@ class MMMU(Benchmark):
         return samples, path
 
     def _truths(self, data_dir: str | Path, samples: Mapping[str, dict], path: Path) -> dict[str, str | list[str]]:
-        """The right answers: from the official answer dictionary, else from the question file itself."""
+        """The right answers, from the official answer dictionary if it exists, else from the question file."""
         official = find_file(data_dir, (ANSWER_FILE, "answer_dict_val.json"))
         if official is None:
             for identifier, sample in samples.items():
@@ -251,7 +251,7 @@ class MMMU(Benchmark):
 
 
 def question_of(row: JsonObject) -> JsonObject:
-    """The text part of one entry of ``anns_for_eval.json``; prompts as MMMU's ``llava1.5.yaml`` builds them.
+    """The text part of one entry of ``anns_for_eval.json``, with the prompt of MMMU's ``llava1.5.yaml``.
 
     Raises:
         ValueError: the options are not a list.
@@ -272,7 +272,7 @@ def question_of(row: JsonObject) -> JsonObject:
 
 
 def _listed(text: str) -> object:
-    """Lists are stored as text (``"['24/7', '3.429']"``); anything else is itself."""
+    """The list that a text represents (``"['24/7', '3.429']"``); any other text is returned unchanged."""
     if not (text.startswith("[") and text.endswith("]")):
         return text
     try:
@@ -283,7 +283,7 @@ def _listed(text: str) -> object:
 
 
 def pictures_of(sample: JsonObject, where: str) -> tuple[str, ...]:
-    """File names of a question's pictures: `img_path` has them all, `image` the one of a question with one."""
+    """File names of a question's pictures: `img_path` has all of several, `image` a single one."""
     listed = sample.get("img_path")
     if isinstance(listed, list) and listed:
         return tuple(map(str, listed))
@@ -294,20 +294,20 @@ def pictures_of(sample: JsonObject, where: str) -> tuple[str, ...]:
 
 
 def subject_of(identifier: str) -> str:
-    """Subject in an id: "validation_Art_Theory_1" -> "Art_Theory"."""
+    """The subject in an id: "validation_Art_Theory_1" -> "Art_Theory"."""
     return "_".join(identifier.split("_")[1:-1])
 
 
 def draw(identifier: str, choices: Sequence[str]) -> str:
-    """A choice at random that depends on the question alone: the same on every machine, in every order."""
+    """A random choice that depends only on the question's id, so it is the same on every machine and in any order."""
     return choices[int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % len(choices)]
 
 
 def read_choice(response: str, choices: Sequence[str], texts: Mapping[str, str]) -> str | None:
-    """The chosen letter, or None where the official parser would draw (MMMU eval_utils.py).
+    """The chosen letter, or None if the official parser would draw (MMMU eval_utils.py).
 
-    "(B)" anywhere; else " B " as a word, punctuation at the response's ends aside; else, in more than five words, a
-    choice's text. Of several the last one counts.
+    It looks for "(B)" anywhere; else for " B " as a word, ignoring punctuation at the response's ends; else, in more
+    than five words, for a choice's text. Of several matches the last counts.
     """
     for mark in ",.!?;:'":
         response = response.strip(mark)
@@ -337,12 +337,12 @@ def read_open(response: str) -> list[str | float]:
 
 
 def _key_parts(response: str) -> list[str]:
-    """For each line the shortest tail after a word that announces an answer; the whole response if there is none."""
+    """For each line, the shortest tail after a word that announces an answer; the whole response if there is none."""
     response = response.strip().strip(".").lower()
     lines = _SENTENCE_END.split(response)
     parts = []
     for number, line in enumerate(lines):
-        # An equation counts in the last line only.
+        # "=" only counts in the last line.
         indicators = _INDICATORS + (("=",) if number == len(lines) - 1 else ())
         tails = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
         tail = _shortest(tails)
@@ -352,7 +352,7 @@ def _key_parts(response: str) -> list[str]:
 
 
 def _shortest(tails: Sequence[str]) -> str:
-    """The first of the shortest; an empty tail is replaced by whatever comes next, as in the official loop."""
+    """The first of the shortest; as in the official loop, any tail replaces an empty one before it."""
     best = ""
     for tail in tails:
         if not best or len(tail) < len(best):
@@ -361,7 +361,7 @@ def _shortest(tails: Sequence[str]) -> str:
 
 
 def normalise(text: str) -> list[str | float]:
-    """A number rounded to two decimals, or the text in lower case; a lone letter is padded against chance matches."""
+    """A number rounded to two decimals, or the text in lower case. A single letter is padded against chance matches."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -1,4 +1,4 @@
-"""POPE: does the model see objects that are not there? Yes/no questions in three categories."""
+"""POPE: does the model see objects that are not in the picture? Yes/no questions in three categories."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ POPE_URL = "https://raw.githubusercontent.com/AoiDragon/POPE/e3e39262c85a6a83f26
 
 @register_benchmark("pope")
 class POPE(QuestionFileBenchmark):
-    """POPE in LLaVA's layout; the headline is the mean of the three F1 scores, the mean accuracy stands beside it.
+    """POPE in LLaVA's layout; the headline is the mean of the three F1 scores, and the mean accuracy is in the details.
 
-    LLaVA's scorer matches answers with labels *by position*, so that its 2,910-row "random" question file against the
-    newer 3,000-row labels is scored wrongly without a word. Here a label is found by (category, image, question).
+    LLaVA's scorer matches answers with labels *by position*, so it silently misjudges its 2,910-row "random" question
+    file with the newer 3,000-row labels. Here a label is found by (category, image, question).
     """
 
     name, title, folder = "pope", "POPE", "pope"
@@ -47,7 +47,7 @@ class POPE(QuestionFileBenchmark):
     question_files = {"test": ("llava_pope_test.jsonl",)}  # noqa: RUF012
     image_folders = {"test": ("val2014",)}  # noqa: RUF012
     repos = ("lmms-lab-encoder/POPE", "lmms-lab/POPE")
-    sources = ("official", "hf")  # labels of LLaVA's commit with the hub's images, or everything of the hub
+    sources = ("official", "hf")  # labels of LLaVA's commit with the hub's images, or everything from the hub
     prepared_splits = ("test",)
     by_hand = f"coco_pope_*.json from {POPE_URL} to coco/, COCO's val2014.zip to val2014/"
 
@@ -63,7 +63,7 @@ class POPE(QuestionFileBenchmark):
                     f"the question file and the labels are of different versions of POPE."
                 )
             if str(row["question_id"]) in questions:
-                raise ValueError(f"{where}: the question id {row['question_id']!r} is there already.")
+                raise ValueError(f"{where}: the question id {row['question_id']!r} occurs twice.")
             questions[str(row["question_id"])] = key
         joined = join(answers, questions, self.question_file(data_dir)[1])
         questions = self.asked_of(questions)
@@ -118,7 +118,7 @@ class POPE(QuestionFileBenchmark):
                     raise ValueError(f"{where}: the label is {row['label']!r}, neither 'yes' nor 'no'.")
                 key = category, row["image"], strip_suffix(row["text"])
                 if labels.setdefault(key, row["label"]) != row["label"]:
-                    raise ValueError(f"{where}: the question {row['text']!r} has another label further up.")
+                    raise ValueError(f"{where}: the question {row['text']!r} has another label in an earlier line.")
         if not labels:
             raise missing_file(data_dir, names, "POPE labels", self.name)
         return labels
@@ -164,7 +164,7 @@ class POPE(QuestionFileBenchmark):
             write_jsonl(build.root / "coco" / f"coco_pope_{name}.json", rows)
         everything = [(row, name) for name, rows in labels.items() for row in rows]
         lines = (
-            # Ids restart in every category file; LLaVA numbers the questions through.
+            # Ids restart in every category file; LLaVA numbers all questions consecutively.
             question_line(number, row["image"], f"{row['text']}\n{SINGLE_WORD_SUFFIX}", name)
             for number, (row, name) in enumerate(everything, start=1)
         )
@@ -172,25 +172,25 @@ class POPE(QuestionFileBenchmark):
 
 
 def _coco_file(name: str) -> str:
-    """The hub leaves the ending out."""
+    """The file name of an image; the hub omits the suffix."""
     return f"{name.removesuffix('.jpg')}.jpg"
 
 
 def _words(text: str) -> list[str]:
-    """Words of the first sentence, split at single spaces as the official scorer splits."""
+    """Words of the first sentence, split at single spaces as in the official scorer."""
     return text.split(".")[0].replace(",", "").split(" ")
 
 
 def read_yes_no(text: str) -> str:
-    """The answer "no" if the first sentence has the word No, no or not, else "yes" (LLaVA eval_pope.py = official).
+    """Return "no" if the first sentence has the word No, no or not, else "yes" (LLaVA eval_pope.py = official).
 
-    So everything else is a yes: "", "NO", "Nope", "No!" and "No\\nIt ..." included.
+    So everything else is a yes, including "", "NO", "Nope", "No!" and "No\\nIt ...".
     """
     return "no" if {"No", "no", "not"} & set(_words(text)) else "yes"
 
 
 def is_fallback(text: str) -> bool:
-    """Whether the answer is a yes only because it is no recognised no."""
+    """Whether the answer is a yes only because it is not a recognised no."""
     words = {word.strip("!?;:\"'()").lower() for part in _words(text) for word in part.split()}
     return read_yes_no(text) == "yes" and "yes" not in words
 
@@ -209,7 +209,7 @@ def _f1(sums: Sums, category: str) -> Figure:
 
 
 def score_category(rows: Sequence[JsonObject]) -> dict[str, float | int]:
-    """Figures of a category, "yes" being positive; a question without an answer is wrong, whatever its label."""
+    """Figures of a category, with "yes" as the positive class; a question without an answer is always wrong."""
     confusion = Counter(map(_cell, rows))
     tp, fp, tn, fn = (confusion[cell] for cell in ("TP", "FP", "TN", "FN"))
     given = [row["parsed"] for row in rows if row["parsed"] is not None]
@@ -225,7 +225,7 @@ def score_category(rows: Sequence[JsonObject]) -> dict[str, float | int]:
 
 
 def _ratio(part: int, whole: int) -> float:
-    """On 0-100; 0 of nothing, where the official script divides by zero."""
+    """On 0-100; 0 if `whole` is 0, for which the official script divides by zero."""
     return 100.0 * part / whole if whole else 0.0
 
 

@@ -1,4 +1,4 @@
-"""ScienceQA: school questions with choices, half of them about a picture; the headline is over those."""
+"""ScienceQA: school questions with choices, half of them about a picture; the headline covers only those."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _KEPT = (
 LETTERS = "ABCDE"
 FAILED = "FAILED"
 
-# The last character is any character, and must be there: "The answer is B" fails, "The answer is Boston." is B.
+# The last character is required but may be anything: "The answer is B" fails, "The answer is Boston." is B.
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _IMAGE_TOKEN = "<image>"
 
@@ -49,17 +49,17 @@ _IMAGE_TOKEN = "<image>"
 class ScienceQA(Benchmark):
     """ScienceQA's test split in LLaVA's layout (`problems.json`, `pid_splits.json`, `llava_test_CQM-A.json`).
 
-    Whether a question counts as an image question is read from the problem, not from the answer's prompt, so that a
-    missing answer stays in the denominator.
+    The problem decides whether a question is an image question, not the answer's prompt, so a missing answer stays in
+    the denominator.
     """
 
     name, title, folder = "scienceqa", "ScienceQA-IMG", "scienceqa"
     column = "SciQA"
     metric = "image_accuracy"
     max_new_tokens = 1024
-    options = (Option("image_only", "ScienceQA: ask only the questions that have a picture, which make the headline"),)
+    options = (Option("image_only", "ScienceQA: ask only the questions with a picture, which make up the headline"),)
     repos = ("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA")
-    sources = ("official", "hf")  # the authors' files carry the question ids; the hub's copy has none
+    sources = ("official", "hf")  # only the authors' files have the question ids
     prepared_splits = ("test",)
     by_hand = f"{SCIENCEQA_URL}problems.json, {SCIENCEQA_URL}pid_splits.json, {SCIENCEQA_IMAGES_URL} (to images/test/)"
 
@@ -95,7 +95,7 @@ class ScienceQA(Benchmark):
             unread = parsed == FAILED
             if answer is not None and unread:
                 parsed = self.read_by_judge(answer, dict(zip(LETTERS, problem["choices"], strict=False))) or FAILED
-            # A letter beyond the choices is none of them; the truth is always one of them.
+            # A letter beyond the choices is wrong, since the truth is always one of them.
             row = {"question_id": key, "question": problem.get("question"), **said(answer), "parsed": parsed}
             row |= {"truth": truth, "correct": parsed == truth, "unread": unread}
             rows.append(row | {"image": problem.get("image") is not None})
@@ -172,8 +172,8 @@ class ScienceQA(Benchmark):
 def sample(pid: str, problem: JsonObject) -> JsonObject:
     """One entry of ``llava_test_CQM-A.json`` as LLaVA-1.5 was evaluated.
 
-    LLaVA's own converter, asked for "CQM-A", writes an older text ("Context: N/A ... Options: (A) ...") that costs
-    many points (LLaVA #1294); the file in its eval.zip has this one.
+    LLaVA's own converter for "CQM-A" writes an older text ("Context: N/A ... Options: (A) ..."), which costs many
+    points (LLaVA #1294). This is the text of the file in LLaVA's eval.zip.
     """
     context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
     letters = string.ascii_uppercase
@@ -190,7 +190,7 @@ def sample(pid: str, problem: JsonObject) -> JsonObject:
 def read_letter(text: str) -> str:
     """The chosen letter, or FAILED (LLaVA eval_science_qa.py).
 
-    The text is a letter; or it starts with a letter, a full stop and a space; or it has "The answer is X." once.
+    The text must be a letter, start with a letter, a full stop and a space, or have "The answer is X." exactly once.
     """
     if text in tuple(LETTERS):
         return text

@@ -1,4 +1,4 @@
-"""TextVQA (val): questions about text in pictures, asked with the reference OCR tokens, or without them."""
+"""TextVQA (val): questions about text in pictures, with or without the reference OCR tokens in the prompt."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _KEPT = (
 class TextVQA(QuestionFileBenchmark):
     """TextVQA in LLaVA's layout.
 
-    Its question_id is the image's id and not unique: an image has several questions. An annotation is found by
-    (image, question in lower case), the question being recovered from the answer's prompt; LLaVA's own recovery fails
-    on a question or an OCR token with a line feed, this one does not.
+    Its question_id is the image's id and not unique, since an image has several questions. An annotation is found by
+    (image, question in lower case), and the question is taken from the answer's prompt. Unlike LLaVA's code, this also
+    works if a question or an OCR token has a line feed.
     """
 
     name, title, folder = "textvqa", "TextVQA", "textvqa"
@@ -64,13 +64,13 @@ class TextVQA(QuestionFileBenchmark):
         for number, annotation in enumerate(data["data"]):
             require(annotation, {"image_id": ID, "question": str, "answers": list}, f"{path}, entry {number}")
             key = str(annotation["image_id"]), _fold(annotation["question"])
-            annotations[key] = annotation  # of equal questions the last one counts, as in LLaVA
+            annotations[key] = annotation  # of equal questions the last counts, as in LLaVA
             asked[key] += 1
             by_annotation_id[str(annotation.get("question_id"))] = key
 
         def key_of(answer: Answer) -> tuple[str, str]:
             key = answer.question_id, _fold(question_of(answer.prompt))
-            if key not in annotations:  # an instruction of the user's own, or the annotation's question_id
+            if key not in annotations:  # the prompt has another instruction, or the id is the annotation's question_id
                 first_line = answer.question_id, _fold(answer.prompt.partition("\n")[0])
                 key = first_line if first_line in annotations else by_annotation_id.get(answer.question_id, key)
             return key
@@ -108,7 +108,7 @@ class TextVQA(QuestionFileBenchmark):
         return row | {"cluster": key[0], "question": annotation["question"]}
 
     def units(self, rows: Iterable[JsonObject]) -> Iterator[tuple]:
-        for row in rows:  # the ids are the images'
+        for row in rows:  # question ids are image ids, so not unique
             yield row["cluster"], (row["cluster"], row["question"]), {"value": row["value"], "count": 1.0}
 
     # ------------------------------------------------------------------------------------------- preparation
@@ -138,7 +138,7 @@ class TextVQA(QuestionFileBenchmark):
     def _write(self, build: Build, document: JsonObject, tokens: Sequence[Sequence[str]]) -> None:
         write_json(build.root / TRUTH_FILE, document, indent=None)
         lines = (
-            # LLaVA's id is the image's, so it repeats; its scorer joins by image and question.
+            # As in LLaVA, the id is the image's and repeats; the scorer joins by image and question.
             question_line(row["image_id"], f"{row['image_id']}.jpg", prompt_of(row["question"], ocr))
             for row, ocr in zip(document["data"], tokens, strict=True)
         )
@@ -147,7 +147,7 @@ class TextVQA(QuestionFileBenchmark):
 
 @register_benchmark("textvqa_noocr")
 class TextVQANoOCR(TextVQA):
-    """The same questions, file and score without the OCR tokens, as lmms-eval and VLMEvalKit ask them."""
+    """The same questions, file and score without the OCR tokens in the prompt, as in lmms-eval and VLMEvalKit."""
 
     name, title = "textvqa_noocr", "TextVQA without OCR"
     column = "TextVQA (no OCR)"
@@ -160,7 +160,7 @@ class TextVQANoOCR(TextVQA):
 
 
 def question_of(prompt: str) -> str:
-    """The question in a prompt of LLaVA's: with OCR tokens after it, before it, or without any."""
+    """The question in one of LLaVA's prompts, with OCR tokens after it, before it, or without any."""
     body = prompt.strip()
     if body.endswith(SINGLE_WORD_SUFFIX):
         body = body[: -len(SINGLE_WORD_SUFFIX)].rstrip("\n")
@@ -172,8 +172,8 @@ def question_of(prompt: str) -> str:
 def prompt_of(text: str, ocr_tokens: Iterable[str]) -> str:
     """LLaVA's three lines: the question with a capital letter, the OCR tokens, the request for one word.
 
-    A line break inside the question or a token would break the format (scorers find the question by its line), so
-    white space is normalised.
+    White space is normalised, since a line break in the question or a token would break the format: scorers find the
+    question by its line.
     """
     ocr = ", ".join(" ".join(token.split()) for token in ocr_tokens)
     return f"{' '.join(text.split()).capitalize()}\n{OCR_MARK} {ocr}\n{SINGLE_WORD_SUFFIX}"

@@ -1,4 +1,4 @@
-"""VizWiz: questions by blind people, ten annotators each; test by server (closed), val scored here."""
+"""VizWiz: questions by blind people with ten annotators each; test has a (closed) server, val is scored here."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ SCORERS = {
 
 @register_benchmark("vizwiz")
 class VizWiz(QuestionFileBenchmark):
-    """VizWiz-VQA in LLaVA's layout: one question an image, which the question file names.
+    """VizWiz-VQA in LLaVA's layout: one question per image, which the question file names.
 
-    The paper's number is the test server's; val is another set and no substitute. How often a model says
-    "unanswerable" decides much of the score, hence `unanswerable_rate` beside it.
+    The paper's score is the test server's; val is another set and not a substitute. Much of the score depends on how
+    often a model says "unanswerable", so the details have the `unanswerable_rate`.
     """
 
     name, title, folder = "vizwiz", "VizWiz", "vizwiz"
@@ -110,13 +110,13 @@ class VizWiz(QuestionFileBenchmark):
         write_upload(path, rows)
 
     def _images(self, data_dir: str | Path, split: str) -> dict[str, str]:
-        """Image of each question id of a split, by its question file; empty without one."""
+        """Question id -> image of a split, from its question file; empty if there is none."""
         if find_file(data_dir, self.question_files[split]) is None:
             return {}
         return {str(row["question_id"]): row["image"] for _, row in self.read_questions(data_dir, split)}
 
     def _asks(self, data_dir: str | Path, split: str, answers: Sequence[Answer]) -> bool:
-        """Whether one of the answers is to a question of the split."""
+        """Whether any answer is to a question of the split."""
         return not self._images(data_dir, split).keys().isdisjoint(answer.question_id for answer in answers)
 
     def _annotations(self, path: Path) -> dict[str, dict]:
@@ -139,7 +139,7 @@ class VizWiz(QuestionFileBenchmark):
             truth.append({"image": image, "question": row["question"]})
             if build.split == "val":
                 truth[-1] |= {
-                    # The hub's copy leaves out how sure the annotators were; no scorer asks for it.
+                    # The hub's copy lacks the annotators' confidence, which no scorer uses.
                     "answers": [{"answer": answer} for answer in row["answers"]],
                     "answer_type": row["category"],
                     "answerable": int(row["category"] != "unanswerable"),
@@ -164,8 +164,8 @@ class VizWiz(QuestionFileBenchmark):
 def unanswerability(annotations: Mapping[str, dict], joined: Mapping[Hashable, Answer]) -> dict[str, float | None]:
     """How often the model declines, and how well that agrees with the annotators (VizWiz API, second task).
 
-    Average precision and F1 take "unanswerable" as the positive class and the model's word as a 0/1 score, and need
-    the annotations' `answerable`; they are None without it, or without an unanswerable question.
+    Average precision and F1 have "unanswerable" as the positive class and the model's answer as a 0/1 score. They need
+    the annotations' `answerable`, and are None without it or without an unanswerable question.
     """
     declined = {key: normalise_vizwiz(answer.text) == "unanswerable" for key, answer in joined.items()}
     result = {"unanswerable_rate": percentage(list(declined.values()))}
@@ -177,7 +177,7 @@ def unanswerability(annotations: Mapping[str, dict], joined: Mapping[Hashable, A
         if positives:
             recall = hits / positives
             precision = hits / predicted if predicted else 0.0
-            # Two thresholds: "said so" with (precision, recall), and "everything" with (base rate, 1).
+            # Two thresholds: the declined ones with (precision, recall), and all with (base rate, 1).
             average = recall * precision + (1 - recall) * positives / len(truth)
             result["unanswerable_average_precision"] = 100.0 * average
             result["unanswerable_f1"] = 100.0 * 2 * hits / (positives + predicted)

@@ -1,15 +1,14 @@
-"""VQA accuracy: the three normalisations in use and the leave-one-out score they feed.
+"""VQA accuracy: the three normalisations in use, and the leave-one-out score.
 
-The same answer gets three different scores, depending on who normalises what (spec: GT-Vision-Lab/VQA a013f00,
+The same answer gets three different scores, depending on what is normalised (sources: GT-Vision-Lab/VQA a013f00,
 VizWiz API, LLaVA c121f04 `m4c_evaluator.py`):
 
-- *official VQAv2* normalises prediction and annotators, but only where the annotators disagree; a unanimous
-  question is compared letter by letter ("Yes" against ten "yes" is wrong);
-- *official VizWiz* normalises the prediction only and leaves the annotators raw ("2" against ten "two" is wrong);
-- *m4c* (TextVQA, and LLaVA's converter for uploads) normalises both sides, and takes possessives apart.
+- *official VQAv2* normalises prediction and annotators, but only if the annotators disagree; on a unanimous question
+  the raw texts are compared ("Yes" against ten "yes" is wrong);
+- *official VizWiz* normalises only the prediction, not the annotators ("2" against ten "two" is wrong);
+- *m4c* (TextVQA, and LLaVA's converter for uploads) normalises both sides, and separates possessives.
 
-What LLaVA sends to a server has been through m4c first, so the number in a paper is the official score *on the
-submission form*.
+LLaVA applies m4c to everything that it uploads, so a paper's number is the official score *on the submission form*.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ ANNOTATORS = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
-# The official pattern means "a period between digits stays", but its look-behind is mistyped; what it matches is this.
+# The official pattern should keep a period between digits, but its look-behind has a typo. This is what it matches.
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_AT_MOST = 32  # the official call passes re.UNICODE (= 32) where `count` belongs
+_PERIODS_AT_MOST = 32  # the official call passes re.UNICODE (= 32) as `count`
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(value)
@@ -38,7 +37,7 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
     )
 }
 
-# Words that are mapped from every spelling with exactly one apostrophe missing.
+# Each word is the result for every spelling that lacks exactly one of its apostrophes.
 _CONTRACTED = """
     'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
     how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't
@@ -48,7 +47,7 @@ _CONTRACTED = """
     you've I'd've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
     something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've 'ow's'at y'all'd've
 """.split()  # noqa: SIM905
-# Sic: the table's own slips, kept because servers have them, too.
+# Errors of the official table, kept because the servers have them, too.
 _CONTRACTION_SLIPS = {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 
 CONTRACTIONS: Mapping[str, str] = {
@@ -56,7 +55,7 @@ CONTRACTIONS: Mapping[str, str] = {
 } | _CONTRACTION_SLIPS
 """Contractions of the official VQA evaluation (120 entries)."""
 
-# The VizWiz API's copy of the table went through a word processor: nearly all its apostrophes are typographic.
+# In the VizWiz API's copy of the table nearly all apostrophes are typographic, as from a word processor.
 _VIZWIZ_ASCII_WORDS = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
 _VIZWIZ_ASCII_SPELLINGS = {"couldn'tve", "hadn'tve"}
 VIZWIZ_CONTRACTIONS: Mapping[str, str] = {
@@ -65,11 +64,11 @@ VIZWIZ_CONTRACTIONS: Mapping[str, str] = {
     )
     for spelling, word in CONTRACTIONS.items()
 }
-"""Contractions of the VizWiz evaluation; most never match what a model writes."""
+"""Contractions of the VizWiz evaluation; most never match a model's text."""
 
 
 def flatten(text: str) -> str:
-    """One line, trimmed: the first step of every VQA evaluation."""
+    """The text as one stripped line: the first step of every VQA evaluation."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
@@ -99,24 +98,24 @@ def normalise_vizwiz(text: str) -> str:
 
 @lru_cache(maxsize=1 << 18)
 def submission_form(text: str) -> str:
-    """m4c's answer processor, which LLaVA also runs over everything it uploads.
+    """m4c's answer processor, which LLaVA also applies to everything that it uploads.
 
-    Differs from `normalise` by its first step: commas and question marks go and a possessive becomes a word of its
-    own ("lay's" -> "lay 's").
+    It differs from `normalise` in its first step, which removes commas and question marks and separates a possessive
+    ("lay's" -> "lay 's").
     """
     tokens = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _normalise(flatten(tokens), CONTRACTIONS)
 
 
 def leave_one_out(prediction: str, annotators: Sequence[str]) -> float:
-    """VQA accuracy of one answer: the mean, over each annotator left out, of min(1, matches among the others / 3)."""
+    """VQA accuracy of one answer: the mean of min(1, matches among the others / 3), leaving out each annotator once."""
     matches = annotators.count(prediction)
     others = len(annotators) - matches
     return (matches * min(1.0, (matches - 1) / 3) + others * min(1.0, matches / 3)) / len(annotators)
 
 
 def vqav2_accuracy(prediction: str, annotators: Sequence[str]) -> float:
-    """Official VQAv2 accuracy (0-1) of one answer; see the module's text for its quirk on unanimous questions."""
+    """Official VQAv2 accuracy (0-1) of one answer; see the module's docstring about unanimous questions."""
     truths = [flatten(answer) for answer in annotators]
     answer = flatten(prediction)
     if len(set(truths)) > 1:
@@ -131,7 +130,7 @@ def vizwiz_accuracy(prediction: str, annotators: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy_ascii(prediction: str, annotators: Sequence[str]) -> float:
-    """`vizwiz_accuracy` with the contractions that were meant."""
+    """`vizwiz_accuracy` with the intended contractions, with ASCII apostrophes."""
     return leave_one_out(normalise(prediction), annotators)
 
 
@@ -161,14 +160,14 @@ def score_row(
     annotators: Sequence[str],
     scorers: Mapping[str, Callable[[str, Sequence[str]], float]],
 ) -> JsonObject:
-    """One question under several scorers; without an answer all are 0.
+    """The result row of one question under several scorers; without an answer all scores are 0.
 
     Args:
-        question_id: for the reader.
+        question_id: as in the question file.
         answer: the model's answer, or None.
         annotators: ten strings.
-        scorers: functions of prediction and annotators, by name, the headline's first. A name that ends in
-            "on_submission" (or has it before a further suffix) is given the submission form instead of the raw text.
+        scorers: name -> function of prediction and annotators, the headline's first. A scorer with "on_submission" in
+            its name gets the submission form instead of the raw text.
     """
     row: JsonObject = {"question_id": question_id, **said(answer)}
     row["truth"] = max(annotators, key=annotators.count)
@@ -183,12 +182,12 @@ def score_row(
 
 
 def summarise(rows: Sequence[JsonObject], scorers: Iterable[str], columns: Iterable[str] = ()) -> JsonObject:
-    """Overall score of each scorer, and by the rows' columns; by a column the headline has its plain name.
+    """Scores of each scorer: overall, and grouped by columns. A grouping of the headline has the column's plain name.
 
     Args:
-        rows: of `score_row`.
+        rows: from `score_row`.
         scorers: their names, the headline first.
-        columns: what the rows are grouped by.
+        columns: columns to group the rows by.
     """
     headline, *others = scorers
     details: JsonObject = {name: percentage([row[name] for row in rows]) for name in (headline, *others)}

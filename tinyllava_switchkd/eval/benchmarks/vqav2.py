@@ -1,4 +1,4 @@
-"""VQAv2: open-ended questions, ten annotators each; test-dev by server, val scored here."""
+"""VQAv2: open-ended questions with ten annotators each; a server scores test-dev, val is scored here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ SCORERS = {"official_on_submission": vqav2_accuracy, "official_raw": vqav2_accur
 class VQAv2(QuestionFileBenchmark):
     """VQAv2 in LLaVA's layout; the official JSON files of val2014 are the ground truth.
 
-    The paper's number is test-dev's, which only the server knows; val runs about two points lower for the same model.
+    The paper's score is on test-dev, which only the server can score; on val the same model scores about two points
+    lower.
     """
 
     name, title, folder = "vqav2", "VQAv2", "vqav2"
@@ -87,8 +88,8 @@ class VQAv2(QuestionFileBenchmark):
     ) -> None:
         """Write the server's JSON list of {"question_id", "answer"}.
 
-        The server wants a row for each of the 447,793 test questions even where only test-dev counts, so the list
-        follows `llava_vqav2_mscoco_test2015.jsonl` and unasked questions get an empty answer.
+        The server requires a row for each of the 447,793 test questions even if only test-dev counts. So the list
+        follows `llava_vqav2_mscoco_test2015.jsonl`, and unasked questions get an empty answer.
         """
         split = self._split_of(data_dir, answers)
         expected = self._ids(data_dir, split)
@@ -109,11 +110,11 @@ class VQAv2(QuestionFileBenchmark):
         write_upload(path, rows)
 
     def _split_of(self, data_dir: str | Path, answers: Sequence[Answer]) -> str:
-        """The split that has all answered questions: val, test-dev, or test, of which test-dev is a part.
+        """The split that has all answered questions: val, test-dev, or test, which contains test-dev.
 
         Raises:
-            FileNotFoundError: no split is there.
-            ValueError: none has them all.
+            FileNotFoundError: there are no splits.
+            ValueError: none has all of them.
         """
         sources = self._sources(data_dir)
         if self.answered_split in sources:
@@ -133,21 +134,18 @@ class VQAv2(QuestionFileBenchmark):
         first = next(answer for answer in answers if answer.question_id not in self._ids(data_dir, nearest))
         raise ValueError(
             f"{first.where}: no split of {self.title} in {data_dir} has all the answered questions: {nearest} has "
-            f"{known[nearest]:,} of {len(asked):,}, and not {first.question_id!r}. Say with --split what was asked, "
-            f"and give the answers to one split alone."
+            f"{known[nearest]:,} of {len(asked):,}, and not {first.question_id!r}. Name the split with --split, and "
+            f"give answers to only one split."
         )
 
     def _sources(self, data_dir: str | Path) -> dict[str, Path]:
-        """The file that lists the questions, of each split that is there.
-
-        For val it is rather the annotations, which are what is scored.
-        """
+        """Split -> the file that lists its questions, for val preferably the annotations, which are scored."""
         names = self.question_files | {"val": (*self.annotation_files, *self.question_files["val"])}
         found = {split: find_file(data_dir, of_split) for split, of_split in names.items()}
         return {split: path for split, path in found.items() if path is not None}
 
     def _ids(self, data_dir: str | Path, split: str) -> dict[str, int | str]:
-        """Question ids of a split, as strings and as the file has them, in the file's order."""
+        """Question ids of a split in the file's order: as a string -> as in the file."""
         source = self._sources(data_dir).get(split)
         if source is None:
             return {}
@@ -160,7 +158,7 @@ class VQAv2(QuestionFileBenchmark):
         return ids
 
     def _annotations(self, path: Path) -> dict[str, dict]:
-        """Annotations by question id; kept, for val's file takes long to read."""
+        """Annotations by question id. They are cached, because val's file is slow to read."""
         if path not in self._read:
             data = read_json(path)
             require(data, {"annotations": list}, str(path))
@@ -172,7 +170,7 @@ class VQAv2(QuestionFileBenchmark):
     # ------------------------------------------------------------------------------------------- preparation
 
     def source_order(self, split: str) -> tuple[str, ...]:
-        # The hub has test's 447,793 questions only together with some 70 GB of images; the authors' zip is small.
+        # The hub has test's 447,793 questions only with some 70 GB of images; the authors' zip is small.
         return self.sources if split == "val" else tuple(reversed(self.sources))
 
     def files(self, split: str) -> list[ExpectedFile]:
@@ -190,7 +188,7 @@ class VQAv2(QuestionFileBenchmark):
     def from_hf(self, build: Build) -> None:
         if build.split == "test":
             for part, name in (("testdev", "test-dev2015"), ("test", "test2015")):
-                with_image = ("image",) if part == "testdev" else ()  # test's other images are never looked at
+                with_image = ("image",) if part == "testdev" else ()  # test's other images are not needed
                 rows = []
                 for row in build.rows(part, columns=("question_id", "image_id", "question", *with_image)):
                     if with_image:

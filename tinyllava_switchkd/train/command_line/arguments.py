@@ -1,8 +1,8 @@
-"""The four groups of training arguments: TinyLLaVA v1's names and defaults, and Switch-KD's.
+"""The four groups of training arguments: those of TinyLLaVA v1 (``utils/arguments.py``) and those of Switch-KD.
 
-Names and defaults are v1's (``utils/arguments.py``), minus the flags that nothing read; those, and the flags that
-Hugging Face has removed since, are still accepted on the command line by `argv`.
-Every group checks itself when it is constructed; what concerns several groups is checked by `Arguments`.
+Names and defaults are v1's, without the flags that nothing read. `argv` still accepts those on the command line, and
+the flags that Hugging Face has removed since. Every group checks itself when it is constructed; `argv` checks what
+concerns several groups.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PARTS = ("llm", "vision_tower", "connector")
 
 @dataclass
 class ModelArguments:
-    """What the student is made of. With ``--pretrained_model_path`` the checkpoint says most of it."""
+    """The student's parts. With ``--pretrained_model_path`` most of these come from the checkpoint."""
 
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the hub are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the hub."})
     model_name_or_path: str = field(
         default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", metadata={"help": "The language model: a hub id or a folder."}
     )
@@ -38,24 +38,24 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "sdpa, flash_attention_2 or eager; default sdpa, with --packing flash where it is installed."
+            "help": "sdpa, flash_attention_2 or eager; default sdpa, or flash with --packing if it is installed."
         },
     )
     vision_tower: str = field(default="", metadata={"help": "The vision tower: a hub id, a folder, or kind:name."})
     vision_tower2: str = field(default="", metadata={"help": "The second tower of a mixture (mof)."})
     connector_type: str = field(default="linear", metadata={"help": "The connector, e.g. mlp2x_gelu or ldpv2."})
-    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Which hidden state of the tower is used."})
+    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden state of the tower to use."})
     mm_vision_select_feature: str = field(
         default="patch",
-        metadata={"help": "patch drops the first visual token (as TinyLLaVA does), cls_patch keeps it."},
+        metadata={"help": "patch drops the first visual token (as in TinyLLaVA), cls_patch keeps it."},
     )
     resampler_hidden_size: int = field(default=768, metadata={"help": "Width of the resampler connector."})
     num_queries: int = field(default=128, metadata={"help": "Visual tokens of the resampler and qformer connectors."})
     num_resampler_layers: int = field(default=3, metadata={"help": "Layers of the resampler connector."})
     model_max_length: int = field(
-        default=512, metadata={"help": "Longest sequence in tokens, image tokens counted; longer ones are cut."}
+        default=512, metadata={"help": "Longest sequence in tokens, including image tokens; longer ones are cut."}
     )
-    tokenizer_padding_side: str = field(default="right", metadata={"help": "Side of the padding in training."})
+    tokenizer_padding_side: str = field(default="right", metadata={"help": "Padding side in training."})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -63,24 +63,25 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What is learned from."""
+    """The data: training samples, held-out samples and images."""
 
     data_path: str | None = field(default=None, metadata={"help": "Training samples: a JSON file in LLaVA's format."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that the JSON's image paths start from."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     image_aspect_ratio: str = field(
-        default="square", metadata={"help": "square: the processor alone; pad: to a square in the mean colour first."}
+        default="square",
+        metadata={"help": "square: only the image processor; pad: first pad to a square in the mean colour."},
     )
     template: str = field(default="pretrain", metadata={"help": "Conversation template."})
     is_multimodal: bool = field(default=True, metadata={"help": "Whether samples may have images."})
     image_backend: str = field(
-        default="pil", metadata={"help": "pil resizes as TinyLLaVA v1 did, bit for bit; torchvision is faster."}
+        default="pil", metadata={"help": "pil resizes exactly as TinyLLaVA v1; torchvision is faster."}
     )
     on_bad_image: str = field(
-        default="raise", metadata={"help": "An image that cannot be read: raise stops, skip learns nothing from it."}
+        default="raise", metadata={"help": "For an unreadable image, raise stops the run; skip ignores the sample."}
     )
     eval_data_path: str | None = field(
         default=None,
-        metadata={"help": "Held-out samples, looked at every --eval_steps; a JSON file as --data_path."},
+        metadata={"help": "Held-out samples, evaluated every --eval_steps; a JSON file as for --data_path."},
     )
     eval_share: float | None = field(
         default=None, metadata={"help": "Share of the training samples to hold out instead, chosen by id and --seed."}
@@ -88,11 +89,11 @@ class DataArguments:
 
     keep_in_memory: bool = field(
         default=False,
-        metadata={"help": "Keep every prepared sample in memory: for a small data set that is seen many times."},
+        metadata={"help": "Keep every prepared sample in memory, for a small data set with many epochs."},
     )
     allow_outside_images: bool = field(
         default=False,
-        metadata={"help": "Read images that lie outside the image folder: absolute names, .. and links that lead out."},
+        metadata={"help": "Read images outside the image folder (absolute paths, .. and links to other folders)."},
     )
 
     def __post_init__(self) -> None:
@@ -103,33 +104,33 @@ class DataArguments:
 
 @dataclass
 class TeacherArguments:
-    """What the student learns from besides the data. Without a teacher the run is ordinary training."""
+    """The teacher and the distillation method. Without a teacher the run trains only on the data."""
 
     teacher_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint of the teacher; given, the run distils."}
+        default=None, metadata={"help": "Checkpoint of the teacher, which makes the run a distillation."}
     )
-    distill_method: str = field(default="switch_kd", metadata={"help": "How it distils: a registered method."})
+    distill_method: str = field(default="switch_kd", metadata={"help": "The distillation method, a registered name."})
     chunk_size: int | None = field(
         default=None,
         metadata={"help": "Tokens whose logits are in memory at once; by default chosen by the vocabulary."},
     )
     teacher_bits: int = field(
-        default=16, metadata={"help": "8 or 4 hold the teacher's language model in so many bits (bitsandbytes)."}
+        default=16, metadata={"help": "8 or 4 quantises the teacher's language model (bitsandbytes)."}
     )
     bridge: str = field(
         default="auto",
-        metadata={"help": "auto trains a map between vision towers of unequal shape for the switch; none refuses."},
+        metadata={"help": "If the vision towers' shapes differ, auto trains a map for the switch; none is an error."},
     )
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps what the teacher says of each sample; its own pass is then paid once."},
+        metadata={"help": "Folder for the teacher's outputs, so that its own pass runs only once per sample."},
     )
     teacher_cache_dtype: str | None = field(
-        default=None, metadata={"help": "bf16 or fp32; by default what the teacher computes in, which loses nothing."}
+        default=None, metadata={"help": "bf16 or fp32; by default the teacher's own dtype, which loses nothing."}
     )
     fill_teacher_cache: bool = field(
         default=False,
-        metadata={"help": "Fill --teacher_cache with every sample, on all ranks, and stop; nothing is trained."},
+        metadata={"help": "Fill --teacher_cache with every sample, on all ranks, and stop without training."},
     )
 
     def __post_init__(self) -> None:
@@ -150,10 +151,10 @@ class TeacherArguments:
                 check_method(method)
 
     def method(self) -> Method:
-        """The distillation method with the settings given, the rest at their defaults.
+        """The distillation method with the given settings; the others have their defaults.
 
         Raises:
-            ValueError: there is no such method or loss, or a setting is wrong or not theirs.
+            ValueError: the method or loss is unknown, or a setting is wrong or belongs to another one.
         """
         own = {f.name for f in fields(TeacherArguments)}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
@@ -169,7 +170,7 @@ class TeacherArguments:
 
 
 def distill_arguments() -> type[TeacherArguments]:
-    """`TeacherArguments` with a flag for each setting of the registered methods and losses; None leaves it alone."""
+    """`TeacherArguments` with a flag for each setting of the registered methods and losses; None is its default."""
     generated = [
         (one.flag, Optional[one.type], field(default=None, metadata={"help": one.summary}))  # noqa: UP045 (a runtime type)
         for one in settings().values()
@@ -179,7 +180,7 @@ def distill_arguments() -> type[TeacherArguments]:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """How it is learned: all of `transformers.TrainingArguments`, TinyLLaVA's recipes and tune types."""
+    """`transformers.TrainingArguments` with TinyLLaVA's recipes and tune types, and this package's flags."""
 
     training_recipe: str = field(default="common", metadata={"help": "common, lora or qlora."})
     tune_type_llm: str = field(default="frozen", metadata={"help": "frozen, full, lora or qlora."})
@@ -191,8 +192,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     tune_type_connector: str = field(default="full", metadata={"help": "frozen, full, lora or qlora."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, by transformers' name."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Left False: the data set has no columns."})
-    bits: int = field(default=16, metadata={"help": "qlora: 8 (also if 16) or 4 bits for the frozen weights."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the data set has no columns."})
+    bits: int = field(default=16, metadata={"help": "qlora: 8 or 4 bits for the frozen weights (16 means 8)."})
     double_quant: bool = field(default=True, metadata={"help": "qlora with 4 bits: quantise the constants too."})
     quant_type: str = field(default="nf4", metadata={"help": "qlora with 4 bits: nf4 or fp4."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
@@ -202,39 +203,39 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the connector."})
     vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
     group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batches of one modality and of samples of similar length."}
+        default=False, metadata={"help": "Make batches of one modality and of similar lengths."}
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "Lay a batch's samples end to end, without padding; meant for flash attention."},
+        metadata={"help": "Concatenate a batch's samples instead of padding them; meant for flash attention."},
     )
     pretrained_model_path: str | None = field(
         default=None, metadata={"help": "Start from this checkpoint (the previous stage's output)."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train anew although the output folder holds checkpoints or a finished run."}
+        default=False, metadata={"help": "Start a new run even if the output folder has checkpoints or a finished run."}
     )
     log_gradient_shares: int = field(
-        default=0, metadata={"help": "Every so many steps, log each term's gradient at three places (0: never)."}
+        default=0, metadata={"help": "Log each term's gradient at three places every N steps (0: never)."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+        default=None, metadata={"help": "Stop after N evaluations without a better --metric_for_best_model."}
     )
     estimate: bool = field(
-        default=False, metadata={"help": "Print what the run needs of each device's memory, and stop before loading."}
+        default=False, metadata={"help": "Print the memory that the run needs on each device, and stop."}
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants this order)
         default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, none, ..."}
     )
     on_nan: str = field(
         default="stop",
-        metadata={"help": "A loss, term or gradient that is not finite: stop ends the run, skip leaves the step out."},
+        metadata={"help": "If a loss, term or gradient is not finite, stop ends the run and skip skips the step."},
     )
     max_nan_steps: int = field(
-        default=10, metadata={"help": "With --on_nan skip: so many bad steps in a row end the run all the same."}
+        default=10, metadata={"help": "With --on_nan skip, end the run after N bad steps in a row."}
     )
     allow_changed: list[str] | None = field(
-        default=None, metadata={"help": "Arguments that may differ from those that the resumed run was begun with."}
+        default=None, metadata={"help": "Arguments that may differ from those that the resumed run was started with."}
     )
 
     def __post_init__(self) -> None:
@@ -245,7 +246,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed is not None:
             check_deepspeed(self.deepspeed, self)  # before transformers reads it
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            # transformers takes every name that does not end in "loss" for a score; ours are losses but for the overlap
+            # transformers treats every name without "loss" at its end as a score; ours are losses, except the overlap
             self.greater_is_better: bool | None = self.metric_for_best_model.endswith("overlap")
         super().__post_init__()
         asked = self.gradient_checkpointing_kwargs or {}
@@ -254,8 +255,8 @@ class TrainingArguments(transformers.TrainingArguments):
         chosen = {"use_reentrant": False, **asked}
         if chosen["use_reentrant"]:
             raise ValueError(
-                "--gradient_checkpointing_kwargs asks for use_reentrant, by which layers behind frozen ones get no "
-                "gradient; leave it out."
+                "--gradient_checkpointing_kwargs sets use_reentrant, which gives no gradient to layers behind frozen "
+                "ones; leave it out."
             )
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if hasattr(self, name):
@@ -263,19 +264,19 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """This process's device; a CPU's has no number, for torch 2.11 reads no state onto "cpu:0"."""
+        """This process's device; the CPU is without an index, because torch 2.11 loads no state onto "cpu:0"."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What is computed in."""
+        """The dtype of computations: bfloat16, float16 or float32."""
         if self.bf16:
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
 
     def tune_type(self, part: str) -> str:
-        """Tune type of ``"llm"``, ``"vision_tower"`` or ``"connector"``."""
+        """The tune type of a part: ``"llm"``, ``"vision_tower"`` or ``"connector"``."""
         return getattr(self, f"tune_type_{part}")
 
     def _check_parts(self) -> None:
@@ -310,13 +311,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
 
     def _check_unsupported(self) -> None:
-        """Refuse transformers' options that this trainer would silently not honour."""
+        """Refuse transformers' options that this trainer would silently ignore."""
         for name, why in {
             "label_smoothing_factor": "the task computes the loss",
             "neftune_noise_alpha": "the embeddings are the student's own",
             "use_liger_kernel": "logits are already made for supervised tokens only",
             "fsdp": "shard with --deepspeed zero3.json",
-            "remove_unused_columns": "the data set is no table",
+            "remove_unused_columns": "the data set has no columns",
         }.items():
             if getattr(self, name):
                 raise ValueError(f"--{name} {getattr(self, name)} is not supported: {why}.")
@@ -330,4 +331,4 @@ class Arguments(NamedTuple):
     training: TrainingArguments
     distill: TeacherArguments
     given: Mapping[str, Sequence[str]]
-    """What the command line set: names and the words behind them (the rest are defaults)."""
+    """The arguments on the command line: name -> words after it."""

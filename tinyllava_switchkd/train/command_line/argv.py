@@ -1,8 +1,8 @@
-"""From a command line to `Arguments`: the flags of old scripts keep working.
+"""From a command line to `Arguments`, including the flags of older scripts.
 
 Hugging Face has removed arguments that every TinyLLaVA script passes (``--evaluation_strategy``, ``--warmup_ratio``,
-``--logging_dir``, ...), and v1 had arguments that nothing read (``--lazy_preprocess``, ...). They are translated where
-there is something to translate to, and otherwise accepted and ignored; each says so once.
+``--logging_dir``, ...), and v1 had arguments that nothing read (``--lazy_preprocess``, ...). Such flags are translated
+if there is an equivalent, and ignored otherwise, with one warning each.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
 }
-"""Old name -> today's name, with the same meaning."""
+"""Old name -> new name with the same meaning."""
 
 NEVER_WERE = {"connector_lr": "mm_projector_lr"}
-"""Names that one would guess -> what the argument is called."""
+"""Names that users might guess -> the argument's name."""
 
 TEMPLATE = dict.fromkeys(("conv_version", "conv_mode"), "template")
-"""TinyLLaVA v1's and LLaVA's names of the conversation template -> ours; nobody need be told."""
+"""TinyLLaVA v1's and LLaVA's names of the conversation template -> ours, translated without a warning."""
 
 IGNORED = {
-    # TinyLLaVA v1: read by nothing there, or always so here
+    # TinyLLaVA v1: nothing read them there, or they always hold here
     "lazy_preprocess": "samples are always read lazily",
     "mm_patch_merge_type": "nothing ever read it",
     "tune_embed_tokens": "nothing ever read it; the embeddings are trained with the language model",
     "lora_weight_path": "nothing ever read it; start from --pretrained_model_path",
     "tokenizer_use_fast": "transformers 5 has only fast tokenizers",
-    # Hugging Face: gone with transformers 5
+    # removed in transformers 5
     "save_safetensors": "checkpoints are always safetensors",
     "fp16_backend": "mixed precision is torch's",
     "half_precision_backend": "mixed precision is torch's",
     "include_tokens_per_second": "tokens per second are always logged",
-    "use_mps_device": "the device is found by itself",
+    "use_mps_device": "the device is chosen automatically",
 }
-"""Old name -> why nothing has to be done for it."""
+"""Old name -> why it can be ignored."""
 
 
 def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
@@ -67,7 +67,7 @@ def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
     if steps not in ("0", "0.0"):
         logger.warning("--warmup_steps %s is given, so --warmup_ratio %s is ignored.", steps, value)
         return []
-    return ["--warmup_steps", value]  # transformers 5 reads a number below 1 as a share of all steps
+    return ["--warmup_steps", value]  # transformers 5 takes a number below 1 as a share of all steps
 
 
 def _if_true(*words: str) -> Callable[[str, dict[str, str]], list[str]]:
@@ -76,7 +76,7 @@ def _if_true(*words: str) -> Callable[[str, dict[str, str]], list[str]]:
 
 TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = {
     "warmup_ratio": (_warmup_ratio, "it is passed on as a --warmup_steps below 1"),
-    # by `parse_arguments`: translating a command line changes nothing around it
+    # `parse_arguments` sets the variable, because translating must have no side effects
     "logging_dir": (lambda value, rest: [], "it is passed on in the environment as TENSORBOARD_LOGGING_DIR"),
     "group_by_length": (
         _if_true("--train_sampling_strategy", "group_by_length"),
@@ -84,7 +84,7 @@ TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = 
     ),
     "adafactor": (_if_true("--optim", "adafactor"), "it is now --optim adafactor"),
 }
-"""Old name -> (translation of its value, what it says)."""
+"""Old name -> (translation of its value, note for the warning)."""
 
 
 def _warn(message: str, *values: object) -> None:
@@ -93,12 +93,12 @@ def _warn(message: str, *values: object) -> None:
 
 
 def translate_argv(argv: Sequence[str]) -> list[str]:
-    """Put today's arguments in the place of removed and dead ones, with one warning each.
+    """Replace or drop outdated arguments, with one warning each.
 
-    Arguments that the installed transformers still has are left alone.
+    Arguments that the installed transformers still has are not changed.
 
     Raises:
-        ValueError: a value that its successor cannot take.
+        ValueError: a value that the new argument cannot take.
     """
     known = transformers_flags().keys() | own_flags().keys()
     split = pairs(argv)
@@ -129,7 +129,7 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
 
 
 def answer_at_once(argv: Sequence[str]) -> None:
-    """End the process where the command line is ``--help``, or certainly wrong, before anything heavy is imported."""
+    """End the process if the command line asks for help or is certainly wrong, before slow imports."""
     if {"-h", "--help"} & set(argv):
         if is_main_process():
             show(help_text())
@@ -143,12 +143,12 @@ def answer_at_once(argv: Sequence[str]) -> None:
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Refuse a command line that is certainly wrong, without importing anything heavy.
+    """Refuse a command line that is certainly wrong, without slow imports.
 
     Raises:
         ValueError: what is wrong, in one sentence.
     """
-    logging.disable()  # what it warns of is said when the arguments are read
+    logging.disable()  # `parse_arguments` warns later
     try:
         check_flags(translate_argv(argv))
     finally:
@@ -159,7 +159,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Read a command line (by default the process's own).
 
     Raises:
-        ValueError: an unknown argument, a value of the wrong type, values that contradict each other.
+        ValueError: an argument is unknown, a value has the wrong type, or values contradict each other.
     """
     from transformers import HfArgumentParser
 
@@ -169,10 +169,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     for values in (values for name, values in pairs(argv) if name == "logging_dir"):
         os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(values)
     argv = translate_argv(argv)
-    # the training arguments come last: constructing them already opens the process group
+    # the training arguments come last, because constructing them opens the process group
     groups = (ModelArguments, DataArguments, distill_arguments(), TrainingArguments)
     parser = HfArgumentParser(list(groups), allow_abbrev=False)
-    parser.error = _error  # one sentence rather than a usage of two hundred arguments
+    parser.error = _error  # one sentence instead of a usage text of two hundred arguments
     options = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     split = dict(pairs(argv))
     for name in split:
@@ -198,8 +198,7 @@ def _check_together(arguments: Arguments) -> None:
     looks = training.eval_strategy != "no"
     if held_out and not looks:
         raise ValueError(
-            "Held-out data is given and never looked at; add --eval_strategy steps --eval_steps N (or --eval_strategy "
-            "epoch)."
+            "Held-out data is given but not used; add --eval_strategy steps --eval_steps N (or --eval_strategy epoch)."
         )
     if looks and not held_out:
         raise ValueError(
@@ -208,8 +207,8 @@ def _check_together(arguments: Arguments) -> None:
         )
     if training.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
-            f"--early_stopping_patience {training.early_stopping_patience} needs --load_best_model_at_end True, which "
-            f"says what better is (--metric_for_best_model)."
+            f"--early_stopping_patience {training.early_stopping_patience} needs --load_best_model_at_end True and "
+            f"compares by --metric_for_best_model."
         )
     if not model.vision_tower and training.pretrained_model_path is None:
         raise ValueError("--vision_tower is missing (or --pretrained_model_path, a checkpoint that has one).")

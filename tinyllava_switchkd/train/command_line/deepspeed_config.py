@@ -1,7 +1,7 @@
-"""A DeepSpeed configuration, looked over before DeepSpeed reads it: its types, its stage, what the flags say otherwise.
+"""Checks a DeepSpeed configuration before DeepSpeed reads it: types, stage, contradictions with the flags.
 
-The section ``zero_optimization`` is checked by DeepSpeed's own model of it, which transformers and DeepSpeed only reach
-after the weights are read, and then with a traceback.
+The section ``zero_optimization`` is checked by DeepSpeed's own class for it. Without this, transformers and DeepSpeed
+would reach that check only after reading the weights, and fail with a traceback.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ _VALUES: dict[str, Range | OneOf] = {
     "gradient_clipping": Range(0, 1e30),
     **{f"scheduler.params.{name}": Range(0, 1e30) for name in ("warmup_min_lr", "warmup_num_steps", "total_num_steps")},
 }
-"""Dotted name -> its values, beside "auto"; of most others transformers knows the argument that they must equal."""
+"""Dotted name -> allowed values besides "auto". transformers compares most other settings with an argument."""
 
 _KNOWN = (*_SECTIONS, *(name for name in _VALUES if "." not in name))
 
 
 def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> None:
-    """Refuse a configuration that cannot be meant.
+    """Check a DeepSpeed configuration.
 
     Args:
-        config: path of a JSON file, the JSON itself, or what it holds; "auto" stands for the arguments' value.
+        config: path of a JSON file, the JSON text, or its content; "auto" stands for the arguments' value.
         training: the training arguments.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, a value has the wrong type or size, or contradicts an argument.
+        ValueError: it is not JSON, or a value has the wrong type, is out of range or contradicts an argument.
     """
     where, values = _read(config)
     for section in _SECTIONS:
@@ -75,16 +75,16 @@ def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> No
 
 
 def warn_of_builds() -> None:
-    """Say which of DeepSpeed's parts somebody compiles now, or was killed while compiling.
+    """Warn of locks by which a process compiles one of DeepSpeed's extensions, or was killed while it did.
 
-    torch waits for such a lock without an end and without a word.
+    torch waits for such a lock forever and silently.
     """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
     locks = Path(folder).glob("*/lock") if folder else Path("~/.cache/torch_extensions").expanduser().glob("*/*/lock")
     for lock in sorted(locks):
         logger.warning(
-            "%s says that another process compiles a part of DeepSpeed, or was killed while it did; if this run stands "
-            "still now and no other one is starting, remove that file.",
+            "%s says that another process is compiling a part of DeepSpeed, or was killed while it did; if this run "
+            "hangs now and no other one is starting, remove that file.",
             lock,
         )
 
@@ -94,7 +94,7 @@ def _read(config: str | JsonObject) -> tuple[str, JsonObject]:
         return "--deepspeed", config
     if not isinstance(config, str | os.PathLike):
         raise ValueError(
-            f"--deepspeed is {config!r}; it must be the path of a JSON file (scripts/train has zero2.json)."
+            f"--deepspeed is {config!r}; it must be the path of a JSON file (such as scripts/train/zero2.json)."
         )
     text = os.fspath(config)
     if text.lstrip().startswith("{"):
@@ -162,7 +162,7 @@ def _without_auto(values: JsonObject) -> JsonObject:
 
 
 def _check_contradictions(where: str, values: JsonObject, training: TrainingArguments) -> None:
-    """As transformers does, which tells of them after the weights are read."""
+    """Run transformers' own check now; transformers itself runs it only after the weights are read."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     if _value(values, "fp16.enabled") is True and _value(values, "bf16.enabled") is True:

@@ -1,8 +1,8 @@
-"""The flags of the training entry, known without importing torch or transformers, whose import takes seconds.
+"""The flags of the training command, read without importing torch or transformers, which takes seconds.
 
-Our own flags are read from ``flags.json``, which docs/_generate_flags.py writes from the argument classes. Those of
-transformers are read from the source of the installed version. What only the full parser can know, such as the settings
-of a plugin, is left to it.
+Our own flags come from ``flags.json``, which docs/_generate_flags.py writes from the argument classes. Those of
+transformers come from the source of the installed version. The full parser checks the rest, such as a plugin's
+settings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Flag:
 
     Attributes:
         name: without the dashes.
-        type: int, float, bool, str, or "" where the full parser has to say.
-        group: the headline that it stands under in the help; "" for those of transformers.
+        type: int, float, bool, str, or "" if only the full parser knows.
+        group: its heading in the help; "" for transformers' flags.
         default: as text.
         help: one sentence.
     """
@@ -48,14 +48,14 @@ class Flag:
 
 @functools.cache
 def own_flags() -> dict[str, Flag]:
-    """This package's flags by name, in the order of the help."""
+    """This package's flags by name, in the help's order."""
     rows = read_json(OWN)
     return {name: Flag(name, type_, group, *rest) for group, own in rows.items() for name, type_, *rest in own}
 
 
 @functools.cache
 def transformers_flags() -> dict[str, Flag]:
-    """The flags of transformers' training arguments by name, as the installed version declares them."""
+    """The flags of the installed transformers' training arguments by name."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return {}
@@ -64,7 +64,7 @@ def transformers_flags() -> dict[str, Flag]:
 
 
 def fields_of_source(source: str) -> Iterator[tuple[str, str]]:
-    """Name and annotation of the fields of a module's dataclasses."""
+    """Name and annotation of every field of the dataclasses in a module's source."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
             for field in node.body:
@@ -75,7 +75,7 @@ def fields_of_source(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain_type(annotation: str) -> str:
-    """int, float, bool or str if the annotation is that or None; "" otherwise."""
+    """int, float, bool or str if the annotation is this type or optionally this type; "" otherwise."""
     names = set(re.findall(r"\w+", annotation)) - {"None", "Optional", "Union"}
     return names.pop() if len(names) == 1 and names <= {"int", "float", "bool", "str"} else ""
 
@@ -84,7 +84,7 @@ def pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Split ``["--a", "1", "2", "--b=3"]`` into ``[("a", ["1", "2"]), ("b", ["3"])]``.
 
     Raises:
-        ValueError: it begins with a value.
+        ValueError: the command line begins with a value.
     """
     split: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -99,13 +99,13 @@ def pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Refuse what is certainly wrong: a flag that there is not or that is missing, a value that `ALLOWED` has not.
+    """Refuse unknown flags, values outside `ALLOWED`, and a command line without the required flags.
 
     Raises:
-        ValueError: the first thing found, in one sentence.
+        ValueError: the first mistake found, in one sentence.
     """
     known = transformers_flags() | own_flags()
-    plugins = bool(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))  # whose settings are flags, too
+    plugins = bool(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))  # their settings are flags, too
     given = pairs(argv)
     for name, values in given:
         flag = known.get(name.replace("-", "_"))
@@ -121,13 +121,13 @@ def check_flags(argv: Sequence[str]) -> None:
 
 REQUIRED = {
     "data_path": "the training samples, a JSON file in LLaVA's format",
-    "output_dir": "the folder that the trained model goes to",
+    "output_dir": "the folder for the trained model",
 }
-"""Flags without which nothing can be trained."""
+"""Required flags -> what they name."""
 
 
 def refuse_unknown(name: str, known: Sequence[str] | dict[str, Flag]) -> None:
-    """Say that there is no such flag, and which one may be meant.
+    """Raise the error for an unknown flag, with the closest known one.
 
     Raises:
         ValueError: always.
@@ -152,7 +152,7 @@ def _check_value(flag: Flag, value: str) -> None:
 
 
 def help_text() -> str:
-    """Every flag, by group."""
+    """The help: every flag, by group."""
     lines = ["usage: python -m tinyllava_switchkd.train.train --flag value ...", ""]
     group = ""
     for flag in own_flags().values():

@@ -1,7 +1,7 @@
-"""What a setting may be, in one table: for command lines, the environment's variables and Python alike.
+"""The allowed values of settings, in one table for command lines, environment variables and Python.
 
-A NaN compares with nothing, so that a test like ``value < 0`` lets it through, and an infinite learning rate or weight
-ruins a model without a word. No setting is infinite or NaN; the rest is `ALLOWED`.
+NaN passes a test such as ``value < 0``, and an infinite learning rate or weight silently ruins a model. So no setting
+may be infinite or NaN, and `ALLOWED` has the other limits.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class OneOf:
         return f"one of {', '.join(str(choice) for choice in self.choices)}"
 
     def wrong(self, text: str) -> str | None:
-        """What the text of a value must be; None if it is that."""
+        """None if the text is an allowed value; otherwise a phrase that says what is allowed."""
         return None if text in [str(choice) for choice in self.choices] else str(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`; None is allowed where it is the default of the setting."""
+    """The numbers from `low` to `high`; None is allowed if it is the setting's default."""
 
     low: float
     high: float
@@ -42,9 +42,9 @@ class Range:
     whole: bool = False
     """Whole numbers only."""
     share: bool = False
-    """A value below 1 is a share of all steps, and one from 1 on a whole number of them."""
+    """A value below 1 is a share of all steps; other values are whole numbers of steps."""
     also: tuple[float, ...] = ()
-    """Values outside that have a meaning of their own."""
+    """Special values outside the range."""
 
     def __contains__(self, value: Any) -> bool:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -65,7 +65,7 @@ class Range:
         return f"{kind} {low} and {high}{share}{also}"
 
     def wrong(self, text: str) -> str | None:
-        """What the text of a value must be; None if it is that."""
+        """As `OneOf.wrong`."""
         try:
             value = int(text) if self.whole else float(text)
         except ValueError:
@@ -136,17 +136,17 @@ ALLOWED: dict[str, Range | OneOf] = {
     "bridge": OneOf("auto", "none"),
     "on_nan": OneOf("stop", "skip"),
 }
-"""Setting -> its values. Methods and losses check their own (temperature, top_k, ...); here those are only finite."""
+"""Setting -> allowed values. Methods and losses check the range of their own (temperature, top_k, ...)."""
 
 
 def check_settings(group: Any) -> None:
-    """Refuse settings that are out of range, infinite or NaN, or of another type than a number.
+    """Check that settings are finite and within `ALLOWED`.
 
     Args:
-        group: a dataclass of arguments; what `ALLOWED` does not know is only asked to be finite.
+        group: a dataclass of arguments.
 
     Raises:
-        ValueError: the first that is wrong, with its value and what it may be.
+        ValueError: the first wrong setting, with its value and the allowed ones.
     """
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -163,8 +163,8 @@ def check_settings(group: Any) -> None:
 
 
 def _inner(setting: str, value: object) -> Iterator[tuple[str, float]]:
-    """Every floating-point number within a setting that is an object (or JSON), or optim_args' text, with its name."""
-    if isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # which has a check of its own
+    """Every floating-point number in a setting that is an object, JSON or the text of optim_args, with its name."""
+    if isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # see `deepspeed_config`
         with contextlib.suppress(ValueError, RecursionError):
             yield from numbers_in(json.loads(value))
     elif isinstance(value, str) and setting == "optim_args":
@@ -177,7 +177,7 @@ def _inner(setting: str, value: object) -> Iterator[tuple[str, float]]:
 
 
 def numbers_in(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every floating-point number within an object, with its dotted name."""
+    """Every floating-point number in a nested object, with its dotted name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from numbers_in(inner, f"{name}.{key}" if name else str(key))

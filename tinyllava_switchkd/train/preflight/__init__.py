@@ -1,1 +1,1 @@
-"""What is known before weights are read: mistakes, shapes, memory."""
+"""Checks before weights are read: mistakes, shapes, memory."""

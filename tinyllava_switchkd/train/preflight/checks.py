@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before weights are read: names, paths, the teacher."""
+"""Checks of names, paths and settings before weights are read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..recipes import TrainingRecipeFactory
 
 
 def check_names(arguments: Arguments) -> None:
-    """Every registered name must exist; a fresh model's language model is looked up when its configuration is read.
+    """Check that every registered name exists, except the language model's, which is looked up with its configuration.
 
     Raises:
-        ValueError: an unknown name, with the known ones.
+        ValueError: a name is unknown; the message lists the known ones.
     """
     model, data, training, *_ = arguments
     TrainingRecipeFactory.name_of(training.training_recipe)
@@ -30,7 +30,7 @@ def check_names(arguments: Arguments) -> None:
 
 
 def check_paths(arguments: Arguments) -> None:
-    """Whatever is named by a path must exist, and the output must be writable.
+    """Check that every path exists and that the output folder is writable.
 
     Raises:
         FileNotFoundError, NotADirectoryError, PermissionError: with the argument, the path and the remedy.
@@ -41,11 +41,11 @@ def check_paths(arguments: Arguments) -> None:
     if data.eval_data_path is not None and not Path(data.eval_data_path).is_file():
         raise FileNotFoundError(f"--eval_data_path {data.eval_data_path} does not exist; give a JSON file.")
     if data.image_folder and not Path(data.image_folder).is_dir():
-        raise FileNotFoundError(f"--image_folder {data.image_folder} is no folder; give the one with the images.")
+        raise FileNotFoundError(f"--image_folder {data.image_folder} is not a folder; give the one with the images.")
     for name, path in {**_models(arguments), "resume_from_checkpoint": training.resume_from_checkpoint}.items():
         if name in ("model_name_or_path", "vision_tower") and training.pretrained_model_path is not None:
-            continue  # a checkpoint has its own
-        # a hub name is ``owner/model`` or ``model``; what is written otherwise, or is there, can only be a path
+            continue  # the checkpoint has its own
+        # a hub name is ``owner/model`` or ``model``; anything else, and anything that exists, is a path
         is_path = path and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists())
         if path and is_path and not Path(path).expanduser().is_dir():
             hint = " (pretrain.sh writes one)" if name == "pretrained_model_path" else ""
@@ -55,7 +55,7 @@ def check_paths(arguments: Arguments) -> None:
 
 
 def check_overwriting(arguments: Arguments) -> None:
-    """The output must not take the place of what the run reads, nor of a model that is none of its own.
+    """Check that the output overwrites neither what the run reads nor a model that no training run wrote.
 
     Raises:
         FileExistsError: it would.
@@ -63,39 +63,39 @@ def check_overwriting(arguments: Arguments) -> None:
     training, folder = arguments.training, Path(arguments.training.output_dir)
     for name, path in _models(arguments).items():
         if path and folder.is_dir() and Path(path).is_dir() and folder.samefile(path):
-            raise FileExistsError(f"--output_dir {folder} is the folder of --{name} as well; choose another.")
-    marks = ("training_args.*", "trainer_state.json", "checkpoint-*")  # what a run of this program leaves
+            raise FileExistsError(f"--output_dir {folder} is also the folder of --{name}; choose another.")
+    marks = ("training_args.*", "trainer_state.json", "checkpoint-*")  # files of a training run
     if training.overwrite_output_dir or any(any(folder.glob(mark)) for mark in marks):
         return
     for weights in ("*.safetensors", "*.bin"):
         for file in folder.glob(weights):
             raise FileExistsError(
-                f"--output_dir {folder} holds weights ({file.name}) that no training run has put there; choose another "
+                f"--output_dir {folder} holds weights ({file.name}) that no training run has written; choose another "
                 f"folder, or pass --overwrite_output_dir True."
             )
 
 
 def check_writable(output_dir: str) -> None:
-    """Whether the output folder is one or can be made; nothing is made.
+    """Check that the output folder exists or can be created, without creating it.
 
     Raises:
-        NotADirectoryError, PermissionError: it can't.
+        NotADirectoryError, PermissionError: it cannot.
     """
     existing = Path(output_dir).expanduser().absolute()
     while not existing.exists() and not existing.is_symlink():
         existing = existing.parent
     if not existing.is_dir():
-        raise NotADirectoryError(f"--output_dir {output_dir} cannot be made: {existing} is a file; choose another.")
+        raise NotADirectoryError(f"--output_dir {output_dir} cannot be created: {existing} is a file; choose another.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output_dir {output_dir} is not writable: {existing} forbids it; choose another.")
+        raise PermissionError(f"--output_dir {output_dir}: you may not write to {existing}; choose another.")
 
 
 def prepare_output(output_dir: str) -> None:
-    """Make the output folder and write to it, once: permissions do not tell of full or read-only file systems.
+    """Create the output folder and write to it once, since permissions do not reveal a full or read-only file system.
 
     Raises:
-        OSError: it failed.
-        ValueError: something in it can be no file of a run.
+        OSError: that failed.
+        ValueError: the folder holds a pipe or a device.
     """
     try:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
@@ -111,21 +111,21 @@ def prepare_output(output_dir: str) -> None:
 
 
 def _models(arguments: Arguments) -> dict[str, str | None]:
-    """Arguments that name models, and their values."""
+    """Arguments that name models -> their values."""
     model = arguments.model
     return {
         "teacher_path": arguments.distill.teacher_path,
         "pretrained_model_path": arguments.training.pretrained_model_path,
         "model_name_or_path": model.model_name_or_path,
-        "vision_tower": model.vision_tower.split(":", 1)[-1],  # a tower may carry its kind in front
+        "vision_tower": model.vision_tower.split(":", 1)[-1],  # may start with the kind of tower, "kind:"
     }
 
 
 def check_metric(arguments: Arguments, metric: str) -> None:
-    """The metric that tells the best checkpoint must be one that the run reports.
+    """Check that the run reports the metric that selects the best checkpoint.
 
     Raises:
-        ValueError: it isn't, with those that are.
+        ValueError: it does not; the message lists the metrics that it reports.
     """
     names = ["loss", "ce"]
     if arguments.distill.teacher_path is not None:
@@ -137,22 +137,22 @@ def check_metric(arguments: Arguments, metric: str) -> None:
 
 
 FEW_STEPS = 50
-"""Fewer than so many optimiser steps are hardly meant: warm-up and decay take them all."""
+"""Fewer optimiser steps than this are probably a mistake: warm-up and decay take all of them."""
 
 
 def few_steps(training: TrainingArguments, samples: int) -> str | None:
-    """What to say of a run that ends after a few steps because its batch is large for its data; None if it isn't so.
+    """A warning if the batch is so large for the data that the run has only a few steps; otherwise None.
 
     Args:
-        training: its arguments; where they say ``max_steps``, that is meant.
-        samples: of the training data.
+        training: the training arguments; with an explicit ``max_steps`` there is no warning.
+        samples: number of training samples.
     """
-    of_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    steps = math.ceil(training.num_train_epochs * math.ceil(samples / of_step))
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps = math.ceil(training.num_train_epochs * math.ceil(samples / batch))
     if training.max_steps > 0 or steps >= FEW_STEPS:
         return None
     return (
-        f"{samples:,} samples make {steps} optimiser steps of {of_step} in {training.num_train_epochs:g} epoch(s), "
-        f"hardly enough; a smaller batch (--gradient_accumulation_steps, in the scripts GLOBAL_BATCH_SIZE) or more "
-        f"epochs (--num_train_epochs, EPOCHS) makes more."
+        f"{samples:,} samples make only {steps} optimiser steps of {batch} in {training.num_train_epochs:g} epoch(s); "
+        f"for more, take a smaller batch (--gradient_accumulation_steps, in the scripts GLOBAL_BATCH_SIZE) or more "
+        f"epochs (--num_train_epochs, EPOCHS)."
     )

@@ -1,9 +1,9 @@
-"""What a configuration needs of each GPU's memory, before anything is loaded.
+"""Estimate of the memory that a run needs on each GPU, before anything is loaded.
 
-Weights, gradients and optimiser state are counted from the configurations; activations are counted by running the three
+Weights, gradients and optimiser state are counted from the configurations. Activations are counted by running the three
 passes once on torch's meta device, where tensors have shapes but no storage, and adding up what autograd would keep.
-Nothing is downloaded but configurations, nothing allocated. What DeepSpeed's communication buckets, the allocator's
-fragments and the CUDA context take comes on top.
+Only configurations are downloaded, and nothing is allocated. The estimate leaves out DeepSpeed's communication buckets,
+fragmentation in the allocator and the CUDA context.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 LOGIT_COPIES = (3, 4, 6)
-"""Float32 copies of a chunk's logits alive at the worst moment, for cross-entropy alone, with the align term, and with
-the switch term too (softmax, gradients on their way, the teacher's logits, buffers); measured by benchmarks/step.py."""
+"""Float32 copies of a chunk's logits at the peak (softmax, gradients, teacher's logits, buffers), with cross-entropy
+only, with the align term, and with the switch term as well. Measured by benchmarks/step.py."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The fullest moment: in the losses, in the first layer that backward recomputes, or in the optimiser."""
+        """The peak: in the losses, in the first layer that the backward pass recomputes, or in the optimiser."""
         resident = self.weights + self.teacher + self.optimizer
         passes = self.activations + self.head_gradient + max(self.logits, self.recomputed)
         return resident + max(passes, self.gradients)
 
     def table(self) -> list[tuple[str, float]]:
-        """Rows (what, GiB), the peak last."""
+        """Rows of (name, GiB); the peak is the last one."""
         rows = [(name.replace("_", " "), size / 2**30) for name, size in asdict(self).items()]
         return [*rows, ("peak", self.peak / 2**30)]
 
@@ -81,22 +81,22 @@ def estimate(
     """Memory of a training step.
 
     Args:
-        student: a TinyLLaVA whose parameters have `requires_grad` as in training; built on the meta device.
-        teacher: the same, or None for ordinary training.
-        batch_size: samples a GPU, one image each.
-        text_tokens: tokens of a sample beside its visual ones.
-        supervised_tokens: those that reach a head; None takes half of the text.
+        student: a TinyLLaVA on the meta device, with `requires_grad` set as in training.
+        teacher: a TinyLLaVA on the meta device, or None for training without distillation.
+        batch_size: samples per GPU, with one image each.
+        text_tokens: text tokens per sample.
+        supervised_tokens: tokens per sample with a loss; None means half of the text.
         gpus: ranks that ZeRO shards over.
         zero_stage: 0 to 3.
         offload: optimiser state on the CPU.
         mixed_precision: weights, gradients and activations in bfloat16 or float16; otherwise in float32.
-        master_weights: in mixed precision, optimiser state and a copy of the weights in float32, as DeepSpeed keeps.
+        master_weights: in mixed precision, float32 optimiser state and a float32 copy of the weights, as in DeepSpeed.
         checkpointing: activation checkpointing in the student and in the teacher's switch pass.
         switch: whether the switch pass runs.
         chunk_size: as in `build_distiller`.
-        half_teacher: whether the teacher is in bfloat16 or float16; None as the student. Under torch's autocast the
-            student's weights are in float32 and the teacher's are not; the student's activations, of which autocast
-            keeps some in float32, are then all counted so.
+        half_teacher: whether the teacher is in bfloat16 or float16; None means as the student. Under torch's autocast
+            only the student's weights are in float32. Its activations are then all counted as float32, although
+            autocast keeps only some of them so.
         teacher_bits: 8 or 4 if the teacher's language model is quantised.
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -120,7 +120,7 @@ def estimate(
     supervised *= batch_size
     chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
     terms = 0 if teacher is None else 1 + switch
-    # The head's gradient waits for the backward pass, in float32 while chunks are added up.
+    # The head's gradient is kept until the backward pass; it is float32 if summed over chunks.
     head_gradient = head.numel() * (4 if chunk < supervised else size) if head.requires_grad else 0
     return Estimate(
         weights=shard(3, trained * size) + shard(3, frozen * size),
@@ -135,9 +135,9 @@ def estimate(
 
 
 def estimate_run(arguments: Arguments) -> str:
-    """What a command line will need of each device, as a table; with the remedies if it does not fit.
+    """A table of the memory that a command line needs on each device, with a remedy if it does not fit.
 
-    Sequences are taken at their longest (``--model_max_length``), half of their text supervised.
+    Assumes sequences of the maximum length (``--model_max_length``) with half of their text supervised.
     """
     model, _, training, distill, _ = arguments
     recipe = TrainingRecipeFactory(training.training_recipe)(training)
@@ -172,7 +172,7 @@ def estimate_run(arguments: Arguments) -> str:
 
 
 def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArguments) -> str:
-    """The flag that takes most off the largest part."""
+    """The flag that reduces the largest item most."""
     parts = {
         "activations": "--gradient_checkpointing True"
         if not training.gradient_checkpointing
@@ -203,13 +203,13 @@ def _switch_bytes(
     sees = any(p.requires_grad for p in student.vision_tower.parameters())
 
     def run() -> Tensor:
-        # in the teacher's shape: where the towers' differ, a bridge stands between, which trains
+        # in the teacher's shape: if the towers' shapes differ, a trained bridge converts the features
         tokens = teacher.vision_tower.num_tokens(teacher.config.vision_feature_select_strategy)
         learns = sees or differ(student, teacher) is not None
         features = torch.empty(batch, tokens, teacher.config.vision_hidden_size, device="meta", requires_grad=learns)
         return _decode(teacher, teacher.connector(features), length)
 
-    # bitsandbytes' 8-bit layers keep their inputs, which a frozen linear layer need not
+    # bitsandbytes' 8-bit layers keep their inputs; an ordinary frozen linear layer does not
     keeping = linears_to_quantize(teacher) if bits == 8 and not checkpointing else []
     return _saved(run, [student, teacher], teacher.language_model.train(checkpointing), checkpointing, size, keeping)
 
@@ -229,9 +229,9 @@ def _saved(
     size: int,
     keeping: Iterable[nn.Module] = (),
 ) -> int:
-    """Bytes that autograd keeps of one pass, each storage once, weights left out; float32 counts as `size`.
+    """Bytes that autograd keeps in one pass, without weights. A float32 element counts as `size` bytes.
 
-    Modules in `keeping` keep their inputs beside.
+    Modules in `keeping` additionally keep their inputs.
     """
     weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}
@@ -263,7 +263,7 @@ def _saved(
 
 
 class _FlashLike(torch.autograd.Function):
-    """Attention that keeps what a fused kernel keeps: queries, keys, values, outputs and a normaliser a row."""
+    """Attention that keeps what a fused kernel keeps: queries, keys, values, outputs and one normaliser per row."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ _ATTENTION = "tinyllava_memory_estimate"
 
 @contextmanager
 def _fused_attention(*models: TinyLlava | None) -> Iterator[None]:
-    """transformers' modules call `_attention`: on the meta device torch would otherwise keep whole score matrices."""
+    """Have transformers call `_attention`; torch's own attention keeps whole score matrices on the meta device."""
     configs = {id(m.config): m.config for model in models if model for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
     AttentionInterface.register(_ATTENTION, _attention)

@@ -1,4 +1,4 @@
-"""A model without its weights: what can be checked before gigabytes are read."""
+"""Models without weights, for checks before gigabytes are read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FROM_ARGUMENTS = {
     "resampler_hidden_size": "resampler_hidden_size",
     "num_resampler_layers": "num_resampler_layers",
 }
-"""Arguments that shape the model -> their names in its configuration. A checkpoint has settled them."""
+"""Arguments that shape the model -> their names in its configuration. In a checkpoint they are fixed."""
 
 PER_RUN = {"model_max_length": "tokenizer_model_max_length", "tokenizer_padding_side": "tokenizer_padding_side"}
 """Arguments that may change with every run -> their names in the configuration."""
 
 
 def model_settings(arguments: Arguments) -> dict[str, Any]:
-    """What `tinyllava_switchkd.model.build_model` wants to know, from the arguments."""
+    """Arguments of `tinyllava_switchkd.model.build_model`, from the command line's."""
     model = arguments.model
     settings = {ours: getattr(model, name) for name, ours in {**FROM_ARGUMENTS, **PER_RUN}.items()}
     return settings | {
@@ -51,27 +51,25 @@ def model_settings(arguments: Arguments) -> dict[str, Any]:
 
 
 def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> TinyLlava:
-    """The model in a checkpoint of any layout, on the meta device, with its tokenizer and image processor.
+    """The model of a checkpoint of any layout, on the meta device, with its tokenizer and image processor.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is incomplete.
+        FileNotFoundError, ValueError: there is no checkpoint, or it is incomplete.
     """
     folder = resolve_folder(path, cache_dir=cache_dir)
     config, _ = open_checkpoint(Path(folder))
     model = _on_meta(config)
-    model.tokenizer, model.image_processor = (
-        tokenizer_of(folder, config),
-        image_processor_of(folder, model.vision_tower),
-    )
+    model.tokenizer = tokenizer_of(folder, config)
+    model.image_processor = image_processor_of(folder, model.vision_tower)
     return model
 
 
 def student_skeleton(arguments: Arguments) -> TinyLlava:
-    """The student before its weights are read, with this run's settings; as `checkpoint_skeleton`.
+    """The student with this run's settings, without weights (on the meta device).
 
     Raises:
         FileNotFoundError, OSError: a part does not exist.
-        ValueError: the parts do not fit together, or the command line contradicts the checkpoint that is started from.
+        ValueError: the parts do not fit together, or the command line contradicts the checkpoint.
     """
     path = arguments.training.pretrained_model_path
     if path is None:
@@ -93,7 +91,7 @@ def student_skeleton(arguments: Arguments) -> TinyLlava:
 
 
 def apply_run_settings(model: TinyLlava, arguments: Arguments) -> None:
-    """Put what this run asks for into a checkpoint's configuration and tokenizer; the rest stays as it was."""
+    """Apply this run's settings to a checkpoint's configuration and tokenizer."""
     config, tokenizer = model.config, model.tokenizer
     for name, field in PER_RUN.items():
         if name in arguments.given:
@@ -107,7 +105,7 @@ def apply_run_settings(model: TinyLlava, arguments: Arguments) -> None:
 
 
 def visual_tokens(model: TinyLlava) -> str:
-    """How many visual tokens an image takes, and of which tower and connector, in words."""
+    """The number of visual tokens per image, with tower and connector, as a phrase for messages."""
     config = model.config
     name = config.vision_model_name_or_path or config.vision_config.model_type
     return f"{model.num_image_tokens:,} visual tokens ({name}, {config.connector_type})"

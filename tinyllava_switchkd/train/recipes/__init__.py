@@ -1,4 +1,4 @@
-"""Training recipes: which parts of a model train, in what form, and how the result is written."""
+"""Training recipes: which parts of a model are trained, in what form, and how the result is written."""
 
 from .base import BaseTrainingRecipe, TrainingRecipeFactory, register_training_recipe
 from .lora import LoRATrainingRecipe

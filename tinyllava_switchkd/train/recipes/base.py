@@ -1,4 +1,4 @@
-"""The recipe that trains weights as they are; the others derive from it (TinyLLaVA v1, ``training_recipe/base.py``)."""
+"""The recipe that trains the weights directly, base class of the others (TinyLLaVA v1, ``training_recipe/base.py``)."""
 
 from __future__ import annotations
 
@@ -23,38 +23,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TrainingRecipeFactory: Registry[type[BaseTrainingRecipe]] = Registry("training recipe")
-"""``TrainingRecipeFactory("lora")(training_arguments)`` is a recipe."""
+"""``TrainingRecipeFactory("lora")(training_arguments)`` returns a recipe."""
 
 register_training_recipe = TrainingRecipeFactory.register
 """``@register_training_recipe("name", override=False)`` on a subclass of `BaseTrainingRecipe`."""
 
 
 class BaseTrainingRecipe:
-    """How a model is loaded, what of it trains, and how it is written.
+    """How a model is loaded, which parts are trained, and how it is written.
 
     Args:
-        training_arguments: read are the tune types, the precision and `pretrained_model_path`.
+        training_arguments: the recipe reads the tune types, the precision and `pretrained_model_path`.
     """
 
     def __init__(self, training_arguments: TrainingArguments) -> None:
         self.training_arguments = training_arguments
 
     def weights_dtype(self) -> torch.dtype:
-        """What weights are held in: DeepSpeed keeps float32 copies of what it trains, torch's autocast does not."""
+        """The dtype of the weights. DeepSpeed keeps float32 copies of trained weights, torch's autocast does not."""
         if self.training_arguments.deepspeed:
             return self.compute_dtype()
         return torch.float32
 
     def compute_dtype(self) -> torch.dtype:
-        """What is computed in."""
         return self.training_arguments.compute_dtype
 
     def load(self, settings: dict[str, Any]) -> TinyLlava:
-        """The model with its weights, tokenizer and image processor (attributes of it), on the CPU.
+        """The model on the CPU, with weights and with its tokenizer and image processor as attributes.
 
         Args:
-            settings: of a model of base models, as `tinyllava_switchkd.model.build_model` takes them; where the run
-                starts from a checkpoint, that says most of it.
+            settings: arguments of `tinyllava_switchkd.model.build_model`. If the run starts from a checkpoint, most
+                settings come from the checkpoint instead.
         """
         settings = {**settings, "dtype": self.weights_dtype(), "device": "cpu"}
         path = self.training_arguments.pretrained_model_path
@@ -64,7 +63,7 @@ class BaseTrainingRecipe:
         return load_pretrained_model(path, **{name: settings[name] for name in kept})[0]
 
     def __call__(self, model: TinyLlava) -> TinyLlava:
-        """Bring the model into the form in which it trains, and note that in its configuration."""
+        """Prepare the model for training and record the tune types in its configuration."""
         model = self.training_model_converse(model)
         self.tune_type_setting(model)
         arguments = self.training_arguments
@@ -74,14 +73,14 @@ class BaseTrainingRecipe:
         return model
 
     def training_model_converse(self, model: TinyLlava) -> TinyLlava:
-        """Change the model itself (adapters, quantisation); nothing here."""
+        """Hook for recipes that change the model itself (adapters, quantisation)."""
         return model
 
     def tune_type_setting(self, model: TinyLlava) -> None:
-        """Set what trains in each part by its tune type.
+        """Set which parameters of each part are trained, by its tune type.
 
         Raises:
-            ValueError: nothing would train.
+            ValueError: no parameter would be trained.
         """
         arguments = self.training_arguments
         set_tune_type(model.language_model, arguments.tune_type_llm)
@@ -99,7 +98,7 @@ class BaseTrainingRecipe:
             )
 
     def save(self, model: TinyLlava, trainer: Trainer) -> None:
-        """Write the trained model, and last the trainer's state, which marks the run as finished."""
+        """Write the trained model and then the trainer's state, which marks the run as finished."""
         trainer.save_model(self.training_arguments.output_dir)
         trainer.accelerator.wait_for_everyone()
         trainer.save_state()
@@ -108,12 +107,12 @@ class BaseTrainingRecipe:
         """Write a self-contained checkpoint: weights in v1's layout, tokenizer, image processor, configuration.
 
         Args:
-            model: what to write.
-            output_dir: where to.
-            state_dict: its complete weights, where they do not all lie in the model (ZeRO-3).
+            model: the model to write.
+            output_dir: the checkpoint's folder.
+            state_dict: the complete weights, if the model does not hold all of them (ZeRO-3).
         """
         save_pretrained_model(model, model.tokenizer, model.image_processor, output_dir, state_dict=state_dict)
 
     def read_student(self, model: TinyLlava, folder: str) -> None:
-        """Read the weights that `write_student` wrote back into the model."""
+        """Load the weights that `write_student` wrote into the model."""
         load_checkpoint_weights(model, folder)

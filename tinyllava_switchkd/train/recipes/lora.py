@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters in the linear layers of some parts; the others train or rest as their tune types say."""
+"""LoRA: low-rank adapters in the linear layers of some parts; the tune types decide about the other parts."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ADAPTER = "default"
 class LoRATrainingRecipe(BaseTrainingRecipe):
     """Trains LoRA matrices instead of weights in every part whose tune type is "lora".
 
-    peft puts its layers into the model in place, so the model stays a TinyLLaVA and the tasks need not know.
+    peft replaces layers in place. The model stays a TinyLLaVA, so the tasks work unchanged.
     """
 
     def training_model_converse(self, model: TinyLlava) -> TinyLlava:
-        """Put adapters into the linear layers of the parts to be adapted; everything else of the model is frozen."""
+        """Add adapters to the linear layers of the adapted parts and freeze everything else."""
         from peft import LoraConfig, get_peft_model
 
         arguments = self.training_arguments
@@ -48,15 +48,15 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
             bias=arguments.lora_bias,
             target_modules=self.linear_names(model),
         )
-        # without a task type: the wrapper for causal language models expects one's methods
+        # no task type: peft's wrapper for causal language models expects methods that a TinyLLaVA lacks
         self._peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         return model
 
     def linear_names(self, model: TinyLlava, tune_types: tuple[str, ...] = ("lora", "qlora")) -> list[str]:
-        """Full names of the linear layers of the parts with these tune types, heads left out (as v1 does).
+        """Full names of the linear layers in the parts with these tune types, without heads (as in v1).
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no such layers.
         """
         names = []
         for part, module_name in MODULES.items():
@@ -69,9 +69,9 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         return names
 
     def write_student(self, model: TinyLlava, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """v1's LoRA folder: the adapter, and in one folder a part the weights that it belongs to.
+        """Write v1's LoRA folder: the adapter, and one folder per part with the weights that the adapter belongs to.
 
-        The weights below an adapter keep peft's name (``….base_layer.weight``), as v1's files do.
+        Adapted weights keep peft's name (``….base_layer.weight``), as in v1's files.
         """
         from peft import get_peft_model_state_dict
 
@@ -119,11 +119,11 @@ class LoRATrainingRecipe(BaseTrainingRecipe):
         model.load_state_dict(state, strict=False)
 
     def plain_state(self, model: TinyLlava, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's weights as they are written."""
+        """The model's weights in the form in which they are written."""
         return state
 
     def loadable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some weights that a resumed run reads."""
+        """The subset of `state` that a resumed run reads."""
         return state
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which parameters of a model train: the tune types of TinyLLaVA v1 (``training_recipe/base.py``)."""
+"""Which parameters of a model are trained: the tune types of TinyLLaVA v1 (``training_recipe/base.py``)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 MODULES = {"llm": "language_model", "vision_tower": "vision_tower", "connector": "connector"}
-"""The parts of a model, as the arguments call them, and their sub-modules."""
+"""A model's parts: name in the arguments -> submodule."""
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|resblocks)\.(\d+)\.")
-"""The number of a layer in names of what is in it: transformers' (layers, layer), timm's and open_clip's encoders."""
+"""The layer number in parameter names of transformers (layers, layer), timm (blocks) and open_clip (resblocks)."""
 
 
 def set_tune_type(module: nn.Module, tune_type: str) -> None:
-    """Make all of a part trainable ("full") or none of it ("frozen"); adapters are left as their recipe set them."""
+    """Make a part trainable ("full") or freeze it ("frozen"). Other tune types leave it as its recipe set it."""
     if tune_type in ("frozen", "full"):
         module.requires_grad_(tune_type == "full")
 
 
 def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> None:
-    """Train a vision tower's encoder layers from a number on, and nothing else of it ("partially-tune").
+    """Train only the vision tower's encoder layers from number `from_layer` on ("partially-tune").
 
     Raises:
         ValueError: the tower has no such layer.
@@ -37,12 +37,12 @@ def tune_from_layer(vision_tower: nn.Module, from_layer: int) -> None:
     if from_layer > max(layers, default=-1):
         raise ValueError(
             f"--tune_vision_tower_from_layer is {from_layer}, but the vision tower has {len(layers)} encoder layers, "
-            f"the first of them 0; nothing of it would be trained."
+            f"counted from 0; nothing of it would be trained."
         )
 
 
 def describe(model: nn.Module) -> str:
-    """One line of parameter counts, trainable of all, part by part."""
+    """One line with the trainable and total parameters of each part."""
     counts = []
     for name in MODULES.values():
         parameters = list(getattr(model, name).parameters())

@@ -1,4 +1,4 @@
-"""QLoRA: LoRA whose frozen weights are held in 8 or 4 bits (bitsandbytes, CUDA)."""
+"""QLoRA: LoRA with the frozen weights in 8 or 4 bits (bitsandbytes, CUDA)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @register_training_recipe("qlora", "qlora_int8")
 class QLoRATrainingRecipe(LoRATrainingRecipe):
-    """LoRA; in the parts whose tune type is "qlora" the adapted layers' own weights are quantised.
+    """LoRA that also quantises the adapted layers' own weights, in the parts whose tune type is "qlora".
 
-    8 bits, as in v1's ``qlora_int8``, unless ``--bits 4`` (then ``--quant_type`` and ``--double_quant`` count).
-    What is written is v1's LoRA folder, with the weights that the quantised ones stand for.
+    8 bits, as in v1's ``qlora_int8``, or 4 with ``--bits 4``, which also uses ``--quant_type`` and ``--double_quant``.
+    The result is v1's LoRA folder with dequantised weights.
 
     Raises:
-        ValueError: without CUDA or under ZeRO-3.
-        ImportError: without bitsandbytes.
+        ValueError: there is no CUDA device, or the run uses ZeRO-3.
+        ImportError: bitsandbytes is not installed.
     """
 
     def __init__(self, training_arguments: TrainingArguments) -> None:
@@ -33,12 +33,10 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         self.check_installation()
         config = getattr(training_arguments, "hf_deepspeed_config", None)
         if config is not None and config.is_zero3():
-            raise ValueError(
-                "--training_recipe qlora does not work with ZeRO-3, which cannot share out quantised weights."
-            )
+            raise ValueError("--training_recipe qlora does not work with ZeRO-3, which cannot shard quantised weights.")
 
     def check_installation(self) -> None:
-        """Refuse a machine that cannot quantise."""
+        """Raise an error on a machine that cannot quantise."""
         if not torch.cuda.is_available() or self.training_arguments.use_cpu:
             raise ValueError(
                 f"--training_recipe {self.training_arguments.training_recipe} needs a CUDA GPU and there is none; use "
@@ -51,7 +49,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         names = self.linear_names(model, ("qlora",))
         for name in names:
             model.set_submodule(name, self._quantised(model.get_submodule(name)))
-        # peft picks its layers by these
+        # peft chooses its layer classes by these attributes
         model.is_loaded_in_4bit = self.training_arguments.bits == 4
         model.is_loaded_in_8bit = not model.is_loaded_in_4bit
         model = super().training_model_converse(model)
@@ -93,7 +91,7 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
         return plain
 
     def loadable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # quantised from the same weights as when the checkpoint was written, and frozen since
+        # quantised weights stay frozen and are made again from the same weights as in the first run
         return {name: value for name, value in state.items() if not self._is_quantised(name)}
 
     def _is_quantised(self, name: str) -> bool:

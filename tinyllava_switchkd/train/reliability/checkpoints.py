@@ -1,10 +1,10 @@
-"""Checkpoints that can be trusted: written aside, sealed by a manifest, then given their name.
+"""Checkpoints that can be trusted: written to a temporary folder, sealed by a manifest, then renamed.
 
-A checkpoint is written into `WRITING`; its files are brought to the disk; `MANIFEST` lists every one with its size and
-checksum, the step and the number of processes; the checksum of the manifest goes into `RECORD`, in the run's folder
-beside the checkpoints; and only then is the folder renamed to ``checkpoint-N``. Complete means that all of this
-agrees. Whoever can write into a checkpoint's folder, but not into the run's, can neither change what is resumed from
-nor have anything executed: nothing in a checkpoint is read by a reader that executes (see `weights_only`).
+A checkpoint is written into `WRITING`, and its files are flushed to the disk (fsync). `MANIFEST` lists each file with
+its size and checksum, and the step and the number of processes. The manifest's checksum goes into `RECORD`, in the
+run's folder beside the checkpoints. Only then is the folder renamed to ``checkpoint-N``. A checkpoint is complete if
+all of this agrees. Someone who can write into a checkpoint's folder, but not into the run's, can neither change what is
+resumed from nor have anything executed: a checkpoint is only read by readers that execute nothing (see `weights_only`).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-"""In a checkpoint: step, processes, and size and SHA-256 of every other file."""
+"""File in a checkpoint: step, number of processes, and size and SHA-256 of every other file."""
 
 RECORD = "checkpoints.json"
-"""In the run's folder: SHA-256 of the manifest of each checkpoint that the run has written."""
+"""File in the run's folder: SHA-256 of the manifest of each checkpoint that the run has written."""
 
 WRITING = ".writing"
-"""Folder in the run's in which a checkpoint is while it is being written."""
+"""Subfolder of the run's folder that holds a checkpoint while it is written."""
 
 CONVERTED = ".universal"
-"""Folder in the run's that holds a checkpoint in the form for another number of processes, see `universal`."""
+"""Subfolder of the run's folder that holds a checkpoint converted for another number of processes, see `universal`."""
 
 NO_ROOM = 4
 """Exit code of a run that could not write a checkpoint."""
 
 ASKED = "resume_from_checkpoint"
-"""In `RECORD`: the checkpoint that the user chose to go on from, once the run has."""
+"""Key in `RECORD`: the checkpoint that the user chose to resume from."""
 
 ASIDE = "aside-"
-"""In front of the name of a checkpoint that a run was told not to go on from."""
+"""Prefix of checkpoints that are later than the one the user chose."""
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _size = functools.partial(tqdm.format_sizeof, suffix="B")
@@ -57,11 +57,11 @@ _FULL = re.compile(
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written; one sentence with the folder and what is needed."""
+    """A checkpoint cannot be written; the message has the folder and the space needed."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints' folders in a run's, whole or not, latest step first."""
+    """The checkpoint folders of a run, complete or not, latest step first."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
@@ -69,7 +69,6 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
@@ -77,7 +76,7 @@ def step_of(folder: Path) -> int:
 
 
 def seal(folder: Path, step: int, world_size: int) -> str:
-    """Bring all files of a folder to the disk and write its manifest; returns the manifest's SHA-256."""
+    """Flush all files of a folder to the disk and write its manifest; returns the manifest's SHA-256."""
     (folder / MANIFEST).unlink(missing_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -94,9 +93,9 @@ def seal(folder: Path, step: int, world_size: int) -> str:
 
 
 def publish(folder: Path, final: Path, manifest_digest: str) -> None:
-    """Enter a sealed folder into the run's record and give it its name; one that had the name goes.
+    """Add a sealed folder to the run's record and give it its final name, replacing any folder of that name.
 
-    The record comes first, so that every checkpoint with a name is in it, whenever the process ends.
+    The record is written first, so that it has every named checkpoint, whenever the process ends.
     """
     record = read_record(final.parent)
     write_json(final.parent / RECORD, {**record, final.name: manifest_digest})
@@ -110,11 +109,10 @@ def publish(folder: Path, final: Path, manifest_digest: str) -> None:
 
 
 def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | Path | None = None) -> None:
-    """Keep the latest `limit` checkpoints up to step `newest`, by their steps; the newest one always stays.
+    """Keep the latest `limit` checkpoints up to step `newest`, by their steps; the newest always stays.
 
-    The `best` one by held-out data stays as well and takes the place of the oldest, if there is room for two.
-
-    Damaged ones do not count and go. Those of later steps are left alone: none of this run has been there.
+    The `best` one on held-out data also stays. With a limit of two or more it replaces the oldest of them. Damaged
+    checkpoints do not count and are removed. Checkpoints of later steps are not from this run and stay.
     """
     if not limit or limit < 1:
         return
@@ -127,7 +125,7 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | P
     for folder in (folder for folder in earlier if folder not in kept):
         doomed = folder.with_name(f".old-{folder.name}")
         with contextlib.suppress(OSError):
-            folder.rename(doomed)  # never seen half removed
+            folder.rename(doomed)  # so that no named checkpoint is ever half removed
             shutil.rmtree(doomed, ignore_errors=True)
     record = read_record(output_dir)
     there = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
@@ -136,10 +134,10 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | P
 
 
 def clean(output_dir: str | Path) -> None:
-    """Remove what an interrupted save has left, and give a folder back the name that it had just lost."""
+    """Remove what an interrupted save left, and restore a checkpoint that `publish` had moved but not replaced."""
     output_dir = Path(output_dir)
     for name in (WRITING, CONVERTED):
-        if (output_dir / name).is_symlink():  # nobody writes where it leads
+        if (output_dir / name).is_symlink():  # never write through a link
             (output_dir / name).unlink()
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for old in output_dir.glob(".old-checkpoint-*"):
@@ -151,10 +149,10 @@ def clean(output_dir: str | Path) -> None:
 
 
 def choose(output_dir: str | Path, asked: str | Path) -> bool:
-    """Note the checkpoint that the user has chosen; whether it is a new choice.
+    """Record the checkpoint that the user chose; returns whether it is a new choice.
 
-    The same command again means the same run, which goes on from its latest checkpoint. With a new choice, those of
-    the run beyond it are of another future; they keep their content and lose their name.
+    Repeating the same command continues the same run from its latest checkpoint. After a new choice, the run's later
+    checkpoints no longer belong to it, and are renamed.
     """
     output_dir, asked = Path(output_dir), Path(asked).resolve()
     record = read_record(output_dir)
@@ -166,31 +164,31 @@ def choose(output_dir: str | Path, asked: str | Path) -> bool:
                 aside = folder.with_name(f"{ASIDE}{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                logger.warning("%s is beyond the checkpoint that was asked for; it is now %s.", folder, aside.name)
+                logger.warning("%s is later than the chosen checkpoint and was renamed to %s.", folder, aside.name)
     write_json(output_dir / RECORD, {**record, ASKED: str(asked)})
     return True
 
 
 def check_space(folder: str | Path, needed: int, step: int) -> None:
-    """Refuse to begin a checkpoint that will not fit.
+    """Check the free space before a checkpoint is written.
 
     Raises:
-        CheckpointError: with the folder, what is needed and what there is.
+        CheckpointError: there is too little; with the folder and both sizes.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
             f"The checkpoint at step {step} needs about {_size(needed)} in {folder} and {_size(free)} are free; make "
-            f"room and run the same command again, which goes on from {latest_name(folder)}."
+            f"room and run the same command again, which continues from {latest_name(folder)}."
         )
 
 
 @contextlib.contextmanager
 def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
-    """Turn a full disk, in whichever library it is noticed, into one sentence.
+    """Turn the errors by which libraries report a full disk into one sentence.
 
     Raises:
-        CheckpointError: see above.
+        CheckpointError: the disk is full.
     """
     try:
         yield
@@ -201,22 +199,22 @@ def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
             raise
         free = f"{_size(shutil.disk_usage(folder).free)} are free"
         if hasattr(os, "statvfs") and (table := os.statvfs(folder)).f_files and not table.f_favail:
-            free = "the disk takes no more files, whatever their size (0 inodes are free)"
+            free = "the disk takes no more files of any size (0 inodes are free)"
         reason = first_line(error)
         raise CheckpointError(
             f"The checkpoint at step {step} could not be written into {folder} ({reason[:200]}): it needs about "
-            f"{_size(needed)} and {free}; make room and run the same command again, which goes on from "
+            f"{_size(needed)} and {free}; make room and run the same command again, which continues from "
             f"{latest_name(folder)}."
         ) from error
 
 
 def latest_name(output_dir: str | Path) -> str:
-    """Name of the latest checkpoint whose sizes agree, or "the beginning"."""
+    """Name of the latest checkpoint whose file sizes match its manifest, or "the beginning"."""
     return next((folder.name for folder in checkpoints(output_dir) if _sizes_agree(folder)), "the beginning")
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -224,11 +222,11 @@ def size_of(folder: Path) -> int:
 
 
 def damage(folder: str | Path, name: str | None = None) -> str | None:
-    """What of a checkpoint does not agree with its manifest and the run's record, in words; None if all agrees.
+    """How a checkpoint differs from its manifest or the run's record, as a phrase; None if it does not.
 
     Args:
         folder: the checkpoint.
-        name: the one that it had when it was written, if it has another.
+        name: its original name, if it was renamed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -236,7 +234,7 @@ def damage(folder: str | Path, name: str | None = None) -> str | None:
         return f"{MANIFEST} is missing or cut off"
     recorded = read_record(folder.parent).get(name or folder.name)
     if recorded is None:
-        logger.warning("The run's record %s does not know %s.", folder.parent / RECORD, folder)
+        logger.warning("The run's record %s does not list %s.", folder.parent / RECORD, folder)
     elif recorded != digest(folder / MANIFEST):
         return f"{MANIFEST} is not the one that this run wrote"
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
@@ -257,7 +255,7 @@ def damage(folder: str | Path, name: str | None = None) -> str | None:
 
 
 def read_manifest(folder: str | Path) -> JsonObject | None:
-    """A checkpoint's manifest, if it is one."""
+    """A checkpoint's manifest; None if it is missing or invalid."""
     try:
         manifest = read_json(Path(folder) / MANIFEST)
         good = all(
@@ -279,9 +277,9 @@ def read_record(output_dir: str | Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Inside, `torch.load` reads tensors and plain values alone, also where a library asks for everything.
+    """Inside, `torch.load` reads only tensors and plain values, even if a library asks for everything.
 
-    DeepSpeed's optimiser states hold three small classes of its own beside tensors; those may be made, nothing else.
+    Of other objects it creates only the small classes of DeepSpeed that DeepSpeed's optimiser states hold.
     """
     import torch
 
@@ -327,7 +325,7 @@ def _to_disk(path: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can
+    with contextlib.suppress(OSError):  # not every system can sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

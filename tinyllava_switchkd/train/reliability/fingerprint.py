@@ -1,8 +1,8 @@
-"""What a run learns from and how: recorded in every checkpoint, compared before a run goes on from one.
+"""A run's fingerprint, which says what is learned and how. Checkpoints record it, and resuming compares it.
 
-Recorded are digests of the data and of the teacher (content, not paths, which may change) and every argument that
-changes the maths. How long a run is and how often it speaks or saves may change; so may the number of processes, as
-long as the batch of an optimiser step stays what it was.
+It has digests of the data and the teacher (their content, since paths may change) and every argument that changes the
+maths. A run's length and the intervals of logging and saving may change. So may the number of processes, as long as
+the batch of an optimiser step stays the same.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..command_line.arguments import Arguments
 logger = logging.getLogger(__name__)
 
 FILE = "fingerprint.json"
-"""In a checkpoint."""
+"""File in a checkpoint."""
 
 DATA, TEACHER = "data_path", "teacher_path"
-"""Arguments whose content is recorded, not their value."""
+"""Arguments of which the files' content is recorded instead of the path."""
 
 _OF_TRANSFORMERS = (
     "adam_beta1",
@@ -49,25 +49,25 @@ _OF_TRANSFORMERS = (
     "warmup_steps",
     "weight_decay",
 )
-"""Of transformers' training arguments those that change the maths; another learning rate is not taken over at all."""
+"""transformers' training arguments that change the maths. A resumed run keeps its learning rate in any case."""
 
 _WITHOUT_EFFECT = {
-    # where things are, how much is in memory at once, what is done once; chunks and attention change rounding alone
+    # paths, memory use, one-time actions; chunks and attention only change rounding
     *("cache_dir", "attn_implementation", "image_folder", "model_name_or_path", "tokenizer_name_or_path"),
     *("vision_tower", "vision_tower2", "chunk_size", "pretrained_model_path", "overwrite_output_dir", "estimate"),
     *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache"),
     *("fill_teacher_cache", DATA, TEACHER),
 }
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_NEW_RUN = "begin anew with --overwrite_output_dir True"
+_NEW_RUN = "start a new run with --overwrite_output_dir True"
 
 
 def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
-    """The arguments that change the maths, with their values, and the digests of data and teacher.
+    """The fingerprint of a run: the arguments that change the maths, and the digests of data and teacher.
 
     Args:
-        arguments: of the run.
-        world_size: its processes.
+        arguments: the run's arguments.
+        world_size: the number of processes.
     """
     model, data, training, distill = arguments[:4]
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
@@ -77,12 +77,12 @@ def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
             if field.name in _WITHOUT_EFFECT or (group is training and field.name in inherited):
                 continue
             chosen[field.name] = getattr(group, field.name)
-    if distill.teacher_path is not None:  # a setting that was not given is the method's own
+    if distill.teacher_path is not None:  # settings that were not given have the method's defaults
         for name, setting in MethodFactory(distill.distill_method).settings().items():
             chosen[name] = setting.default if chosen[name] is None else chosen[name]
     chosen |= {name: getattr(training, name) for name in _OF_TRANSFORMERS if hasattr(training, name)}
     if training.bf16 or distill.teacher_cache_dtype != "bf16":
-        chosen["teacher_cache_dtype"] = None  # a cache that rounds nothing changes nothing
+        chosen["teacher_cache_dtype"] = None  # without rounding the cache changes nothing
     chosen = {name: plain(value) for name, value in chosen.items()}
     config = getattr(training, "hf_deepspeed_config", None)
     chosen["deepspeed"] = "none" if config is None else f"ZeRO-{config.config['zero_optimization']['stage']}"
@@ -94,39 +94,37 @@ def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
 
 
 def teacher_digest(path: str, cache_dir: str | None = None) -> str:
-    """One digest of a checkpoint's weights and configuration, whatever its folder is called."""
+    """A digest of a checkpoint's weights and configuration, independent of its path."""
     folder = resolve_folder(path, cache_dir=cache_dir)
     files = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in folder.rglob(pattern)]
-    of_run = ("training_args.bin", "checkpoint-")  # what a training keeps there beside the model
-    return digest_of_files(
-        folder,
-        {f for f in files if not any(part.startswith(of_run) for part in f.relative_to(folder).parts)},
-    )
+    of_run = ("training_args.bin", "checkpoint-")  # a training keeps these beside the model
+    kept = {f for f in files if not any(part.startswith(of_run) for part in f.relative_to(folder).parts)}
+    return digest_of_files(folder, kept)
 
 
 def read(checkpoint: str | Path) -> JsonObject | None:
-    """What a checkpoint was written with; None if it does not say.
+    """The fingerprint in a checkpoint; None if it has none.
 
     Raises:
-        ValueError: the file is not what this program writes.
+        ValueError: this program did not write the file.
     """
     file = Path(checkpoint) / FILE
     if not file.is_file():
         return None
-    said = read_json(file)
-    numbers = [said.get(name) for name in ("world_size", *_BATCH)]
-    if not all(type(number) is int and number > 0 for number in numbers) or TEACHER not in said:
-        raise ValueError(f"{file} does not say what a run was begun with; take another checkpoint, or {_NEW_RUN}.")
-    if "conv_version" in said:  # the template's name until 0.2.0
-        said.setdefault("template", said.pop("conv_version"))
-    return said
+    recorded = read_json(file)
+    numbers = [recorded.get(name) for name in ("world_size", *_BATCH)]
+    if not all(type(number) is int and number > 0 for number in numbers) or TEACHER not in recorded:
+        raise ValueError(f"{file} does not hold a run's arguments; use another checkpoint, or {_NEW_RUN}.")
+    if "conv_version" in recorded:  # the template's name until 0.2.0
+        recorded.setdefault("template", recorded.pop("conv_version"))
+    return recorded
 
 
 def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = ()) -> dict[str, str]:
-    """Name of each argument that differs, and how, in words; those that are `allowed` are left out.
+    """Name -> description of each argument that differs, except those in `allowed`.
 
-    Between different numbers of processes the batch of a step counts, not how it is divided. What only one side knows
-    (an argument of another version of this program) is not compared.
+    If the numbers of processes differ, only the batch of a step is compared, not how it is divided. Arguments that only
+    one side has (from another version of this program) are not compared.
     """
     theirs, ours = dict(theirs), dict(ours)
     if theirs["world_size"] != ours["world_size"]:
@@ -139,7 +137,7 @@ def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = (
         if before == now or (joined and name != TEACHER and None in (before, now)):  # settings of the teacher's method
             continue
         if name in (DATA, TEACHER) and before is not None and now is not None:
-            found[name] = f"the content of --{name} is another"
+            found[name] = f"the content of --{name} has changed"
         elif name == TEACHER:
             found[name] = "the teacher was left out" if now is None else "there was no teacher"
         else:
@@ -148,28 +146,28 @@ def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = (
 
 
 def check(checkpoint: str | Path, ours: JsonObject, allowed: Iterable[str] = ()) -> None:
-    """Refuse to go on with what the checkpoint's run did not have.
+    """Refuse to resume from a checkpoint with another fingerprint.
 
     Raises:
-        ValueError: naming each difference, and how to go on all the same.
+        ValueError: with each difference, and how to allow it.
     """
     theirs = read(checkpoint)
     if theirs is None:
-        logger.warning("%s does not say what it was written with, so nothing is compared.", checkpoint)
+        logger.warning("%s does not record its run's arguments, so they are not compared.", checkpoint)
         return
     found = differences(theirs, ours, allowed)
     if found:
         raise ValueError(
-            f"The run in {checkpoint} was begun with other arguments: {'; '.join(found.values())}. Use those, "
-            f"{_NEW_RUN}, or, if you mean it, pass --allow_changed {' '.join(found)}."
+            f"The run in {checkpoint} was started with other arguments: {'; '.join(found.values())}. Use those, "
+            f"{_NEW_RUN}, or, if the change is intended, pass --allow_changed {' '.join(found)}."
         )
     for words in differences(theirs, ours).values():
         logger.warning("Allowed to differ from %s: %s.", checkpoint, words)
 
 
 def plain(value: object) -> object:
-    """A value as JSON gives it back."""
-    value = getattr(value, "value", value)  # of an enumeration
+    """A value in the form that JSON returns."""
+    value = getattr(value, "value", value)  # of an enum
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,9 +1,9 @@
-"""What must be finite stays finite: the first NaN or infinity of a loss, a term or a gradient norm is an event.
+"""Detects the first NaN or infinity in a loss, a term or a gradient norm.
 
-A loss or term that is not finite is multiplied into the loss, so that it reaches every gradient and, by the reduction
-of the gradients, every rank: one number, the gradient's norm, then says on each rank alike whether the step is good.
-That number is read once an optimiser step. On a GPU it is read a step late, when it has long been computed, so that
-the host never waits for the step that is under way; before anything is logged or written all of it is read.
+A loss or term that is not finite is multiplied into the loss, so it reaches every gradient and, through the reduction
+of gradients, every rank. One number, the gradient's norm, then tells every rank whether the step is good. It is read
+once per optimiser step. On a GPU it is read one step late, when it has long been computed, so that the host never waits
+for the current step. Before anything is logged or written, every unread norm is read.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from tinyllava_switchkd.runtime import is_main_process, rank
 logger = logging.getLogger(__name__)
 
 EVENTS = "non_finite.jsonl"
-"""File in the output folder: one JSON object an event, with the step, the terms and the samples of every rank."""
+"""File in the output folder: one JSON object per event, with the step, the terms and the samples of every rank."""
 
 SHOWN = 20
-"""Samples that are named on the screen where `EVENTS` cannot be written."""
+"""Number of samples named on the screen if `EVENTS` cannot be written."""
 
 NON_FINITE = 3
-"""Exit code of a run that was stopped because something was not finite."""
+"""Exit code of a run that stopped because something was not finite."""
 
 SCALER_PATIENCE = 100
-"""Steps in a row that a float16 loss scaler may leave out while it looks for its scale."""
+"""Consecutive steps that a float16 loss scaler may skip while it searches for its scale."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -44,7 +44,7 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass
 class _Step:
-    """What a step leaves behind to be looked at: tensors on the device, and the names of its samples."""
+    """What a step leaves to be checked: tensors on the device, and the names of its samples."""
 
     number: int
     names: list[list[str]] = field(default_factory=list)
@@ -56,13 +56,13 @@ class _Step:
 
 
 class Guard:
-    """Watches the steps of one run on this rank; every rank calls the same methods at the same steps.
+    """Checks the steps of one run on this rank; every rank calls the same methods at the same steps.
 
     Args:
         output_dir: where `EVENTS` is written.
-        skip: leave a bad step out rather than stop.
-        most: bad steps in a row after which the run stops all the same.
-        scaler: whether a float16 loss scaler leaves out steps whose gradients overflow, which is no fault.
+        skip: skip a bad step instead of stopping.
+        most: consecutive bad steps after which the run stops even with `skip`.
+        scaler: whether a float16 loss scaler skips steps whose gradients overflow, which is not an error.
     """
 
     def __init__(self, output_dir: str | Path, *, skip: bool = False, most: int = 10, scaler: bool = False) -> None:
@@ -76,20 +76,20 @@ class Guard:
         self._closed: list[_Step] = []
 
     def begin(self, step: int, ids: Sequence[Sequence[str]], asked: Tensor | float) -> None:
-        """A step begins.
+        """Begin a step.
 
         Args:
-            step: the number that it will have when it is done.
+            step: its number, counted from 1.
             ids: names of the samples of each micro-batch.
             asked: not 0 if some rank was asked to stop; the same on all ranks.
         """
         self._open = _Step(step, ids=list(ids), asked=asked)
 
     def watch(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Remember the losses of a micro-batch, and spoil the loss by any of them that is not finite.
+        """Record the losses of a micro-batch, and make the loss NaN if any of them is not finite.
 
         Returns:
-            the losses; with `skip` those that are not finite are 0 in it, so that means over steps stay finite.
+            the losses; with `skip`, all but "loss" are 0 in a bad micro-batch, so that means over steps stay finite.
         """
         names = [
             name
@@ -107,23 +107,23 @@ class Guard:
         return {**losses, **finite, "loss": loss}
 
     def end(self, norm: Tensor | float | None, left_out: bool = False) -> None:
-        """The gradients of the step are complete.
+        """End the step; its gradients are complete.
 
         Args:
             norm: their norm, the same on all ranks.
-            left_out: the optimiser has left the step out itself (DeepSpeed, on overflow).
+            left_out: whether the optimiser itself skipped the step (DeepSpeed, on overflow).
         """
         self._open.norm, self._open.left_out = norm, left_out
         self._closed.append(self._open)
 
     def judge(self, all_but_last: bool = False) -> bool:
-        """Look at the steps that have ended since; whether all are good.
+        """Check the steps that have ended since the last call; returns whether all are good.
 
         Args:
-            all_but_last: leave the last one for the next time, on a device that is still computing it.
+            all_but_last: leave the last step for the next call, because the device is still computing it.
 
         Raises:
-            NonFiniteError: a step is bad and the run is to stop.
+            NonFiniteError: a step is bad and the run must stop.
         """
         count = len(self._closed) - int(all_but_last)
         steps, self._closed = self._closed[:count], self._closed[count:]
@@ -131,11 +131,11 @@ class Guard:
 
     def _judge(self, step: _Step) -> bool:
         norm, asked = step.norm, step.asked
-        if torch.is_tensor(norm) and torch.is_tensor(asked):  # both by one transfer from the device
+        if torch.is_tensor(norm) and torch.is_tensor(asked):  # one transfer from the device for both
             norm, asked = torch.stack([norm.detach().float().reshape(()), asked.to(norm.device).float()]).tolist()
         norm = 0.0 if norm is None else float(norm)
         self.asked_to_stop |= float(asked) > 0
-        if math.isfinite(norm) and norm >= 0 and not step.left_out:  # DeepSpeed has -1 for a norm that is none
+        if math.isfinite(norm) and norm >= 0 and not step.left_out:  # DeepSpeed gives -1 for a norm that is not finite
             self._in_a_row = self._scaled_in_a_row = 0
             return True
         found = gather_object([self._samples(step)])
@@ -157,13 +157,13 @@ class Guard:
             )
         if is_main_process():
             logger.warning(
-                "Not finite at step %d: %s. The step is left out (%d so far); %s.",
+                "Not finite at step %d: %s. The step is skipped (%d so far); %s.",
                 *(step.number, what, self.skipped, samples),
             )
         return False
 
     def _samples(self, step: _Step) -> JsonObject:
-        """This rank's micro-batches with something that is not finite; all of them if only the norm is not."""
+        """This rank's micro-batches with values that are not finite; all of them if only the norm is not finite."""
         bad = []
         for index, (names, values) in enumerate(zip(step.names, step.values, strict=True)):
             terms = {n: v for n, v in zip(names, values.tolist(), strict=True) if not math.isfinite(v)}
@@ -176,7 +176,7 @@ class Guard:
         }
 
     def _write(self, event: JsonObject) -> str:
-        """Note an event in `EVENTS`; says where its samples are named: here, if the disk has no room for it."""
+        """Append an event to `EVENTS`. Returns where the samples are named, or their names if it cannot be written."""
         path = self.output_dir / EVENTS
         if is_main_process():
             try:
@@ -192,10 +192,10 @@ class Guard:
 
 
 def check_trained(model: torch.nn.Module) -> None:
-    """Whether the trained weights (under ZeRO-3 this rank's part of them) are finite, on all ranks.
+    """Check on all ranks that the trained weights (under ZeRO-3 each rank's shard) are finite.
 
     Raises:
-        NonFiniteError: they are not, on some rank.
+        NonFiniteError: some rank's are not.
     """
     parts = {
         name: getattr(parameter, "ds_tensor", parameter).detach()
@@ -207,7 +207,7 @@ def check_trained(model: torch.nn.Module) -> None:
         return
     bad = (~torch.stack([total.to(sums[0].device) for total in sums]).isfinite()).any().float()
     if reduce(bad, "sum"):
-        # a sum may overflow where no weight is infinite
+        # a sum may overflow although every weight is finite
         names = [name for name, part in parts.items() if not part.isfinite().all()]
         everyone = sorted({name for rank in gather_object([names]) for name in rank})
         if everyone:

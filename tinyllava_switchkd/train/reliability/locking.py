@@ -1,4 +1,4 @@
-"""One writer an output folder: a lock that says who holds it and that nobody has to remove by hand."""
+"""A lock that allows one run per output folder. It names its owner and never has to be removed by hand."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .signals import started_at
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-"""File in the output folder, while a run writes there: host, process, start."""
+"""File in the output folder while a run writes there: host, process, start."""
 
 STALE_SECONDS = 180.0
-"""A lock of another machine that was not renewed for so long is taken over."""
+"""A lock from another machine that was not renewed for this long is taken over."""
 
 _RENEW_SECONDS = 20.0
 
@@ -34,9 +34,9 @@ class LockedError(RuntimeError):
 class OutputLock:
     """Held by the main process of a run from the checks to the end.
 
-    On one machine, and on network file systems that lock for all, the kernel's record lock decides: it ends with the
-    process that holds it, however that ends, and a child does not inherit it. Where there are no such locks, the
-    process number and its start time decide on this machine, and the age of the file for other machines.
+    On one machine, and on network file systems with shared locks, the kernel's record lock decides. It ends with the
+    process that holds it, however that process ends, and children do not inherit it. Without such locks, the process
+    number and start time decide for owners on this machine, and the age of the file for owners on other machines.
 
     Args:
         folder: the output folder; it must exist.
@@ -48,10 +48,10 @@ class OutputLock:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock; what a run left behind that no longer lives is taken over with a message.
+        """Take the lock. A lock left by a run that no longer lives is taken over with a warning.
 
         Raises:
-            LockedError: another run holds it; with host, process and age. Or it is no file that could be one's own.
+            LockedError: another run holds it (the message has host, process and age), or the path is no regular file.
         """
         descriptor = _open(self.path)
         try:
@@ -68,7 +68,7 @@ class OutputLock:
                 )
             if owner:
                 logger.warning(
-                    "The run that held %s (process %s on %s, %s ago) has ended without a word; it is taken over.",
+                    "The run that held %s (process %s on %s, %s ago) ended without releasing it; taking it over.",
                     *(self.path.parent, owner.get("process"), owner.get("host"), _span(age)),
                 )
             self._file = descriptor
@@ -80,7 +80,7 @@ class OutputLock:
         threading.Thread(target=self._renew, daemon=True, name="lock-renewal").start()
 
     def release(self) -> None:
-        """Give it back; nothing if it isn't held."""
+        """Release the lock if it is held."""
         self._ended.set()
         if self._file is None:
             return
@@ -111,13 +111,13 @@ class OutputLock:
 
 
 def _open(path: Path) -> int:
-    """The lock's file, made if it is not there; never one elsewhere that a link leads to."""
+    """Open the lock file, creating it if necessary. Links are not followed."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
-        raise LockedError(f"{path} is no file but a link or a folder; remove it, no run has made it.") from None
+        raise LockedError(f"{path} is a link or a folder, which no run has made; remove it.") from None
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
@@ -127,7 +127,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _held(descriptor: int) -> bool | None:
-    """Try to take the record lock; whether another process has it, None where there are no such locks."""
+    """Try to take the record lock. True if another process holds it; None if there are no such locks."""
     try:
         import fcntl
 
@@ -148,7 +148,7 @@ def _owner(descriptor: int) -> JsonObject:
 
 
 def _may_live(owner: JsonObject, age: float, locks_work: bool) -> bool:
-    """Whether the owner that a lock file names may still be there, although the kernel knows of no lock."""
+    """Whether the owner named in a lock file may still live, although the kernel reports no lock."""
     if owner.get("host") != socket.gethostname():
         return age < STALE_SECONDS
     if locks_work or not str(owner.get("process", "")).isdigit():
@@ -157,7 +157,7 @@ def _may_live(owner: JsonObject, age: float, locks_work: bool) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the lock was renewed, by the clock of its file system."""
+    """Seconds since the lock was renewed, by its file system's clock."""
     probe = path.with_name(f".{LOCK}.{os.getpid()}")
     try:
         probe.touch()

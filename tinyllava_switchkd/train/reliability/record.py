@@ -1,4 +1,4 @@
-"""What a run was: ``recipe.yaml`` in its output folder; ``tinyllava-switchkd train --recipe`` runs it again."""
+"""``recipe.yaml`` in the output folder, with which ``tinyllava-switchkd train --recipe`` repeats the run."""
 
 from __future__ import annotations
 
@@ -27,22 +27,19 @@ OF_THE_MACHINE = (
     "estimate",
     "fill_teacher_cache",
 )
-"""Flags that say how it is computed rather than what; another machine has others."""
+"""Flags that depend on the machine and do not change the result."""
 
 _COMPUTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
 
 _HEADER = """\
-# What this run was told, written when it began. The same again, into another folder:
+# The settings of this run, written when it started. To repeat it into another folder:
 #   tinyllava-switchkd train --recipe {path} --output_dir ELSEWHERE
-# The part "machine" is not read then.
+# The section "machine" is not read then.
 """
 
 
 def recipe_of(arguments: Arguments) -> dict[str, object]:
-    """The recipe of a run: every flag that was given, the samples of a step, the precision.
-
-    Secrets (tokens of hubs) are left out.
-    """
+    """The recipe of a run: every flag given, the samples per step and the precision, without secrets (hub tokens)."""
     training = arguments.training
     given = {name: list(values) for name, values in arguments.given.items() if not name.endswith("token")}
     settings: dict[str, str | list[str]] = {
@@ -55,8 +52,9 @@ def recipe_of(arguments: Arguments) -> dict[str, object]:
     settings["per_device_batch_size"] = str(per_device)
     settings["precision"] = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     machine: dict[str, object] = {name: " ".join(given[name]) for name in OF_THE_MACHINE if name in given}
-    machine |= {"processes": training.world_size, "gradient_accumulation_steps": accumulate}
     machine |= {
+        "processes": training.world_size,
+        "gradient_accumulation_steps": accumulate,
         "device": training.device.type,
         "versions": versions(("torch", "transformers", "accelerate", "deepspeed", "peft")),
     }

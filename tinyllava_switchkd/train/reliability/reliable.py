@@ -1,10 +1,10 @@
 """The part of the trainer that keeps a run from being lost or silently ruined.
 
-* every step's losses, terms and gradient norm are watched (`guard`);
-* signals end the run at a step boundary, on all ranks at the same one, after a checkpoint (`signals`);
-* checkpoints are written aside, sealed and renamed, and rotated by their steps (`checkpoints`);
-* nothing that a checkpoint holds is executed, and the arguments are written as JSON without secrets;
-* samples that fill up the ranks' last batches count nothing, so that any number of ranks gives one process's gradient.
+* Every step's losses, terms and gradient norm are checked (`guard`).
+* A signal ends the run on all ranks at the same step, after a checkpoint (`signals`).
+* Checkpoints are written to a temporary folder, sealed and renamed, and rotated by their steps (`checkpoints`).
+* Nothing in a checkpoint is executed, and the arguments are written as JSON without secrets.
+* Filler samples in the ranks' last batches have no loss, so any number of ranks computes one process's gradient.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.json"
-"""The arguments of the run, beside the weights, without secrets."""
+"""File beside the weights with the run's arguments, without secrets."""
 
 
 class ReliableTrainer(Trainer):
-    """`transformers.Trainer` with the above; `LLaVATrainer` derives from it.
+    """`transformers.Trainer` with the above; base class of `LLaVATrainer`.
 
     Attributes:
-        fingerprint: what is recorded in checkpoints for `fingerprint.check`; nothing if empty.
-        interrupted: whether a signal has ended training before its last step.
-        group_settings: those of each group of the optimiser, as it was made.
+        fingerprint: recorded in checkpoints for `fingerprint.check`, unless empty.
+        interrupted: whether a signal ended training before its last step.
+        group_settings: the initial settings of each parameter group.
     """
 
     def __init__(self, *, args: TrainingArguments, **kwargs: object) -> None:
-        # transformers' filter hides NaN and infinity in what is logged, and waits for the device in every micro-batch
+        # transformers' filter hides NaN and infinity from the log and waits for the device in every micro-batch
         args.logging_nan_inf_filter = False
         super().__init__(args=args, **kwargs)
         self._fills_up = self.train_dataset is not None and args.world_size > 1 and not args.dataloader_drop_last
@@ -67,17 +67,17 @@ class ReliableTrainer(Trainer):
         self._run_folder: str | None = None
         self._is_lagging = args.device.type == "cuda" and not self.is_deepspeed_enabled and not self.guard.skip
 
-    # What must be finite, and signals
+    # Finite values and signals
 
     def begin_step(self, batches: list[Batch], totals: Tensor) -> Tensor:
-        """A step's micro-batches are there: their samples are noted, and the ranks' token counts and signals joined.
+        """Record the samples of a step, and gather the token counts and signals of all ranks.
 
         Args:
-            batches: micro-batches, perhaps with "ids".
-            totals: what this rank has of each unit that losses are divided by, [units] on its device.
+            batches: the step's micro-batches, optionally with "ids".
+            totals: this rank's count of each unit that losses are divided by, [units] on its device.
 
         Returns:
-            what all ranks have, [units]; this rank's own if `average_tokens_across_devices` is off.
+            the counts of all ranks, [units]; this rank's own if `average_tokens_across_devices` is off.
         """
         asked: Tensor | float = float(signals.received() is not None)
         if self.args.world_size > 1:
@@ -92,7 +92,7 @@ class ReliableTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # the mean over the steps between two logs goes on without the ones left out
+        # keeps the logged mean over steps finite
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0) if self.guard.skip else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
@@ -102,7 +102,7 @@ class ReliableTrainer(Trainer):
         if self.guard.judge(all_but_last=self._is_lagging):
             return norm
         if not self.is_deepspeed_enabled:
-            model.zero_grad(set_to_none=True)  # optimisers leave parameters without a gradient alone
+            model.zero_grad(set_to_none=True)  # optimisers skip parameters without a gradient
         elif not left_out:
             check_trained(self.model)
         return None
@@ -121,7 +121,7 @@ class ReliableTrainer(Trainer):
         self.guard.judge()
         check_trained(self.model)
         if self.guard.skipped and self.is_world_process_zero():
-            logger.warning("%d steps were left out because something was not finite.", self.guard.skipped)
+            logger.warning("%d steps were skipped because something was not finite.", self.guard.skipped)
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -135,7 +135,7 @@ class ReliableTrainer(Trainer):
         return super()._get_output_dir(trial) if self._run_folder is None else self._run_folder
 
     def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
-        """Write aside, seal, rename, rotate; all ranks leave together."""
+        """Write to a temporary folder, seal, rename and rotate; all ranks return together."""
         self.guard.judge()
         check_trained(self.model)
         output, step = Path(self.args.output_dir), self.state.global_step
@@ -149,7 +149,7 @@ class ReliableTrainer(Trainer):
         try:
             with checkpoints.writing(output, step, self._bytes_needed()):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_global_step == step:  # noted where it was being written
+                if self.state.best_global_step == step:  # recorded with the temporary path
                     self.state.best_model_checkpoint = str(output / f"checkpoint-{step}")
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
@@ -170,7 +170,7 @@ class ReliableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_result(self) -> None:
-        """Write the trained model and, last, what marks the run as finished."""
+        """Write the trained model and, last, the state that marks the run as finished."""
         output = Path(self.args.output_dir)
         if self.is_world_process_zero():
             checkpoints.check_space(output, self._bytes_needed() // 3, self.state.global_step)
@@ -180,7 +180,7 @@ class ReliableTrainer(Trainer):
             self.recipe.save(self.student, self)
 
     def _bytes_needed(self) -> int:
-        """What a checkpoint takes: as the last one, else weights and two optimiser states of all that trains."""
+        """The size of the last checkpoint; otherwise that of the weights and two optimiser states per trained one."""
         last = next(iter(checkpoints.checkpoints(self.args.output_dir)), None)
         if last is not None:
             return int(1.02 * checkpoints.size_of(last))
@@ -192,13 +192,13 @@ class ReliableTrainer(Trainer):
         return total
 
     def write_arguments(self, folder: str | Path) -> None:
-        """The arguments as JSON; `to_dict` puts names in the place of tokens."""
+        """Write the arguments as JSON, without tokens."""
         plain = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
         write_json(Path(folder, ARGUMENTS), fingerprint.plain(plain))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # trainer_state.json is written next: every rank must be done by then
+        # trainer_state.json is written next; all ranks must have finished before
         self.accelerator.wait_for_everyone()
 
     # Reading
@@ -213,12 +213,12 @@ class ReliableTrainer(Trainer):
             read_adapters(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in transformers, which neither refuses another optimiser's state nor tells of other learning rates."""
+        """As in transformers, but refuse another optimiser's state and warn of other learning rates."""
         asked = getattr(self.lr_scheduler, "base_lrs", None)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:
-            raise ResumeError(f"The optimiser cannot go on from {checkpoint} ({error}); {REMEDY}.") from error
+            raise ResumeError(f"The optimiser cannot continue from {checkpoint} ({error}); {REMEDY}.") from error
         if checkpoint is None:
             return
         if universal.is_universal(checkpoint):
@@ -229,7 +229,7 @@ class ReliableTrainer(Trainer):
             raise ResumeError(f"The checkpoint {checkpoint} was written with another --optim; {REMEDY}.")
         if getattr(self.lr_scheduler, "base_lrs", None) != asked:
             logger.warning(
-                "The run goes on with the learning rates of %s (%s), not with those asked for now (%s).",
+                "The run continues with the learning rates of %s (%s), not with the new ones (%s).",
                 *(checkpoint, self.lr_scheduler.base_lrs, asked),
             )
 
@@ -239,26 +239,26 @@ class ReliableTrainer(Trainer):
             with reading(checkpoint):
                 super()._load_rng_state(checkpoint)
             return
-        # another number of ranks: each draws numbers of its own from here on, the same in every resumption
+        # another number of ranks: each gets its own random numbers, the same whenever the run is resumed here
         seed = self.args.seed + 1_000_003 * (self.state.global_step + 1) + self.args.process_index
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    # The samples that fill up
+    # Filler samples
 
     def fill_up(self, sampler: Sampler | None) -> Sampler | None:
-        """The sampler, with fillers at its end until all ranks have whole batches."""
+        """The sampler, with fillers at the end so that all ranks have full batches."""
         if not self._fills_up or sampler is None:
             return sampler
-        if type(sampler) is RandomSampler:  # what accelerate would make of it, had it been left bare
+        if type(sampler) is RandomSampler:  # accelerate does this only to a bare RandomSampler
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = SeedableRandomSampler(sampler.data_source, generator=torch.Generator(), data_seed=seed)
         return Filled(sampler, self.args.train_batch_size * self.args.world_size, len(self.train_dataset))
 
 
 class Filled(Sampler):
-    """A sampler whose length is a multiple of something; what is added at the end are indices beyond the data."""
+    """A sampler extended to a multiple of `multiple` by indices beyond the data."""
 
     def __init__(self, sampler: LengthGroupedSampler | SeedableRandomSampler, multiple: int, size: int) -> None:
         self.sampler, self.multiple, self.size = sampler, multiple, size

@@ -1,4 +1,4 @@
-"""Where a run stands: finished, to be resumed from a checkpoint, or to be begun."""
+"""Whether a run is finished, which checkpoint it resumes from, and whether that checkpoint is usable."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ _SHAPING = (
     *("connector_type", "hidden_size", "vocab_size", "vision_hidden_size", "vision_feature_layer"),
     *("vision_feature_select_strategy", "tune_type_llm", "tune_type_connector", "tune_type_vision_tower"),
 )
-"""Fields of a model's configuration without which its weights or the optimiser's state have no place."""
+"""Settings that must be equal for a checkpoint's weights and optimiser state to fit."""
 
 
 class ResumeError(ValueError):
-    """A checkpoint is not one of the run that would go on from it."""
+    """The run cannot resume from this checkpoint."""
 
 
-REMEDY = "use the arguments that the run was begun with, or begin anew with --overwrite_output_dir True"
+REMEDY = "use the arguments that the run was started with, or start a new run with --overwrite_output_dir True"
 
 
 def check_fits(checkpoint: str | Path, config: TinyLlavaConfig, training: TrainingArguments) -> None:
-    """Refuse to go on from a checkpoint of another model, or of the same with other parts trained.
+    """Refuse to resume from a checkpoint of another model, or of the same model with other parts trained.
 
-    Whatever is allowed to change, and whatever the checkpoint says that it was written with: nothing could be read.
+    `--allow_changed` does not lift this check, because such a checkpoint could not be read.
 
     Args:
-        checkpoint: a complete one.
-        config: configuration of the model that the command line asks for.
-        training: the training arguments, which say what is to be trained.
+        checkpoint: a complete checkpoint.
+        config: configuration of the model on the command line.
+        training: the training arguments, with the tune types.
 
     Raises:
-        ResumeError: with the first difference, on both sides.
+        ResumeError: with the first difference and both values.
     """
     stored = read_config(Path(checkpoint))
     for name in _SHAPING:
@@ -65,17 +65,17 @@ def check_fits(checkpoint: str | Path, config: TinyLlavaConfig, training: Traini
         ours = getattr(training if name.startswith("tune_type") else config, name)
         if theirs != ours:
             raise ResumeError(
-                f"The run cannot go on from {checkpoint}, which was written with {name} {theirs!r}, and {name} is "
-                f"{ours!r} now; {REMEDY}."
+                f"The run cannot continue from {checkpoint}, which was written with {name} {theirs!r} (now {ours!r}); "
+                f"{REMEDY}."
             )
 
 
 @contextlib.contextmanager
 def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
-    """Read a checkpoint without executing anything that it holds.
+    """Read a checkpoint without executing anything in it.
 
     Raises:
-        ResumeError: a file of it holds other things than tensors and plain values, or cannot be read.
+        ResumeError: a file holds something other than tensors and plain values, or cannot be read.
     """
     if checkpoint is None:
         yield
@@ -86,23 +86,23 @@ def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), first_line(error))
         raise ResumeError(
-            f"A file of {checkpoint} holds something that is no tensor and no plain value, and was not opened "
-            f"({reason.strip()[:200]}); take another checkpoint, or begin anew with --overwrite_output_dir True."
+            f"A file of {checkpoint} holds something other than tensors and plain values and was not opened "
+            f"({reason.strip()[:200]}); use another checkpoint, or start a new run with --overwrite_output_dir True."
         ) from error
 
 
 def is_finished(output_dir: str | Path) -> bool:
-    """Whether a run in this folder has ended: its state is written last, after the final weights."""
+    """Whether the run in this folder is finished: its state is written last, after the final weights."""
     state = _read_state(Path(output_dir))
     return state is not None and state.get("global_step", 0) >= state.get("max_steps", 1)
 
 
 def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
-    """The latest complete checkpoint of a run, or None; others are passed over with a sentence that names the file.
+    """The latest complete checkpoint of a run, or None; incomplete ones are skipped with a warning.
 
     Args:
         output_dir: the run's folder.
-        world_size: processes of the run.
+        world_size: the run's number of processes.
     """
     for folder in checkpoints.checkpoints(output_dir):
         missing = what_is_missing(folder, world_size)
@@ -113,10 +113,10 @@ def find_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
 
 
 def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
-    """What keeps a checkpoint from being resumed from, in words; None if nothing does.
+    """Why a checkpoint cannot be resumed from, as a phrase; None if it can.
 
-    Complete means that all its files are those of its manifest, and the manifest the one of the run's record. The
-    rest of what is looked at only somebody else's can lack, which the record does not know.
+    A checkpoint is complete if its files match its manifest, and its manifest matches the run's record. The other
+    checks can only fail for a checkpoint of another origin, which is not in the record.
     """
     folder = Path(folder)
     damage = checkpoints.damage(folder)
@@ -147,21 +147,21 @@ def what_is_missing(folder: str | Path, world_size: int = 1) -> str | None:
     if not written:
         return "the state of the random numbers is missing"
     for file in (*pickles, *random_states):
-        if not zipfile.is_zipfile(file):  # torch's pickles end in a zip's directory
+        if not zipfile.is_zipfile(file):  # a torch file is a zip, whose directory is at the end
             return f"{file.name} is cut off"
     if written != world_size:
-        logger.info("%s was written by %d processes; the run goes on with %d.", folder, written, world_size)
+        logger.info("%s was written by %d processes; the run continues with %d.", folder, written, world_size)
     return None
 
 
 def needs_conversion(checkpoint: str | Path, world_size: int) -> bool:
-    """Whether a checkpoint is in DeepSpeed's shards for another number of processes; see `universal`."""
+    """Whether a checkpoint has DeepSpeed's shards for another number of processes; see `universal`."""
     checkpoint = Path(checkpoint)
     return (checkpoint / "latest").is_file() and len(list(checkpoint.glob("rng_state*.pth"))) != world_size
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:
-    """Remove the checkpoints and the state of an earlier run, so that none of them is taken for the new one's."""
+    """Remove an earlier run's checkpoints and state, so that they are not mistaken for the new run's."""
     checkpoints.clean(output_dir)
     for folder in checkpoints.checkpoints(output_dir):
         shutil.rmtree(folder)
@@ -179,17 +179,17 @@ def _read_state(folder: Path) -> dict | None:
 
 
 def _weights_complete(folder: Path) -> bool:
-    """Whether all weights are there, in files as long as their headers say."""
+    """Whether all weight files exist and are as long as their headers say."""
     names = ["model.safetensors"]
     try:
         if (folder / "model.safetensors.index.json").is_file():
             names = shard_names(folder / "model.safetensors.index.json")
-        elif (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts it belongs to
+        elif (folder / "adapter_model.safetensors").is_file():  # LoRA: the adapter and the parts' weights
             names = ["adapter_model.safetensors"]
             if not all((folder / part / "pytorch_model.bin").is_file() for part in SPLIT_FOLDERS):
                 return False
         for name in names:
-            with safe_open(folder / name, "pt"):  # reads the header alone
+            with safe_open(folder / name, "pt"):  # reads only the header
                 pass
     except (OSError, ValueError, SafetensorError):
         return False

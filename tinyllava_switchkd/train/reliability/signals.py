@@ -1,4 +1,4 @@
-"""Signals that ask a run to end at the next step, and ranks that do not outlive what started them."""
+"""Signals that end a run at the next step, and a watch that ends ranks with the launcher that started them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 75
-"""Exit code of a run that a signal ended after a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on."""
+"""Exit code of a run that a signal ended after a checkpoint (EX_TEMPFAIL of sysexits.h); the same command continues."""
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
-"""What clusters send before they take a machine away."""
+"""Signals that clusters send before they take a machine away."""
 
 LAUNCHER = "TINYLLAVA_LAUNCHER"
-"""Environment variable: ``host:pid`` of the outermost script, which a rank must not outlive."""
+"""Environment variable with ``host:pid`` of the outermost script, which a rank must not outlive."""
 
 _PR_SET_PDEATHSIG = 1
 _MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands")
 _PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate", "accelerate-launch")
-"""What launchers are called on a command line, as modules and as programs."""
+"""Launchers' names on a command line, as modules and as programs."""
 
 _received: list[int] = []
 _owner = 0
 
 
 class InterruptedRunError(RuntimeError):
-    """A signal has ended the run at a step boundary, after a checkpoint."""
+    """A signal ended the run after a step and a checkpoint."""
 
 
 def install() -> None:
-    """From now on `SIGNALS` only leave a mark, which `received` shows; nothing outside the main thread."""
+    """From now on `SIGNALS` are only recorded for `received`. Outside the main thread this does nothing."""
     global _owner
     _received.clear()
     _owner = os.getpid()
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Signals act as usual again; after one has come they are ignored, as the process is about to end by itself."""
+    """Restore the default actions. If a signal was received, ignore further ones, since the process is about to end."""
     if threading.current_thread() is not threading.main_thread():
         return
     for name in SIGNALS:
@@ -58,22 +58,22 @@ def uninstall() -> None:
 
 
 def received() -> str | None:
-    """The name of the first signal that has come, or None."""
+    """The name of the first signal received, or None."""
     return signal.Signals(_received[0]).name if _received else None
 
 
 def _note(number: int, frame: object) -> None:
     _received.append(number)
-    if len(_received) == 1 and os.getpid() == _owner:  # not in a worker that reads data
+    if len(_received) == 1 and os.getpid() == _owner:  # not in a data loader's worker
         os.write(2, f"{signal.Signals(number).name} received: a checkpoint follows at the next step.\n".encode())
 
 
 def follow_launcher(interval: float = 1.0) -> None:
-    """End this process, at once and by itself, soon after one of the launchers above it has gone.
+    """Kill this process soon after one of its launchers has ended.
 
-    Watched are the parents that are launchers (deepspeed, torchrun, accelerate) and, where a script of scripts/train
-    started the run, that script. An interactive shell is not: a run that was sent to the background outlives it.
-    Processes are told apart by their start times, since numbers are used again.
+    Watched are the parents that are launchers (deepspeed, torchrun, accelerate) and, if a script of scripts/train
+    started the run, that script. An interactive shell is not watched: a run in the background outlives it. A process is
+    identified by number and start time, since numbers are reused.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -81,13 +81,13 @@ def follow_launcher(interval: float = 1.0) -> None:
     if not watched:
         return
     if watched[0][0] == os.getppid():
-        # the kernel's own notice, without a delay, for the closest one
+        # for the direct parent the kernel sends the signal itself, without delay
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     threading.Thread(target=_watch, args=(watched, interval), daemon=True, name="launcher-watch").start()
 
 
 def launchers() -> list[tuple[int, str]]:
-    """The processes above this one that it must not outlive, nearest first: number and start time."""
+    """The ancestors that this process must not outlive, nearest first: number and start time."""
     host, _, outermost = os.environ.get(LAUNCHER, "").rpartition(":")
     found, above, process = [], [], os.getppid()
     while process > 1:
@@ -106,7 +106,7 @@ def launchers() -> list[tuple[int, str]]:
 
 
 def started_at(process: int) -> str | None:
-    """When a process of this machine began (in the kernel's ticks); None if there is none."""
+    """When a process of this machine started (in the kernel's ticks); None if there is no such process."""
     fields = _stat(process)
     return None if fields is None or fields[0] in "ZX" else fields[19]
 
@@ -116,7 +116,7 @@ def _stat(process: int) -> list[str] | None:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    return text.rpartition(")")[2].split()  # the name before it may hold blanks
+    return text.rpartition(")")[2].split()  # the name in parentheses may contain spaces
 
 
 def _is_launcher(process: int) -> bool:

@@ -1,8 +1,8 @@
-"""DeepSpeed's shards for another number of processes, by way of DeepSpeed's universal checkpoint.
+"""Resume DeepSpeed's shards on another number of processes, through DeepSpeed's universal checkpoint.
 
-A shard holds a process's part of every flat tensor of the optimiser, so shards fit one number of processes only. The
-universal form holds each parameter and its two moments by name. `convert` writes it beside the checkpoints, into
-`checkpoints.CONVERTED`, where the rest of the checkpoint is linked to; the run's first own checkpoint removes it.
+A shard holds one process's part of every flat tensor of the optimiser, so shards fit only one number of processes. The
+universal form holds each parameter and its two moments by name. `convert` writes it into `checkpoints.CONVERTED`,
+beside the checkpoints, with links to the rest of the checkpoint. The next checkpoint of the run removes it.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _STATES = {"exp_avg", "exp_avg_sq"}
 
 
 def is_universal(checkpoint: str | Path | None) -> bool:
-    """Whether a checkpoint is one that `convert` has made."""
+    """Whether `convert` made this checkpoint."""
     return checkpoint is not None and Path(checkpoint).parent.name == checkpoints.CONVERTED
 
 
 def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
-    """Bring a sharded checkpoint into a form from which any number of processes goes on.
+    """Convert a sharded checkpoint so that any number of processes can resume from it.
 
     Args:
-        checkpoint: a complete one, by ZeRO-1, 2 or 3.
+        checkpoint: a complete checkpoint of ZeRO-1, 2 or 3.
         output_dir: the run's folder.
 
     Returns:
         the folder to resume from.
 
     Raises:
-        ResumeError: the optimiser is not of Adam's kind, a name in it is no parameter's, or it holds an object.
+        ResumeError: the optimiser has not Adam's states, a name in it is no parameter's, or it holds an object.
         CheckpointError: there is no room.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     checkpoint = Path(checkpoint)
     shards = checkpoint / (checkpoint / "latest").read_text().strip()
-    needed = 2 * checkpoints.size_of(shards)  # the pieces, and what they are joined to
+    needed = 2 * checkpoints.size_of(shards)  # the extracted pieces, and the result
     checkpoints.check_space(output_dir, needed, checkpoints.step_of(checkpoint))
     view = Path(output_dir) / checkpoints.CONVERTED / checkpoint.name
     shutil.rmtree(view.parent, ignore_errors=True)
@@ -62,7 +62,7 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
     arguments = Namespace(
         input_folder=str(shards),
         output_folder=str(view / shards.name),
-        num_extract_workers=1,  # processes of their own would not read as carefully
+        num_extract_workers=1,  # worker processes would not use the weights-only reader
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
@@ -70,22 +70,22 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
     )
     with checkpoints.writing(output_dir, checkpoints.step_of(checkpoint), needed), reading(checkpoint):
         _check(shards)
-        logger.info("Converting %s for another number of processes; this reads and writes all of it.", checkpoint)
+        logger.info("Converting %s for another number of processes, by reading and writing all of it.", checkpoint)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(arguments)
     return view
 
 
 def complete(optimizer: Optimizer, before: list[dict[str, object]], rates: list[float]) -> None:
-    """Put right what DeepSpeed's reader of the universal form leaves wrong under ZeRO-3.
+    """Correct two errors of DeepSpeed's reader of the universal form under ZeRO-3.
 
-    It gives all groups of parameters the settings of the first one, and all of them one counter of steps between them,
-    which then counts each group's update as a step.
+    It gives all parameter groups the settings of the first one, and one shared step counter, which then counts each
+    group's update as a step.
 
     Args:
-        optimizer: has read the universal form.
-        before: the settings of each group before.
-        rates: the learning rates that the schedule is at, by group.
+        optimizer: the optimiser, after it has read the universal form.
+        before: the settings of each group before that.
+        rates: the schedule's current learning rate of each group.
     """
     for group, own, rate in zip(optimizer.param_groups, before, rates, strict=True):
         group.update({name: value for name, value in own.items() if name != "params"}, lr=rate)
@@ -95,7 +95,7 @@ def complete(optimizer: Optimizer, before: list[dict[str, object]], rates: list[
 
 
 def _check(shards: Path) -> None:
-    """Refuse what cannot be converted, and names of parameters that would be paths."""
+    """Refuse shards that cannot be converted, and parameter names that would be paths."""
     import torch
 
     for file in sorted(shards.glob("*_optim_states.pt")):
@@ -105,8 +105,8 @@ def _check(shards: Path) -> None:
         if not kinds or not all(kind >= _STATES for kind in kinds):
             raise ResumeError(
                 f"The checkpoint {shards.parent} was written by another number of processes with an optimiser that "
-                "DeepSpeed cannot divide anew (it can Adam's); run it with as many processes as before, or begin anew "
-                "with --overwrite_output_dir True."
+                "DeepSpeed cannot re-shard (only Adam's); use as many processes as before, or start a new run with "
+                "--overwrite_output_dir True."
             )
         _check_names(shards, (name for group in state.get("param_slice_mappings") or () for name in group))
     for file in sorted(shards.glob("*_model_states.pt")):
@@ -124,4 +124,4 @@ def _check_names(shards: Path, names: Iterable[object]) -> None:
         if not isinstance(name, str) or not all(
             part.replace("-", "_").isidentifier() or part.isdigit() for part in name.split(".")
         ):
-            raise ResumeError(f"{shards} names a parameter {name!r}, which no model has; take another checkpoint.")
+            raise ResumeError(f"{shards} has a parameter {name!r}, which no model has; use another checkpoint.")
