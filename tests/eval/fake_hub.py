@@ -1,8 +1,8 @@
-"""A server on the loopback that stands in for the Hugging Face hub and for the authors' download sites.
+"""A local server that replaces the Hugging Face hub and the authors' download sites.
 
 Just enough of the hub's interface for huggingface_hub's look-up and download: ``/api/datasets/<id>`` with the commit
 and the file list, ``.../tree/<revision>`` with the files' sizes, and ``/datasets/<id>/resolve/<revision>/<file>`` with
-commit, ETag and byte ranges. Other paths are plain files. `cuts` makes an answer break off, as a bad line does.
+commit, ETag and byte ranges. Other paths are plain files. `cuts` interrupts an answer, as a bad connection does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FakeHub:
         self.requests: list[tuple[str, str, str | None]] = []
         """(method, path, Range header) in order."""
         self.cuts: dict[str, int] = {}
-        """File name -> bytes after which the next whole answer breaks off."""
+        """File name -> bytes after which the next full answer is interrupted."""
         self.versions: dict[str, str] = {}
         """File name -> suffix of its ETag: a new version of the file."""
         self.url = ""

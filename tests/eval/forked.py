@@ -1,4 +1,4 @@
-"""Runs of the command in processes of their own, which may be killed at a chosen moment.
+"""Runs of the command in separate processes, which can be killed at a chosen moment.
 
 The processes are forked from a server that has imported everything once and computed nothing, which is quick and safe.
 """
@@ -23,7 +23,7 @@ HALF_A_LINE = '{"question_id": 7, "prompt": "half a li'
 
 
 def run_command(argv: Sequence[str], environment: Mapping[str, str], log: str, sabotage: str, after: int) -> None:
-    """The child: `main(argv)`, with an end of its own choosing after so many batches."""
+    """The child: `main(argv)`, which ends in the way `sabotage` names after `after` batches."""
     os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -77,7 +77,7 @@ def end(process, timeout: float = 60) -> int:
 
 
 def wait_until_gone(process, timeout: float = 60) -> None:
-    """Until the process itself is dead, though children of its own may live on (`join` would wait for these, too)."""
+    """Wait until the process is dead, even if its children still live (`join` would wait for these, too)."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -89,7 +89,7 @@ def wait_until_gone(process, timeout: float = 60) -> None:
 
 
 def ranks(world: int) -> list[dict[str, str]]:
-    """What torchrun would put into the environment of each process, one core each."""
+    """The environment that torchrun would give each process, with one core each."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

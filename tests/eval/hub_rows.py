@@ -1,4 +1,4 @@
-"""The ten benchmarks' fixtures in the shape of the hub's data sets: the way back of what preparation does.
+"""Converts the ten benchmarks' fixtures to the hub's data sets, the reverse of preparation.
 
 Every function takes a fixture folder in LLaVA's layout and returns ``{file in the data set: (schema, rows)}``.
 """
@@ -191,4 +191,4 @@ BENCHMARKS: dict[str, tuple[str, str, Callable[[Path], Files]]] = {
     "vizwiz": ("vizwiz", "lmms-lab-encoder/VizWiz-VQA", vizwiz),
     "pope": ("pope", "lmms-lab-encoder/POPE", pope),
 }
-"""Name -> (folder, data set, way back)."""
+"""Name -> (folder, data set, conversion)."""

@@ -1,4 +1,4 @@
-"""A tiny checkpoint on disk and the ten benchmarks in miniature, to be run for real."""
+"""A tiny checkpoint on disk and miniatures of the ten benchmarks, for real runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, template: str | None = "phi", **kwargs: Any) 
 
 
 def picture(path: Path, seed: int) -> None:
-    """A noisy picture whose size, too, depends on the seed; its format follows the suffix."""
+    """Write a noisy picture whose content and size depend on the seed; the suffix gives its format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     height, width = 20 + seed % 7, 20 + seed % 5

@@ -1,4 +1,4 @@
-"""Fixtures of the scorer tests: one synthetic case a benchmark, scored by the official scorers."""
+"""Fixtures of the scorer tests: one synthetic case per benchmark, scored by the official scorers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data_dir(name: str) -> Path:
 
 
 def expected(name: str) -> dict:
-    """What the official scorers say."""
+    """The official scorers' results."""
     return json.loads((data_dir(name) / "expected.json").read_text(encoding="utf-8"))
 
 

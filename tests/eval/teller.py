@@ -1,4 +1,4 @@
-"""Run by `spawn`: what a process of an evaluation does when something is wrong, and nothing else."""
+"""Run by `spawn`: a process that only reports an error, as an evaluation does."""
 
 import os
 import signal

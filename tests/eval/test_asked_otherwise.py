@@ -1,4 +1,4 @@
-"""What is asked in part or otherwise: limits, options, splits, judges, other runs' answers, and how it all ends."""
+"""Runs that differ from the default: limits, options, splits, judges, other runs' answers, and how they end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_file(folder, name, **fields):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_limit_scores_the_questions_asked(name, tmp_path):
-    """As the score of a folder that has no other questions: nothing that was not asked is wrong."""
+    """The score equals that of a folder with only these questions: questions that were not asked are not wrong."""
     folder = shutil.copytree(data_dir(name), tmp_path / "data")
     whole = score_file(name, folder, folder / "answers.jsonl")
     options = {"prompt_protocol": "llava"} if name.startswith("mmbench") else {}  # the fixture's prompts
@@ -264,7 +264,7 @@ def test_a_garbage_line_is_named_with_its_remedy(checkpoint, tmp_path, capsys):
     (out / "answers.part-0.jsonl").write_text("oops\n")
     assert main(command(checkpoint, "pope", data, out)) == 1
     error = capsys.readouterr().err
-    assert "answers.part-0.jsonl, line 1: not valid JSON" in error and "delete that line" in error
+    assert "answers.part-0.jsonl, line 1: not valid JSON" in error and "delete the line" in error
 
 
 def test_a_folder_for_a_file(tmp_path, capsys):

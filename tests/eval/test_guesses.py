@@ -1,4 +1,4 @@
-"""Answers of one token, found in the pass that reads the prompt: they are greedy decoding's, whatever was guessed."""
+"""Answers of one token, found in the pass that reads the prompt, equal those of greedy decoding for any guesses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def calls_of(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def stop_after_the_first(answerer: Answerer, answers: list[list[int]]) -> None:
-    """Let half of the tokens that come second, and never first, end an answer."""
+    """Make half of the tokens that occur second, and never first, stop tokens."""
     firsts = {ids[0] for ids in answers if ids}
     seconds = dict.fromkeys(ids[1] for ids in answers if len(ids) > 1 and ids[1] not in firsts)
     answerer.stop_token_ids += tuple(seconds)[::2]
@@ -65,7 +65,7 @@ def test_answers_are_those_without_guessing(llm, attention, monkeypatch):
             answerer.guesses = Fixed(guesses)
             assert answerer.answer_ids(prompts, images, 4) == plain
             settled = sum(not ids or (len(ids) == 1 and ids[0] in guesses) for ids in plain)
-            assert rows.pop() == len(plain) - settled  # only the others go on token by token
+            assert rows.pop() == len(plain) - settled  # only the others continue token by token
         answerer.guesses = Fixed(ones)
         assert answerer.answer_ids(prompts, images, 1) == [ids[:1] for ids in plain]
         assert not rows
@@ -81,7 +81,7 @@ def test_a_batch_of_answers_seen_before_takes_one_pass(monkeypatch):
     short = [row for row, ids in enumerate(plain) if len(ids) == 1 and ids[0] in letters]
     prompts, images = [prompts[row] for row in short], [images[row] for row in short]
     answerer.guesses = Guesses()
-    answerer.answer_ids(prompts, images, 16)  # from now on more than half of the last answers are of one token
+    answerer.answer_ids(prompts, images, 16)  # from now on more than half of the recent answers have one token
     passes = []
     answerer.model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
     rows = calls_of(answerer, monkeypatch)
@@ -125,7 +125,7 @@ def test_what_is_guessed():
     assert guesses.tokens() == [7]
     guesses.learn([[token] for token in range(MOST_GUESSES)] * (RECENT // MOST_GUESSES))
     assert sorted(guesses.tokens()) == list(range(MOST_GUESSES))
-    guesses.learn([[token] for token in range(RECENT)])  # each another: none of them comes again
+    guesses.learn([[token] for token in range(RECENT)])  # all different
     assert guesses.tokens() == []
 
 

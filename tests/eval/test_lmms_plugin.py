@@ -1,4 +1,4 @@
-"""The lmms-eval plugin, against the real package where it is installed."""
+"""The lmms-eval plugin, with the real package if it is installed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def requests_of(model, documents, kind="generate_until"):
 
 
 def alone(answerer, context, images, limit):
-    """The answer to one question by itself."""
+    """The answer to a single question."""
     visual = (
         torch.cat([answerer.encode_images(answerer.pixels_of(image)[None]) for image in images]) if images else None
     )
@@ -89,7 +89,7 @@ def test_batches_answer_like_single_questions(model, answerer, images):
         ("what is it, seen from the left and from the right?", long, [images[1], images[2]]),
         ("what?", long, None),
         *((f"how many {'very ' * number}red things are there?", short, [image]) for number, image in enumerate(images)),
-        ("<image>\nwhat is it?", short, [images[0]]),  # a context that says where its picture belongs
+        ("<image>\nwhat is it?", short, [images[0]]),  # a context that marks the place of its picture
     ]
     texts = model.generate_until(requests_of(model, documents))
     expected = [

@@ -1,4 +1,4 @@
-"""The page of mistakes: what differs is on it, safely written, and needs no other file."""
+"""The page of mistakes shows the differences, escaped, and needs no other file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_page(tmp_path, capsys):
 
     (tmp_path / "other.jsonl").write_text(json.dumps({"benchmark": "gqa", "question_id": 1, "value": 1, "truth": "a"}))
     assert main([files[0], str(tmp_path / "other.jsonl"), "--data_dir", str(data), "--output", str(page)]) == 1
-    assert "has verdicts of pope, and" in capsys.readouterr().err
+    assert "has verdicts of pope, but" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*files, "--data_dir", str(data), "--output", str(page), "--limit", "0"])
     assert "--limit is 0" in capsys.readouterr().err

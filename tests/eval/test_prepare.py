@@ -1,4 +1,4 @@
-"""Evaluation data are built from a stand-in hub and scored: the way there and back must change no score."""
+"""Evaluation data are built from a stand-in hub and scored: converting there and back must not change a score."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUESTIONS = {
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A stand-in hub; nothing of the real one's cache or settings is seen."""
+    """A stand-in hub, without the real one's cache or settings."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -111,7 +111,7 @@ def test_question_files_are_llavas(name: str, hub: FakeHub, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
 def test_mmbench_keeps_its_table_and_the_option_none(name: str, hub: FakeHub, tmp_path: Path) -> None:
-    """The hub's copies turned the option "None" into "nan", as they turned what is missing."""
+    """The hub's copies have "nan" both for the option "None" and for missing options."""
     publish(hub, name)
     assert prepare(tmp_path, name, "--source", "hf") == 0
     preparer = BenchmarkFactory(name)
@@ -175,7 +175,9 @@ def test_another_data_set_and_a_local_folder(hub: FakeHub, tmp_path: Path) -> No
     assert not hub.requests
 
 
-def test_download_continues_after_the_line_broke(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_continues_after_the_connection_broke(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)  # only whole chunks are kept
     publish(hub, "pope")
     hub.cuts["test-00000-of-00002.parquet"] = 1000

@@ -1,4 +1,4 @@
-"""Ids of a data set on the hub name files; none of them leads out of the benchmark's folder."""
+"""Ids of a data set on the hub name files, but none of them leads out of the benchmark's folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_id_that_leads_away(name: str, away: str, hub: FakeHub, tmp_path: Pat
 @pytest.mark.parametrize("name", ["gqa", "mme", "mmmu", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])
 @pytest.mark.parametrize("image", ["{}/away.png", "../away.png", "a/../../away.png"])
 def test_a_question_names_no_picture_elsewhere(name: str, image: str, tmp_path: Path) -> None:
-    """Question files are somebody else's, too, and a page of mistakes would show the picture."""
+    """Question files may come from others, and a page of mistakes would show the picture."""
     folder = write_benchmark(name, tmp_path)
     benchmark = BenchmarkFactory(name)
     asked = next(question for question in benchmark.questions(folder) if question.images)

@@ -1,4 +1,4 @@
-"""The report: unrounded averages, nothing incomplete passed off as complete, the paper's rows beside."""
+"""The report: unrounded averages, incomplete scores marked as such, and the paper's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyllava_switchkd.eval.report import main
 from tinyllava_switchkd.eval.results import paper_rows, read_results
 from tinyllava_switchkd.visualize.paper import AVG7, AVG10, COLUMNS
 
-# Benchmark -> score, split, questions. The scores round up, so that an average of rounded cells would be another one.
+# Benchmark -> score, split, questions. The scores round up, so an average of rounded cells would differ.
 SCORES: dict[str, tuple[float, str, int]] = {
     "mme": (61.449, "test", 2_374),
     "mmbench": (58.849, "dev", 4_377),

@@ -1,4 +1,4 @@
-"""Batches: the answers are those of one question at a time, and nothing is done twice."""
+"""Batches give the same answers as one question at a time, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_batch_answers_token_for_token_like_single_questions(dtype, seed):
     answerer.stop_token_ids += tuple(answerer.tokenizer("abcdefgh").input_ids)  # more ways to end early
     prompts, images = mixed_prompts(answerer, 24, seed)
     alone = [answerer.answer_ids([prompt], [visual], 20)[0] for prompt, visual in zip(prompts, images, strict=True)]
-    # Otherwise there would be nothing to compare:
+    # Otherwise the comparison would mean nothing:
     assert len({tuple(ids) for ids in alone}) >= 8
     assert len({len(ids) for ids in alone}) >= 4
     for size in (2, 7, 24):
@@ -65,7 +65,7 @@ def test_every_language_model_bears_padding_and_shared_pictures(llm):
 
 
 def shared_pictures(answerer: Answerer, count: int, pictures: int):
-    """Prompts of very different lengths in turns about a few pictures."""
+    """Prompts of very different lengths that take turns with a few pictures."""
     prompts, _ = mixed_prompts(answerer, 4 * count)
     pixels = 4 * torch.randn(pictures, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     visual = answerer.encode_images(pixels).split(1)
@@ -93,7 +93,7 @@ def test_what_precedes_the_questions_is_computed_once_a_picture(dtype, monkeypat
     width = max(len(prompt) - head - 1 for prompt in prompts)
     assert positions[:2] == [3 * (head + images[0].shape[1]), 16 * width]
     positions.clear()
-    assert answerer.answer_ids(prompts[:3], images[:3], 16) == alone[:3]  # a picture each: nothing to share
+    assert answerer.answer_ids(prompts[:3], images[:3], 16) == alone[:3]  # different pictures: nothing to share
     assert positions[0] > 3 * (head + images[0].shape[1])
 
 
@@ -177,7 +177,7 @@ def test_what_ends_an_answer():
 
 
 def questions_about(images: dict[str, list[str]], folder: Path = Path("x")) -> list[Question]:
-    """Questions in turns over the images; "" stands for none."""
+    """Questions that take turns with the images; "" means no image."""
     longest = max(map(len, images.values()))
     turns = [
         (name, prompts[turn]) for turn in range(longest) for name, prompts in images.items() if turn < len(prompts)

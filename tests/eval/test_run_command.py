@@ -1,4 +1,4 @@
-"""The command: all ten benchmarks, what it records, its flags, and what it does about bad input."""
+"""The command: all ten benchmarks, its records and flags, and its errors for bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed and shared: no answer is made twice, none is lost, and nothing missing passes."""
+"""Runs that are killed, resumed and shared: no answer is made twice or lost, and missing ones are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def texts_of(rows) -> dict[int, str]:
 
 @pytest.fixture
 def generated(monkeypatch):
-    """Counts the prompts that are really generated in this process."""
+    """Counts the prompts for which this process generates."""
     count = Counter()
     answer = Answerer.answer
 
@@ -234,10 +234,10 @@ def test_a_full_disk_is_told_and_costs_no_answer(setting, tmp_path, capsys):
     part.symlink_to("/dev/full")
     assert main(arguments(checkpoint, data, out)) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith(f"error: {part}: No space left on device; the answers before are kept")
+    assert error.startswith(f"error: {part}: No space left on device; the earlier answers are kept")
     part.unlink()
     (out / f".answers.jsonl.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device") as caught:  # where the file is put together
+    with pytest.raises(OSError, match="No space left on device") as caught:  # while the answers are merged
         AnswerFolder(out).merge([{"question_id": 0, "prompt": "p", "text": "yes"}])
     assert caught.value.filename == str(out / "answers.jsonl")
     assert main(arguments(checkpoint, data, out)) == 0

@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names the file and the line, and exit status 1; nothing is guessed."""
+"""Bad input: one sentence with the file and the line, and exit status 1; nothing is guessed."""
 
 import csv
 import json
@@ -163,7 +163,7 @@ def test_mme_ground_truth_line(capsys, copy_of):
 
 
 def test_mme_pairs_are_pictures_not_neighbours(tmp_path):
-    """The official scorer pairs neighbouring lines; two files of one picture in reverse order must not matter."""
+    """The official scorer pairs neighbouring lines; here the order of a picture's lines must not matter."""
     rows = answer_rows("mme")
     backwards = score_file("mme", data_dir("mme"), write_rows(tmp_path / "answers.jsonl", rows[::-1]))
     assert backwards.score == score_file("mme", data_dir("mme"), data_dir("mme") / "answers.jsonl").score
@@ -224,7 +224,7 @@ def test_scienceqa_answer_beyond_the_choices(capsys, copy_of):
 
 
 def test_vqav2_test_dev_has_an_upload_but_no_score(capsys, tmp_path):
-    """test-dev is part of test2015, whose every question must be in the file; unasked ones get an empty answer."""
+    """The file must have every question of test2015, which contains test-dev; unasked ones get an empty answer."""
     source = data_dir("vqav2")
     listed = [json.loads(line) for line in (source / "llava_vqav2_mscoco_test2015.jsonl").read_text().splitlines()]
     answered = {row["question_id"] for row in answer_rows("vqav2")}
@@ -359,7 +359,7 @@ def test_files_that_cannot_be_written(capsys, tmp_path):
 
 
 def test_pope_yes_ratio_is_of_the_answers_given(tmp_path):
-    """A question without an answer is wrong, but nobody said yes."""
+    """A question without an answer is wrong, but does not count as a yes."""
     rows = answer_rows("pope")
     [only_no] = [row for row in rows if row["question_id"] == next(r["question_id"] for r in rows if r["text"] == "No")]
     score = score_file("pope", data_dir("pope"), write_rows(tmp_path / "answers.jsonl", [only_no]))

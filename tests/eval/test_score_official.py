@@ -1,4 +1,4 @@
-"""Agreement with the official scorers: every figure of the fixtures, their upload files, and the join by key."""
+"""Agreement with the official scorers: all figures of the fixtures, their upload files, and the join by key."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What the parsers make of single answers: golden vectors of the official code, one table a protocol."""
+"""The parsers on single answers: expected values from the official code, one table per protocol."""
 
 import pytest
 

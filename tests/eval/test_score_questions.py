@@ -1,4 +1,4 @@
-"""The questions that a generation asks: prompts, pictures and answer rows of LLaVA's scripts, in LLaVA's layout."""
+"""The questions of a run: prompts, pictures and answer rows as in LLaVA's scripts, from LLaVA's layout."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def questions(name: str) -> list[Question]:
 
 @pytest.mark.parametrize("name", sorted(FOLDERS))
 def test_questions_are_those_that_llava_asked(name):
-    """LLaVA's MMBench script drops an option "None" and all after it, so those rows alone may differ."""
+    """LLaVA's MMBench script drops an option "None" and all after it, so only those rows may differ."""
     asked = Counter(question.key for question in questions(name))
     answered = Counter(answer_key(row) for row in answer_rows(name))
     differing = {key[0] for key in (asked - answered)}
@@ -98,7 +98,7 @@ def test_where_the_pictures_are():
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_mmmu_shows_the_first_of_several_pictures_if_it_is_there(listed, tmp_path):
-    """TinyLLaVA's file gives these questions a path and no image."""
+    """TinyLLaVA's file has a path but no image for these questions."""
     first = "validation_Art_1_1.png"
     path = [first, "validation_Art_1_2.png"] if listed else first
     sample = {"id": "validation_Art_1", "question_type": "short-answer", "prompt": "What?", "img_path": path}

@@ -1,4 +1,4 @@
-"""Which data the answers belong to, where a folder holds several splits, and how they were made."""
+"""The data that the answers belong to, if a folder holds several splits, and how the answers were made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLES = {
     "mmbench": ("mmbench_dev_20230712.tsv", "MMBench_TEST_EN_legacy.tsv", "MMBench_DEV_EN_V11.tsv"),
     "mmbench_cn": ("mmbench_dev_cn_20231003.tsv", "MMBench_TEST_CN_legacy.tsv", "MMBench_DEV_CN_V11.tsv"),
 }
-SHIFT = 2000  # what is added to an index to make another question of it
+SHIFT = 2000  # added to an index to make it another question's
 
 
 def write_table(source: Path, target: Path, shift: int = 0, bases: int | None = None, answers: bool = True) -> Path:
@@ -44,7 +44,7 @@ def test_mmbench_takes_the_table_that_the_answers_are_of(name, tmp_path):
     both = score_file(name, folder, folder / "answers.jsonl")
     assert both.to_dict() == whole.to_dict()
     assert both.details["table"] == dev
-    # The questions that are asked: dev's by default, as before.
+    # By default dev's questions are asked.
     assert next(iter(BenchmarkFactory(name).questions(folder))).question_id < SHIFT
     assert next(iter(BenchmarkFactory(name).questions(folder, "test"))).question_id > SHIFT
 

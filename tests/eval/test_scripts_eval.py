@@ -1,4 +1,4 @@
-"""scripts/eval: what the scripts run, and one of them for real."""
+"""scripts/eval: the commands that the scripts run, and a real run of one of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def environment_of(tmp_path, changes):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Runs a script as `bash` does, without bash and without an interpreter: its call is noted where it would begin."""
+    """Runs a script as `bash` does, but without bash and an interpreter: calls are recorded instead of started."""
     calls = []
 
     def become(command, environment):
@@ -62,7 +62,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bash(tmp_path):
-    """Runs a script with an interpreter that notes its arguments instead of running other modules than the launcher.
+    """Runs a script with an interpreter that runs only the launcher and records its arguments for other modules.
 
     The benchmark called by FAIL fails.
     """
@@ -100,7 +100,7 @@ def flags_of(call: list[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("way", ["bash", "here"])
 def test_a_script_and_what_is_looked_at_here_are_the_same(way, bash, here):
-    """The other tests spare themselves bash; words arrive as they are."""
+    """The other tests skip bash; here the arguments arrive unchanged."""
     run = {"bash": bash, "here": here}[way]
     done, [call] = run("sqa", "models/my vlm", '"x" $HOME', GPUS="1,2", DEVICE="", CUDA_VISIBLE_DEVICES="0,1,2")
     assert done.returncode == 0, done.stderr
@@ -173,7 +173,7 @@ def test_another_split_has_files_of_its_own(script, split, upload, here, tmp_pat
     ],
 )
 def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split, question_file, here, tmp_path):
-    """LLaVA's eval.zip has no val: without an upload file its answers would be good for nothing."""
+    """LLaVA's eval.zip has no val: without an upload file its answers would be useless."""
     path = tmp_path / "eval" / question_file
     path.parent.mkdir(parents=True)
     path.write_text("{}\n")
@@ -254,7 +254,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert done.returncode == 1
     assert "not finished: the report" in done.stderr
 
-    done, calls = bash("eval_all", "models/vlm", BROKEN="1")  # an interpreter without the package, say
+    done, calls = bash("eval_all", "models/vlm", BROKEN="1")  # for example, an interpreter without the package
     assert done.returncode == 1
     assert "No data" not in done.stderr and not calls
     done, _ = bash("eval_all", "models/vlm", SPLIT="test")
@@ -267,7 +267,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
 
 
 def test_an_interruption_stops_all_that_was_to_come(tmp_path):
-    """Ctrl-C reaches every process of the terminal; the run saves what it has and ends with 130 by itself."""
+    """Ctrl-C reaches every process of the terminal; the run saves its answers and ends itself with 130."""
     for name in ("pope", "mme"):
         write_benchmark(name, tmp_path / "eval")
     interpreter, started, run = tmp_path / "python", tmp_path / "started", tmp_path / "run.py"
@@ -312,12 +312,12 @@ def leave():
 if "RANK" in os.environ:
     atexit.register(leave)
 """
-"""Of an installed plugin: what a process of an evaluation has imported when it ends."""
+"""An installed plugin that records which heavy modules a process of an evaluation has imported."""
 
 
 @pytest.mark.slow
 def test_pope_for_real(bash, tmp_path):
-    """A picture is broken: nothing else is lost, and the good message comes last.
+    """A picture is broken: nothing else is lost, and the helpful message comes last.
 
     No FutureWarning of transformers is on the screen, and nothing of training and serving was imported. Once the
     picture is repaired, the rest is done. The script starts several processes by the same flag, see `spawn` below.

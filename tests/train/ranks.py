@@ -1,4 +1,4 @@
-"""The trainer in processes of their own, joined by gloo: what torchrun would start, on the CPU.
+"""The trainer in several processes on the CPU, joined by gloo, as torchrun would start them.
 
 The processes are forked from a server that has imported everything once and computed nothing, which is quick and safe.
 """
@@ -21,7 +21,7 @@ from tests.eval.forked import PRELOADED, ranks
 CONTEXT = multiprocessing.get_context("forkserver")
 LATE = ["deepspeed.compile.backend", "deepspeed.module_inject.auto_ep_layer", "PIL.PngImagePlugin"]
 LATE += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.siglip.modeling_siglip"]
-"""What runs import when they begin, which takes half of a short one; modules that a version has not are passed over."""
+"""Modules that runs import at the start, which takes half of a short run's time; missing ones are skipped."""
 OURS = ["tests.train.ranks", "tests.train.toy", "tinyllava_switchkd.train.train"]
 CONTEXT.set_forkserver_preload([*PRELOADED, *OURS, "peft", "deepspeed", *LATE, "tests.frozen"])
 
@@ -30,7 +30,7 @@ UNEVEN = {
     "in_groups": {"batch_size": 2, "size": 13, "max_steps": 4, "group_by_modality_length": True},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 2, "size": 13, "max_steps": 4},
 }
-"""Settings of two ranks for an epoch of three whole steps of four samples and one of a single sample."""
+"""Settings of two ranks for an epoch of three full steps of four samples and a last step of one sample."""
 
 
 def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, Mapping[str, Any]]:
@@ -40,7 +40,7 @@ def train_on_ranks(world: int, settings: Mapping[str, Mapping[str, Any]], folder
 
 
 def main_on_ranks(world: int, lines: Sequence[Sequence[str]]) -> None:
-    """The entry point on ranks, for one command line after the other."""
+    """Run the entry point on ranks, for one command line after another."""
     _run(world, _main, lines)
 
 
@@ -59,13 +59,13 @@ def _run(world: int, target: Callable[..., None], *args: Any) -> None:
 def codes_on_ranks(
     world: int, argv: Sequence[object], log: str | Path, before: Callable[[], None] | None = None
 ) -> list[int]:
-    """Exit codes of the entry point on each rank; what rank N says goes into ``log.N``.
+    """Exit codes of the entry point on each rank; rank N's output goes to ``log.N``.
 
     Args:
         world: processes.
         argv: the command line, with ``{rank}`` for the rank's number.
         log: where their output goes.
-        before: called in each of them first; it can be pickled.
+        before: called first in each process; must be picklable.
     """
     environments = ranks(world)
     words = [str(word) for word in argv]
@@ -106,9 +106,9 @@ def _code(environment: Mapping[str, str], argv: list[str], log: str, before: Cal
 
 
 def leave_out_kernels_of_inference() -> None:
-    """DeepSpeed compiles C++ for its `inference_all_reduce` in every run on a CPU; no training calls it.
+    """Keep DeepSpeed from compiling C++ for `inference_all_reduce`, which it does on every CPU and no training calls.
 
-    On a machine that has not done so yet that takes a minute.
+    The first compilation on a machine takes a minute.
     """
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
@@ -116,7 +116,7 @@ def leave_out_kernels_of_inference() -> None:
 def train_once(
     folder: str, batch_size: int, lora: bool = False, size: int = 12, resume: str | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """A step of distillation by SGD, whose weights are linear in the gradient; the trained weights as arrays."""
+    """The weights, as arrays, after a step of distillation by SGD, in which they are linear in the gradient."""
     import torch
 
     from tests.train.toy import toy_arguments, toy_task, toy_trainer

@@ -1,4 +1,4 @@
-"""Which attention is chosen: by what is asked for, the installation, the device, the precision and packing."""
+"""Which attention is chosen, depending on the flags, the installation, the device and the precision."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def choose(asked, *, device, dtype, packing=False):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Sets whether flash-attn is there."""
+    """Sets whether flash-attn is installed."""
     return lambda there: monkeypatch.setattr(
         "tinyllava_switchkd.train.attention.is_flash_attn_2_available", lambda: there
     )

@@ -1,4 +1,4 @@
-"""Settings that ruin a run without a word: out of range, infinite, NaN, or said otherwise by DeepSpeed's file."""
+"""Settings that silently ruin a run: out of range, infinite, NaN, or contradicting DeepSpeed's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: sealed, rotated by step, passed over when damaged, never executed; and what a resumed run compares."""
+"""Checkpoints are sealed, rotated by step, skipped when damaged and never executed."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def names(folder):
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_rotation_goes_by_steps_whatever_the_clock_says(tmp_path, limit):
-    """Checkpoints dated ahead, damaged ones and one of a step that the run has not reached."""
+    """With checkpoints dated in the future, damaged ones, and one of a step that the run has not reached."""
     for step in (1, 2):
         toy_trainer(toy_arguments(tmp_path, max_steps=step, **SAVING)).train(
             resume_from_checkpoint=None if step == 1 else str(tmp_path / "checkpoint-1")
@@ -55,7 +55,7 @@ def test_the_manifest_lists_every_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A run of the entry point (LoRA, so that there are all kinds of files) after two of four steps, and its world."""
+    """A run of the entry point after two of four steps (with LoRA, for all kinds of files), and its world."""
     folder = tmp_path_factory.mktemp("begun")
     world = write_world(folder / "world", samples=4)
     settings = {"training_recipe": "lora", "tune_type_llm": "lora", "lora_r": 2, "save_steps": 1}
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
 
 @pytest.mark.parametrize("claimed", [2**62, 2**40])
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(begun, tmp_path, caplog, claimed):
-    """Sealed by a stranger."""
+    """The checkpoint is sealed, but not by this run."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / checkpoints.RECORD).unlink()
@@ -125,7 +125,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 def test_what_a_stranger_has_sealed_is_passed_over(begun, tmp_path, caplog, kind):
-    """Whole by its manifest, which the run's record does not know: copied from elsewhere."""
+    """Complete by its manifest, but not in the run's record: copied from elsewhere."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / checkpoints.RECORD).unlink()
@@ -152,7 +152,7 @@ def test_a_fingerprint_that_says_nothing_and_a_pipe_are_one_sentence(begun, tmp_
 
 
 def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
-    """Neither a checkpoint, in the place of the folder that it is written into, nor the lock."""
+    """Neither a checkpoint, through a link in place of its temporary folder, nor the lock."""
     world, run, settings = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
@@ -182,7 +182,7 @@ def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(begun, tmp_path, caplog):
-    """Whoever took it away; with a pickle of the kind that older versions left."""
+    """Also with a pickle as written by older versions."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-2" / "manifest.json").unlink()
@@ -192,7 +192,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(begun, tmp_path, caplog):
 
 
 def test_new_weights_among_old_files_are_no_checkpoint(begun, tmp_path):
-    """What a save under an old name left half done: the files of one step beside those of another."""
+    """An interrupted save under an old name: the files of one step beside those of another."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     for name in ("adapter_model.safetensors", "trainer_state.json", "manifest.json"):
@@ -208,7 +208,7 @@ def test_the_run_goes_on_from_the_checkpoint_before(begun, tmp_path, capsys):
     assert main(command_line(world, tmp_path / "run", **{**settings, "max_steps": 2})) == 0
     said = capsys.readouterr().err
     assert "optimizer.pt is cut off" in said and "Resuming from" in said and "Traceback" not in said
-    assert checkpoints.damage(tmp_path / "run" / "checkpoint-2") is None  # written anew
+    assert checkpoints.damage(tmp_path / "run" / "checkpoint-2") is None  # written again
     assert digest(tmp_path / "run" / "adapter_model.safetensors") == digest(run / "adapter_model.safetensors")
 
 
@@ -226,7 +226,7 @@ PICKLED = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "connector/pytorch_m
 @pytest.mark.parametrize("resealed", [False, True])
 @pytest.mark.parametrize("name", PICKLED)
 def test_a_planted_object_is_never_made(begun, tmp_path, capsys, name, resealed):
-    """By someone who can write into the checkpoint; `resealed`: into the whole folder of the run."""
+    """Planted by someone who can write into the checkpoint, or, if `resealed`, into the run's whole folder."""
     world, run, settings = begun
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
@@ -245,7 +245,7 @@ def test_a_planted_object_is_never_made(begun, tmp_path, capsys, name, resealed)
 
 
 def test_deepspeeds_reader_is_held_to_tensors_too(tmp_path):
-    """Its files are read with everything allowed; inside `weights_only` that is not so, its own classes apart."""
+    """DeepSpeed reads its files without restrictions, but inside `weights_only` only its own classes are allowed."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -279,7 +279,7 @@ def test_no_secret_and_no_pickled_arguments_are_written(tmp_path):
 
 
 def test_an_old_runs_folder_is_still_known_as_one(tmp_path):
-    """By the file that older versions left, so that it may be written to again."""
+    """Recognised by a file of older versions, so that the folder may be written to again."""
     world = write_world(tmp_path / "world", samples=4)
     run = tmp_path / "run"
     run.mkdir()
@@ -306,7 +306,7 @@ def test_room_is_looked_at_before_a_save(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("library", ["torch", "the operating system"])
 def test_a_disk_that_fills_up_meanwhile(tmp_path, capsys, monkeypatch, library):
-    """One sentence, the checkpoint before it whole, nothing half written, and the same command goes on."""
+    """One sentence, an intact earlier checkpoint, nothing half written, and the same command continues."""
     world = write_world(tmp_path / "world", samples=4)
     line = command_line(world, tmp_path / "run", save_steps=1, max_steps=3, save_total_limit=1)
     owner, name, error = {
@@ -347,7 +347,7 @@ def test_a_disk_without_inodes_and_a_card_without_room(tmp_path, capsys, monkeyp
         patch.setattr(TrainerState, "save_to_json", fails)
         assert main(line) == checkpoints.NO_ROOM
         assert "0 inodes are free" in capsys.readouterr().err
-    with monkeypatch.context() as patch:  # all else is written: the run has ended well
+    with monkeypatch.context() as patch:  # everything else is written: the run has succeeded
         patch.setattr("tinyllava_switchkd.train.train.write_model_card", fails)
         assert main(line) == 0
     said = capsys.readouterr().err

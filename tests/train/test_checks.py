@@ -1,4 +1,4 @@
-"""What the output folder may not be, and numbers that no run can be made of."""
+"""Output folders that are refused, and numbers with which no run is possible."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ def test_what_the_run_reads_is_not_written_over(world, capsys, read, overwrite):
 
 
 def test_a_base_model_is_not_written_over_where_a_checkpoint_is_started_from(world, tmp_path, capsys):
-    """It is named without being read, as the scripts do."""
+    """The base model is named but not read, as in the scripts."""
     assert main(command_line(world, tmp_path / "first", max_steps=1)) == 0
     line = command_line(world, world["llm"], pretrained_model_path=tmp_path / "first", overwrite_output_dir=True)
     assert "is also the folder of --model_name_or_path" in refused(capsys, line)

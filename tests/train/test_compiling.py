@@ -13,12 +13,12 @@ from tinyllava_switchkd.train.compiling import check_compile, compile_layers
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 from tinyllava_switchkd.train.task import SupervisedTask
 
-ONE_LAYER = {"text": {"layers": 1}, "vision": {"layers": 2}}  # of the tower's two the last is not used
+ONE_LAYER = {"text": {"layers": 1}, "vision": {"layers": 2}}  # the tower's last layer is not used
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """No test sees what another has compiled and counted, nor the limit that it set."""
+    """No test sees another's compilations, counters or limit."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):
@@ -36,7 +36,7 @@ def task(distil=True, **kwargs):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_other_lengths_and_numbers_of_images_need_no_other_compilation(packing):
-    """Five kinds of pass: the two towers, the student, the teacher with and without gradient; packed, the student's."""
+    """Five kinds of pass: two towers, the student, the teacher with and without gradient; packed, the student's."""
     compiled, eager = (task(distil=not packing, packing=packing) for _ in range(2))
     names = set(compiled.state_dict())
     assert compile_layers(compiled, "eager") == (2 + 1 if packing else 2 + 1 + 2 + 2)
@@ -54,7 +54,7 @@ def test_other_lengths_and_numbers_of_images_need_no_other_compilation(packing):
     assert 0 < seen[0] <= 8 and seen == seen[:1] * 4
     assert not torch._dynamo.utils.counters["graph_break"]
     assert set(compiled.state_dict()) == names
-    # Batches of one sample and ordinary ones together pass torch's own limit of eight forms, and stay compiled.
+    # Batches of one sample and larger ones together exceed torch's limit of eight variants, but stay compiled.
     compiled(make_batch("ippaaa"))["loss"].backward()
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["ok"] == frames["total"] > (3 if packing else 8)
@@ -85,7 +85,7 @@ def test_inductor_gives_the_same_losses_and_gradients():
 
 
 def test_training_compiled_equals_training_eagerly(tmp_path):
-    """Through the trainer, with adapters and checkpointing; checkpoints are written and read under ordinary names."""
+    """Through the trainer, with adapters and checkpointing; checkpoints have the ordinary parameter names."""
     lora = {"training_recipe": "lora", "tune_type_llm": "lora", "tune_type_vision_tower": "frozen", "lora_dropout": 0.0}
     steps = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     results = []
@@ -98,7 +98,7 @@ def test_training_compiled_equals_training_eagerly(tmp_path):
         trained = SupervisedTask(recipe(tiny_llava(**ONE_LAYER)))
         trainer = toy_trainer(args, trained, recipe=recipe)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if name == "resumed" else None)
-        assert trainer.model_wrapped is trainer.model is trained  # accelerate has compiled nothing beside
+        assert trainer.model_wrapped is trainer.model is trained  # accelerate has compiled nothing else
         layer = trained.student.language_model.model.layers[0]
         assert (layer._compiled_call_impl is not None) == bool(compiled)
         results.append(weights(trained))

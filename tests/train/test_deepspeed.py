@@ -1,4 +1,4 @@
-"""DeepSpeed's ranks: a NaN on one of them, and shards from which another number of processes goes on."""
+"""DeepSpeed's ranks: a NaN on one of them, and shards that another number of processes resumes from."""
 
 import functools
 import json
@@ -19,9 +19,9 @@ from tinyllava_switchkd.train.reliability import checkpoints, resume, universal
 from tinyllava_switchkd.train.reliability.resume import ResumeError
 from tinyllava_switchkd.train.train import main
 
-STAGES = Path(universal.__file__).parents[1] / "launch" / "deepspeed"
+STAGES = Path(universal.__file__).parents[2] / "launch" / "deepspeed"
 SETTINGS = {"max_steps": 4, "save_steps": 1, "weight_decay": 0.1, "vision_tower_lr": 1e-3, "adam_epsilon": 1e-3}
-"""Groups of parameters with settings of their own, and steps whose size follows the gradient's."""
+"""Parameter groups with different settings, and an optimiser whose steps follow the size of the gradient."""
 
 
 def spoil(rank, step):
@@ -63,7 +63,7 @@ def alone(world, tmp_path_factory):
 @pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_bad_step_is_left_out_on_all_ranks_and_another_number_goes_on(world, alone, tmp_path, zero):
-    """Two ranks, of which one has a NaN at step 3; then one process from the checkpoint before it, without the NaN."""
+    """Two ranks, one with a NaN at step 3; then one process resumes from the checkpoint before, without the NaN."""
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "deepspeed": STAGES / f"zero{zero}.json"}
     line = command_line(world, run, per_device_train_batch_size=2, on_nan="skip", **settings)
@@ -88,7 +88,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_another_number_goes_on(world, a
 
 
 def shards(tmp_path, name="student.weight", states=("exp_avg", "exp_avg_sq", "step")):
-    """What two ranks under ZeRO-2 leave behind, as far as it is looked at before anything is converted."""
+    """The files of two ranks under ZeRO-2 that are checked before anything is converted."""
     folder = tmp_path / "checkpoint-5"
     tag = folder / "global_step5"
     tag.mkdir(parents=True)
@@ -103,14 +103,14 @@ def shards(tmp_path, name="student.weight", states=("exp_avg", "exp_avg_sq", "st
 
 @pytest.fixture
 def converter(monkeypatch):
-    """Stands in DeepSpeed's place; the calls."""
+    """Replaces DeepSpeed's converter; the list of its calls."""
     calls = []
     monkeypatch.setattr("deepspeed.checkpoint.ds_to_universal.main", calls.append)
     return calls
 
 
 def test_the_converted_checkpoint_lies_beside_the_others(tmp_path, converter):
-    """The sealed one stays as it was; its other files are linked to."""
+    """The sealed checkpoint does not change; its other files are linked to."""
     folder = shards(tmp_path)
     before = sorted(path.name for path in folder.rglob("*"))
     assert resume.needs_conversion(folder, 3) and not resume.needs_conversion(folder, 2)
@@ -133,7 +133,7 @@ def test_a_name_that_is_a_path_writes_nothing(tmp_path, converter, name):
 
 @pytest.mark.parametrize("file", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
 def test_a_planted_object_is_not_made_by_converting(tmp_path, file):
-    """Here by DeepSpeed's own converter, which asks for everything."""
+    """With DeepSpeed's own converter, which reads without restrictions."""
     folder, mark = shards(tmp_path), tmp_path / "was here"
     state = torch.load(folder / "global_step5" / file)
     torch.save({**state, "more": Planted(f"touch '{mark}'")}, folder / "global_step5" / file)

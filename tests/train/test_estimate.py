@@ -22,7 +22,7 @@ def pair(device):
 
 
 def kept_bytes(run, models):
-    """What autograd keeps of a pass on real tensors, each storage once, weights left out."""
+    """Bytes that autograd keeps in a pass on real tensors, each storage once, without weights."""
     weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
     storages = {}
 
@@ -69,7 +69,7 @@ def test_resident_parts_are_counted_exactly():
 
 
 def test_a_quantised_teacher_takes_less_and_in_8_bits_keeps_inputs():
-    """Activations kept in 8 bits were 1.49 times those of the plain teacher when measured on these shapes."""
+    """Measured on these shapes, activations with 8 bits were 1.49 times those of the plain teacher."""
     student, teacher = pair("meta")
     runs = {
         (bits, checkpointing): estimate(
@@ -98,7 +98,7 @@ def test_what_saves_memory_is_seen_to():
 
 
 def test_the_distiller_is_as_before():
-    """Estimating borrows the models' attention and gives it back."""
+    """Estimating replaces the models' attention and restores it."""
     student, teacher = pair("meta")
     before = student.config.text_config._attn_implementation
     estimate(student, teacher, batch_size=1, text_tokens=40)

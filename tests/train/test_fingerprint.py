@@ -1,4 +1,4 @@
-"""Resuming by another command: each thing that changes the maths is named and refused, unless it is allowed."""
+"""Resuming with another command: each change of the maths is named and refused, unless it is allowed."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tinyllava_switchkd.train.train import main
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A distilled run, stopped after its first checkpoint of two, and its world."""
+    """A distillation that was stopped after the first of two checkpoints, and its world."""
     folder = tmp_path_factory.mktemp("fingerprint")
     world = write_world(folder / "world", samples=6)
     for name in ("teacher", "other_teacher"):
@@ -86,7 +86,7 @@ def test_whoever_means_it_says_so(begun, tmp_path, capsys):
 
 
 def test_what_changes_no_maths_is_not_asked_about(begun, tmp_path):
-    """Data and teacher elsewhere with the same content; where, how often and how long."""
+    """Data and teacher with the same content at other paths; other paths, intervals and length."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
     changes = {"teacher_path": "moved", "data_path": "same_data", "logging_steps": 3, "save_steps": 5, "max_steps": 3}
@@ -107,7 +107,7 @@ def test_a_checkpoint_from_before_0_2_names_its_template(begun, tmp_path, capsys
 
 
 def test_a_finished_run_is_not_taken_for_another(begun, tmp_path, capsys):
-    """Else a chain would go on from a stage that was made with other arguments."""
+    """Otherwise a chain would continue from a stage that ran with other arguments."""
     world, _ = begun
     assert main(line(world, tmp_path / "run", max_steps=1)) == 0
     assert main(line(world, tmp_path / "run", max_steps=1)) == 0

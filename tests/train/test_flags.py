@@ -1,4 +1,4 @@
-"""What is known of the flags without torch, against the full parser."""
+"""The flags as read without torch, compared with the full parser."""
 
 from __future__ import annotations
 

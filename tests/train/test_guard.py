@@ -1,4 +1,4 @@
-"""NaN and infinity: the first one stops the run, names term and samples, and leaves the good checkpoint alone."""
+"""NaN and infinity: the first one stops the run, which names term and samples and keeps the good checkpoint."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tinyllava_switchkd.train.train import main
 
 
 class Spoilt(nn.Module):
-    """A distilling task, one of whose results is something else at the given calls (forward passes, from 1)."""
+    """A distillation task with one result replaced at the given calls (forward passes, counted from 1)."""
 
     def __init__(self, task, term, value, calls):
         super().__init__()
@@ -65,7 +65,7 @@ def events(folder):
     ("term", "value"), [("loss", math.nan), ("align", math.nan), ("ce", math.inf), ("gradient", math.nan)]
 )
 def test_the_first_one_stops_the_run(tmp_path, term, value, logging):
-    """Also where the loss itself is finite, and where nothing is logged for a hundred steps."""
+    """Also if the loss itself is finite, and if nothing is logged for a hundred steps."""
     trainer = spoilt_trainer(tmp_path, term, value, logging_steps=logging)
     seen = []
     collate = trainer.data_collator
@@ -105,7 +105,7 @@ def test_only_the_micro_batch_that_it_is_in_is_named(tmp_path):
 
 @pytest.mark.parametrize(("term", "value"), [("align", math.nan), ("gradient", math.nan)])
 def test_a_bad_step_is_left_out(tmp_path, term, value):
-    """Its weights are those of the step before, to the bit; what follows goes on, and what is logged stays finite."""
+    """Weights equal those before the step, to the bit; training continues, and the log stays finite."""
     trainer = spoilt_trainer(tmp_path, term, value, on_nan="skip", save_total_limit=None)
     trainer.train()
     stored = {step: _weights(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4)}
@@ -124,7 +124,7 @@ def test_too_many_in_a_row_stop_the_run_all_the_same(tmp_path):
 
 
 def test_watching_changes_nothing_and_asks_the_device_once_a_step(tmp_path, monkeypatch):
-    """The weights of a run are those of transformers' own steps; nothing is read in a micro-batch."""
+    """A run's weights equal those of transformers' own steps; nothing is read from the device in a micro-batch."""
     reads = []
     item, tolist, boolean = torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__
     trainer = toy_trainer(toy_arguments(tmp_path, gradient_accumulation_steps=4, logging_steps=100, max_steps=2))
@@ -170,7 +170,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
 
 
 def test_the_command_says_so_and_fails(tmp_path, capsys, monkeypatch):
-    """One sentence with step and term, exit code 3, the samples' own ids, and no trained model."""
+    """One sentence with step and term, exit code 3, the samples' ids, and no trained model."""
     world = write_world(tmp_path / "world", samples=4)
     forward, calls = SupervisedTask.forward, []
 

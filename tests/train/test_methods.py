@@ -37,7 +37,7 @@ def log_of(folder):
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("method", MethodFactory.list())
 def test_every_method_distils_in_pretraining_and_in_fine_tuning(world, tmp_path, method, stage):
-    """DPT and DFT are a matter of flags."""
+    """DPT and DFT differ only by flags."""
     arguments = command_line(world, tmp_path, stage, teacher_path=world["teacher"], distill_method=method)
     assert main(arguments) == 0
     names = {term.name for term in MethodFactory(method)().terms}
@@ -52,7 +52,7 @@ def test_every_method_distils_in_pretraining_and_in_fine_tuning(world, tmp_path,
 
 @pytest.mark.parametrize("kind", ["bridge", "align_kd", "lora and bridge"])
 def test_trained_parts_beside_the_student_are_resumed(world, tmp_path, kind):
-    """Stopped after its first checkpoint, a run ends where the uninterrupted one does, adapters included."""
+    """A run stopped after its first checkpoint ends like the uninterrupted one, including the adapters."""
     changes = {"teacher_path": world["other_teacher"], "max_steps": 3, "save_steps": 1}
     if kind == "align_kd":
         changes |= {"teacher_path": world["teacher"], "distill_method": "align_kd"}

@@ -1,4 +1,4 @@
-"""Distributed data parallel: two processes on half the batch each take the steps of one on all of it."""
+"""Distributed data parallel: two processes with half the batch each take the same steps as one with all of it."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
 def test_two_processes_equal_one(tmp_path):
-    """Samples differ in length, and some are text alone: the ranks' shares of tokens and of images are unequal."""
+    """Samples differ in length, and some have only text, so the ranks have unequal numbers of tokens and images."""
     both = train_on_ranks(2, SETTINGS, str(tmp_path))
     for name, settings in SETTINGS.items():
         one = train_once(str(tmp_path / "one"), batch_size=4, lora=settings.get("lora", False))
@@ -28,7 +28,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def fail_on(rank, check, stage):
-    """Another machine's disk is not mounted, say."""
+    """For example, a disk is not mounted on one machine."""
     from tinyllava_switchkd.train.preflight import checks
     from tinyllava_switchkd.train.reliability import resume
 
@@ -45,7 +45,7 @@ def fail_on(rank, check, stage):
     ("rank", "check", "stage"), [(1, "check_paths", "checks"), (0, "find_checkpoint", "resume")], ids=str
 )
 def test_a_check_that_fails_on_one_rank_ends_all_of_them(tmp_path, rank, check, stage):
-    """Nobody waits: each ends with 1, whether all have looked or the main process alone, which says why."""
+    """No rank waits: each ends with 1, whether all ranks checked or only the main process, which prints the reason."""
     world = write_world(tmp_path / "world", samples=4)
     line = command_line(world, tmp_path / "run", ddp_backend="gloo")
     codes = codes_on_ranks(2, line, tmp_path / "log", functools.partial(fail_on, rank, check, stage))

@@ -1,4 +1,4 @@
-"""Recipes: what trains under each tune type, and LoRA's way through training, folder and merge."""
+"""Recipes: what is trained under each tune type, and LoRA in training, folder and merge."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_tune_types(tmp_path, batch, tower):
 
     names, _ = parts(tune_type_vision_tower="partially-tune", tune_vision_tower_from_layer=1)
     vision = {name for name in names if name.startswith("vision_tower.")}
-    assert vision and all(".1." in name for name in vision)  # of three layers the last is not reached
+    assert vision and all(".1." in name for name in vision)  # the last of three layers is not used
 
     with pytest.raises(
         ValueError, match="tune_vision_tower_from_layer is 3, but the vision tower has 3 encoder layers"
@@ -130,7 +130,7 @@ def test_lora_folder_has_v1s_layout(tmp_path):
     assert "# Made of" in (tmp_path / "README.md").read_text()
     llm = torch.load(tmp_path / "language_model" / "pytorch_model.bin", weights_only=True)
     assert "model.layers.0.self_attn.q_proj.base_layer.weight" in llm and "model.embed_tokens.weight" in llm
-    assert "lm_head.weight" not in llm  # tied: as v1, which does not write it
+    assert "lm_head.weight" not in llm  # tied, and not written, as in v1
     tower = torch.load(tmp_path / "vision_tower" / "pytorch_model.bin", weights_only=True)
     assert "vision_model.encoder.layers.0.self_attn.q_proj.base_layer.weight" in tower
     connector = torch.load(tmp_path / "connector" / "pytorch_model.bin", weights_only=True)
@@ -156,7 +156,7 @@ def test_lora_is_read_back_exactly(tmp_path):
 
 
 def test_lora_resumes(tmp_path):
-    """Six steps equal three, a checkpoint and three more; with dropout, so the random state must come back too."""
+    """Six steps equal three, a checkpoint and three more, with dropout, so the random state must be restored."""
     results = []
     for name, stop in (("through", None), ("stopped", 3), ("stopped", None)):
         recipe = recipe_of(tmp_path / name, **LORA, save_strategy="steps", save_steps=3, max_steps=6)
@@ -183,7 +183,7 @@ def test_qlora_is_refused_without_cuda(tmp_path):
 
 @pytest.mark.parametrize(("name", "bits", "stored"), [("qlora_int8", 16, torch.int8), ("qlora", 4, torch.uint8)])
 def test_qlora_trains_saves_and_resumes(tmp_path, batch, monkeypatch, name, bits, stored):
-    """Where bitsandbytes is installed; its CPU kernels stand in for the GPU's."""
+    """If bitsandbytes is installed; with its CPU kernels instead of the GPU's."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(QLoRATrainingRecipe, "check_installation", lambda self: None)
     settings = {"training_recipe": name, "bits": bits, "tune_type_llm": "qlora", "lora_r": 4}

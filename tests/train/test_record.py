@@ -1,4 +1,4 @@
-"""recipe.yaml beside a model, and the same training from it."""
+"""recipe.yaml beside a model repeats the same training."""
 
 from __future__ import annotations
 

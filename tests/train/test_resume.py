@@ -1,4 +1,4 @@
-"""Resuming: where a run stands, and that a resumed run ends where an uninterrupted one does."""
+"""Resuming: the state of a run is recognised, and a resumed run ends like an uninterrupted one."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize(("distil", "accumulate"), [(False, 1), (True, 1), (True, 2)])
 def test_a_resumed_run_gives_the_same_weights(tmp_path, distil, accumulate):
-    """Two epochs of six steps, stopped in the middle of the second; the order differs from epoch to epoch."""
+    """Two epochs of six steps, stopped in the middle of the second; the epochs have different orders."""
     kwargs = {
         "max_steps": -1,
         "num_train_epochs": 2,
@@ -60,7 +60,7 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path, distil, accumulate):
 
 
 def seal(folder, world=1):
-    """What a run does when all files of a checkpoint are there."""
+    """Seal and record a checkpoint, as a run does once all files are written."""
     manifest = checkpoints.seal(folder, int(folder.name.split("-")[1]), world)
     record = checkpoints.read_record(folder.parent)
     write_json(folder.parent / checkpoints.RECORD, {**record, folder.name: manifest})
@@ -130,7 +130,7 @@ def test_deepspeeds_state_counts_as_the_optimisers(run):
 
 
 def test_another_number_of_processes(run):
-    """Without shards any number goes on; DeepSpeed's shards are converted."""
+    """Without shards any number of processes can resume; DeepSpeed's shards are converted."""
     folder = run / "checkpoint-10"
     assert resume.find_checkpoint(run, world_size=2) == str(folder) and not resume.needs_conversion(folder, 2)
     (folder / "latest").write_text("global_step10")
@@ -176,7 +176,7 @@ def begun(tmp_path_factory):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_other_arguments_than_the_run_was_begun_with(begun, tmp_path, capsys, changes, words):
-    """One sentence that names the checkpoint and the way out; the run's weights stay as they are."""
+    """One sentence with the checkpoint and the remedy; the run's weights do not change."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
     before = (run / "model.safetensors").read_bytes()
@@ -188,7 +188,7 @@ def test_other_arguments_than_the_run_was_begun_with(begun, tmp_path, capsys, ch
 
 
 def test_resuming_by_true_and_with_another_learning_rate(begun, tmp_path, capsys):
-    """True asks for the latest checkpoint; the schedule is the one that was begun, and that is said."""
+    """True means the latest checkpoint; the old schedule continues, with a warning."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
     changes = {"max_steps": 3, "learning_rate": 1e-5, "resume_from_checkpoint": "True"}

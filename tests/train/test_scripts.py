@@ -1,4 +1,4 @@
-"""The bash scripts: their arguments and arithmetic, and the whole chain of stages run for real on tiny models."""
+"""The bash scripts: their arguments and arithmetic, and a run of the whole chain of stages on tiny models."""
 
 import json
 import os
@@ -27,7 +27,7 @@ OWN = ("GPUS", "LAUNCHER", "ZERO", "PRECISION", "CUDA_VISIBLE_DEVICES", "MAX_STE
 
 
 def clean(environment):
-    """This process's environment without what a script reads, and with what is given."""
+    """This process's environment without the variables that scripts read, plus `environment`."""
     inherited = {name: value for name, value in os.environ.items() if name not in OWN}
     return {**inherited, "PYTHON": sys.executable, **{name: str(value) for name, value in environment.items()}}
 
@@ -41,7 +41,7 @@ def bash(script, *arguments, check=True, **environment):
 
 
 def here(script, *arguments, **environment):
-    """What `bash` says and returns, without a shell and an interpreter."""
+    """As `bash`, but without starting a shell and an interpreter."""
     return run_here(SCRIPTS / script, *arguments, environment=clean(environment))
 
 
@@ -60,7 +60,7 @@ TEN = [*NINE[:6], "qwen2_base", *NINE[6:]]
 
 
 def commands(script, *arguments, **environment):
-    """The commands that a script would run: the launchers' parts, and the entry point's arguments."""
+    """The commands that a script would run: the launcher's part and the entry point's arguments of each."""
     done = here(script, *arguments, DRY_RUN=1, **{"CUDA_VISIBLE_DEVICES": "0,1,2,3", **environment})
     assert done.returncode == 0, done.stderr
     lines = [line.split(f" {MODULE} ") for line in done.stdout.splitlines() if MODULE in line]
@@ -93,7 +93,7 @@ def test_wrong_number_of_arguments(script, count):
 
 @pytest.mark.parametrize("arguments", [NINE, ["two words", '"quoted"', "", "$HOME"]], ids=["right", "wrong"])
 def test_bash_runs_what_is_looked_at_here(arguments):
-    """The other tests spare themselves bash and its interpreter; words arrive as they are."""
+    """The other tests skip bash and its interpreter; here the arguments arrive unchanged."""
     environment = {"DRY_RUN": 1, "CUDA_VISIBLE_DEVICES": "0,1", "LEARNING_RATE": "3e-4"}
     one, other = (
         bash("pretrain.sh", *arguments, check=False, **environment),
@@ -209,7 +209,7 @@ def free_port():
 
 
 def tiny(root, **changes):
-    """Environment of a short run; SGD, so that weights differ no more than gradients do."""
+    """Environment of a short run with SGD, so that weights differ no more than gradients."""
     return {
         "DEVICE": "cpu",
         "OUTPUT_ROOT": root,
@@ -226,7 +226,7 @@ def tiny(root, **changes):
 
 
 def chain(world, root, **changes):
-    """Three stages, pre-training, fine-tuning of it and distillation of it from the fine-tuned one; the environment."""
+    """Three stages: pre-training, fine-tuning its result, and distilling its result from that; and the environment."""
     models = [world["llm"], world["tower"], "", "mlp2x_gelu"]
     more = [world["finetune"], world["images"], *models, "qwen2_base", "test", "common", 400]
     stages = {
@@ -247,7 +247,7 @@ def weights(root, stage):
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """Where the chain has run in this process, by the scripts' arguments: what the sharded ones must equal."""
+    """Output of the chain in this process with the scripts' arguments, which the sharded runs must equal."""
     root = tmp_path_factory.mktemp("alone")
     stages, environment = chain(world, root)
     for script in stages.values():
@@ -276,12 +276,12 @@ if words[at + 1 : at + 2] == ["{MODULE}"]:
     pathlib.Path(__file__).with_name("rank" + os.environ["RANK"]).write_text(json.dumps(said))
     os._exit(0)
 """
-"""A ``sitecustomize`` by which a rank notes how it was started, and ends before its imports, which take seconds."""
+"""A ``sitecustomize`` with which a rank records how it was started and ends before its slow imports."""
 
 
 @pytest.mark.slow
 def test_deepspeeds_launcher_starts_the_ranks_as_the_tests_do(world, tmp_path):
-    """For real, from bash to the ranks' first line; what ranks that are started so learn is looked at below."""
+    """A real start, from bash to the ranks' first line; the tests below check what such ranks learn."""
     (tmp_path / "sitecustomize.py").write_text(NOTED)
     stages, environment = chain(world, tmp_path, GPUS=2, LAUNCHER="deepspeed", ZERO=3, MASTER_PORT=free_port())
     ((_, arguments),) = commands(*stages["pretrain"], **environment)
@@ -296,7 +296,7 @@ def test_deepspeeds_launcher_starts_the_ranks_as_the_tests_do(world, tmp_path):
 @pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_under_deepspeed_equal_one_process(alone, world, tmp_path, zero):
-    """One sample a rank and small chunks: ranks differ in modality and in how often they run a head.
+    """One sample per rank and small chunks: ranks differ in modality and in how often they run the head.
 
     Fine-tuning in between is one process's. Under ZeRO-2 the distillation alone, with a teacher cache that one process
     has filled before; the ranks have nothing to add to it.
@@ -417,7 +417,7 @@ def test_the_papers_script(world, tmp_path):
 
 
 def test_llava_kds_script(world, tmp_path):
-    """Its three stages, DPT, SFT of what came out, DFT of what came out of that, after the teacher's two."""
+    """Its three stages DPT, SFT and DFT, each from the one before, after the teacher's two."""
     data = {f"{name.upper()}_DATA": world[name] for name in ("pretrain", "finetune")}
     images = {f"{name.upper()}_IMAGES": world["images"] for name in ("pretrain", "finetune")}
     models = {"TEACHER_LLM": world["teacher_llm"], "STUDENT_LLM": world["llm"], "VISION_TOWER": world["tower"]}
@@ -458,7 +458,7 @@ def test_lora_scripts(alone, world, tmp_path):
 
 @pytest.mark.slow
 def test_a_plain_process(world, tmp_path):
-    """All of it: bash, the command and the training that takes its place, with the exit code of that."""
+    """The whole path: bash, the command, and the training that replaces it, with its exit code."""
     arguments = [world["pretrain"], world["images"], world["llm"], world["tower"], "", "mlp2x_gelu", "test", "common"]
     bash("pretrain.sh", *arguments, LENGTH, **tiny(tmp_path))
     assert (output(tmp_path, "pretrain") / "model.safetensors").is_file()

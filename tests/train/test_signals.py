@@ -1,4 +1,4 @@
-"""Signals, locks, launchers that die, and ranks whose last batches are uneven: runs in processes of their own."""
+"""Signals, locks, launchers that die, and ranks with uneven last batches, with runs in separate processes."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tinyllava_switchkd.train.reliability.locking import LockedError, OutputLock
 
 
 def run_command(argv, log, hold=None):
-    """The child: the entry point's `main`, which waits after `hold` steps until a signal has come (or two minutes)."""
+    """The child: the entry point's `main`, which waits after `hold` steps for a signal (at most two minutes)."""
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -71,7 +71,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(world, tmp_path, name):
-    """Exit code 75, nothing that looks finished; then weights as if there had been no signal, to the bit."""
+    """Exit code 75, and no finished run; then the same weights as without a signal, to the bit."""
     settings = {"max_steps": 6, "save_steps": 1, "save_total_limit": 1}
     line = command_line(world, tmp_path / "run", **settings)
     process = start(line, tmp_path / "log", hold=1)
@@ -102,7 +102,7 @@ def test_ctrl_c_ends_it_at_once_in_one_sentence(world, tmp_path, monkeypatch, ca
             signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     try:
         with monkeypatch.context() as patch:
             patch.setattr(trainer.LLaVATrainer, "training_step", interrupted)
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_it_at_once_in_one_sentence(world, tmp_path, monkeypatch, ca
 
 
 def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
-    """The second is refused and says who holds it; once the first is killed, the third takes over and says so."""
+    """The second is refused and names the owner; once the first is killed, the third takes over with a warning."""
     line = command_line(world, tmp_path / "run", max_steps=5, save_steps=1, save_total_limit=1)
     first = start(line, tmp_path / "first", hold=1)
     assert until(lambda: (tmp_path / "run" / "checkpoint-1").exists())
@@ -166,7 +166,7 @@ subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()
 
 @pytest.mark.parametrize("killed", ["script", "launcher", "program"])
 def test_ranks_end_with_what_started_them(tmp_path, killed):
-    """A script or a program starts a launcher, which starts a rank; one of those above it is killed without a word."""
+    """A script or a program starts a launcher, which starts a rank; then one of those above the rank is killed."""
     root = Path(__file__).parents[2]
     rank, launcher = tmp_path / "rank.py", tmp_path / "torchrun"
     rank.write_text(CHILD)
@@ -178,7 +178,7 @@ def test_ranks_end_with_what_started_them(tmp_path, killed):
     mark = tmp_path / "mark"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     above = ["-c", top]
-    if killed == "program":  # called by hand: no script says that it is the outermost
+    if killed == "program":  # called by hand, without a script that names itself as the outermost process
         above = [tmp_path / "deepspeed", "--num_gpus", "2", "--master_port", "29500", "--module"]
         above[0].write_text(PARENT.replace("[1:]", "[6:]"))
     script = subprocess.Popen([sys.executable, *above, launcher, rank, mark], env=environment)
@@ -187,7 +187,7 @@ def test_ranks_end_with_what_started_them(tmp_path, killed):
         (middle,) = _children(script.pid)
         (last,) = _children(middle)
         os.kill(middle if killed == "launcher" else script.pid, signal.SIGKILL)
-        assert until(lambda: signals.started_at(last) is None, timeout=60)  # by itself it would sleep longer
+        assert until(lambda: signals.started_at(last) is None, timeout=60)  # on its own it would sleep longer
     finally:
         for process in [script.pid, *(_children(script.pid) or [])]:
             with contextlib.suppress(ProcessLookupError):
@@ -200,7 +200,7 @@ def _children(process):
 
 
 def test_a_run_in_the_background_outlives_its_shell(tmp_path):
-    """Only launchers are watched: what a shell starts and leaves behind goes on."""
+    """Only launchers are watched: a run outlives the shell that started it."""
     mark = tmp_path / "mark"
     code = "import sys; from tinyllava_switchkd.train.reliability.signals import launchers; "
     code += "open(sys.argv[1], 'w').write(str(launchers()))"
@@ -211,7 +211,7 @@ def test_a_run_in_the_background_outlives_its_shell(tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_one_processs_gradient(tmp_path):
-    """13 samples: in every epoch the last step has one, and the ranks are filled up with what counts nothing."""
+    """13 samples: the last step of every epoch has one, and the other ranks get fillers without a loss."""
     both = train_on_ranks(2, UNEVEN, str(tmp_path))
     for name, settings in UNEVEN.items():
         one = train_once(str(tmp_path / "one"), **{**settings, "batch_size": 4, "gradient_accumulation_steps": 1})
@@ -222,7 +222,7 @@ def test_any_number_of_ranks_gives_one_processs_gradient(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
-    """One process writes a checkpoint after two of six steps; two go on from it, and learn what one would have."""
+    """One process writes a checkpoint after two of six steps; two resume from it and learn what one would have."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2}
     saving = {"save_strategy": "steps", "save_steps": 2}
     through = train_once(str(tmp_path / "one"), batch_size=4, **settings, **saving)

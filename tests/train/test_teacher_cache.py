@@ -1,4 +1,4 @@
-"""--teacher_cache through the entry point: the same student, also resumed; what it cannot serve is refused."""
+"""--teacher_cache through the entry point: the same student, also when resumed; impossible settings are refused."""
 
 import errno
 import shutil
@@ -27,7 +27,7 @@ def world(tmp_path_factory):
 
 def line(world, output, **changes):
     settings = {"teacher_path": world["teacher"], "max_steps": -1, "num_train_epochs": 2, "save_strategy": "no"}
-    # one sample a batch: no padding, and so bitwise in any order
+    # one sample per batch: no padding, so equal to the bit in any order
     return command_line(world, output, **{**settings, "per_device_train_batch_size": 1, **changes})
 
 
@@ -53,7 +53,7 @@ def test_a_run_is_the_same_and_the_next_runs_no_teacher(world, tmp_path, monkeyp
 
 
 def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world, tmp_path, monkeypatch, capsys):
-    """Held-out samples too; filling once more runs nothing."""
+    """Also held-out samples; filling again computes nothing."""
     passes = []
     run, look = Distiller._run_teacher, teacher_cache.look
     monkeypatch.setattr(Distiller, "_run_teacher", lambda *args: passes.append("own") or run(*args))
@@ -68,7 +68,7 @@ def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world,
     assert passes == ["fill"] * 6
     assert main(line(world, tmp_path / "plain", **settings)) == 0
     assert same(tmp_path / "plain", tmp_path / "filled")
-    half = {**settings, "bf16": True}  # under torch's autocast, as the trainer computes
+    half = {**settings, "bf16": True}  # under torch's autocast, as in the trainer
     assert main(line(world, tmp_path / "half", **half, **cache, fill_teacher_cache=True)) == 0
     passes.clear()
     assert main(line(world, tmp_path / "half", **half, **cache)) == 0 and not passes
@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_ends_the_filling_and_not_a_training(world, tmp_pat
 
 
 def test_two_ranks_fill_and_share_it(world, tmp_path):
-    """The ranks fill it together and then train, each reading what the other wrote; as two ranks without a cache."""
+    """The ranks fill it together and train, each reading the other's part; the result equals that without a cache."""
     cache = {"teacher_cache": tmp_path / "cache", "max_steps": 3, "ddp_backend": "gloo"}
     lines = [
         line(world, tmp_path / "plain", **{**cache, "teacher_cache": None}),
@@ -107,7 +107,7 @@ def test_two_ranks_fill_and_share_it(world, tmp_path):
     ]
     main_on_ranks(2, lines)
     stored = [load_file(file) for file in (tmp_path / "cache").rglob("*.safetensors")]
-    assert sorted(len(one["rows"]) for one in stored) == [3, 3]  # none was computed by both, or once more
+    assert sorted(len(one["rows"]) for one in stored) == [3, 3]  # none was computed by both, or twice
     assert same(tmp_path / "plain", tmp_path / "shared")
 
 

@@ -1,4 +1,4 @@
-"""The entry point: the stages one after another, resuming by the same command, and everything refused beforehand."""
+"""The entry point: the stages in sequence, resuming with the same command, and mistakes refused in advance."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tinyllava_switchkd.train.train import main
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Base models and data, and what pre-training and fine-tuning (of a teacher) make of them."""
+    """Base models and data, and the results of pre-training and of fine-tuning (a teacher)."""
     folder = tmp_path_factory.mktemp("train")
     world = write_world(folder / "world")
     teacher = {"model_name_or_path": world["teacher_llm"]}
@@ -93,7 +93,7 @@ def test_the_same_command_resumes_and_then_does_nothing(world, tmp_path, caplog)
 
 
 def test_v1s_split_pretraining_output_feeds_fine_tuning(world, tmp_path):
-    """The layout that TinyLLaVA v1's pretrain.sh leaves behind."""
+    """The layout that TinyLLaVA v1's pretrain.sh writes."""
     split = tmp_path / "split"
     state = state_of(world["student_pt"])
     for part, prefix in (
@@ -114,7 +114,7 @@ def test_v1s_split_pretraining_output_feeds_fine_tuning(world, tmp_path):
 
 
 def test_a_checkpoint_alone_can_be_fine_tuned(world, tmp_path):
-    """custom_finetune: neither language model nor tower is named, and what is not asked for stays the checkpoint's."""
+    """custom_finetune: without language model and tower; settings that are not given come from the checkpoint."""
     names = ("model_name_or_path", "vision_tower", "connector_type", "mm_vision_select_layer", "model_max_length")
     arguments = command_line(
         world, tmp_path, pretrained_model_path=world["teacher_sft"], **dict.fromkeys(names), training_recipe="lora",
@@ -127,7 +127,7 @@ def test_a_checkpoint_alone_can_be_fine_tuned(world, tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_distillation_from_a_quantised_teacher(world, tmp_path, bits):
-    """Where bitsandbytes is installed: the student is written as ever, and the losses are near the exact teacher's."""
+    """If bitsandbytes is installed: the student is written as usual, with losses near those of the exact teacher."""
     pytest.importorskip("bitsandbytes")
     logs = []
     for name, changes in (("exact", {}), ("held", {"teacher_bits": bits, "gradient_checkpointing": True})):
@@ -143,14 +143,14 @@ def test_a_quantised_teacher_without_bitsandbytes(world, tmp_path, capsys, monke
     monkeypatch.setattr("tinyllava_switchkd.model.quantized.find_spec", lambda name: None)
     assert main(distil(world, tmp_path / "out", teacher_bits=4)) == 1
     assert "error: --teacher_bits 4 needs the package bitsandbytes" in capsys.readouterr().err
-    assert main(distil(world, tmp_path / "out", teacher_bits=4, estimate=True)) == 0  # which needs none of it
+    assert main(distil(world, tmp_path / "out", teacher_bits=4, estimate=True)) == 0  # needs no bitsandbytes
     told = capsys.readouterr().out
     assert "teacher" in told and "An image takes 15 visual tokens" in told
     assert not (tmp_path / "out").exists()
 
 
 def spoilt(world, tmp_path, name):
-    """A command line with one thing wrong with it, and words that the sentence must have."""
+    """A command line with one mistake, and words that the error must contain."""
     sft = {"pretrained_model_path": world["student_pt"]}
     records = json.loads(Path(world["finetune"]).read_text())
     data = tmp_path / "data.json"

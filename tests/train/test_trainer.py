@@ -1,4 +1,4 @@
-"""The trainer: exact normalisation, logs, parameter groups, order of samples, checkpoints of the student alone."""
+"""The trainer: exact normalisation, logs, parameter groups, order of samples, checkpoints of only the student."""
 
 import time
 
@@ -76,7 +76,7 @@ def test_what_is_lost_is_logged(tmp_path, packing):
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    # accelerate fetches a batch ahead: what was learned from are the first two
+    # accelerate fetches a batch ahead: training used only the first two
     tokens, computed = (sum(map(measure, lengths[:2])) for measure in (sum, lambda batch: len(batch) * max(batch)))
     assert tokens < computed
     assert logged(trainer, "padding_share")[0] == pytest.approx(0.0 if packing else 1 - tokens / computed)
@@ -88,7 +88,7 @@ def test_packing_learns_the_same(tmp_path):
     args = toy_arguments(
         tmp_path, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", learning_rate=0.1, packing=True
     )
-    trainer = toy_trainer(args, toy_task().student)  # a model by itself becomes a task with the run's settings
+    trainer = toy_trainer(args, toy_task().student)  # a bare model becomes a task with the run's settings
     assert trainer.model.packing
     trainer.train()
     assert largest_difference(weights(trainer.model), padded) < 1e-5
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, distil):
 
 
 def test_checkpointing_reaches_layers_behind_frozen_ones(tmp_path):
-    """Only the tower's second layer trains; its input has no gradient of its own, so that the reentrant kind fails."""
+    """Only the tower's second layer is trained; its input has no gradient, so reentrant checkpointing would fail."""
     with pytest.raises(ValueError, match="sets use_reentrant"):
         toy_arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     results = []

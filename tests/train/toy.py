@@ -19,7 +19,7 @@ from tinyllava_switchkd.train.trainer import LLaVATrainer
 
 
 class ToyDataset(Dataset):
-    """Samples of unequal length, of which every third is text alone; the same for every call with a seed."""
+    """Samples of unequal length, every third without an image; the same for the same seed."""
 
     def __init__(self, size: int = 12, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def toy_arguments(output_dir: str | Path, **kwargs: Any) -> TrainingArguments:
 
 
 def toy_task(distil: bool = False, seed: int = 0) -> SupervisedTask:
-    """A task around a tiny student; with `distil` a Distiller around it and a teacher of another seed."""
+    """A task with a tiny student; with `distil`, a Distiller with a teacher of another seed."""
     student = tiny_llava(seed=seed)
     student.freeze_unused_parameters()
     if not distil:

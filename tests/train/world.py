@@ -15,7 +15,7 @@ LENGTH = 96
 
 
 def write_world(folder: str | Path, samples: int = 12) -> dict[str, str]:
-    """Write it; returns the paths: llm (the student's), teacher_llm, tower, images, pretrain, finetune."""
+    """Write the world; returns its paths: llm (the student's), teacher_llm, tower, images, pretrain, finetune."""
     folder = Path(folder)
     images = folder / "images"
     images.mkdir(parents=True)
@@ -48,7 +48,7 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def command_line(world: dict[str, str], output_dir: str | Path, stage: str = "finetune", **changes: Any) -> list[str]:
-    """Arguments of a short run on the CPU from base models; `changes` replace them, None takes one out."""
+    """Arguments of a short run on the CPU from base models; `changes` replace them, and None removes one."""
     arguments: dict[str, Any] = {
         "data_path": world[stage],
         "image_folder": world["images"],

@@ -21,6 +21,7 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
 from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
+from tinyllava_switchkd.eval.results import labelled
 from tinyllava_switchkd.io import JsonObject, read_text, write_text
 from tinyllava_switchkd.visualize.overlay import data_address
 
@@ -168,7 +169,8 @@ def run(first: str, second: str, data_dir: Path, output: Path, limit: int) -> in
         FileNotFoundError: a file or the data do not exist.
         ValueError: the files are of different benchmarks, or have no question in common.
     """
-    (label_a, path_a), (label_b, path_b) = (_labelled(source) for source in (first, second))
+    (label_a, path_a), (label_b, path_b) = (labelled(source) for source in (first, second))
+    label_a, label_b = label_a or path_a.resolve().parent.name, label_b or path_b.resolve().parent.name
     (name, a), (other, b) = read_verdicts(path_a), read_verdicts(path_b)
     if name != other:
         raise ValueError(f"{path_a} has verdicts of {name}, but {path_b} of {other}; compare two of one benchmark.")
@@ -189,13 +191,6 @@ def run(first: str, second: str, data_dir: Path, output: Path, limit: int) -> in
         raise ValueError(f"{path_a}, {path_b} and the questions in {data_dir} have no question in common.")
     write_text(output, page(benchmark.title, (label_a, label_b), verdicts, limit))
     return sum(verdict.kind in ("lost", "gained") for verdict in verdicts)
-
-
-def _labelled(source: str) -> tuple[str, Path]:
-    label, equals, path = source.partition("=")
-    if equals and not Path(source).exists():
-        return label, Path(path)
-    return Path(source).resolve().parent.name, Path(source)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -149,7 +149,7 @@ def read_results(sources: Sequence[str]) -> list[Row]:
     """
     rows: dict[str, Row] = {}
     for source in sources:
-        label, path = _labelled(source)
+        label, path = labelled(source)
         for result in _results_of(path):
             _add(rows, label or _model_name(result), result)
     for row in rows.values():
@@ -163,7 +163,8 @@ def place_of(column: str) -> tuple[int, str]:
     return (order.index(column) if column in order else len(order), column)
 
 
-def _labelled(source: str) -> tuple[str | None, Path]:
+def labelled(source: str) -> tuple[str | None, Path]:
+    """Split ``LABEL=PATH``; the label is None if there is none."""
     if not Path(source).exists() and "=" in source:
         label, _, source = source.partition("=")
         return label.strip() or None, Path(source)

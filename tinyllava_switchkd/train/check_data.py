@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd.cli import CommandParser
@@ -87,38 +86,31 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
 
 def _of_model(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for `check_data` from the model on the command line, without reading its weights."""
-    import torch
-
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
-    from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
     from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
-    from tinyllava_switchkd.model.weights import resolve_folder
+
+    from .preflight.skeleton import checkpoint_skeleton, on_meta
 
     if args.model_path:
-        folder = resolve_folder(args.model_path)
-        config, _ = open_checkpoint(Path(folder))
-    else:
-        config = TinyLlavaConfig(
-            vision_model_name_or_path=args.vision_tower,
-            connector_type=args.connector_type,
-            vision_feature_select_strategy=args.mm_vision_select_feature,
-            num_queries=args.num_queries,
-            resampler_hidden_size=768,
-            num_resampler_layers=1,
-            text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it is not used
-        )
-        resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
-    with torch.device("meta"):
-        model = TinyLlavaForConditionalGeneration(config)
-    found = {"num_image_tokens": model.num_image_tokens}
-    if not args.model_path:
-        return found | {"image_processor": model.vision_tower.image_processor}
-    found |= {
-        "image_processor": image_processor_of(folder, model.vision_tower),
-        "tokenizer": tokenizer_of(folder, config),
-    }
-    return found | {"image_aspect_ratio": config.image_aspect_ratio}
+        model = checkpoint_skeleton(args.model_path)
+        return {
+            "num_image_tokens": model.num_image_tokens,
+            "image_processor": model.image_processor,
+            "tokenizer": model.tokenizer,
+            "image_aspect_ratio": model.config.image_aspect_ratio,
+        }
+    config = TinyLlavaConfig(
+        vision_model_name_or_path=args.vision_tower,
+        connector_type=args.connector_type,
+        vision_feature_select_strategy=args.mm_vision_select_feature,
+        num_queries=args.num_queries,
+        resampler_hidden_size=768,
+        num_resampler_layers=1,
+        text_config={"model_type": "llama", "num_hidden_layers": 1},  # any language model: it is not used
+    )
+    resolve_vision_tower(args.vision_tower, config.vision_config).complete_config(config.vision_config, None, {})
+    model = on_meta(config)
+    return {"num_image_tokens": model.num_image_tokens, "image_processor": model.vision_tower.image_processor}
 
 
 if __name__ == "__main__":

@@ -181,20 +181,19 @@ class LLaVATrainer(ReliableTrainer):
 
     def _get_train_sampler(self, train_dataset: Samples | None = None) -> Sampler | None:
         dataset: Samples = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        if not args.group_by_modality_length and args.train_sampling_strategy != "group_by_length":
-            self._epoch_sampler = self.fill_up(super()._get_train_sampler(dataset))
-            return self._epoch_sampler
-        by_modality = args.group_by_modality_length
-        grouped = LengthGroupedSampler(
-            args.train_batch_size,
-            args.world_size,
-            lengths=dataset.modality_lengths if by_modality else dataset.lengths,
-            group_by_modality=by_modality,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        self._epoch_sampler = self.fill_up(grouped)
+        args, by_modality = self.args, self.args.group_by_modality_length
+        if by_modality or args.train_sampling_strategy == "group_by_length":
+            sampler: Sampler | None = LengthGroupedSampler(
+                args.train_batch_size,
+                args.world_size,
+                lengths=dataset.modality_lengths if by_modality else dataset.lengths,
+                group_by_modality=by_modality,
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        else:
+            sampler = super()._get_train_sampler(dataset)
+        self._epoch_sampler = self.fill_up(sampler)
         return self._epoch_sampler
 
     # The optimiser

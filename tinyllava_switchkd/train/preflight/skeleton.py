@@ -58,7 +58,7 @@ def checkpoint_skeleton(path: str, cache_dir: str | None = None) -> TinyLlava:
     """
     folder = resolve_folder(path, cache_dir=cache_dir)
     config, _ = open_checkpoint(Path(folder))
-    model = _on_meta(config)
+    model = on_meta(config)
     model.tokenizer = tokenizer_of(folder, config)
     model.image_processor = image_processor_of(folder, model.vision_tower)
     return model
@@ -75,7 +75,7 @@ def student_skeleton(arguments: Arguments) -> TinyLlava:
     if path is None:
         settings = model_settings(arguments)
         config, tokenizer = plan_model(**{name: settings[name] for name in settings if name != "attn_implementation"})
-        model = _on_meta(config)
+        model = on_meta(config)
         model.tokenizer, model.image_processor = tokenizer, model.vision_tower.image_processor
         return model
     model = checkpoint_skeleton(path, arguments.model.cache_dir)
@@ -111,6 +111,7 @@ def visual_tokens(model: TinyLlava) -> str:
     return f"{model.num_image_tokens:,} visual tokens ({name}, {config.connector_type})"
 
 
-def _on_meta(config: TinyLlavaConfig) -> TinyLlava:
+def on_meta(config: TinyLlavaConfig) -> TinyLlava:
+    """The model of a configuration, with shapes but without weights."""
     with torch.device("meta"):
         return TinyLlavaForConditionalGeneration(config)
