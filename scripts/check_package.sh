@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What `python -m build` left in dist/, tried as a user without the repository would: bash scripts/check_package.sh
-#   PYTHON          the interpreter that the environments are made with
-#   PIP_ARGUMENTS   for pip install, e.g. "--no-deps" with SYSTEM_SITE=1 to use what is installed already
+# Tests the packages that `python -m build` wrote to dist/, without the repository: bash scripts/check_package.sh
+#   PYTHON          the interpreter for the virtual environments
+#   PIP_ARGUMENTS   arguments of pip install, e.g. "--no-deps" with SYSTEM_SITE=1 to use installed packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
@@ -13,7 +13,7 @@ for package in "$root"/dist/*.whl "$root"/dist/*.tar.gz; do
     [ -f "$package" ] || { echo "error: there is no $package; run 'python -m build' first." >&2; exit 1; }
     environment="$elsewhere/$(basename "$package").env"
     "$python" -m venv ${SYSTEM_SITE:+--system-site-packages} "$environment"
-    # shellcheck disable=SC2086 # several words are meant
+    # shellcheck disable=SC2086 # may hold several words
     "$environment/bin/python" -m pip install --quiet ${PIP_ARGUMENTS:-} "$package"
     (
         cd "$elsewhere"

@@ -2,17 +2,17 @@
 # The web demo: bash scripts/demo.sh [options of tinyllava_switchkd.serve.app, such as --port 8000]
 #
 # Sets up .venv and shows the quickstart's models side by side: the Switch-KD student, the SFT student and the teacher.
-# Other checkpoints (folders or hub names) by environment variables:
+# Environment variables select other checkpoints (folders or hub names):
 #
 #   STUDENT            the model to show
-#   COMPARE            models to put beside it, separated by spaces; with STUDENT alone, none
-#   QUICKSTART_OUT     where the quickstart lies (playground/quickstart)
-#   TINYLLAVA_PYTHON   an interpreter that has everything: no .venv then
+#   COMPARE            models to compare with, separated by spaces; none by default if STUDENT is set
+#   QUICKSTART_OUT     the quickstart's folder (playground/quickstart)
+#   TINYLLAVA_PYTHON   an interpreter with all dependencies; then no .venv is made
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${QUICKSTART_OUT:-$root/playground/quickstart}"
 
-# The first checkpoint of the quickstart whose name ends so, or nothing.
+# The quickstart's first checkpoint whose name ends with $1, or nothing.
 checkpoint() {
     local folder
     for folder in "$out"/checkpoints/*"$1"; do
@@ -41,7 +41,7 @@ else
     student="$(checkpoint -distill)"
     if [ -z "$student" ]; then
         echo "error: there is no Switch-KD student in $out/checkpoints." >&2
-        echo "Run 'bash scripts/quickstart.sh' first (a laptop's CPU is enough), or name a checkpoint: STUDENT=FOLDER bash scripts/demo.sh" >&2
+        echo "Run 'bash scripts/quickstart.sh' first (a laptop's CPU is enough), or set STUDENT: STUDENT=FOLDER bash scripts/demo.sh" >&2
         exit 1
     fi
     add "Switch-KD student" "$student"

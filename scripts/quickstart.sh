@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Switch-KD from nothing to a table, on a laptop's CPU: bash scripts/quickstart.sh [--seeds N] [--from_scratch]
+# Switch-KD on a laptop's CPU, from the setup to a table: bash scripts/quickstart.sh [--seeds N] [--from_scratch]
 #
-# Sets up .venv, then trains a teacher and a student on scenes of real handwriting and compares SFT, SFT of twice the
-# steps, and Switch-KD. Everything goes to playground/quickstart, or where QUICKSTART_OUT says; what is there already is
-# used again. TINYLLAVA_PYTHON, if set, is an interpreter that has everything: no .venv then.
+# Sets up .venv, trains a teacher and students on scenes of real handwriting, and compares SFT, SFT with twice the steps,
+# and Switch-KD. The output folder is $QUICKSTART_OUT, or playground/quickstart; finished parts in it are reused.
+# TINYLLAVA_PYTHON names an interpreter with all dependencies; then no .venv is made.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

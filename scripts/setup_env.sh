@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts that set themselves up: makes .venv at the repository's root and installs the package there.
+# Sourced by scripts that need an environment: creates .venv at the repository's root and installs the package in it.
 #
-#   source scripts/setup_env.sh train,eval dev     # the extras wanted
+#   source scripts/setup_env.sh; setup_env train,eval     # the extras
 #
-# Afterwards the virtual environment is active. It is quick when run again: a stamp in .venv remembers the extras
-# installed and the pyproject.toml that they came from. uv is used where it is present. PYTHON chooses the interpreter.
+# Afterwards the virtual environment is active. A second call is quick: a stamp in .venv records the installed extras and
+# their pyproject.toml. uv is used if it is available. PYTHON chooses the interpreter.
 
 setup_env() {
     local root python extras stamp wanted
@@ -16,10 +16,10 @@ setup_env() {
     if [ ! -x "$root/.venv/bin/python" ]; then
         python="${PYTHON:-python3}"
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            echo "error: Python 3.10 or newer is needed and '$python' is not; set PYTHON to one." >&2
+            echo "error: '$python' is not Python 3.10 or newer; set PYTHON to one that is." >&2
             return 1
         fi
-        echo "Making a virtual environment in .venv ..."
+        echo "Creating a virtual environment in .venv ..."
         if command -v uv >/dev/null 2>&1; then
             uv venv --quiet --python "$python" "$root/.venv" || return 1
         else

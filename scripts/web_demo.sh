@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The student in a browser, without a server-side model: bash scripts/web_demo.sh [PORT]
+# Runs a student in the browser, without a model on the server: bash scripts/web_demo.sh [PORT]
 #
 # Exports a student to ONNX, installs transformers.js from npm into playground/web, and serves that folder on 127.0.0.1.
 #
-#   STUDENT            the checkpoint (a folder or hub name); else the quickstart's Switch-KD student
-#   DTYPES             precisions to export ("fp32 int8 q4"); the first is what the page starts with
-#   QUICKSTART_OUT     where the quickstart lies (playground/quickstart)
-#   WEB_ROOT           the folder that is served (playground/web)
-#   SERVE              0: prepare everything, serve nothing
-#   TINYLLAVA_PYTHON   an interpreter that has everything: no .venv then
+#   STUDENT            the checkpoint (a folder or hub name); default: the quickstart's Switch-KD student
+#   DTYPES             precisions to export ("fp32 int8 q4"); the page starts with the first
+#   QUICKSTART_OUT     the quickstart's folder (playground/quickstart)
+#   WEB_ROOT           the folder to serve (playground/web)
+#   SERVE              0: prepare everything, but do not serve it
+#   TINYLLAVA_PYTHON   an interpreter with all dependencies; then no .venv is made
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${QUICKSTART_OUT:-$root/playground/quickstart}"
@@ -28,7 +28,7 @@ if [ -z "$student" ]; then
             break
         fi
     done
-    [ -n "$student" ] || fail "there is no Switch-KD student in $out/checkpoints; run 'bash scripts/quickstart.sh' first, or name a checkpoint: STUDENT=FOLDER bash scripts/web_demo.sh"
+    [ -n "$student" ] || fail "there is no Switch-KD student in $out/checkpoints; run 'bash scripts/quickstart.sh' first, or set STUDENT: STUDENT=FOLDER bash scripts/web_demo.sh"
 fi
 command -v npm > /dev/null || fail "npm is missing; install Node.js 18 or newer."
 
@@ -51,7 +51,7 @@ if [ "$web" != "$root/playground/web" ]; then
     cp "$root"/playground/web/*.* "$web/"
 fi
 if [ ! -f "$web/vendor/transformers.min.js" ]; then
-    # The page needs no native library, so onnxruntime-node's download is left out.
+    # The page needs no native library, so onnxruntime-node's download is skipped.
     (cd "$web" && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-audit --no-fund)
     mkdir -p "$web/vendor"
     cp "$web/node_modules/@huggingface/transformers/dist/transformers.min.js" "$web/vendor/"
@@ -60,7 +60,7 @@ fi
 
 mkdir -p "$web/models"
 read -r -a dtypes <<< "${DTYPES:-fp32 int8 q4}"
-new="$(mktemp -d "$web/models/.new.XXXXXX")" # an export that fails leaves the student that is there
+new="$(mktemp -d "$web/models/.new.XXXXXX")" # a failed export keeps the previous student
 trap 'rm -rf "$new"' EXIT
 "$python" -m tinyllava_switchkd.model.export --to onnx "$student" "$new/student" --dtype "${dtypes[@]}"
 rm -rf "$web/models/student"

@@ -1,4 +1,4 @@
-// The page: picture, questions, answers.
+// The page: image, questions, answers.
 
 const $ = (id) => document.getElementById(id);
 const NAMES = { fp32: '32 bits', fp16: '16 bits', int8: '8 bits', q4: '4 bits' };
@@ -6,7 +6,7 @@ const NAMES = { fp32: '32 bits', fp16: '16 bits', int8: '8 bits', q4: '4 bits' }
 let worker = null;
 let picture = null; // a Blob
 let history = [];
-let open = null; // the answer that is being written: {question, text, stats}
+let open = null; // the answer in progress: {question, body, stats}
 let busy = true;
 let failed = false;
 
@@ -21,9 +21,9 @@ function enable() {
   for (const button of $('suggestions').children) button.disabled = busy;
 }
 
-// Pictures
+// Images
 
-// As a photograph is meant to be seen, and with the colours that are in the file: Python reads it so.
+// Upright, and with the file's own colours, as Python reads it.
 const decode = (blob) =>
   createImageBitmap(blob, { imageOrientation: 'from-image', colorSpaceConversion: 'none', premultiplyAlpha: 'none' });
 
@@ -32,7 +32,7 @@ async function show(blob) {
   try {
     bitmap = await decode(blob);
   } catch {
-    say('This file is no picture that the browser can read.', true);
+    say('The browser cannot read this file as an image.', true);
     return;
   }
   [picture, history] = [blob, []];
@@ -47,7 +47,7 @@ async function show(blob) {
 
 $('file').onchange = () => {
   const [file] = $('file').files;
-  $('file').value = ''; // the same picture again begins anew, too
+  $('file').value = ''; // so that choosing the same image again also starts a new conversation
   if (file) show(file);
 };
 $('drop').ondragover = (event) => {
@@ -72,7 +72,7 @@ async function offerSamples() {
   for (const name of images) {
     const button = document.createElement('button');
     const image = document.createElement('img');
-    [image.src, image.alt] = [`models/${name}`, `Sample picture ${name}`];
+    [image.src, image.alt] = [`models/${name}`, `Sample image ${name}`];
     button.append(image);
     button.onclick = async () => show(await (await fetch(image.src)).blob());
     $('samples').append(button);
@@ -170,7 +170,7 @@ function start() {
 
 async function main() {
   if ('serviceWorker' in navigator) {
-    // Everything passes through it from the start, so that all of it is there when the network is not.
+    // All requests go through it from the start, so that everything is available offline.
     await navigator.serviceWorker.register('sw.js', { type: 'module' }).catch(() => null);
     if (!navigator.serviceWorker.controller) {
       const controlled = new Promise((done) => navigator.serviceWorker.addEventListener('controllerchange', done));
@@ -185,7 +185,7 @@ async function main() {
   const config = await response.json();
   $('about').textContent =
     `${config.vision_config.model_type.split('_')[0]} + ${config.tinyllava.connector_type} + ` +
-    `${config.text_config.model_type}. It computes on this device alone: no picture or question leaves it.`;
+    `${config.text_config.model_type}. It runs entirely on this device: no image or question leaves it.`;
   const add = (id, value, text) => $(id).add(new Option(text, value));
   for (const dtype of config.tinyllava.dtypes) add('dtype', dtype, NAMES[dtype]);
   add('device', 'wasm', 'processor');

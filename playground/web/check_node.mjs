@@ -1,7 +1,7 @@
 // The student's answers in Node, as JSON lines: node check_node.mjs MODEL_FOLDER QUESTIONS.jsonl IMAGE_FOLDER [DTYPE]
 //
-// Each line is {image, text, answer, pixels: the sum of all pixel values, milliseconds: ...}. Compare with Python's:
-// tests/model/test_export_web.py does.
+// Each line is {image, text, answer, pixels: sum of all pixel values, first: milliseconds to the first token, rate: tokens
+// per second}. tests/model/test_export_web.py compares them with Python's.
 
 import { readFileSync } from 'node:fs';
 import path from 'node:path';

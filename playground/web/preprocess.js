@@ -1,14 +1,14 @@
-// Pixels as Python makes them: fill up to a square, resize, crop, normalise.
+// The same pixels as in Python: pad to a square, resize, crop, normalise.
 //
-// A browser's own scaling differs from Pillow's, on which students are trained, by dozens of grey levels at edges. So the
-// resize is Pillow's algorithm: two passes of weighted sums with 22-bit weights, each rounded to 8 bits. What it gives is
-// Pillow's bit for bit.
+// Students are trained on Pillow's resized images. A browser's own resizing differs from them by dozens of grey levels at
+// edges. So this is Pillow's algorithm: two passes of weighted sums with 22-bit weights, each rounded to 8 bits. The result
+// equals Pillow's bit for bit.
 
 const PRECISION_BITS = 22;
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 
-// Pillow's number of a filter -> its reach in pixels, and its weight at a distance.
+// Pillow's filter number -> its reach in pixels, and its weight as a function of distance.
 const FILTERS = {
   1: [3, (x) => (x > -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0)], // Lanczos
   2: [1, (x) => Math.max(0, 1 - Math.abs(x))], // bilinear
@@ -22,7 +22,7 @@ const FILTERS = {
   ],
 };
 
-// For every output pixel of a line: the first input pixel and the fixed-point weights from there on.
+// For every output pixel of a line: the first input pixel, and the fixed-point weights from there.
 function weightsOf(from, to, resample) {
   const [reach, filter] = FILTERS[resample];
   const scale = from / to;
@@ -46,7 +46,7 @@ function weightsOf(from, to, resample) {
   });
 }
 
-// One pass along lines. `step` is the distance of neighbours on a line, `next` that of lines, in bytes.
+// One pass along lines. `step` is the distance between neighbours on a line, `next` that between lines, in bytes.
 function pass(source, target, weights, lines, [sourceStep, sourceNext], [targetStep, targetNext]) {
   for (let line = 0; line < lines; line++) {
     for (let index = 0; index < weights.length; index++) {
@@ -63,7 +63,7 @@ function pass(source, target, weights, lines, [sourceStep, sourceNext], [targetS
 
 /** Pillow's resize of an RGB image {data, width, height}. */
 export function resize(image, width, height, resample) {
-  if (!FILTERS[resample]) throw new Error(`No resize with Pillow's filter ${resample} here; 1, 2 and 3 are known.`);
+  if (!FILTERS[resample]) throw new Error(`Pillow's resize filter ${resample} is not supported here, only 1, 2 and 3.`);
   let { data, width: w, height: h } = image;
   if (w !== width) {
     const target = new Uint8ClampedArray(width * h * 3);
@@ -78,7 +78,7 @@ export function resize(image, width, height, resample) {
   return { data, width, height };
 }
 
-// A window of an image on a ground of one colour; it may reach beyond the image.
+// A window of an image; where it extends beyond the image, it has one colour.
 function window_(image, left, top, width, height, colour) {
   const data = new Uint8ClampedArray(width * height * 3);
   for (let y = 0; y < height; y++) {
@@ -93,7 +93,7 @@ function window_(image, left, top, width, height, colour) {
   return { data, width, height };
 }
 
-/** RGB bytes of RGBA ones; transparency is dropped, as Pillow does. */
+/** RGBA bytes to RGB; transparency is dropped, as in Pillow. */
 export function dropAlpha(rgba) {
   const data = new Uint8ClampedArray((rgba.length / 4) * 3);
   for (let i = 0, j = 0; i < rgba.length; i += 4) {
@@ -107,15 +107,15 @@ export function dropAlpha(rgba) {
 /**
  * Pixel values of an image.
  *
- * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGB, three bytes a pixel.
+ * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGB, three bytes per pixel.
  * @param {object} processor `preprocessor_config.json`.
- * @param {string} aspect `square` or `pad` (first fill up to a square with the mean colour).
+ * @param {string} aspect `square`, or `pad` (first padded to a square with the mean colour).
  * @returns {{data: Float32Array, dims: number[]}} [3, height, width].
  */
 export function preprocess(image, processor, aspect) {
   const { size, image_mean: mean, image_std: std, rescale_factor: factor = 1 / 255 } = processor;
   if (processor.do_resize === false || processor.do_normalize === false || processor.do_rescale === false) {
-    throw new Error('This student does not resize, rescale or normalise its images; this page does all three.');
+    throw new Error('This student does not resize, rescale and normalise its images, but this page always does all three.');
   }
   if (aspect === 'pad' && image.width !== image.height) {
     const side = Math.max(image.width, image.height);

@@ -1,4 +1,4 @@
-// An exported student in transformers.js; the same code answers in the page and in Node.
+// An exported student in transformers.js; the page and Node use the same code.
 
 import { preprocess } from './preprocess.js';
 
@@ -10,8 +10,8 @@ export class Student {
   }
 
   /**
-   * @param {object} library what `@huggingface/transformers` exports.
-   * @param {string} name the model's folder, under `env.localModelPath`.
+   * @param {object} library the module `@huggingface/transformers`.
+   * @param {string} name the model's folder in `env.localModelPath`.
    * @param {object} processor its `preprocessor_config.json`.
    * @param {object} options dtype (fp32, fp16, int8, q4), device (wasm, webgpu, cpu), progress_callback.
    */
@@ -23,7 +23,7 @@ export class Student {
     return new Student(library, model, tokenizer, processor);
   }
 
-  /** The prompt's text: the chat template's, each image's mark as often as it has visual tokens. */
+  /** The prompt's text from the chat template, with `<image>` repeated for each visual token. */
   prompt(question, withImage, history = []) {
     const messages = [];
     [...history, [question, null]].forEach(([asked, answer], index) => {
@@ -42,7 +42,7 @@ export class Student {
    * @param {object} options maxNewTokens; history, pairs of question and answer; onText, called with each new piece;
    *   stop, an InterruptableStoppingCriteria.
    * @returns {Promise<{text: string, tokens: number, first: number, rate: number}>} the answer, its tokens, milliseconds
-   *   to the first one, and tokens a second from there on.
+   *   to the first one, and tokens per second after it.
    */
   async answer(question, image, { maxNewTokens = 128, history = [], onText = () => {}, stop = null } = {}) {
     const { Tensor, TextStreamer } = this.library;

@@ -1,8 +1,8 @@
-// Offline once loaded: the network first, so that a new student is seen; what it gave last time where there is none.
+// Makes the page work offline once loaded. It asks the network first, so that a new student is seen, then its cache.
 
 const STORE = 'student';
 
-// The page itself came before this worker did, so it is fetched once more; all else passes through below.
+// The page was loaded before this worker, so it is fetched again; everything else goes through the handler below.
 const PAGE = ['./', 'style.css', 'app.js'];
 
 self.addEventListener('install', (event) => {

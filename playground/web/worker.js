@@ -1,4 +1,4 @@
-// The student's own thread: the page stays quick while it thinks.
+// Runs the student in a separate thread, so that the page stays responsive.
 
 import * as library from './vendor/transformers.min.js';
 import { dropAlpha } from './preprocess.js';
@@ -7,8 +7,8 @@ import { Student } from './student.js';
 const here = (path) => new URL(path, self.location.href).href;
 library.env.allowRemoteModels = false;
 library.env.allowLocalModels = true;
-library.env.localModelPath = new URL(here('models/')).pathname; // it looks for files at paths only
-library.env.useBrowserCache = false; // sw.js keeps what is needed offline
+library.env.localModelPath = new URL(here('models/')).pathname; // the library accepts only paths here
+library.env.useBrowserCache = false; // sw.js caches everything
 library.env.useWasmCache = false;
 library.env.backends.onnx.wasm.wasmPaths = {
   mjs: here('vendor/ort-wasm-simd-threaded.asyncify.mjs'),

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Evaluation data in LLaVA's layout: bash scripts/data/prepare_eval.sh [BENCH ...|all] [options of ...eval.prepare]
 #
-#   EVAL_DIR    where it goes (playground/data/eval)
+#   EVAL_DIR    the output folder (playground/data/eval)
 #   PYTHON      the interpreter
 #   HF_ENDPOINT a mirror of the Hugging Face hub
 #
 # BENCH: mme mmbench mmbench_cn vqav2 gqa scienceqa mmmu textvqa vizwiz pope; all of them by default.
-# Interrupted? Run it again. Only list what is there and what is missing: --check.
+# If it was interrupted, run it again. --check only lists what is there and what is missing.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-$(command -v python || command -v python3)}"

@@ -5,8 +5,8 @@
 #   PYTHON      the interpreter
 #   HF_ENDPOINT a mirror of the Hugging Face hub
 #
-# About 75 GB are downloaded; an archive is deleted when all its images are unpacked (--keep_archives keeps it).
-# Interrupted? Run it again. One part at a time: --only coco. Only verify: --check.
+# It downloads about 75 GB, and deletes an archive when all its images are unpacked (unless --keep_archives is given).
+# If it was interrupted, run it again. --only coco prepares one part, --check only verifies.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-$(command -v python || command -v python3)}"

@@ -5,7 +5,7 @@
 #   PYTHON      the interpreter
 #   HF_ENDPOINT a mirror of the Hugging Face hub
 #
-# About 27 GB are downloaded. Interrupted? Run it again. Only verify: --check.
+# It downloads about 27 GB. If it was interrupted, run it again. --check only verifies.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-$(command -v python || command -v python3)}"

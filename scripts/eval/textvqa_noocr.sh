@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # TextVQA (val) without OCR tokens: bash scripts/eval/textvqa_noocr.sh MODEL_PATH [MODEL_NAME]
-# The environment decides about the rest: docs/evaluation.md.
+# Other settings are environment variables: docs/evaluation.md.
 . "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 launch eval textvqa_noocr "$@"

@@ -1,6 +1,6 @@
-"""What a student answers here, for the checks of its exports elsewhere: ask.py MODEL FOLDER [--questions FILE ...].
+"""Write a student's answers, for comparison with its exports: ask.py MODEL FOLDER [--questions FILE ...].
 
-FOLDER gets ``expected.json`` and the images, as they are and made square as training made them.
+FOLDER gets ``expected.json`` and the images: the originals, and squares as in training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 32
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Write questions, images (as they are, and made square as training made them), our prompts and answers."""
+    """Write questions, images, our prompts and answers."""
     model, tokenizer, processor, _ = load_pretrained_model(args.model, device="cpu", dtype=torch.float32)
     preprocess = ImagePreprocess(processor, model.config)
     text = TextPreprocess(tokenizer, conversation_template(model, tokenizer))
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", help="a question file of LLaVA's; else four drawings")
+    parser.add_argument("--questions", help="a question file in LLaVA's format; default: four drawings")
     parser.add_argument("--image_folder")
     parser.add_argument("--max_questions", type=int)
     ask(parser.parse_args())

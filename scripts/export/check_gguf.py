@@ -1,4 +1,4 @@
-"""Does llama.cpp answer as the student does? check_gguf.py EXPORT FOLDER, where FOLDER is what ask.py wrote."""
+"""Does llama.cpp give the student's answers? check_gguf.py EXPORT FOLDER, where FOLDER was written by ask.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_NEW_TOKENS = 32
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Answer the same in llama.cpp and print how many answers are equal."""
+    """Answer the questions in llama.cpp and print how many answers are equal."""
     import llama_cpp
     import numpy as np
     from llama_cpp.llama_chat_format import MTMDChatHandler
@@ -45,8 +45,8 @@ def compare(args: argparse.Namespace) -> None:
             logits = last_logits()
         return answer, first
 
-    # The handler hands back text, from which bytes that are no UTF-8 are gone: a random student's answers are full of
-    # them, and its tokens are compared instead.
+    # The handler returns text without invalid UTF-8. A random student's answers contain much of it, so the tokens are
+    # recorded and compared instead.
     sampled: list[int] = []
     sample = llama.sample
 
@@ -71,12 +71,12 @@ def compare(args: argparse.Namespace) -> None:
         sampled.clear()
         llama.create_chat_completion(messages, temperature=0.0, repeat_penalty=1.0, max_tokens=MAX_NEW_TOKENS)
         found["prompts"] += _prompt_pieces(llama, handler, content) == [row["before"], row["after"]]
-        # It samples on while the last bytes are an unfinished character.
+        # The handler continues while the last bytes are an incomplete character.
         found["handler"] += [token for token in sampled if token not in row["stops"]][:MAX_NEW_TOKENS] == row["answer"]
     print(json.dumps(found))
     print(
         f"{found['equal']} of {len(rows)} answers equal on images resized beforehand (logits within "
-        f"{found['logits']:.2g}), {found['equal_unresized']} on images as they are ({found['not_square']} not square); "
+        f"{found['logits']:.2g}), {found['equal_unresized']} on original images ({found['not_square']} not square); "
         f"{found['prompts']} prompts have the same tokens, {found['handler']} answers of the chat handler are equal."
     )
     if not args.report and found["equal"] < len(rows):
@@ -84,7 +84,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _eval_image(llama: Any, handler: Any, image: Path) -> None:
-    """Put an image's tokens behind what the model has read."""
+    """Append an image's tokens to the context."""
     import llama_cpp
 
     mtmd = handler._mtmd_cpp
@@ -114,7 +114,7 @@ def _chunks(handler: Any, text: bytes, image: Path) -> Any:
 
 
 def _prompt_pieces(llama: Any, handler: Any, content: list) -> list[list[int]]:
-    """The tokens before and after the image, as llama.cpp makes them of the export's chat template."""
+    """The tokens before and after the image that llama.cpp makes with the export's chat template."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     marker = handler._mtmd_cpp.mtmd_default_marker().decode()
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--report", action="store_true", help="exit with 0 whatever was found")
+    parser.add_argument("--report", action="store_true", help="exit with 0 even if answers differ")
     compare(parser.parse_args())
 
 

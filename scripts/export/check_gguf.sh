@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Does a student answer in llama.cpp as it does here? bash scripts/export/check_gguf.sh STUDENT [DTYPE]
+# Does a student give the same answers in llama.cpp as here? bash scripts/export/check_gguf.sh STUDENT [DTYPE]
 #
-# Exports it, makes an environment with llama-cpp-python from the package index (a compiler and CMake build llama.cpp,
-# which takes minutes), and asks both the same.
+# Exports it, creates an environment with llama-cpp-python from the package index (a compiler and CMake build llama.cpp,
+# which takes minutes), and asks both the same questions.
 #
 #   LLAMA_ENV          the environment ($TMPDIR/env-llama, or /tmp/env-llama)
-#   QUESTIONS          a question file of LLaVA's, with IMAGE_FOLDER and MAX_QUESTIONS; else four drawings
+#   QUESTIONS          a question file in LLaVA's format, with IMAGE_FOLDER and MAX_QUESTIONS; default: four drawings
 #   TINYLLAVA_PYTHON   an interpreter that has this package and gguf (.venv/bin/python)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${TINYLLAVA_PYTHON:-$root/.venv/bin/python}"
 environment="${LLAMA_ENV:-${TMPDIR:-/tmp}/env-llama}"
 if [ $# -lt 1 ]; then
-    echo "error: name a student: bash scripts/export/check_gguf.sh STUDENT [DTYPE]" >&2
+    echo "error: no student given; usage: bash scripts/export/check_gguf.sh STUDENT [DTYPE]" >&2
     exit 1
 fi
 if ! "$environment/bin/python" -c "import llama_cpp, jinja2" 2> /dev/null; then

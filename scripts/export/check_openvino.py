@@ -1,4 +1,4 @@
-"""Does OpenVINO answer as the student does? check_openvino.py EXPORT FOLDER, where FOLDER is what ask.py wrote."""
+"""Does OpenVINO give the student's answers? check_openvino.py EXPORT FOLDER, where FOLDER was written by ask.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compare(args: argparse.Namespace) -> None:
         equal += answer == row["answer"]
         if answer != row["answer"]:
             text = processor.tokenizer.decode(answer, skip_special_tokens=True)
-            print(f"{row['question']!r}: {text!r} where we answer {row['text']!r}")
+            print(f"{row['question']!r}: {text!r}, expected {row['text']!r}")
     versions = f"openvino {version('openvino')}, optimum-intel {version('optimum-intel')}"
     print(f"{versions}: {prompts} of {len(rows)} prompts have the same tokens, {equal} answers are equal.")
     if min(prompts, equal) < len(rows):

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Does a student answer in OpenVINO as it does here? bash scripts/export/check_openvino.sh STUDENT
+# Does a student give the same answers in OpenVINO as here? bash scripts/export/check_openvino.sh STUDENT
 #
-# Exports it, makes an environment with optimum-intel and OpenVINO from the package index (about 6 GB), and asks both the same.
+# Exports it, creates an environment with optimum-intel and OpenVINO from the package index (about 6 GB), and asks both
+# the same questions.
 #
 #   OPENVINO_ENV       the environment ($TMPDIR/env-openvino, or /tmp/env-openvino)
-#   QUESTIONS          a question file of LLaVA's, with IMAGE_FOLDER and MAX_QUESTIONS; else four drawings
+#   QUESTIONS          a question file in LLaVA's format, with IMAGE_FOLDER and MAX_QUESTIONS; default: four drawings
 #   TINYLLAVA_PYTHON   an interpreter that has this package (.venv/bin/python)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${TINYLLAVA_PYTHON:-$root/.venv/bin/python}"
 environment="${OPENVINO_ENV:-${TMPDIR:-/tmp}/env-openvino}"
 if [ $# -lt 1 ]; then
-    echo "error: name a student: bash scripts/export/check_openvino.sh STUDENT" >&2
+    echo "error: no student given; usage: bash scripts/export/check_openvino.sh STUDENT" >&2
     exit 1
 fi
 if ! "$environment/bin/python" -c "import optimum.intel, openvino" 2> /dev/null; then

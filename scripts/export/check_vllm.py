@@ -1,4 +1,4 @@
-"""Does vLLM answer as the student does? check_vllm.py EXPORT FOLDER, where FOLDER is what ask.py wrote."""
+"""Does vLLM give the student's answers? check_vllm.py EXPORT FOLDER, where FOLDER was written by ask.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_NEW_TOKENS = 32
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Answer the questions in vLLM, all of them at once, and print how many answers are equal."""
+    """Answer all questions in one vLLM batch and print how many answers are equal."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import vllm
@@ -40,7 +40,7 @@ def compare(args: argparse.Namespace) -> None:
         answer = [token for token in output.outputs[0].token_ids if token not in row["stops"]]
         equal += answer == row["answer"]
         if answer != row["answer"]:
-            print(f"{row['question']!r}: {output.outputs[0].text!r} where we answer {row['text']!r}")
+            print(f"{row['question']!r}: {output.outputs[0].text!r}, expected {row['text']!r}")
     print(f"vLLM {vllm.__version__}: {prompts} of {len(rows)} prompts have the same tokens, {equal} answers are equal.")
     if min(prompts, equal) < len(rows):
         raise SystemExit(1)

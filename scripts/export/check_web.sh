@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Does the student answer in a browser and in Node as it does in Python? bash scripts/export/check_web.sh
+# Does the student give the same answers in a browser and in Node as in Python? bash scripts/export/check_web.sh
 #
-# Prepares the page (scripts/web_demo.sh, whose environment variables hold here too) and runs the tests that need it.
-# For the browser: chromium, and playwright for Python (in the extra dev).
+# Prepares the page (by scripts/web_demo.sh, with the same environment variables) and runs the tests that need it. The
+# browser tests need chromium, and playwright for Python (in the extra dev).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 export WEB_ROOT="${WEB_ROOT:-$root/playground/web}"

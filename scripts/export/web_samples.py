@@ -1,4 +1,4 @@
-"""Write sample pictures and questions of the quickstart for the page: ``web_samples.py FOLDER [NUMBER]``."""
+"""Write the quickstart's sample images and questions for the web page: ``web_samples.py FOLDER [NUMBER]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinyllava_switchkd.quickstart.scenes import question_set, save_images
 
 
 def main(folder: Path, number: int = 6) -> None:
-    """Test scenes, and a question of each type about the first of them."""
+    """Write test scenes, and a question of each type about the first one."""
     asked = question_set("handwriting", "test", number, seed=0)
     names = save_images(list(asked.scenes), folder / "samples", "sample")
     questions = [row["question"] for row, scene in zip(asked.questions, asked.scene_of, strict=True) if scene == 0]

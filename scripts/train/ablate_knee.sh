@@ -1,5 +1,5 @@
 #!/bin/bash
-# Where DBiLD looks for the knee, on what, and over which pairs.
+# Where and on what DBiLD searches the knee, and which pairs it compares.
 # SCALE=quickstart (this machine) or paper, SEEDS=5, DRY_RUN=1 for memory and hours, ABLATE_OUT: docs/results.md.
 # shellcheck source=../launch.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"

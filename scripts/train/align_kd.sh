@@ -1,6 +1,6 @@
 #!/bin/bash
-# Align-KD in MobileVLM V2's setting, on data that you name: the recipe align_kd.
-# Run it again to go on; TEACHER_PATH names a teacher that is trained already. Settings: docs/train.md.
+# Align-KD in MobileVLM V2's setting, on your data: the recipe align_kd.
+# Run it again to resume. TEACHER_PATH names a trained teacher, if there is one. Settings: docs/train.md.
 # shellcheck source=../launch.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 launch train --recipe align_kd "$@"

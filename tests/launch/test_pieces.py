@@ -134,4 +134,4 @@ def test_a_script_names_an_interpreter_that_is_not_there():
         ["bash", script], env={**os.environ, "PYTHON": "/gone/python"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "finetune.sh: there is no interpreter /gone/python; set PYTHON to one.\n"
+    assert done.stderr == "finetune.sh: there is no interpreter /gone/python; set PYTHON to an existing one.\n"
