@@ -1,4 +1,4 @@
-"""Memory of this process: resident, now and at its peak (Linux), and what torch allocates on the CPU."""
+"""Memory of this process: current and peak resident memory (Linux), and torch's allocations on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes; `VmHWM` is the peak since the process began or `peak_resident` last reset it."""
+    """Resident bytes; `VmHWM` is the peak since the process started or `peak_resident` reset it."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
     if found is None:
         raise OSError(f"{STATUS} has no {field}; resident memory is measured on Linux only.")
@@ -20,7 +20,7 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def peak_resident(function: Callable[[], None]) -> tuple[int, int]:
-    """Peak bytes while `function` ran, and bytes before it."""
+    """Peak resident bytes while `function` runs, and the bytes before it."""
     CLEAR.write_text("5")  # resets the peak (man 5 proc)
     before = resident()
     function()
@@ -28,10 +28,10 @@ def peak_resident(function: Callable[[], None]) -> tuple[int, int]:
 
 
 def allocated(function: Callable[[], None]) -> int:
-    """Bytes that torch's CPU allocator gives out at most while `function` runs, beyond what was there before.
+    """Peak bytes that torch's CPU allocator hands out while `function` runs, beyond those before.
 
-    The same on every machine and from run to run, which resident memory is not: that has the process's code and the
-    allocator's unused pages in it.
+    They are the same on every machine and in every run, unlike resident memory, which includes the process's code and
+    the allocator's unused pages.
     """
     now = peak = 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

@@ -1,4 +1,4 @@
-"""What the measurements share: a description of the machine, and a section of their own in docs/benchmarks.md."""
+"""Shared by all benchmarks: describe the machine, and write a section of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def _processor() -> str:
 
 
 def command() -> str:
-    """The command line that is running, by the script's path in the repository."""
+    """The current command line, with the script as a module of the repository."""
     script = Path(sys.argv[0]).resolve()
     module = script.relative_to(ROOT).with_suffix("") if script.is_relative_to(ROOT) else script.with_suffix("")
     return f"python -m {'.'.join(module.parts)} {shlex.join(sys.argv[1:])}".strip()
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, padded so that it reads well as text; the first column is left-aligned, the others right."""
+    """A Markdown table, padded to be readable as text; the first column is left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     rule = [
@@ -77,15 +77,15 @@ def _at_least_2(width: int) -> int:
 def write_section(
     key: str, title: str, tables: Sequence[Table], machine: str, note: str = "", document: Path = DOCUMENT
 ) -> None:
-    """Print tables, and put them into the document in place of the section of the same key.
+    """Print tables, and write them to the document in place of the section with the same key.
 
     Args:
-        key: names the section's markers.
-        title: its heading.
-        tables: header and rows of each.
+        key: name in the section's markers.
+        title: heading of the section.
+        tables: header and rows of each table.
         machine: from `machine()`.
-        note: what the figures were measured on, one or more sentences.
-        document: a Markdown file; made if it is not there.
+        note: one or more sentences on what was measured.
+        document: a Markdown file; created if it does not exist.
     """
     parts = [f"## {title}", *([note] if note else []), *(markdown(*table) for table in tables)]
     parts.append(f"{machine}. Made by `{command()}`.")
@@ -104,7 +104,7 @@ def write_section(
 
 
 def readme_cell(start: str, *texts: str) -> None:
-    """Put figures into the second and further cells of the row of README.md's tables that begins with `start`."""
+    """Write texts to the cells, from the second on, of the row of README.md's tables that begins with `start`."""
     file = ROOT / "README.md"
     lines = file.read_text(encoding="utf-8").split("\n")
     [at] = [i for i, line in enumerate(lines) if line.startswith(start)]

@@ -1,10 +1,10 @@
-"""What the data costs: opening a file of Mix-665k's size, the memory of its workers, and samples a second of a core.
+"""Cost of data loading: opening a file of Mix-665k's size, memory of the workers, and samples per second and core.
 
     python -m benchmarks.data_loading [--samples 665000] [--workers 8] [--images 200]
 
-Beside our reader stands v1's, which keeps the JSON as a list of dicts. Memory is the proportional set size of the
+Our reader is compared with v1's, which keeps the JSON as a list of dicts. Memory is the proportional set size of the
 process and its forked workers together (every shared page counted once), after each worker has read its share of the
-samples in random order; it is read from Linux's /proc. All is run in one go, so that the ratios are of one run.
+samples in random order; it is read from Linux's /proc. Everything is measured in one run, so that ratios are valid.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WORDS = ["".join(random.Random(index).choices("etaoinshrdlucmfw", k=1 + index %
 
 
 def conversation(rng: random.Random, image: bool) -> list[dict[str, str]]:
-    """Questions and answers of about the lengths that Mix-665k has."""
+    """Questions and answers with about the lengths of those in Mix-665k."""
     turns = []
     for index in range(rng.choice([1, 1, 2, 4, 4, 6])):
         question = " ".join(rng.choices(_WORDS, k=rng.randint(6, 30)))
@@ -51,7 +51,7 @@ def conversation(rng: random.Random, image: bool) -> list[dict[str, str]]:
 
 
 def write_samples(path: Path, count: int) -> None:
-    """A LLaVA JSON of `count` made-up samples."""
+    """Write a LLaVA JSON file of `count` random samples."""
     rng = random.Random(0)
     with path.open("w") as file:
         for index in range(count):
@@ -104,10 +104,10 @@ def _v1(path: str) -> list[dict[str, Any]]:
 
 
 def opening(path: Path, workers: int) -> list[list[object]]:
-    """Rows: how, seconds, MiB of the process, MiB with its workers. Each way has a process of its own."""
+    """Rows: reader, seconds, MiB of the process, MiB with its workers. Each reader runs in a separate process."""
     spawn = multiprocessing.get_context("spawn")
     figures = {}
-    path.read_bytes()  # both read from the page cache
+    path.read_bytes()  # so that both read from the page cache
     for name, load in (("list of dicts (TinyLLaVA)", _v1), ("ours", Records)):
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_open_and_fork, args=(load, str(path), workers, theirs))
@@ -121,7 +121,7 @@ def opening(path: Path, workers: int) -> list[list[object]]:
 
 
 def photograph(rng: np.random.Generator, size: tuple[int, int] = (640, 480)) -> bytes:
-    """A JPEG that is about as hard to decode as a photograph of COCO's size."""
+    """A JPEG of COCO's image size that takes about as long to decode as a photograph."""
     coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
     pixels += rng.integers(-12, 13, pixels.shape, dtype=np.int16)
@@ -142,7 +142,7 @@ def milliseconds(function: Callable[[Any], object], items: Sequence[Any]) -> flo
 
 
 def samples(count: int) -> list[list[object]]:
-    """Rows: image backend, milliseconds of each part, samples a second of one core."""
+    """Rows: image backend, milliseconds of each part, samples per second on one core."""
     rng, words = np.random.default_rng(0), random.Random(0)
     images = [photograph(rng) for _ in range(count)]
     talks = [conversation(words, image=True) for _ in range(count)]
@@ -161,9 +161,9 @@ def samples(count: int) -> list[list[object]]:
 
 
 def padding(records: Records, batch: int = 4, ranks: int = 8, accumulation: int = 4) -> list[list[object]]:
-    """Rows: order of the samples, share of the computed tokens that is padding, per batch and per step of all ranks.
+    """Rows: order of the samples, and the share of padding in the computed tokens, per batch and per step of all ranks.
 
-    Tokens are words here, and 728 more for an image.
+    A token is a word here; an image counts as 728 tokens.
     """
     lengths = records.words + IMAGE_TOKENS * records.num_images
     signed = np.where(records.num_images > 0, lengths, -lengths)
@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=665_000, help="samples in the file (default 665,000)")
     parser.add_argument("--workers", type=int, default=8, help="forked workers (default 8)")
-    parser.add_argument("--images", type=int, default=200, help="images that are timed (default 200)")
+    parser.add_argument("--images", type=int, default=200, help="images to time (default 200)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def main() -> None:
         [
             (["reader", "seconds to open", "MiB", f"MiB with {args.workers} workers"], opened),
             (
-                ["image backend", "decode ms", "preprocess ms", "text ms", "sample ms", "samples/s a core"],
+                ["image backend", "decode ms", "preprocess ms", "text ms", "sample ms", "samples/s per core"],
                 samples(args.images),
             ),
             (["order", "padding in a batch", "padding in a step of all ranks"], padded),

@@ -1,12 +1,12 @@
-"""Answers a second of the evaluation, side by side with one question at a time.
+"""Answers per second of the evaluation, compared with one question at a time.
 
     python -m benchmarks.eval_throughput [--sizes tiny small] [--batch_sizes 1 4 16 32] [--questions 240] [--device cpu]
 
-The questions are nine of the ten benchmarks in proportion (VQAv2, 69 % of all, is GQA's kind): as many about a picture,
-as many repeated pairs, as long a text, JPEGs of 640 x 480. The model is random, of the shape named, and biased so that
-half of the answers have one token, as those of MME, MMBench, POPE, ScienceQA and MMMU, and the others a few. "One at a
-time" is the loop of LLaVA and TinyLLaVA v1: open the picture, encode it, generate, write the row; the others are what
-`tinyllava_switchkd.eval.run` does. All must give the same answers.
+The questions imitate nine of the ten benchmarks in proportion (VQAv2, 69 % of all, resembles GQA): questions per image,
+repeated pairs, length of the text, JPEGs of 640 x 480. The model is random and biased, so that half of the answers have
+one token, as in MME, MMBench, POPE, ScienceQA and MMMU, and the others a few. "One at a time" is the loop of LLaVA and
+TinyLLaVA v1: open the image, encode it, generate, write the row. The others do what `tinyllava_switchkd.eval.run` does.
+All must give the same answers.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGen
 
 try:
     from benchmarks._table import machine, readme_cell, write_section
-except ModuleNotFoundError:  # started by its path: then its own folder is searched and the repository is not
+except ModuleNotFoundError:  # run by path: sys.path then has this folder, not the repository
     from _table import machine, readme_cell, write_section
 
 SIZES = {"tiny": (64, 4, 112, 2.3), "small": (192, 6, 224, 1.3)}
-"""Width and depth of language model and tower, the picture's side in pixels (patches of 16), the bias of `CHOICES`."""
+"""Width and depth of language model and tower, side of the images in pixels (patches of 16), bias of `CHOICES`."""
 MAX_NEW_TOKENS = 16
 
-# share of the nine benchmarks' 48,485 questions, questions about a picture, share of distinct pairs, words of a prompt
+# share of the nine benchmarks' 48,485 questions, questions per image, share of distinct pairs, words per prompt
 KINDS = {
     "mme": (0.049, 2, 1.0, 20),
     "mmbench": (0.180, 4, 1.0, 60),
@@ -68,7 +68,7 @@ BASELINE = "one at a time"
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, so that a prompt has as many tokens as a real one has."""
+    """A word-level tokenizer, so that prompts have as many tokens as real ones."""
     vocabulary = ["<unk>", "<|endoftext|>", *dict.fromkeys(WORDS), *LETTERS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,10 +82,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_answerer(size: str, device: str) -> Answerer:
-    """A random model; float32, so that batches change nothing.
+    """A random model, in float32 so that batching does not change answers.
 
-    Every second answer is one of four letters, as for the questions of MME, MMBench, POPE, ScienceQA and MMMU, half of
-    all; the others have a few letters.
+    Half of the answers are one of four letters, as for the questions of MME, MMBench, POPE, ScienceQA and MMMU; the
+    others have a few letters.
     """
     hidden, layers, side, favour = SIZES[size]
     shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
@@ -116,7 +116,7 @@ def make_answerer(size: str, device: str) -> Answerer:
         bias.fill_(-50)
         bias[tokenizer(" ".join(LETTERS)).input_ids] = 0
         bias[tokenizer(" ".join(CHOICES)).input_ids] = favour
-        # A direction that says "the answer is over": all of it in the four letters, some of it in the others.
+        # A direction that means "the answer ends": strong in the four letters, weak in the others.
         over = torch.randn(hidden)
         over /= over.norm()
         embeddings = model.get_input_embeddings().weight
@@ -128,7 +128,7 @@ def make_answerer(size: str, device: str) -> Answerer:
 
 
 def make_questions(total: int, folder: Path) -> list[Question]:
-    """Questions of all kinds, with their pictures on disk."""
+    """Questions of all kinds, with their images on disk."""
     draw = random.Random(0)
     questions: list[Question] = []
     for kind, (share, per_image, distinct, words) in KINDS.items():
@@ -150,7 +150,7 @@ def make_questions(total: int, folder: Path) -> list[Question]:
 
 
 def one_at_a_time(answerer: Answerer, questions: list[Question], folder: Path) -> dict:
-    """What the loops of LLaVA and TinyLLaVA v1 do."""
+    """The loop of LLaVA and TinyLLaVA v1."""
     answerer.guesses = None
     texts = {}
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
@@ -165,7 +165,7 @@ def one_at_a_time(answerer: Answerer, questions: list[Question], folder: Path) -
 
 
 def in_batches(answerer: Answerer, questions: list[Question], folder: Path, size: int, guessing: bool = True) -> dict:
-    """What `tinyllava_switchkd.eval.run` does after loading the model; or without guessing answers of one token."""
+    """What `tinyllava_switchkd.eval.run` does after loading the model, with or without guessing one-token answers."""
     answerer.guesses = Guesses() if guessing else None
     arguments = argparse.Namespace(batch_size=size, num_workers=0, model_name="", max_new_tokens=MAX_NEW_TOKENS)
     folder_of_answers = AnswerFolder(folder)
@@ -176,14 +176,14 @@ def in_batches(answerer: Answerer, questions: list[Question], folder: Path, size
 
 
 def profile(size: str, args: argparse.Namespace, root: Path) -> list[list[str]]:
-    """Where the time of an evaluation goes: share of each part, at the largest batch size, outermost part first."""
+    """The share of each part in the time of an evaluation, at the largest batch size."""
     answerer = make_answerer(size, args.device)
     questions = make_questions(args.questions, root)
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     parts = {
-        "pictures and prompts made ready": (Prefetched, "__getitem__"),
+        "preparing images and prompts": (Prefetched, "__getitem__"),
         "vision tower and connector": (Answerer, "encode_images"),
-        "beginnings that questions share": (SharedPrefix, "compute"),
+        "shared beginnings of prompts": (SharedPrefix, "compute"),
         "generation": (Answerer, "_answer"),
     }
     spent = dict.fromkeys(parts, 0.0)
@@ -206,7 +206,7 @@ def profile(size: str, args: argparse.Namespace, root: Path) -> list[list[str]]:
             start = clock()
             in_batches(answerer, questions, Path(tempfile.mkdtemp(dir=root)), max(args.batch_sizes))
             total = clock() - start
-    spent["generation"] -= spent["beginnings that questions share"]
+    spent["generation"] -= spent["shared beginnings of prompts"]
     spent["everything else (text of the answers, files)"] = total - sum(spent.values())
     return [[part, f"{100 * seconds / total:.0f} %"] for part, seconds in spent.items()]
 
@@ -218,8 +218,8 @@ def race(
     args: argparse.Namespace,
     root: Path,
 ) -> tuple[list[list[str]], dict[str, str]]:
-    """A row a way, the first of which is 1, and what was answered: by each way the same, or the program ends."""
-    # On a CPU the process's own time, of which other programs take nothing.
+    """One row per way, relative to the first, and the answers; exits if two ways give different answers."""
+    # On a CPU the process's own time, which does not depend on other programs.
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     expected: dict[str, str] = {}
@@ -232,7 +232,7 @@ def race(
                 seconds[way].append(clock() - start)
             expected = expected or texts
             if texts != expected:
-                raise SystemExit(f"{way}: the answers are not those of {next(iter(ways))}.")
+                raise SystemExit(f"{way}: the answers differ from those of {next(iter(ways))}.")
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     first = next(iter(medians.values()))
     rows = [[way, f"{len(questions) / median:.1f}", f"{first / median:.2f}"] for way, median in medians.items()]
@@ -240,7 +240,7 @@ def race(
 
 
 def measure(size: str, args: argparse.Namespace, root: Path) -> tuple[list[tuple[list[str], list[list[str]]]], str]:
-    """The tables of a size: all questions, and those of which the answer has one token; and a sentence about it."""
+    """The tables of a size (all questions, and those with one-token answers), and a sentence about it."""
     answerer = make_answerer(size, args.device)
     questions = make_questions(args.questions, root)
     unit = "answers/CPU s" if args.device == "cpu" else "answers/s"

@@ -1,10 +1,10 @@
-"""A student in onnxruntime beside the same student in torch, on the CPU: time to first token, tokens a second, size.
+"""A student in onnxruntime and in torch on the CPU: time to first token, tokens per second, size.
 
     python -m benchmarks.export MODEL EXPORT [--new_tokens 32] [--repeats 9]
 
-MODEL is the checkpoint and EXPORT what ``--to onnx`` wrote of it. Both answer one question about one image, greedily,
-to a fixed length, on one thread, in turn, in one process. Times are of the processor, so that other work on the machine
-does not count; medians of repeats. The first token includes the vision tower and the whole prompt.
+MODEL is the checkpoint, EXPORT its export by ``--to onnx``. Both answer one question about one image, greedily, with a
+fixed length, on one thread, in turn, in one process. Times are processor times, so that other work on the machine does
+not count; medians of repeats are reported. The first token includes the vision tower and the whole prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyllava_switchkd.model.export.questions import default_questions
 
 
 def in_torch(folder: str) -> Callable[[], Iterator[Any]]:
-    """Greedy tokens of the checkpoint, one after the other, without end."""
+    """An endless iterator of the checkpoint's greedy tokens."""
     model, tokenizer, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
     question = default_questions()[0]
     messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": None}]
@@ -49,7 +49,7 @@ def in_torch(folder: str) -> Callable[[], Iterator[Any]]:
 
 
 def in_onnxruntime(folder: str, dtype: str) -> Callable[[], Iterator[Any]]:
-    """The same of an export."""
+    """The same for an export."""
     student = OnnxStudent(folder, dtype, threads=1)
     question = default_questions()[0]
     ids, pixels = student.prompt_ids(question.text), student.pixels([question.open()])
@@ -57,7 +57,7 @@ def in_onnxruntime(folder: str, dtype: str) -> Callable[[], Iterator[Any]]:
 
 
 def clock(steps: Callable[[], Iterator[Any]], new_tokens: int) -> tuple[float, float]:
-    """Seconds of the processor to the first token, and tokens a second after it."""
+    """Processor seconds to the first token, and tokens per second after it."""
     times = [time.process_time()]
     for _ in itertools.islice(steps(), new_tokens):
         times.append(time.process_time())
@@ -67,7 +67,7 @@ def clock(steps: Callable[[], Iterator[Any]], new_tokens: int) -> tuple[float, f
 def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, prog="python -m benchmarks.export")
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
-    parser.add_argument("export", metavar="EXPORT", help="what --to onnx wrote of it")
+    parser.add_argument("export", metavar="EXPORT", help="its export by --to onnx")
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(argv)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     for repeat in range(args.repeats + 1):
         for way, steps in ways.items():
             timed = clock(steps, args.new_tokens)
-            if repeat:  # the first is for warming up
+            if repeat:  # the first round warms up
                 found[way].append(timed)
     medians = {way: [statistics.median(column) for column in zip(*times, strict=True)] for way, times in found.items()}
     first, rate = medians["torch"]

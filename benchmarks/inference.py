@@ -1,13 +1,13 @@
-"""Time to first token and tokens a second, teacher beside student: what distillation buys.
+"""Time to first token and tokens per second of teacher and student: the benefit of distillation at inference.
 
     python -m benchmarks.inference [--size small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--new_tokens 64]
 
-Models are built from their configurations with random weights and answer one question about one image, greedily, to a
-fixed length. Every model and way of generating runs in turn in one process, so that the ratios are of one run; medians
-of repeats. The first token includes the vision tower and the whole prompt.
+Models are built from their configurations with random weights and answer one question about one image, greedily, with a
+fixed length. All models and ways of generating run in turn in one process, so that ratios are valid; medians of
+repeats are reported. The first token includes the vision tower and the whole prompt.
 
     eager       transformers' growing cache
-    static      a cache of fixed size, nothing compiled
+    static      a cache of fixed size, not compiled
     compiled    the same with a compiled decoding step (`load_pretrained_model(..., compile=True)`)
     graphs      the same, recorded as CUDA graphs (CUDA only)
 """
@@ -30,11 +30,11 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.model.compiled import compile_generation
 
 WAYS = {"eager": None, "static": None, "compiled": "default", "graphs": "reduce-overhead"}
-"""Ways of generating, and torch.compile's mode of those that compile."""
+"""Way of generating -> torch.compile's mode, if it compiles."""
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is there; never stops anything."""
+    """Records the time of each token; never stops the generation."""
 
     def __init__(self) -> None:
         self.times = [now()]
@@ -45,14 +45,14 @@ class Clock(StoppingCriteria):
 
 
 def now() -> float:
-    """Seconds, after the GPU has done what it was told."""
+    """Seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def answer(vlm: nn.Module, batch: dict[str, Tensor], new_tokens: int, **kwargs: Any) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second after it."""
+    """Seconds to the first token, and tokens per second after it."""
     clock = Clock()
     vlm.generate(
         batch["input_ids"],
@@ -69,7 +69,7 @@ def answer(vlm: nn.Module, batch: dict[str, Tensor], new_tokens: int, **kwargs: 
 
 
 def arguments(way: str, vlm: nn.Module, length: int) -> dict[str, Any]:
-    """What `generate` takes for a way of generating; the model is set up for the compiled ones."""
+    """Arguments of `generate` for a way of generating; also compiles the model if the way does."""
     mode = WAYS[way]
     if way == "eager":
         return {"cache_implementation": "dynamic"}
@@ -80,7 +80,7 @@ def arguments(way: str, vlm: nn.Module, length: int) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, ways: list[str]) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """(model, way) -> seconds to the first token, tokens a second, seconds of the very first answer."""
+    """(model, way) -> seconds to the first token, tokens per second, seconds of the very first answer."""
     student, teacher, vision, _ = SIZES[args.size]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     models = {
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, ways: list[str]) -> dict[tuple[str, str], 
     length = args.text + models["student"].num_image_tokens + args.new_tokens
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     warm_up: dict[tuple[str, str], float] = {}
-    # A model compiles anew whenever torch.compile's mode changes, so "graphs" comes by itself after the others.
+    # A model is recompiled whenever torch.compile's mode changes, so "graphs" runs separately after the others.
     for group in ([way for way in ways if way != "graphs"], [way for way in ways if way == "graphs"]):
         for repeat in range(args.repeats + 1):
             for way, (name, vlm) in itertools.product(group, models.items()):
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, ways: list[str]) -> dict[tuple[str, str], 
 
 
 def table(found: dict[tuple[str, str], tuple[float, float, float]], ways: list[str]) -> tuple[list[str], list[list]]:
-    """Absolute figures, then each as a ratio to the teacher generating the same way and to the same model's eager."""
+    """Absolute figures, and ratios to the teacher with the same way and to the same model with eager."""
     header = ["generation", "model", "first token, ms", "tokens/s", "x teacher, first", "x teacher, tokens/s"]
     header += ["x eager, tokens/s", "first answer, s"]
     rows = []
@@ -135,10 +135,12 @@ def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt, the image's mark included")
+    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt; the image counts as one")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=5, help="answers after the first; medians are printed")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, help="ways of generating besides eager (default: all)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, help="ways of generating, in addition to eager (default: all)"
+    )
     args = parser.parse_args()
     chosen = args.ways or [way for way in WAYS if args.device == "cuda" or way != "graphs"]
     ways = ["eager", *(way for way in chosen if way != "eager")]

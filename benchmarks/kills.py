@@ -1,11 +1,11 @@
-"""Random SIGKILLs: every scheme is killed again and again at random moments and must end with the same weights.
+"""Random SIGKILLs: runs of every scheme are killed again and again at random times and must end with the same weights.
 
     python -m benchmarks.kills --minutes 10
 
-For each scheme a tiny run goes through once; then the same command is started, killed after a random time and started
-again until it has finished, and the trained weights are compared bit by bit. That is one chain; each scheme has as many
-of them as its share of the time holds, and goes on until at least one process of it has been killed. Prints a table;
-the exit code is 1 if any chain ended otherwise.
+For each scheme a tiny run first finishes without kills. Then the same command is started, killed after a random time
+and started again until it finishes, and the trained weights are compared bit by bit: this is one chain. Each scheme
+runs as many chains as fit into its share of the time, and continues until at least one process has been killed. Prints
+a table; the exit code is 1 if any chain ended otherwise.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "distillation, packed": ("finetune", {"teacher_path": "TEACHER", "packing": True}),
     "distillation, LoRA": ("finetune", {"teacher_path": "TEACHER", **ADAPTERS}),
 }
-"""Name -> (data, arguments besides those of a short run)."""
+"""Name -> (data, arguments in addition to those of a short run)."""
 
 
 def child(argv: list[str], log: str) -> None:
-    """The entry point in a process that can be killed; its output goes to a file."""
+    """Run the entry point in a process that can be killed; its output goes to a file."""
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -56,7 +56,7 @@ def child(argv: list[str], log: str) -> None:
 
 
 def run(argv: list[str], log: Path, seconds: float | None = None) -> int:
-    """Run to the end, or kill after some seconds; the exit code (-9 when killed)."""
+    """Run to the end, or kill after some seconds; return the exit code (-9 if killed)."""
     process = CONTEXT.Process(target=child, args=(argv, str(log)))
     process.start()
     process.join(seconds)
@@ -75,10 +75,10 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def chain(argv: list[str], log: Path, chance: random.Random, seconds: float, until: float) -> tuple[int, int]:
-    """Start a run again and again, killed at moments within `seconds`, until it ends; after `until` none is killed.
+    """Start a run again and again, killing it at random times within `seconds`, until it ends; no kills after `until`.
 
     Returns:
-        how many were killed, and the exit code of the one that ended.
+        the number of kills, and the exit code of the run that ended.
     """
     kills = 0
     while True:
@@ -90,7 +90,7 @@ def chain(argv: list[str], log: Path, chance: random.Random, seconds: float, unt
 
 
 def measure(minutes: float, seed: int, folder: Path) -> tuple[list[list[object]], bool]:
-    """Rows of the table, and whether all is well."""
+    """Rows of the table, and whether all chains ended with the same weights."""
     from tests.train.world import command_line, write_world
 
     world = write_world(folder / "world")
@@ -121,13 +121,13 @@ def measure(minutes: float, seed: int, folder: Path) -> tuple[list[list[object]]
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long, all schemes together")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time for all schemes together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
     arguments = parser.parse_args(argv)
     CONTEXT.set_forkserver_preload(["tinyllava_switchkd.train.train", "peft"])
     with tempfile.TemporaryDirectory() as folder:
         rows, good = measure(arguments.minutes, arguments.seed, Path(folder))
-    print(markdown(["scheme", "chains", "SIGKILLs", "weights equal to the bit"], rows))
+    print(markdown(["scheme", "chains", "SIGKILLs", "weights bitwise equal"], rows))
     return 0 if good else 1
 
 

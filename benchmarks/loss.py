@@ -1,12 +1,12 @@
-"""Time and peak memory of the distillation losses, forward and backward, a token.
+"""Time and peak memory per token of the distillation losses, forward and backward.
 
     python -m benchmarks.loss [--tokens 64] [--vocab 32000 151936] [--device cpu|cuda] [--repeats 7]
 
-Beside ours stand the ways others take: pairs enumerated one by one at the true knee, pairs at a fixed k = 8 (BiLD), the
-knee of a list cut to the 256 largest logits (the one public attempt; another loss), full-vocabulary reverse KL, and on
-CUDA ours without the Triton kernels, and Liger's chunked JSD where it is installed. All are run in turn in one process,
-so that the ratios are of one run. On the CPU time is the process's own, and memory what a process of its own grows by;
-on CUDA they are the wall clock and the allocator's peak.
+Our loss is compared with: pairs enumerated one by one at the true knee; pairs at a fixed k = 8 (BiLD); the knee among
+the 256 largest logits (the one public attempt; another loss); full-vocabulary reverse KL; and on CUDA ours without the
+Triton kernels, and Liger's chunked JSD if it is installed. All run in turn in one process, so that ratios are valid.
+On the CPU, time is the process's own, and memory is the growth of a separate process; on CUDA they are wall-clock time
+and the allocator's peak.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def language_model_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Student and teacher logits of a bulk and a few hundred hot tokens: the knee falls in the thousands."""
+    """Student and teacher logits with a bulk and a few hundred large values; the knee is in the thousands."""
     generator = torch.Generator().manual_seed(seed)
     teacher = 2 * torch.randn(tokens, vocab, generator=generator)
     hot = max(vocab // 500, 1)
@@ -46,7 +46,7 @@ def language_model_logits(tokens: int, vocab: int, device: str, seed: int = 0) -
 
 
 def enumerate_pairs(student: Tensor, teacher: Tensor, top_k: int | None) -> Tensor:
-    """DBiLD with every pair written out, one token at a time (k differs): what the O(k) form replaces."""
+    """DBiLD with all pairs enumerated, one token at a time (k differs); the O(k) form replaces this."""
     losses = []
     for s, t in zip(student, teacher, strict=True):
         total = 0.0
@@ -62,7 +62,7 @@ def enumerate_pairs(student: Tensor, teacher: Tensor, top_k: int | None) -> Tens
 
 
 def enumerate_eight(student: Tensor, teacher: Tensor) -> Tensor:
-    """BiLD as its authors compute it: 28 pairs a leader, all tokens at once."""
+    """BiLD as its authors compute it: 28 pairs per leader, all tokens at once."""
     total = 0.0
     m, n = torch.triu_indices(8, 8, offset=1, device=student.device)
     for leader in (teacher, student.detach()):
@@ -75,7 +75,7 @@ def enumerate_eight(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def truncated(student: Tensor, teacher: Tensor) -> Tensor:
-    """The knee looked for among the 256 largest logits only: cheap, and another loss."""
+    """DBiLD with the knee searched only among the 256 largest logits: cheap, but another loss."""
     orders = []
     for leader in (student.detach(), teacher):
         values, indices = leader.topk(256)
@@ -88,7 +88,7 @@ def truncated(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def without_kernels(loss: Loss) -> Loss:
-    """The same loss with the knee found by torch's operations."""
+    """The same loss with the knee computed by torch's operations."""
 
     def run_with_torch(student: Tensor, teacher: Tensor) -> Tensor:
         chosen, knee_module.BACKEND = knee_module.BACKEND, "torch"
@@ -101,7 +101,7 @@ def without_kernels(loss: Loss) -> Loss:
 
 
 def implementations(vocab: int, device: str) -> dict[str, tuple[Loss, int]]:
-    """Name -> (loss, tokens it can bear at once)."""
+    """Name -> (loss, largest number of tokens at once)."""
     ours, rkl = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
     return {
         "full-vocabulary reverse KL": (rkl, 10**9),
@@ -115,7 +115,7 @@ def implementations(vocab: int, device: str) -> dict[str, tuple[Loss, int]]:
 
 
 def liger() -> dict[str, tuple[Loss, int]]:
-    """Liger's chunked JSD on logits, given an identity for a head it would need; only on CUDA, if installed."""
+    """Liger's JSD on logits; only on CUDA, if installed."""
     try:
         from liger_kernel.transformers import LigerJSD
     except ImportError:
@@ -137,7 +137,7 @@ def run(loss: Loss, student: Tensor, teacher: Tensor) -> None:
 
 
 def clock(device: str) -> float:
-    """Seconds; on the CPU those of this process alone, so that others on the machine don't count."""
+    """Seconds; on the CPU those of this process only, so that others on the machine do not count."""
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
@@ -148,7 +148,7 @@ def timed(loss: Loss, student: Tensor, teacher: Tensor) -> float:
 
 
 def peak_memory(name: str, tokens: int, vocab: int, device: str) -> float:
-    """Bytes a token beyond the two sides' logits themselves."""
+    """Peak bytes per token, without the logits of the two sides."""
     if device == "cuda":
         loss, _ = implementations(vocab, device)[name]
         student, teacher = language_model_logits(tokens, vocab, device)
@@ -177,7 +177,7 @@ def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str
     for repeat in range(repeats + 1):
         for name, (loss, most) in table.items():
             if most < 10 and repeat > 2:
-                continue  # the enumeration takes seconds a token and varies little
+                continue  # the enumeration takes seconds per token and varies little
             value = timed(loss, student[:most], teacher[:most])
             if repeat:  # the first round warms up
                 seconds[name].append(value)
@@ -191,7 +191,7 @@ def compare(tokens: int, vocab: int, device: str, repeats: int) -> list[list[str
 
 
 def real_like_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Bulks of different skewness: at 49,152 the knees spread much as a language model's do (1,600 to 4,700)."""
+    """Logits with bulks of varying skewness: at 49,152 the knees spread like a language model's (1,600 to 4,700)."""
     generator = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> Tensor:
@@ -205,10 +205,9 @@ def real_like_logits(tokens: int, vocab: int, device: str, seed: int = 0) -> tup
 
 
 def ratios(tokens: int, vocabularies: list[int], device: str, repeats: int) -> list[dict]:
-    """Exact DBiLD over full-vocabulary reverse KL, run in turn: the least of many times over the least of many.
+    """Time of exact DBiLD relative to full-vocabulary reverse KL, run in turn: ratio of the shortest of many times.
 
-    With one thread the times are of the process's CPU, with several of the wall clock: threads that wait for each other
-    do so busily.
+    With one thread, CPU time is measured; with several threads wall-clock time, because waiting threads use the CPU.
     """
     ours, base = LossFactory("dbild")(temperature=TEMPERATURE), LossFactory("rkl")(temperature=TEMPERATURE)
     threads = torch.get_num_threads()
@@ -243,7 +242,7 @@ def ratios(tokens: int, vocabularies: list[int], device: str, repeats: int) -> l
 
 
 def write_ratios(rows: list[dict]) -> None:
-    """The section of docs/benchmarks.md and the rows of README.md on what `ratios` found in all environments."""
+    """Write the section of docs/benchmarks.md and the rows of README.md from the `ratios` of all environments."""
     environments = sorted({(row["threads"], row["torch"]) for row in rows})
     lines = []
     for kind, vocab, mean_knee in sorted({(row["logits"], row["vocabulary"], row["mean knee"]) for row in rows}):
@@ -278,7 +277,7 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 
 def growth(device: str, repeats: int) -> list[list[str]]:
-    """How the pair term grows with k at a given order, and the whole loss with the vocabulary."""
+    """Growth of the pair term with k for a given order, and of the whole loss with the vocabulary."""
 
     def median(function: Callable[[], None]) -> float:
         function()
@@ -292,7 +291,7 @@ def growth(device: str, repeats: int) -> list[list[str]]:
         return statistics.median(values)
 
     def linear(k: int) -> float:
-        tokens = max(4, knee_module.NATIVE_FROM // k)  # enough for the kernels
+        tokens = max(4, knee_module.NATIVE_FROM // k)  # enough to use the kernels
         student, teacher = language_model_logits(tokens, k, device)
         orders = leading(student, k), leading(teacher, k)
         leaf = student.requires_grad_()
@@ -322,15 +321,15 @@ def _range(values: list[int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens at once (default 64)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per call (default 64)")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 49_152, 151_936], help="vocabulary sizes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="repeats after a warm-up; medians are printed")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's choice)")
     parser.add_argument(
         "--ratios",
         metavar="FILE",
-        help="only DBiLD over reverse KL, for this torch and these threads, into this JSON file",
+        help="only the ratio of DBiLD to reverse KL, added to this JSON file for this torch and number of threads",
     )
     args = parser.parse_args(argv)
     if args.threads:
@@ -356,9 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 [
                     "vocabulary",
                     "loss",
-                    "CPU ms a token" if args.device == "cpu" else "ms a token",
+                    "CPU ms per token" if args.device == "cpu" else "ms per token",
                     "x reverse KL",
-                    "peak MiB a token",
+                    "peak MiB per token",
                 ],
                 rows,
             ),
@@ -366,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         machine(),
         note=f"{args.tokens} tokens at once, float32 logits (enumeration: 2 tokens, the most that is possible here)."
-        + (f" The knee by {knee_module.BACKEND}." if args.device == "cuda" else ""),
+        + (f" Knee computed by {knee_module.BACKEND}." if args.device == "cuda" else ""),
     )
 
 

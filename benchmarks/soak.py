@@ -1,9 +1,9 @@
-"""A long run in a small model: memory, open files, threads and the output folder must stay as they are.
+"""A long run of a tiny model: memory, open files, threads and the output folder must not grow.
 
     python -m benchmarks.soak --minutes 5
 
 A tiny student learns from a tiny teacher, with a checkpoint every few steps, until the time is over; then SIGTERM ends
-it, as a cluster would. Prints what the process held after a tenth of the time and at the end.
+it, as a cluster would. Prints the process's resources after a tenth of the time and at the end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from benchmarks._table import markdown
 from benchmarks.kills import CONTEXT, child, run
 
 GROWTH = 1.1
-"""Memory at the end, as a multiple of that after a tenth of the time, that is still called flat."""
+"""Largest ratio of the memory at the end to that after a tenth of the time that counts as constant."""
 
 
 def held(process: int, folder: Path) -> dict[str, float]:
-    """What a process holds now: resident MiB, files, threads; steps done and MiB of its folder."""
+    """A process's current resources: steps done, resident MiB, open files, threads, MiB of its folder."""
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line
     )
@@ -33,7 +33,7 @@ def held(process: int, folder: Path) -> dict[str, float]:
     for path in folder.rglob("*"):
         try:
             size += path.stat().st_size
-        except OSError:  # a checkpoint that is just being removed
+        except OSError:  # a checkpoint that is being removed
             continue
     return {
         "steps": max(steps, default=0),
@@ -45,7 +45,7 @@ def held(process: int, folder: Path) -> dict[str, float]:
 
 
 def measure(minutes: float, folder: Path) -> tuple[dict[str, float], dict[str, float], int]:
-    """What was held after a tenth of the time and at its end, and the exit code."""
+    """The resources after a tenth of the time and at the end, and the exit code."""
     from tests.train.world import command_line, write_world
 
     world = write_world(folder / "world")
@@ -70,7 +70,7 @@ def measure(minutes: float, folder: Path) -> tuple[dict[str, float], dict[str, f
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long")
+    parser.add_argument("--minutes", type=float, default=5.0, help="duration of the run")
     arguments = parser.parse_args(argv)
     CONTEXT.set_forkserver_preload(["tinyllava_switchkd.train.train"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""What it takes until a command answers: ``python -m benchmarks.startup [--repeat N]``.
+"""CPU time until a command answers: ``python -m benchmarks.startup [--repeat N]``.
 
-Writes its section of docs/benchmarks.md. `python -X importtime -m MODULE --help` says where they go.
+Writes its section of docs/benchmarks.md. `python -X importtime -m MODULE --help` shows which imports take the time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cpu_seconds(words: list[str]) -> float:
     """CPU seconds of one process.
 
     Raises:
-        RuntimeError: it ended with a traceback.
+        RuntimeError: the process ended with a traceback.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"DRY_RUN": "1", "DEVICE": "cpu"}
@@ -57,7 +57,6 @@ def cpu_seconds(words: list[str]) -> float:
 
 
 def main() -> int:
-    """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeat", type=int, default=3, help="runs of each command (default: %(default)s)")
     repeat = max(1, parser.parse_args().repeat)

@@ -1,25 +1,25 @@
-"""One optimiser step, side by side: what Switch-KD costs beside SFT and beside the bare passes it needs.
+"""Cost of one optimiser step: Switch-KD compared with SFT and with the bare passes that it needs.
 
     python -m benchmarks.step [--size tiny|small|qwen2.5-0.5b-from-3b|qwen2.5-1.5b-from-7b] [--batch_size 2]
-    python -m benchmarks.step --teacher_cache [--vocab 4096]     what a filled teacher cache saves
-    python -m benchmarks.step --growth [--vocab 4096]            how a step grows with visual and supervised tokens
+    python -m benchmarks.step --teacher_cache [--vocab 4096]     savings of a filled teacher cache
+    python -m benchmarks.step --growth [--vocab 4096]            growth with visual and supervised tokens
 
 Models are built from their configurations with random weights. The variants run in turn in one process (medians of
-repeats after a warm-up). Time is the process's own on one thread of a CPU, else the wall clock. Peak memory is what
-torch's allocator gives out, weights and optimiser included, beside what ``--estimate`` says; on a CPU also what a
-process of its own grows by, which has the process's code and the system's unused pages in it.
+repeats after a warm-up). Time is processor time on one thread of a CPU, else wall-clock time. Peak memory is that of
+torch's allocator, including weights and optimiser; the prediction of ``--estimate`` is shown for comparison. On a CPU
+the growth of a separate process is shown, too, which includes code and unused pages.
 
-    SFT                     cross-entropy alone
+    SFT                     only cross-entropy
     align only              teacher pass, no switch
     align + switch, dense   whole models, [batch, tokens, vocabulary] logits of all three pathways, then the loss
     align + switch          ours: supervised tokens only, in chunks
-    + checkpointing         the same with activation checkpointing in student and switch pass
-    + packing               the same with samples end to end instead of padded (`--lengths mixed` gives it padding)
-    + compile               ours with every layer compiled by torch (the compiler's time is left out; on a CPU its
+    + checkpointing         the same with activation checkpointing in the student and switch passes
+    + packing               the same with packed samples instead of padding (`--lengths mixed` gives it padding to save)
+    + compile               ours with every layer compiled by torch (without compile time; on a CPU the compiler's
                             memory is in the peak)
-    heads, trivial loss     ours with a sum of logits for a loss: what passes and heads cost
-    passes, no heads        the three passes with a sum of hidden states for a loss
-    ..., cached             with a teacher cache that holds the batch: no pass of the teacher's own
+    heads, trivial loss     ours with the sum of logits as loss: the cost of passes and heads
+    passes, no heads        the three passes with the sum of hidden states as loss
+    ..., cached             with a teacher cache that contains the batch: without the teacher's own pass
 """
 
 from __future__ import annotations
@@ -101,25 +101,25 @@ SIZES = {
 """Student, teacher, vision tower, and text tokens of a sample (with the 728 visual ones about 2,000 at real size)."""
 
 GROWN = {"images": (1, 2, 4, 8), "supervised tokens": (64, 128, 256, 512, 1024)}
-"""What `--growth` goes through."""
+"""The values that `--growth` measures."""
 
 PROMPT, ANSWER = 32, 128
-"""Tokens of the question, and of the answer while the images grow."""
+"""Tokens of the question, and of the answer while the number of images grows."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a measurement is of; picklable, for the processes that memory is measured in.
+    """Sizes of a measurement; picklable, for the processes in which memory is measured.
 
     Attributes:
-        size: of `SIZES`.
+        size: a key of `SIZES`.
         device: cpu or cuda.
-        samples: of the batch.
-        text: text tokens of a sample, an image counting as one; None takes the size's.
-        vocab: of both models; None takes the size's.
-        mixed: whether the texts are of different lengths.
-        images: of a sample.
-        supervised: tokens of a sample; None takes half of the text.
+        samples: samples in the batch.
+        text: text tokens per sample, an image counting as one; None for the size's.
+        vocab: vocabulary of both models; None for the size's.
+        mixed: whether the texts have different lengths.
+        images: images per sample.
+        supervised: supervised tokens per sample; None for half of the text.
     """
 
     size: str
@@ -144,7 +144,7 @@ TRIVIAL = "benchmark_trivial"
 
 
 class TrivialLoss(nn.Module):
-    """A loss that reads every logit and computes nothing."""
+    """A loss that only sums the student's logits."""
 
     def __init__(self, temperature: float = 3.0) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class TrivialLoss(nn.Module):
 
 
 class BarePasses(nn.Module):
-    """The three passes of a distiller up to the hidden states, with their sum for a loss."""
+    """The three passes of a distiller up to the hidden states, with their sum as loss."""
 
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class BarePasses(nn.Module):
 
 
 class Dense(nn.Module):
-    """The objective the way a first version writes it: whole models, all logits."""
+    """The straightforward form of the objective: whole models, all logits."""
 
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
@@ -219,9 +219,9 @@ def model(language: Language, vision: Vision, seed: int, device: str, dtype: tor
 
 
 def make_batch(shape: Shape) -> dict[str, Tensor]:
-    """Images in front, and unless said otherwise half of the text supervised (LLaVA-Mix-665K's share is of that order).
+    """A batch with images first, and by default half of the text supervised (about the share in LLaVA-Mix-665K).
 
-    If `mixed` the samples' texts are evenly spread between a quarter of the longest and all of it.
+    If `mixed`, the lengths of the texts are evenly spread between a quarter of the longest and the longest.
     """
     student, _, vision, text = shape.parts
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +255,7 @@ CACHED = ("align only", "align only, cached", "align + switch", "align + switch,
 
 
 class Bench:
-    """The models, their optimiser and a batch; a variant is a task over them."""
+    """The models, their optimiser and a batch; each variant is a task with them."""
 
     def __init__(self, shape: Shape) -> None:
         student, teacher, vision, _ = shape.parts
@@ -298,7 +298,7 @@ class Bench:
         return BarePasses(distiller) if variant == "passes, no heads" else distiller
 
     def step(self, variant: str) -> None:
-        # Layers are compiled in place, and once; the other variants run the same layers as if they were not.
+        # Layers are compiled once, in place; the other variants run the same layers without compilation.
         compiled = variant == "+ compile"
         if compiled and not self.compiled:
             compile_layers(self.task(variant))
@@ -320,14 +320,14 @@ class Bench:
             torch.cuda.synchronize()
 
     def flops(self, variant: str) -> int:
-        with CountFlops() as counter:  # which does not see into what is compiled
+        with CountFlops() as counter:  # cannot look into compiled code
             self.step("align + switch" if variant == "+ compile" else variant)
         return counter.total
 
     def peak(self, variant: str) -> float:
-        """Most bytes that torch's allocator gives out, weights and optimiser included."""
+        """Peak bytes of torch's allocator, including weights and optimiser."""
         if self.device == "cpu":
-            self.step(variant)  # the optimiser makes its state
+            self.step(variant)  # so that the optimiser's state exists
             self.optimizer.zero_grad(set_to_none=True)
             states = [value for state in self.optimizer.state.values() for value in state.values()]
             kept = [*self.student.parameters(), *self.teacher.parameters(), *states]
@@ -338,9 +338,9 @@ class Bench:
 
 
 class CountFlops(TorchDispatchMode):
-    """Floating-point operations of matrix products and attention, by torch's own formulas.
+    """Floating-point operations of matrix products and attention, by torch's formulas.
 
-    torch's FlopCounterMode also tracks modules, by hooks that do not bear a gradient taken inside a forward pass.
+    torch's FlopCounterMode also tracks modules, with hooks that fail when a gradient is taken inside a forward pass.
     """
 
     def __init__(self) -> None:
@@ -356,7 +356,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def matrix_rate(device: str) -> float:
-    """FLOP/s of a large matrix product in the precision of the step."""
+    """FLOP/s of a large matrix product in the step's precision."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
 
@@ -372,12 +372,12 @@ def matrix_rate(device: str) -> float:
 
 
 def clock(device: str) -> float:
-    """Seconds, of the process on one thread of a CPU, else of the wall."""
+    """Seconds: processor time on one thread of a CPU, else wall-clock time."""
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds_of(bench: Bench, variants: Sequence[str], repeats: int) -> dict[str, float]:
-    """Medians, the variants in turn."""
+    """Median seconds of each variant; the variants run in turn."""
     found: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant in variants:
@@ -393,24 +393,24 @@ def _peak_of_process(variant: str, shape: Shape) -> float:
     torch.set_num_threads(1)
     before = resident()
     bench = Bench(shape)
-    bench.step(variant)  # the optimiser makes its state
+    bench.step(variant)  # so that the optimiser's state exists
     return peak_resident(lambda: bench.step(variant))[0] - before
 
 
 def resident_growth(variant: str, shape: Shape) -> float:
-    """Bytes by which a process of its own grows at most: what torch allocates, and what comes on top."""
-    context = multiprocessing.get_context("forkserver")  # everything is imported once, and nothing computed there
+    """Largest growth of a separate process in bytes: torch's allocations and everything else."""
+    context = multiprocessing.get_context("forkserver")  # imports everything once and computes nothing
     context.set_forkserver_preload(["tinyllava_switchkd.distill", "tinyllava_switchkd.train.preflight.estimate"])
     with context.Pool(1) as pool:
         return pool.apply(_peak_of_process, (variant, shape))
 
 
 ESTIMATED = ("SFT", "align only", "align + switch", "+ checkpointing", "+ compile")
-"""The variants that are ways to train."""
+"""The variants that are ways of training."""
 
 
 def predicted(variant: str, shape: Shape) -> float:
-    """Peak bytes that `--estimate` says of a variant, of samples at their longest."""
+    """Peak bytes of a variant according to `--estimate`, with all samples at the largest length."""
     student, teacher, vision, text = shape.parts
     learner = model(student, vision, 0, "meta", torch.float32).train()
     learner.freeze_unused_parameters()
@@ -426,13 +426,13 @@ def predicted(variant: str, shape: Shape) -> float:
         checkpointing=variant == "+ checkpointing",
         switch=variant != "align only",
     )
-    # The models of all variants are loaded, whichever of them runs.
+    # `Bench` loads both models for every variant.
     unused = 0 if guide else sum(p.numel() for p in model(teacher, vision, 1, "meta", torch.float32).parameters())
     return result.peak + unused * (2 if shape.device == "cuda" else 4)
 
 
 def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table, str]:
-    """The variants side by side, and what is to be said of them."""
+    """A table of the variants, and a sentence about it."""
     bench = Bench(shape)
     rate = matrix_rate(shape.device)
     tokens = int(bench.batch["attention_mask"].sum()) + shape.samples * (bench.student.num_image_tokens - 1)
@@ -473,7 +473,7 @@ def compare(shape: Shape, variants: Sequence[str], repeats: int) -> tuple[Table,
 
 
 def savings(shape: Shape, repeats: int) -> Table:
-    """What a teacher cache that holds the batch takes off a step."""
+    """Savings of a teacher cache that contains the batch."""
     bench = Bench(shape)
     medians = seconds_of(bench, CACHED, repeats)
     flops = {variant: bench.flops(variant) for variant in CACHED}
@@ -491,7 +491,7 @@ def savings(shape: Shape, repeats: int) -> Table:
 
 
 def growth(shape: Shape, repeats: int) -> list[Table]:
-    """Time, memory and operations of an align + switch step of one sample, point by point, and their log-log slopes."""
+    """Time, memory and operations of an align + switch step with one sample at all points, and their log-log slopes."""
     points, slopes = [], []
     for what, values in GROWN.items():
         found = []
@@ -520,17 +520,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--text", type=int, default=None, help="text tokens of a sample; default by size")
-    parser.add_argument("--vocab", type=int, default=None, help="vocabulary of both models; default by size")
+    parser.add_argument("--text", type=int, default=None, help="text tokens per sample; default: by size")
+    parser.add_argument("--vocab", type=int, default=None, help="vocabulary of both models; default: by size")
     parser.add_argument(
-        "--lengths", choices=("equal", "mixed"), default="equal", help="of the texts; mixed ones leave padding"
+        "--lengths", choices=("equal", "mixed"), default="equal", help="lengths of the texts; mixed ones leave padding"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *CACHED), default=VARIANTS)
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--teacher_cache", action="store_true", help="only what a filled one saves")
-    way.add_argument("--growth", action="store_true", help="only how a step grows with visual and supervised tokens")
+    way.add_argument("--teacher_cache", action="store_true", help="only the savings of a filled cache")
+    way.add_argument("--growth", action="store_true", help="only the growth with visual and supervised tokens")
     args = parser.parse_args(argv)
 
     shape = Shape(args.size, args.device, args.batch_size, args.text, args.vocab, args.lengths == "mixed")

@@ -1,7 +1,7 @@
-"""Write docs/flags.md and train/command_line/flags.json from the commands' own parsers and argument classes::
+"""Write docs/flags.md and train/command_line/flags.json from the commands' parsers and argument classes::
 
-python docs/_generate_flags.py            # write the page
-python docs/_generate_flags.py --check    # exit status 1 if the page is not what would be written
+python docs/_generate_flags.py            # write both files
+python docs/_generate_flags.py --check    # exit status 1 if one of them is out of date
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 
 PAGE = Path(__file__).with_name("flags.md")
 TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "command_line" / "flags.json"
-"""What ``--help`` and the first look at a training's command line read."""
+"""The table from which ``--help`` and the early check of a training's command line read the flags."""
 
 COMMANDS = (
     "quickstart.run",
@@ -45,35 +45,35 @@ CALLS = {
     "data.download": "bash scripts/data/prepare_pretrain.sh` and `bash scripts/data/prepare_finetune.sh",
     "eval.prepare": "bash scripts/data/prepare_eval.sh",
 }
-"""The scripts that call some of them."""
+"""The scripts that call some of these commands."""
 
 INTRODUCTION = """\
 <!-- Written by docs/_generate_flags.py; change the commands and run it again. -->
 # Every flag
 
-Each command prints its own with `--help`.
+Each command prints its flags with `--help`.
 
 ## Training
 
-`python -m tinyllava_switchkd.train.train`, which the scripts of `scripts/train` call; they set most of these from their
-arguments and the environment ([table](train.md#environment-variables)), and pass on whatever `EXTRA_ARGS` says. Truth
-values are written out: `--group_by_modality_length True`.
+The scripts in `scripts/train` call `python -m tinyllava_switchkd.train.train`. They set most of these flags from their
+arguments and from environment variables ([table](train.md#environment-variables)), and pass on `EXTRA_ARGS`. Boolean
+flags take a value: `--group_by_modality_length True`.
 """
 
 OF_TRANSFORMERS = """\
-All others are those of
-[transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments),
-of which `--eval_strategy`, `--load_best_model_at_end`, `--label_smoothing_factor`, `--neftune_noise_alpha`,
-`--use_liger_kernel` and `--fsdp` are refused, because this trainer would not honour them.
+All other flags are those of
+[transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
+Of these, `--label_smoothing_factor`, `--neftune_noise_alpha`, `--use_liger_kernel` and `--fsdp` are refused, because this
+trainer does not support them.
 """
 
 OLD = """\
-What TinyLLaVA's scripts and older versions of transformers pass is accepted, with one warning each.
+Flags of TinyLLaVA's scripts and of older versions of transformers are accepted, with one warning each.
 """
 
 
 class _Built(Exception):
-    """A command has built its parser."""
+    """Raised when a command has built its parser."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Built(Exception):
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command, caught when it is about to read the command line."""
+    """The parser of a command, caught when it is about to parse the command line."""
 
     def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Built(parser)
@@ -97,7 +97,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         mock.patch.object(CommandParser, "parse_args", catch),
         mock.patch.dict(os.environ),
     ):
-        os.environ.pop("QUICKSTART_OUT", None)  # some defaults are the environment's
+        os.environ.pop("QUICKSTART_OUT", None)  # the default of a flag
         try:
             module.main([])
         except _Built as built:
@@ -112,14 +112,14 @@ def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[st
 
 
 def shown(default: object) -> str:
-    """A default as one would type it; nothing where there is none."""
+    """A default as one would type it; empty if there is none."""
     if default is None or default == "" or default == [] or default is argparse.SUPPRESS:
         return ""
     return f"`{default.as_posix() if isinstance(default, Path) else default}`"
 
 
 def plain(text: str) -> str:
-    """A help text as Markdown shows it."""
+    """A help text as Markdown."""
     return " ".join(text.split()).replace("<", "&lt;")
 
 
@@ -129,7 +129,7 @@ def rows_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
         if isinstance(action, argparse._HelpAction):
             continue
         if action.dest == "workers" and action.default == (os.cpu_count() or 1):
-            action.default = "one a core"
+            action.default = "one per core"
         values = dict(vars(action), prog=parser.prog)
         meanings = [plain((action.help or "") % values)]
         if action.choices is not None:
@@ -143,14 +143,14 @@ def rows_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
 
 
 def fields_of(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Flag, default and meaning of the fields that an argument class itself declares."""
+    """Flag, default and meaning of the fields declared in an argument class, without inherited ones."""
     for field in dataclasses.fields(cls):
         if field.name in cls.__annotations__:
             yield f"`--{field.name}`", shown(field.default), plain(field.metadata["help"])
 
 
 def training_groups() -> dict[str, type]:
-    """The argument classes of training by the headline that they stand under."""
+    """Heading -> argument class of training."""
     from tinyllava_switchkd.train.command_line import arguments
 
     return {
@@ -177,7 +177,7 @@ def flags_table() -> str:
 
 
 def type_of(annotation: Any) -> str:
-    """int, float, bool or str where a flag is that or nothing; else an empty text."""
+    """int, float, bool or str if a flag has this type, or this type or None; else an empty text."""
     names = set(re.findall(r"\w+", str(getattr(annotation, "__name__", annotation)))) - {"None", "typing", "Optional"}
     if getattr(annotation, "__args__", None):
         names = {getattr(one, "__name__", "other") for one in annotation.__args__} - {"NoneType"}
@@ -196,7 +196,7 @@ def page() -> str:
     old |= {name: note.removeprefix("it is ") for name, (_, note) in argv.TRANSLATED.items()}
     old |= {name: f"ignored: {why}" for name, why in argv.IGNORED.items()}
     parts += [OF_TRANSFORMERS, "### Flags of older scripts\n", OLD]
-    parts.append(table(("flag", "what becomes of it"), [(f"`--{name}`", what) for name, what in old.items()]))
+    parts.append(table(("flag", "effect"), [(f"`--{name}`", what) for name, what in old.items()]))
     parts.append("## The other commands\n")
     for command in COMMANDS:
         parser = parser_of(command)
@@ -207,9 +207,8 @@ def page() -> str:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Write docs/flags.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    parser = argparse.ArgumentParser(description="Write docs/flags.md and flags.json.")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     arguments = parser.parse_args()
     for path, text in ((PAGE, page()), (TABLE, flags_table())):
         if not arguments.check:

@@ -1,10 +1,10 @@
-"""Write the quickstart's figures into README.md and docs/quickstart.md, and draw its pictures, from stored results::
+"""Write the quickstart's tables in README.md and docs/quickstart.md, and draw its pictures, from stored results::
 
 python docs/_generate_quickstart.py                              # write the tables and draw the pictures
-python docs/_generate_quickstart.py --add playground/quickstart  # take over what a quickstart found, then write
+python docs/_generate_quickstart.py --add playground/quickstart  # first store the results of a quickstart
 python docs/_generate_quickstart.py --check                      # exit status 1 if a text or picture is out of date
 
-The results are in quickstart_runs.json: one run a combination of versions and threads.
+The results are stored in quickstart_runs.json: one run per combination of versions and threads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RUNS = DOCS / "quickstart_runs.json"
 IMAGES = DOCS / "images"
 TEXTS = (ROOT / "README.md", DOCS / "quickstart.md")
 VERSIONS = ("torch", "transformers", "threads")
-"""What tells the runs apart."""
+"""The properties that distinguish runs."""
 
 
 def add(folder: Path) -> None:
-    """Take over the results of a quickstart; those of the same versions and threads are replaced."""
+    """Store the results of a quickstart; replaces those of the same versions and threads."""
     from tinyllava_switchkd.io import read_json, write_json
     from tinyllava_switchkd.quickstart.experiment import run_name
     from tinyllava_switchkd.quickstart.report import METHODS, shown_rows
@@ -43,7 +43,7 @@ def add(folder: Path) -> None:
     others = [old for old in stored["runs"] if any(old[name] != run[name] for name in VERSIONS)]
     stored["runs"] = sorted([*others, run], key=lambda row: [_numbers(row[name]) for name in VERSIONS])
     stored["questions"], stored["regime"] = results["questions"], results["regime"]
-    if run is newest_of(stored["runs"]):  # whose models are those that are shown
+    if run is newest_of(stored["runs"]):  # its answers are shown in predictions.png
         stages = {"teacher": ("teacher", "handwriting", "finetune")}
         stages |= {"sft": ("student", "seed1", "finetune"), "switch_kd": ("student", "seed1", "distill")}
         number = results["questions"] // len(results["teacher"]["by_type"])
@@ -56,12 +56,12 @@ def add(folder: Path) -> None:
 
 
 def newest_of(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The run of the newest versions, with one thread where there is one."""
+    """The run with the newest versions and the fewest threads."""
     return max(runs, key=lambda run: ([_numbers(run[name]) for name in VERSIONS[:-1]], -int(run["threads"])))
 
 
 def pooled(runs: Sequence[Mapping[str, Any]], method: str) -> list[Mapping[str, Any]]:
-    """A method's rows of all runs."""
+    """A method's results in all runs."""
     return [row for run in runs for row in run[method]]
 
 
@@ -71,7 +71,7 @@ def figure(values: Sequence[float]) -> str:
 
 
 def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
-    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    """NAME -> the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
     from tinyllava_switchkd.quickstart.report import METHODS, TYPE_TITLES
 
     runs = stored["runs"]
@@ -124,9 +124,9 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def spread(stored: Mapping[str, Any]) -> str:
-    """How far the means of single runs are from those of all, in standard deviations of a single model."""
+    """How far the means of single runs are from the overall means, in standard deviations of a single model."""
     if len(stored["runs"]) < 2:
-        return "One run so far: nothing to compare it with."
+        return "There is only one run so far."
     far = deviations(stored)
     within = sum(value <= 2 for value in far.values())
     (where, largest) = max(far.items(), key=lambda item: item[1])
@@ -137,7 +137,7 @@ def spread(stored: Mapping[str, Any]) -> str:
 
 
 def deviations(stored: Mapping[str, Any]) -> dict[str, float]:
-    """Run, model and figure -> distance of the run's mean from the mean of all, in standard deviations of all."""
+    """Run, model and measure -> distance of the run's mean from the overall mean, in overall standard deviations."""
     from tinyllava_switchkd.quickstart.report import METHODS
 
     found = {}
@@ -154,7 +154,7 @@ def deviations(stored: Mapping[str, Any]) -> dict[str, float]:
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:
-    """A text with the parts between its marks."""
+    """Replace the texts between the marks by `parts`."""
     for name, content in parts.items():
         block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
@@ -162,7 +162,7 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 
 def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """File name of a picture -> the part of the stored results that it shows."""
+    """File name of a picture -> the data that it shows."""
     from tinyllava_switchkd.quickstart.report import METHODS, summary
 
     results = {method: summary(pooled(stored["runs"], method)) for method in METHODS}
@@ -187,17 +187,17 @@ def draw(stored: Mapping[str, Any]) -> None:
 
 
 MARK = "results"
-"""The PNG text that tells which results a picture shows."""
+"""Key of the PNG text with the digest of the results that a picture shows."""
 
 
 def digest(shown: Any) -> str:
-    """What stands for the results that a picture shows; the same on every machine, unlike its pixels."""
+    """Digest of the results that a picture shows; unlike its pixels, it is the same on every machine."""
     rounded = json.loads(json.dumps(shown), parse_float=lambda text: round(float(text), 6))
     return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
 
 
 def mark(pictures: Mapping[str, Any]) -> None:
-    """Note in each picture which results it shows."""
+    """Write the digest of its results into each picture."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -210,7 +210,7 @@ def mark(pictures: Mapping[str, Any]) -> None:
 
 
 def stale_pictures(pictures: Mapping[str, Any]) -> list[str]:
-    """Those that show other results, or are not there."""
+    """The pictures that are missing or show other results."""
     from PIL import Image
 
     found = []
@@ -236,13 +236,12 @@ def _numbers(version: str) -> list[int]:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
     from tinyllava_switchkd.cli import CommandParser
     from tinyllava_switchkd.io import read_json, write_text
 
     parser = CommandParser(description="Write the quickstart's tables and draw its pictures.")
-    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of quickstarts to take over")
-    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of quickstarts to store")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     arguments = parser.parse_args()
     for folder in arguments.add:
         add(folder)

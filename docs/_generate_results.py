@@ -1,12 +1,13 @@
-"""Write the figures of docs/results.md, docs/reproduce.md and README.md, and draw their pictures, from stored runs::
+"""Write the tables of results.md, reproduce.md, method.md and README.md, and draw their pictures, from stored runs::
 
 python docs/_generate_results.py                              # write the tables and draw the pictures
-python docs/_generate_results.py --add playground/ablations   # take over the runs of a folder, then write
-python docs/_generate_results.py --add_real FOLDER            # take over a run of scripts/train/real_weights.sh
-python docs/_generate_results.py --costs                      # count the costs at full scale anew, then write
+python docs/_generate_results.py --add playground/ablations   # first store the runs of a folder
+python docs/_generate_results.py --add_real FOLDER            # first store a run of scripts/train/real_weights.sh
+python docs/_generate_results.py --costs                      # first recompute the costs at full scale
 python docs/_generate_results.py --check                      # exit status 1 if a text or picture is out of date
 
-The runs are in ablation_runs.json, those of real weights in real_weights.json: every score, seed, second and version.
+The runs are stored in ablation_runs.json, those with real weights in real_weights.json: all scores, seeds, times and
+versions.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ REAL = DOCS / "real_weights.json"
 IMAGES = DOCS / "images"
 TEXTS = (DOCS / "results.md", DOCS / "reproduce.md", DOCS / "method.md", ROOT / "README.md")
 TABLE1 = ("switch", "sizes")
-"""The tables whose trainings make the paper's Table 1: both pairs of teacher and student."""
+"""The tables that contain the trainings of the paper's Table 1: both pairs of teacher and student."""
 
 
 def add(folder: Path) -> None:
-    """Take over the runs of a folder; what is stored of the same way and seed is replaced."""
+    """Store the runs of a folder; replaces stored runs of the same way and seed."""
     from tinyllava_switchkd.io import read_json, write_json
     from tinyllava_switchkd.quickstart.report import environment
 
@@ -49,7 +50,7 @@ def add(folder: Path) -> None:
 
 
 def add_costs() -> None:
-    """Count what the trainings of the paper's Table 1 need."""
+    """Compute and store the costs of the trainings of the paper's Table 1."""
     from tinyllava_switchkd.ablations import dry, paper
     from tinyllava_switchkd.io import read_json, write_json
 
@@ -85,7 +86,7 @@ def paper_scores(table: str) -> dict[str, float]:
 
 
 def table_block(stored: Mapping[str, Any], name: str) -> str:
-    """One table, the paper's figures beside ours, and what the differences say."""
+    """One table with our figures, the paper's, and the verdicts."""
     from tinyllava_switchkd.ablations import summary
     from tinyllava_switchkd.ablations.tables import TABLES
 
@@ -116,7 +117,7 @@ def _command(script: str) -> str:
 
 
 def search_block(stored: Mapping[str, Any]) -> str:
-    """What the search on validation scenes found."""
+    """The results of the search on validation scenes."""
     from tinyllava_switchkd.ablations.tables import GRID, TABLES, WAYS, grid
 
     points = [(rate, weight) for rate in GRID["rate"] for weight in GRID["weight"]]
@@ -141,7 +142,7 @@ def _points(key: str) -> list[tuple[float, float]]:
 
 
 def attention_block(stored: Mapping[str, Any]) -> str:
-    """How alike the students' maps are to the teacher's."""
+    """Correlations of the students' attention maps with the teacher's."""
     from tinyllava_switchkd.statistics import mean_interval
 
     if not stored["attention"]:
@@ -160,11 +161,11 @@ def attention_block(stored: Mapping[str, Any]) -> str:
 
 
 SUMMARISED = ("methods", "switch", "bridge")
-"""The tables whose sentences about our row are in the README."""
+"""The tables whose verdicts about our row are in the README."""
 
 
 def summary_block(stored: Mapping[str, Any]) -> str:
-    """What the differences to our row say, a table a line."""
+    """The verdicts about our row, one line per table."""
     from tinyllava_switchkd.ablations import summary
     from tinyllava_switchkd.ablations.tables import TABLES
 
@@ -176,7 +177,7 @@ def summary_block(stored: Mapping[str, Any]) -> str:
 
 
 def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
-    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    """NAME -> the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
     from tinyllava_switchkd.ablations.tables import TABLES
 
     of = stored["versions"]
@@ -194,7 +195,7 @@ def blocks(stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """File name of a picture -> what it shows."""
+    """File name of a picture -> the data that it shows."""
     from tinyllava_switchkd.ablations import summary
     from tinyllava_switchkd.ablations.tables import TABLES
     from tinyllava_switchkd.quickstart.report import TYPE_TITLES
@@ -216,8 +217,8 @@ def sources(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(stored: Mapping[str, Any]) -> None:
-    """Draw docs/images/methods.png: the tuned methods over the kinds of questions, as Figure 1 shows axes;
-    inside.png: knees, overlap and shares of the gradient during a run of Switch-KD; attention.png: as Figure 3."""
+    """Draw pictures in docs/images: methods.png, the tuned methods by kind of question, in the form of Figure 1;
+    inside.png, knees, overlap and gradient shares during a run of Switch-KD; attention.png, in the form of Figure 3."""
     from tinyllava_switchkd.visualize.curves import draw_inside
     from tinyllava_switchkd.visualize.radar import draw_radar
 
@@ -235,7 +236,7 @@ def draw(stored: Mapping[str, Any]) -> None:
 
 
 def draw_attention(shown: Mapping[str, Any], path: Path) -> None:
-    """Scenes one below the other; where teacher and students look, side by side."""
+    """Draw one row per scene, with the attention maps of teacher and students side by side."""
     import numpy as np
     from PIL import Image
 
@@ -263,7 +264,7 @@ def draw_attention(shown: Mapping[str, Any], path: Path) -> None:
 
 
 def add_real(folder: Path) -> None:
-    """Take over what `scripts/train/real_weights.sh` left in a folder."""
+    """Store a run of `scripts/train/real_weights.sh`."""
     from tinyllava_switchkd.io import read_json, write_json
 
     stored = _rounded(read_json(folder / "real_weights.json"))
@@ -273,7 +274,7 @@ def add_real(folder: Path) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with five digits that count, wherever they are."""
+    """Round all floats in a JSON value to five significant digits."""
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -308,7 +309,7 @@ def real_blocks() -> dict[str, str]:
 
 
 def _quickstart() -> Any:
-    """docs/_generate_quickstart.py, whose marks these are."""
+    """The module docs/_generate_quickstart.py, for its marks and pictures."""
     spec = importlib.util.spec_from_file_location("generate_quickstart", DOCS / "_generate_quickstart.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -316,15 +317,14 @@ def _quickstart() -> Any:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
     from tinyllava_switchkd.cli import CommandParser
     from tinyllava_switchkd.io import read_json, write_text
 
     parser = CommandParser(description="Write the tables of results.md and reproduce.md from stored runs.")
-    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of ablations to take over")
-    parser.add_argument("--add_real", type=Path, help="folder of real_weights.sh to take over")
-    parser.add_argument("--costs", action="store_true", help="count the costs at full scale anew")
-    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of ablations to store")
+    parser.add_argument("--add_real", type=Path, help="folder of real_weights.sh to store")
+    parser.add_argument("--costs", action="store_true", help="recompute the costs at full scale")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     arguments = parser.parse_args()
     for folder in arguments.add:
         add(folder)
