@@ -63,8 +63,8 @@ flags take a value: `--group_by_modality_length True`.
 OF_TRANSFORMERS = """\
 All other flags are those of
 [transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
-Of these, `--label_smoothing_factor`, `--neftune_noise_alpha`, `--use_liger_kernel` and `--fsdp` are refused, because this
-trainer does not support them.
+Of these, `--label_smoothing_factor`, `--neftune_noise_alpha`, `--use_liger_kernel`, `--fsdp` and
+`--remove_unused_columns` are refused, because this trainer does not support them.
 """
 
 OLD = """\
