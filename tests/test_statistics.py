@@ -116,7 +116,7 @@ def test_comparison_is_symmetric_and_needs_the_same_questions():
     forth, back = compare(a, b, MEAN), compare(list(reversed(b)), a, MEAN)
     assert (forth.difference, forth.p, forth.low) == pytest.approx((-back.difference, back.p, -back.high))
     assert forth.test == "McNemar, exact"
-    with pytest.raises(ValueError, match="the questions are not the same: 1 are in one of them alone"):
+    with pytest.raises(ValueError, match="the questions are not the same: 1 are in only one of the two"):
         compare(a, b[1:], MEAN)
 
 

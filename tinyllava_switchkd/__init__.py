@@ -1,7 +1,7 @@
-"""TinyLLaVA in plugin shape, with Switch-KD: train, evaluate and show small vision-language models.
+"""TinyLLaVA with plugins and Switch-KD: train, evaluate and demo small vision-language models.
 
-"v1" in comments is TinyLLaVA, which this began as a fork of; what its checkpoints, data and scores rest on stays as it
-was.
+"v1" in comments means TinyLLaVA, from which this package was forked. Whatever its checkpoints, data and scores depend
+on is kept as it was.
 """
 
 from tinyllava_switchkd import _auto

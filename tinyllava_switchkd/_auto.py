@@ -1,9 +1,9 @@
-"""Tell transformers' Auto classes of a model, without importing transformers (or torch) for those who need neither.
+"""Register a model with transformers' Auto classes without importing transformers or torch up front.
 
-``import tinyllava_switchkd`` must make ``AutoConfig.from_pretrained(checkpoint)`` work, but also stay light, for
-scoring starts without torch. So the configuration's module, which registers itself, is imported once transformers'
-registry of configurations is, by whomever. The model's module is imported when a configuration is read from a file:
-nothing else tells that a model may be asked for next. The package's ``__init__`` says which modules these are.
+``import tinyllava_switchkd`` must make ``AutoConfig.from_pretrained(checkpoint)`` work, but must not import torch,
+which scoring does without. So the configuration's module, which registers itself, is imported right after transformers'
+registry of configurations, whoever imports that. The model's module is imported when a configuration is read from a
+file, because there is no other sign that the model may be needed next. The package's ``__init__`` names both modules.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _modules = {"configuration": "", "model": ""}
 
 
 def install(configuration: str, model: str) -> None:
-    """Have a configuration registered now if transformers' registry is imported already, else as soon as it is.
+    """Register a configuration now if transformers' registry is already imported, otherwise as soon as it is.
 
     Args:
-        configuration: name of the module that registers the configuration's class when it is imported.
-        model: name of the module that registers the model's class when it is imported.
+        configuration: name of the module that registers the configuration class on import.
+        model: name of the module that registers the model class on import.
     """
     _modules.update(configuration=configuration, model=model)
     if REGISTRY in sys.modules:
@@ -35,7 +35,7 @@ def install(configuration: str, model: str) -> None:
 
 
 def register_model() -> None:
-    """Have the model registered; a configuration calls this when it is read from a file."""
+    """Register the model; called when a configuration is read from a file."""
     importlib.import_module(_modules["model"])
 
 
@@ -44,7 +44,7 @@ def _register_configuration() -> None:
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing but the registry's module, whose loader it lets register afterwards; then it is gone."""
+    """Finds only transformers' registry, makes its loader register afterwards, and removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -70,7 +70,7 @@ class _RegisteringLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        # The module's own loader from here on, for whoever asks it for sources or resources.
+        # Restore the module's own loader, which inspect and importlib.resources ask for sources and resources.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

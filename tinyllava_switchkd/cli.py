@@ -1,6 +1,6 @@
-"""The parser of every command: ``--snake_case`` options, as transformers' own; ``--kebab-case`` is read as well.
+"""The parser of every command: ``--snake_case`` options, as in transformers; ``--kebab-case`` is accepted as well.
 
-Needs the standard library alone, so that ``--help`` and a wrong argument are answered at once.
+Needs only the standard library, so that ``--help`` and wrong arguments are answered at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(text: str) -> None:
-    """Print on the standard output; a reader that has seen enough (head, say) is no error."""
+    """Print to standard output; a reader that closes the pipe early (such as ``head``) is not an error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -25,17 +25,17 @@ def show(text: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind if it says nothing."""
+    """The first line of an error's message; the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def table(rows: Sequence[Sequence[str]], text_columns: int = 1, rule: str = "-") -> list[str]:
-    """Rows of cells as lines of text with aligned columns, below the first of them a rule.
+    """Rows of cells as lines of text with aligned columns and a rule below the header.
 
     Args:
         rows: the header, then the rest.
-        text_columns: how many columns, from the left, are aligned on the left; the others on the right.
-        rule: what the rule is made of.
+        text_columns: how many columns, counted from the left, are left-aligned; the others are right-aligned.
+        rule: the character of the rule.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -49,11 +49,11 @@ def table(rows: Sequence[Sequence[str]], text_columns: int = 1, rule: str = "-")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` for which ``-`` and ``_`` in the name of a long option are the same.
+    """An `argparse.ArgumentParser` that treats ``-`` and ``_`` in the name of a long option as the same.
 
-    Options are declared with underscores (``add_argument("--model_path")``), which is how help and errors print them.
-    An unknown option is answered with the nearest known one, and a wrong command line with one sentence and exit
-    code 2.
+    Options are declared with underscores (``add_argument("--model_path")``), as help and errors print them. For an
+    unknown option the error suggests the closest known one. Every wrong command line gives one sentence and exit code
+    2.
     """
 
     def parse_known_args(  # type: ignore[override]  # argparse fills objects of any class; ours are Namespaces
@@ -63,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(self._declared(words), namespace)
 
     def _declared(self, words: list[str]) -> list[str]:
-        """The words, each option in the spelling that it was declared with."""
+        """The words, with every option spelled as it was declared."""
         spelling = {option.replace("-", "_"): option for option in self._option_string_actions}
         end = words.index("--") if "--" in words else len(words)
         result = []

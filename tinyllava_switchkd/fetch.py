@@ -1,8 +1,8 @@
-"""Files from elsewhere: downloads that resume, archives, and data sets on the Hugging Face hub.
+"""Fetching files: downloads that resume, archives, and data sets on the Hugging Face hub.
 
-Evaluation data (`eval.prepare`) and training data (`data.download`) come through here. Nothing below knows what a file
-is about. Two rules hold throughout: a file under its final name is complete (everything is written beside it first and
-then moved), and work that was interrupted continues where it stopped.
+Used for evaluation data (`eval.prepare`) and training data (`data.download`). Two rules hold throughout: a file under
+its final name is complete (it is written under another name first and then moved), and interrupted work continues where
+it stopped.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0
 IDLE_ATTEMPTS = 3
-"""Attempts in a row that bring no new byte before a download is given up."""
+"""A download fails after this many attempts in a row without a new byte."""
 
 
 class SourceError(OSError):
-    """A primary source can't be reached or doesn't have what is asked of it; another source may."""
+    """A source can't be reached or doesn't have the file; another source may."""
 
 
 # ------------------------------------------------------------------------------------------------------ downloads
 
 
 def download(url: str, path: str | os.PathLike) -> Path:
-    """Download `url` to `path`, continuing an earlier attempt; a file that is there already is kept.
+    """Download `url` to `path`, continuing an earlier attempt; an existing file is kept.
 
-    The unfinished file is `<path>.part`, with the server's validator (ETag or date) in `<path>.part.tag`: only bytes of
-    the same version are joined.
+    The unfinished file is `<path>.part`. `<path>.part.tag` holds the server's validator (ETag or date), so that only
+    bytes of the same version are joined.
 
     Raises:
         SourceError: the server refuses the file, or can't be reached.
@@ -84,7 +84,7 @@ def download(url: str, path: str | os.PathLike) -> Path:
 
 
 def _download_once(url: str, part: Path) -> bool:
-    """One request; returns whether the file is complete."""
+    """Make one request; return whether the file is complete."""
     have, tag = _size(part), _read_tag(part)
     headers = {"User-Agent": "tinyllava-switchkd", "Accept-Encoding": "identity"}
     if have and tag:
@@ -93,7 +93,7 @@ def _download_once(url: str, part: Path) -> bool:
         if response.status != 206:
             have = 0
             etag = response.headers.get("ETag", "")
-            # A weak ETag promises the same meaning, not the same bytes.
+            # A weak ETag does not promise the same bytes.
             tag = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
             _tag_file(part).write_text(tag)
         length = response.headers.get("Content-Length")
@@ -126,14 +126,14 @@ def _read_tag(part: Path) -> str:
 
 
 def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]:
-    """Write the wanted members of a zip or tar archive to their places; files that are there already are kept.
+    """Extract the wanted members of a zip or tar archive; existing files are kept.
 
     Args:
         wanted: path inside the archive -> file to write. The path may leave out leading folders of the archive:
             ``"a/b.jpg"`` matches the member ``"images/a/b.jpg"``.
 
     Returns:
-        The wanted names that the archive doesn't hold.
+        The wanted names that the archive doesn't contain.
 
     Raises:
         ValueError: the archive is damaged.
@@ -157,14 +157,14 @@ def extract(archive: str | os.PathLike, wanted: Mapping[str, Path]) -> list[str]
 
 
 def _match(name: str, wanted: Collection[str]) -> str | None:
-    """The longest tail of `name` that is wanted."""
+    """The longest wanted path that `name` ends in."""
     parts = name.removeprefix("./").split("/")
     return next((tail for start in range(len(parts)) if (tail := "/".join(parts[start:])) in wanted), None)
 
 
 @contextlib.contextmanager
 def _members(path: Path) -> Iterator[Iterator[tuple[str, Callable[[], Any]]]]:
-    """The name of every file in a zip or tar archive, and what opens it; every sign of damage is one ValueError."""
+    """The name of every file in a zip or tar archive, with a function that opens it; damage is a ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no archive {path}.")
     try:
@@ -186,21 +186,21 @@ def _members(path: Path) -> Iterator[Iterator[tuple[str, Callable[[], Any]]]]:
 def hub_folder(
     candidates: Sequence[str], files: Sequence[str], revision: str | None = None, to: Path | None = None
 ) -> tuple[str, Path]:
-    """Files of a data set on this machine; a download continues where an earlier one broke off.
+    """A local folder with the files of a data set; an interrupted download is continued.
 
     Without a connection, the copy in the hub's cache is used.
 
     Args:
-        candidates: names under which the data set goes, in order: local folders, or repositories of the hub.
+        candidates: local folders or hub repositories that hold the data set, tried in this order.
         files: which files of a repository, as patterns of `fnmatch`.
         revision: commit, tag or branch.
-        to: where to, in place of the hub's cache.
+        to: folder to download to, instead of the hub's cache.
 
     Returns:
-        the candidate's name and its folder; in the hub's cache the folder is called by the commit.
+        the candidate's name and its folder; in the hub's cache the folder is named after the commit.
 
     Raises:
-        SourceError: none of the candidates can be had.
+        SourceError: none of the candidates is available.
     """
     problems = []
     for name in candidates:
@@ -224,7 +224,7 @@ def _snapshot(name: str, files: Sequence[str], revision: str | None, to: Path | 
             revision=revision,
             allow_patterns=[*files],
             local_dir=to,
-            endpoint=os.environ.get("HF_ENDPOINT") or None,  # read now: the library reads it when it is imported
+            endpoint=os.environ.get("HF_ENDPOINT") or None,  # the library itself reads it only on import
         )
     except HFValidationError as error:
         raise SourceError(f"neither a folder nor the name of a data set ({first_line(error)})") from error
@@ -243,21 +243,21 @@ def _snapshot(name: str, files: Sequence[str], revision: str | None, to: Path | 
 def split_files(split: str, config: str | None = None) -> list[str]:
     """Patterns of the parquet files of a split, in the hub's two layouts.
 
-    These are ``<folder>/<split>-00000-of-00001.parquet`` and the automatic conversion's
-    ``<config>/<split>/0000.parquet``. Without a config, files lie in ``data/``, ``default/`` or the root; with "*" in
-    any folder.
+    These are ``<folder>/<split>-00000-of-00001.parquet`` and, from the automatic conversion,
+    ``<config>/<split>/0000.parquet``. Without a config, ``data/``, ``default/`` and the root are searched; with the
+    config "*", every folder.
     """
     folders = ("", "data/", "default/") if config is None else (f"{config}/",)
     return [folder + split + end for folder in folders for end in (".parquet", "-*.parquet", "/*.parquet")]
 
 
 def parquet_rows(paths: Iterable[Path], columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of parquet files as dictionaries, a few in memory at a time.
+    """Rows of parquet files as dictionaries, with only a few in memory at a time.
 
-    An image column arrives as the hub stores it, ``{"bytes": …, "path": …}``: the file's own bytes, never re-encoded.
+    An image column is returned as the hub stores it, ``{"bytes": …, "path": …}``: the original bytes, never re-encoded.
 
     Args:
-        columns: read only these, as far as the file has them.
+        columns: read only these; those that a file does not have are skipped.
 
     Raises:
         ValueError: a file is damaged.

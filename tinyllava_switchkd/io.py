@@ -1,4 +1,4 @@
-"""Files: JSON read with a clear error, everything written whole or not at all. Needs the standard library alone."""
+"""Files: JSON is read with clear errors, and every write is atomic. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, BinaryIO
 StrPath = str | os.PathLike
 
 JsonObject = dict[str, Any]
-"""A JSON object as `json` reads it: what its fields are, nobody has looked at yet."""
+"""A JSON object as `json` reads it, with unchecked fields."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
-    """A binary file that takes its place under `path` only if the block ends without an exception.
+    """A binary file that appears under `path` only if the block ends without an exception.
 
-    The content is on the disk before the name is (fsync), so that a power cut leaves the old file or the new one.
+    The content is synced to disk before the file is renamed, so that a power cut leaves either the old or the new file.
 
     Raises:
-        OSError: it cannot be written; with the file's name.
+        OSError: the file cannot be written; the error has its name.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,39 +44,39 @@ def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:
-    """Write a file in one step."""
+    """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Write a UTF-8 text file in one step."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: StrPath, value: object, *, indent: int | None = 2, sort_keys: bool = False) -> None:
-    """Write one JSON document in one step (UTF-8, text left readable).
+    """Write one JSON document atomically (UTF-8, non-ASCII characters unescaped).
 
     Raises:
-        ValueError: the value holds a NaN or an infinity, which JSON does not know.
+        ValueError: the value contains a NaN or an infinity, which JSON cannot represent.
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write one JSON object a line, in one step."""
+    """Write one JSON object per line, atomically."""
     with atomic_file(path) as file:
         for row in rows:
             file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_text(path: StrPath, *, what: str = "file") -> str:
-    """A file's text, without the mark that some editors put at its start.
+    """A file's text, without the byte-order mark that some editors write.
 
     Args:
         path: the file.
-        what: what it is, for the error's sentence.
+        what: what to call it in errors.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
@@ -96,11 +96,11 @@ def read_text(path: StrPath, *, what: str = "file") -> str:
 
 
 def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
-    """A JSON file that holds a `kind` (dict or list).
+    """The value in a JSON file, which must be of type `kind` (dict or list).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, is nested too deeply, or holds something else.
+        ValueError: it is not JSON, is nested too deeply, or holds another type.
     """
     text = read_text(path, what=what)
     try:
@@ -126,7 +126,7 @@ def digest(path: StrPath) -> str:
 
 
 def digest_of_files(folder: Path, files: Iterable[Path]) -> str:
-    """SHA-256 of several files of a folder, their places in it and their contents."""
+    """SHA-256 over the relative paths and contents of several files of a folder."""
     total = hashlib.sha256()
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
         total.update(f"{name} {digest(file)}\n".encode())

@@ -1,9 +1,9 @@
-"""Named plugins: one `Registry` class, of which every factory of the project is an instance.
+"""Plugins by name: every factory of the project is an instance of `Registry`.
 
-TinyLLaVA's users know the factories as callables (``LLMFactory("Qwen/Qwen2.5-0.5B")``) and the decorators as
-``@register_llm("qwen2")``; both keep these signatures. What changes is the look-up: a name is matched exactly,
-then by the longest registered name inside the *base name* of a path (its last component, never a parent folder),
-and everything unknown or ambiguous is an error that lists the candidates.
+Factories are callables (``LLMFactory("Qwen/Qwen2.5-0.5B")``) and decorators are used as ``@register_llm("qwen2")``, as
+in TinyLLaVA v1. The look-up differs from v1's: a name is matched exactly, then by the longest registered name inside
+the *base name* of a path (its last component, never a parent folder). An unknown or ambiguous name is an error that
+lists the candidates.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _entry_points_loaded = False
 
 
 def load_entry_points() -> None:
-    """Import every third-party plugin installed under the ``tinyllava_switchkd.plugins`` entry-point group, once.
+    """Import every plugin that is installed under the ``tinyllava_switchkd.plugins`` entry-point group, once.
 
-    A plugin that fails to import is reported with its name and skipped: a broken plugin must not take down a run
-    that does not use it, and a run that does use it fails on the unknown name.
+    A plugin that fails to import is skipped with a warning: it must not stop a run that does not use it, and a run that
+    does use it fails on the unknown name.
     """
     global _entry_points_loaded
     if _entry_points_loaded:
@@ -52,7 +52,7 @@ def base_name(path: str) -> str:
 
 
 def checkpoint_name(name_or_path: str | os.PathLike) -> str:
-    """What to call a checkpoint: its base name, with its run's name for one of a run's ``checkpoint-N``."""
+    """A checkpoint's name: its last path component; ``checkpoint-N`` gets the name of its run in front."""
     parts = [part for part in str(name_or_path).replace("\\", "/").split("/") if part not in ("", ".", "..")]
     if not parts:
         parts = [os.path.basename(os.path.realpath(name_or_path)) or "model"]
@@ -62,13 +62,13 @@ def checkpoint_name(name_or_path: str | os.PathLike) -> str:
 
 
 class Registry(Generic[Found]):
-    """A table of plugins of one kind, looked up by name; `Found` is what a look-up gives.
+    """A table of plugins of one kind, looked up by name; a look-up returns a `Found`.
 
     Args:
-        kind: what an entry is, in the words of an error message ("vision tower").
-        fuzzy: whether a name that is not registered may match by the longest registered name in its base name.
-        fallback: asked for a registered name when nothing matched (the LLM registry reads the config's model_type);
-            returns None when it has no answer.
+        kind: what an entry is called in errors ("vision tower").
+        fuzzy: whether an unregistered name may match by the longest registered name in its base name.
+        fallback: maps a name that did not match to a registered one, or to None (the LLM registry reads the config's
+            model_type).
         resolve: applied to an entry before it is returned.
     """
 
@@ -87,20 +87,20 @@ class Registry(Generic[Found]):
         self._entries: dict[str, Any] = {}
 
     def register(self, *names: str, override: bool = False) -> Callable[[Entry], Entry]:
-        """Decorator that enters an object under one or more names (case-insensitive).
+        """Decorator that registers an object under one or more names (case-insensitive).
 
         Raises:
             ValueError: a name is taken and `override` is not set.
         """
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"A {self.kind} is registered under a name that is a non-empty string, not {names!r}.")
+            raise ValueError(f"The name of a {self.kind} must be a non-empty string, not {names!r}.")
 
         def decorator(entry: Entry) -> Entry:
             for name in names:
                 key = name.lower()
                 if key in self._entries and self._entries[key] is not entry and not override:
                     raise ValueError(
-                        f"The {self.kind} {name!r} is registered already (by {_where(self._entries[key])}); "
+                        f"The {self.kind} {name!r} is already registered (by {_where(self._entries[key])}); "
                         f"pass override=True to replace it with {_where(entry)}."
                     )
             for name in names:
@@ -111,7 +111,7 @@ class Registry(Generic[Found]):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """What the ``with`` block registers is forgotten at its end, and what it replaces comes back; for tests."""
+        """Undo at the end of the ``with`` block what was registered or replaced in it; for tests."""
         load_entry_points()
         before = dict(self._entries)
         try:
@@ -122,24 +122,24 @@ class Registry(Generic[Found]):
 
     @contextlib.contextmanager
     def override(self, name: str, entry: object) -> Iterator[None]:
-        """Within the ``with`` block, `name` is `entry`, whether it is registered already or not; for tests."""
+        """Register `entry` as `name` for the ``with`` block, replacing an existing entry; for tests."""
         with self.scope():
             self.register(name, override=True)(entry)
             yield
 
     def list(self, pattern: str = "*") -> list[str]:
-        """Registered names that match a shell pattern, sorted."""
+        """The sorted registered names that match a shell pattern."""
         load_entry_points()
         return sorted(name for name in self._entries if fnmatch(name, pattern.lower()))
 
     def name_of(self, name: str | None) -> str:
-        """The registered name that `name` (a name, a hub id or a path) stands for.
+        """The registered name for `name`, which may be a name, a hub id or a path.
 
         Raises:
-            ValueError: nothing matches, or two entries match equally long.
+            ValueError: nothing matches, or two entries match with names of the same length.
         """
         if not isinstance(name, str):
-            raise ValueError(f"A {self.kind} is looked up by a string, not by {name!r}.")
+            raise ValueError(f"The name of a {self.kind} must be a string, not {name!r}.")
         load_entry_points()
         key = name.lower()
         if key in self._entries:

@@ -1,4 +1,4 @@
-"""Which process this is, which device it computes on, with which packages. Importing it does not import torch."""
+"""This process: its rank, its device and the versions of its packages. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 def rank() -> int:
-    """This process's number among all of the run, also before there is a process group."""
+    """This process's rank in the run; works before a process group exists."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is the process that writes files and logs."""
     return rank() <= 0
 
 
 def world_size() -> int:
-    """Processes of the run, as the launcher says."""
+    """Number of processes in the run, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of this package, of Python and of those of the named packages that are installed."""
-    from tinyllava_switchkd import __version__  # also where it is run from the sources and not installed
+    """Versions of Python, this package and those of the named packages that are installed."""
+    from tinyllava_switchkd import __version__  # works without installation, unlike importlib.metadata
 
     found = {"python": platform.python_version(), "tinyllava_switchkd": __version__}
     for package in packages:
@@ -41,7 +41,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def default_device() -> str:
-    """This process's GPU (launchers number the processes of a machine), else the CPU."""
+    """This process's GPU (by the local rank that launchers set), or the CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -50,19 +50,19 @@ def default_device() -> str:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """A device of this machine.
+    """The torch device of this name.
 
     Raises:
-        ValueError: torch knows no such device, or this machine has no such GPU.
+        ValueError: torch does not know the device, or this machine has no such GPU.
     """
     import torch
 
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"The device {device!r} is none that torch knows; say cpu, cuda or cuda:1.") from None
+        raise ValueError(f"torch does not know the device {device!r}; use cpu, cuda or cuda:1.") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"The device is {str(device)!r}, but torch sees {count} GPU(s) here; say another, or cpu.")
+            raise ValueError(f"The device is {str(device)!r}, but torch sees {count} GPU(s) here; use another or cpu.")
     return device

@@ -1,10 +1,11 @@
-"""How sure is a score, and is one checkpoint better than another? Questions about one picture are one cluster.
+"""Standard errors of scores, and tests of whether one checkpoint is better than another.
 
-Every headline is a function of sums over its units (`Benchmark.units`, `Benchmark.headline`): a mean for most, F1 for
-POPE, sums of ratios for MME. Its standard error is the linearised one over clusters, which for a mean is the usual
-cluster-robust standard error (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, equation 4, with its factor
-G / (G - 1) for G clusters). Two checkpoints are compared on the same questions: the interval comes from resampling
-clusters in pairs; the p-value from McNemar's test where a question is right or wrong, else from the same resampling.
+Questions about the same picture form a cluster. Every headline score is a function of sums over its units
+(`Benchmark.units`, `Benchmark.headline`): a mean for most benchmarks, F1 for POPE, sums of ratios for MME. Its standard
+error is linearised over clusters. For a mean this is the usual cluster-robust standard error (Miller, "Adding Error
+Bars to Evals", arXiv 2411.00640, equation 4, with a factor G / (G - 1) for G clusters). Two checkpoints are compared on
+the same questions. The interval comes from a paired bootstrap over clusters; the p-value comes from McNemar's test if
+answers are right or wrong, otherwise from the bootstrap.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     Headline = Callable[[Sums], Figure]
 
 Unit = tuple[Hashable, Hashable, Mapping[str, float]]
-"""Cluster, unit, and what it adds to the sums."""
+"""Cluster, unit, and what the unit adds to each sum."""
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 
 
 def cluster_sums(units: Iterable[Unit]) -> dict[Hashable, dict[str, float]]:
-    """What each cluster adds to the sums, by part; a part that it does not have is 0."""
+    """Cluster -> what it adds to each sum; 0 where it has no such part."""
     units = list(units)
     names = dict.fromkeys(name for _, _, parts in units for name in parts)
     sums: dict[Hashable, dict[str, float]] = {}
@@ -58,7 +59,7 @@ def standard_error(units: Iterable[Unit], headline: Headline) -> float | None:
         step = 1e-4 * max(1.0, abs(value))
         high, low = (float(headline({**whole, name: value + shift})) for shift in (step, -step))
         gradient[name] = (high - low) / (2 * step)
-    # By how much a cluster moves the score: the gradient times what the cluster has beyond the mean cluster.
+    # How far each cluster moves the score: the gradient times the cluster's deviation from the mean cluster.
     moves = [
         sum(slope * (of_cluster[name] - whole[name] / count) for name, slope in gradient.items())
         for of_cluster in sums.values()
@@ -67,10 +68,10 @@ def standard_error(units: Iterable[Unit], headline: Headline) -> float | None:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of independent values, such as paired differences of several runs, and its 95 % interval by Student's t.
+    """Mean of independent values, such as paired differences between runs, and its 95 % interval by Student's t.
 
     Returns:
-        mean, lower and upper end; the ends are infinite for a single value, of whose spread nothing is known.
+        mean, lower and upper end; for a single value, whose spread is unknown, the ends are infinite.
     """
     from scipy.stats import t
 
@@ -91,12 +92,12 @@ class Comparison:
         second: score of the second.
         low: lower end of the 95 % interval of the difference.
         high: its upper end.
-        p: of the hypothesis that there is no difference.
-        test: where p comes from.
-        questions: how many units were compared.
-        clusters: how many pictures they are about.
-        gained: units that only the second has right (or more right).
-        lost: units that only the first has.
+        p: p-value of the hypothesis that there is no difference.
+        test: the test that gave p.
+        questions: number of units compared.
+        clusters: number of pictures they are about.
+        gained: units that the second answered better.
+        lost: units that the first answered better.
     """
 
     first: float
@@ -119,18 +120,18 @@ def compare(first: Sequence[Unit], second: Sequence[Unit], headline: Headline, s
     """Compare two checkpoints' answers to the same questions.
 
     Args:
-        first, second: units of both, in any order.
-        headline: their score.
+        first, second: units of the two checkpoints, in any order.
+        headline: computes the score from the sums.
         seed: of the resampling.
 
     Raises:
-        ValueError: they are not about the same questions.
+        ValueError: the two have different questions.
     """
     a = {unit: (cluster, parts) for cluster, unit, parts in first}
     b = {unit: (cluster, parts) for cluster, unit, parts in second}
     if a.keys() != b.keys():
         odd = sorted(map(str, a.keys() ^ b.keys()))
-        raise ValueError(f"the questions are not the same: {len(odd)} are in one of them alone ({odd[0]}, ...)")
+        raise ValueError(f"the questions are not the same: {len(odd)} are in only one of the two ({odd[0]}, ...)")
     sums_a, sums_b = cluster_sums(first), cluster_sums(second)
     clusters = list(sums_a)
     scores = float(headline(total(sums_a))), float(headline(total(sums_b)))
@@ -150,7 +151,7 @@ def compare(first: Sequence[Unit], second: Sequence[Unit], headline: Headline, s
 
 
 def _value(parts: Mapping[str, float]) -> float:
-    """How right a unit is; for F1 and MME, whose parts are cells and counts, how many of them say so."""
+    """How right a unit is; for F1 and MME, whose parts are confusion-matrix cells and counts, the correct ones."""
     if "value" in parts:
         return parts["value"]
     return sum(value for name, value in parts.items() if name.rsplit(":", 1)[-1] in ("TP", "TN", "right"))
@@ -159,7 +160,7 @@ def _value(parts: Mapping[str, float]) -> float:
 def _bootstrap(
     a: Mapping[Hashable, Mapping[str, float]], b: Mapping[Hashable, Mapping[str, float]], headline: Headline, seed: int
 ) -> tuple[float, float, float]:
-    """Percentile interval and two-sided p of the difference, resampling clusters with both answers together."""
+    """Percentile interval and two-sided p of the difference, by resampling clusters, the same for both checkpoints."""
     import numpy as np
 
     def scores(sums: Mapping[Hashable, Mapping[str, float]], weights: np.ndarray) -> np.ndarray:
@@ -181,7 +182,7 @@ def _bootstrap(
 
 
 def mcnemar_exact(changes: Iterable[float]) -> float:
-    """Exact two-sided p of McNemar's test: of the changed questions each way is as likely as the other.
+    """Exact two-sided p of McNemar's test: under the null hypothesis a change in either direction is equally likely.
 
     Args:
         changes: +1, 0 or -1 for each question.
@@ -197,8 +198,8 @@ def mcnemar_exact(changes: Iterable[float]) -> float:
 def mcnemar_clustered(changes: Iterable[float]) -> float:
     """Two-sided p of McNemar's test with clusters, by normal approximation.
 
-    The statistic is (sum of d)^2 / (sum of d^2), d being a cluster's changes for the better minus those for the worse;
-    with clusters of one question it is McNemar's own, (b - c)^2 / (b + c).
+    The statistic is (sum of d)^2 / (sum of d^2), where d is a cluster's gains minus its losses. With one question per
+    cluster it is McNemar's own, (b - c)^2 / (b + c).
 
     Args:
         changes: d of each cluster.
@@ -209,7 +210,7 @@ def mcnemar_clustered(changes: Iterable[float]) -> float:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values for a family of tests, adjusted by Holm's step-down method."""
+    """The p-values of a family of tests, adjusted by Holm's step-down method."""
     ordered = sorted(p_values, key=p_values.__getitem__)
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(ordered):

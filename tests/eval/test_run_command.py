@@ -256,7 +256,7 @@ def test_pictures_in_the_table_may_be_broken_too(checkpoint, tmp_path, capsys):
         ({"--data_dir": "/nonexistent"}, "The data folder /nonexistent does not exist"),
         ({"--model_path": "/nonexistent"}, "There is no folder '/nonexistent'"),
         ({"--split": "dev"}, "POPE has no split 'dev', only test."),
-        ({"--device": "tpu7"}, "The device 'tpu7' is none that torch knows"),
+        ({"--device": "tpu7"}, "torch does not know the device 'tpu7'"),
         ({"--device": "cuda:99"}, "The device is 'cuda:99', but torch sees "),
         ({"--output_dir": "/dev/null"}, "The output folder /dev/null is a file; name a folder."),
     ],

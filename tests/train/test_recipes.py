@@ -45,7 +45,7 @@ def test_factory():
     assert TrainingRecipeFactory("qlora") is TrainingRecipeFactory("qlora_int8")
     with pytest.raises(ValueError, match="common, lora, qlora"):
         TrainingRecipeFactory("dora")
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_training_recipe("common")(LoRATrainingRecipe)
 
 
