@@ -184,4 +184,4 @@ def test_damaged_parquet_file_and_image(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         list(parquet_rows([tmp_path / "a.parquet"]))
-    assert "no image that Pillow can read" in image_problem(b"GIF?")
+    assert "not an image that Pillow can read" in image_problem(b"GIF?")

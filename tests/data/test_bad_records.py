@@ -24,7 +24,7 @@ def turns(*values: object) -> list[dict[str, object]]:
 
 
 RECORDS_REFUSED = {
-    "no object": (["a text"], "record 1"),
+    "not an object": (["a text"], "record 1"),
     "a number": ([3], "record 1"),
     "null": ([None], "record 1"),
     "a list": ([[GOOD]], "record 1"),
@@ -84,16 +84,16 @@ FILES_REFUSED = {
     "white": (b" \n\n", "no record"),
     "an empty list": (b"[]", "no record"),
     "an object": (b"{}", "conversations"),
-    "a text": (b"hello", "no object"),
-    "null": (b"null", "no object"),
+    "a text": (b"hello", "not an object"),
+    "null": (b"null", "not an object"),
     "a list that is not closed": (b"[" + LINE, "cut off"),
     "a record that is cut off": (b"[" + LINE[:-5], "not JSON"),
-    "a comma too many": (b"[" + LINE + b",]", "no object"),
+    "a comma too many": (b"[" + LINE + b",]", "not an object"),
     "a comma missing": (b"[" + LINE + LINE + b"]", "comma"),
-    "something after the end": (b"[" + LINE + b"] x", "goes on"),
-    "two lists": (b"[" + LINE + b"][" + LINE + b"]", "goes on"),
+    "something after the end": (b"[" + LINE + b"] x", "continues"),
+    "two lists": (b"[" + LINE + b"][" + LINE + b"]", "continues"),
     "single quotes": (b"[{'id': 1}]", "not JSON"),
-    "a comment": (b"[" + LINE + b", // more\n" + LINE + b"]", "no object"),
+    "a comment": (b"[" + LINE + b", // more\n" + LINE + b"]", "not an object"),
     "UTF-16": (("[" + LINE.decode() + "]").encode("utf-16"), "UTF-8"),
     "Latin-1": (b'[{"id": "\xe9"}]', "UTF-8"),
     "a control character": (b'[{"id": "a\x01b"}]', "not JSON"),
@@ -101,8 +101,8 @@ FILES_REFUSED = {
     "deep nesting of objects": (b'[{"a":' + b'{"a":' * 200_000 + b"1" + b"}" * 200_001 + b"]", "nested too deeply"),
     "a number of 5000 digits": (b'[{"id": ' + b"9" * 5000 + b"}]", "cannot be read"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "UTF-8"),
-    "a spreadsheet": (b"PK\x03\x04" + b"\0" * 64, "no object"),
-    "CSV": (b"id,image\n1,a.png\n", "no object"),
+    "a spreadsheet": (b"PK\x03\x04" + b"\0" * 64, "not an object"),
+    "CSV": (b"id,image\n1,a.png\n", "not an object"),
     "a lines file with a bad line": (LINE + b"\n" + LINE[:20] + b"\n" + LINE, "record 1"),
 }
 

@@ -55,7 +55,7 @@ def test_every_kind_of_problem_is_found(folder):
     warnings = {kind: cases.examples for kind, cases in report.warnings.items()}
     assert ["sample 6 (id 'literal')"] in warnings.values()
     assert ["sample 7 (id 'eos')"] in warnings.values()
-    with pytest.raises(ValueError, match=r"data\.json cannot be trained on. It has 2 sample\(s\).*gone\.png"):
+    with pytest.raises(ValueError, match=r"data\.json cannot be used for training. It has 2 sample\(s\).*gone\.png"):
         report.raise_problems("data.json")
 
 
@@ -135,14 +135,14 @@ def test_what_v1_accepts_and_means_nothing_good_is_counted(folder):
     report = check_data(path, str(folder))
     assert report.ok
     assert {kind: (cases.count, cases.examples) for kind, cases in report.warnings.items()} == {
-        "sample(s) whose first turn, not the human's, is left out (as in v1)": (
+        "sample(s) whose first turn is not the human's and is dropped (as in v1)": (
             1,
             ["sample 0 (id '1'), from 'system'"],
         ),
         "sample(s) with <image> in an answer; it is read as text": (1, ["sample 1 (id '1')"]),
-        "sample(s) whose id an earlier one has as well": (1, ["sample 1 (id '1')"]),
-        "sample(s) whose answers are all empty, which teach to say nothing": (1, ["sample 2 (id '2')"]),
-        "sample(s) whose id is neither a text nor a whole number": (1, [f"sample 3 (id {str({'of': 3})!a})"]),
+        "sample(s) with the id of an earlier one": (1, ["sample 1 (id '1')"]),
+        "sample(s) whose answers are all empty, which teaches the model to say nothing": (1, ["sample 2 (id '2')"]),
+        "sample(s) whose id is neither a string nor an integer": (1, [f"sample 3 (id {str({'of': 3})!a})"]),
         "sample(s) with 'images', which is not read: the key of images is 'image'": (
             1,
             [f"sample 3 (id {str({'of': 3})!a})"],
@@ -151,7 +151,7 @@ def test_what_v1_accepts_and_means_nothing_good_is_counted(folder):
     several = [kind for kind in check_data(path, str(folder), template="pretrain").warnings if "rounds" in kind]
     assert len(several) == 1
     report = check_data(write(folder, records[2:3]), str(folder))
-    assert "which are all of them" in str(report) and not report.ok
+    assert "(all of them)" in str(report) and not report.ok
 
 
 def test_command_as_a_command(folder):
@@ -197,7 +197,7 @@ class TestModule:
         assert len(make_supervised_data_module(qwen2(), args)["train_dataset"]) == 3
 
     def test_too_short_a_model(self, folder):
-        with pytest.raises(ValueError, match=r"2 of 3 samples.*200 tokens, 728 of which.*raise model_max_length"):
+        with pytest.raises(ValueError, match=r"2 of 3 samples.*200 tokens, 728 of them.*raise model_max_length"):
             tokenizer = qwen2()
             tokenizer.model_max_length = 200
             make_supervised_data_module(tokenizer, data_args(folder, num_image_tokens=728))

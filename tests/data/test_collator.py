@@ -97,7 +97,7 @@ def test_tokenizer_without_a_limit_or_padding():
 
 @pytest.mark.parametrize("ids, images", [([1, 2], [1]), ([IMAGE_TOKEN_INDEX], None), ([IMAGE_TOKEN_INDEX], [1, 2])])
 def test_images_and_places_must_match(ids, images):
-    with pytest.raises(ValueError, match=r"image\(s\) and . place"):
+    with pytest.raises(ValueError, match=r"image\(s\), but . placeholder"):
         DataCollatorForSupervisedDataset(qwen2())([sample(ids, images=images)])
 
 

@@ -163,7 +163,7 @@ def test_skipping_ends_where_most_images_are_bad(folder, caplog):
     caplog.set_level(logging.ERROR)
     (folder / "a" / "red.png").unlink()
     data = dataset(folder, on_bad_image="skip")
-    with pytest.raises(ValueError, match="too many to skip them"):
+    with pytest.raises(ValueError, match="too many bad images to skip"):
         for _ in range(20):
             data[0]
 

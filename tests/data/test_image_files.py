@@ -268,7 +268,7 @@ class TestShape:
     def test_the_start_of_a_training_counts_what_is_cropped(self, folder, caplog):
         clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         make_supervised_data_module(qwen2(), data_args(folder, image_processor=clip))
-        assert "has 2 image(s) of which the processor's crop drops more than a quarter" in caplog.text
+        assert "has 2 image(s) that lose more than a quarter by the processor's crop" in caplog.text
         caplog.clear()
         make_supervised_data_module(qwen2(), data_args(folder, image_processor=clip, image_aspect_ratio="pad"))
         assert "crop" not in caplog.text

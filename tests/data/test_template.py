@@ -178,7 +178,7 @@ def test_several_images():
         (talk("What?"), 0, "1 turns"),
         ([], 0, "0 turns"),
         (talk("What?", None), 0, "missing"),
-        (talk("What?", 3), 0, "3 and not a text"),
+        (talk("What?", 3), 0, "3, not a text"),
         ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], 0, "Turn 2 is from 'human'"),
         ([{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "a"}], 0, "Turn 1 is from 'gpt'"),
         ([{"from": "human"}, {"from": "gpt", "value": "a"}], 0, "'from' and 'value'"),
@@ -228,7 +228,7 @@ class TestPlugins:
             def encode(self, messages, tokenizer, mode="train"):
                 return {}
 
-        with pytest.raises(ValueError, match="'v1-encode' has TinyLLaVA's encode; give it the argument num_images"):
+        with pytest.raises(ValueError, match="'v1-encode' has TinyLLaVA v1's encode; add the argument num_images"):
             TextPreprocess(qwen2(), "v1-encode")
 
     @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
-"""What a model reads: conversation templates, images, data sets and batches.
+"""Conversation templates, images, data sets and batches.
 
-Names are imported when first used, so that looking a file over need not wait for torch.
+Names are imported on first use, so that data can be checked without importing torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The name that ``python -m tinyllava_switchkd.train.check_data`` had at first; scripts that use it go on working."""
+"""The old name of ``python -m tinyllava_switchkd.train.check_data``, kept for existing scripts."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""Samples to batches, cut to the longest sequence that the model takes (v1, ``data/dataset.py``)."""
+"""Collate samples into batches, truncated to the model's context length (v1, ``data/dataset.py``)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 Text = Literal["input_ids", "labels", "attention_mask"]
 Pictures = Literal["images", "teacher_images"]
-"""Of a sample or a batch: what the model sees, and what a teacher sees that prepares them in another way."""
+"""Keys of a sample or a batch: the model's pixels, and those of a teacher that preprocesses images differently."""
 
 
 class SampleError(ValueError):
-    """A sample or a batch cannot be made, in one sentence.
+    """A sample or a batch cannot be made; the message is one sentence.
 
-    A loader makes the exception of its worker anew in the main process, out of the worker's whole traceback; what is
-    kept of that is the sentence.
+    A data loader re-raises a worker's exception in the main process with the whole traceback as its message. The
+    constructor keeps only the last sentence.
     """
 
     def __init__(self, message: str) -> None:
@@ -35,7 +35,7 @@ class SampleError(ValueError):
 
 
 class Sample(TypedDict, total=False):
-    """One encoded sample, see `LazySupervisedDataset`; "prompt" is the text of one that is to be answered."""
+    """One encoded sample, see `LazySupervisedDataset`. "prompt" is the text of a sample for generation."""
 
     input_ids: Tensor
     labels: Tensor
@@ -46,7 +46,7 @@ class Sample(TypedDict, total=False):
 
 
 class Batch(TypedDict, total=False):
-    """What a model is trained with, see `DataCollatorForSupervisedDataset`."""
+    """A training batch, see `DataCollatorForSupervisedDataset`."""
 
     input_ids: Tensor
     labels: Tensor
@@ -61,7 +61,7 @@ TENSORS: tuple[Text | Pictures, ...] = ("input_ids", "labels", "attention_mask",
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch, its tensors on a device."""
+    """The batch with its tensors on a device."""
     moved: Batch = {**batch}
     for key in TENSORS:
         if key in moved:
@@ -70,23 +70,24 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class DataCollatorForSupervisedDataset:
-    """Pads samples to a batch, on the right.
+    """Pads samples on the right to a batch.
 
-    A sample is cut where the sequence *with its images spliced in* reaches `model_max_length`, so the model never cuts
-    again and the labels of a batch are exactly the tokens learned from. An image is kept whole or not at all.
+    A sample is truncated where the sequence *with spliced images* reaches `model_max_length`, so the model never
+    truncates again and the labels of a batch are exactly the tokens learned from. An image is kept completely or not at
+    all.
 
     Args:
-        tokenizer: for its padding id and ``model_max_length``.
-        num_image_tokens: tokens that an image takes in the sequence.
+        tokenizer: gives the padding id and ``model_max_length``.
+        num_image_tokens: tokens per image in the sequence.
         image_shape: (3, H, W) of the zero image that a batch without images gets, so that every rank runs the vision
-            tower in every step; None for a model that sees nothing.
-        teacher_image_shape: the same of the images that a teacher reads, if it reads others; see
+            tower in every step; None for a model without vision.
+        teacher_image_shape: likewise for the teacher's images, if it preprocesses them differently; see
             `LazySupervisedDataset`.
         model_max_length: longest sequence, the tokenizer's if None.
 
     Attributes:
-        digests: whether batches carry the `sample_digest` of each sample, by which a teacher cache knows it.
-        counts: samples seen, cut, and left with nothing to learn by the cut, over all workers; see `report`.
+        digests: whether batches have the `sample_digest` of each sample, the key of a teacher cache.
+        counts: samples seen, truncated, and left without anything to learn, over all workers; see `report`.
     """
 
     def __init__(
@@ -111,19 +112,19 @@ class DataCollatorForSupervisedDataset:
         """Make a batch of B samples with I images in all.
 
         Returns:
-            input_ids [B, T], labels [B, T] (IGNORE_INDEX at padding), attention_mask [B, T] (bool, true where there
-            are tokens, whatever their ids: a padding id that doubles as end of answer is still seen) and images
-            [I, 3, H, W] in the order of their places, or one zero image if there are none; for a teacher that reads
-            other pixels teacher_images [I, 3, H', W'], image by image; ids, the B names of the samples, if they have
-            any; digests if asked for. A model reads none of the last three by itself.
+            input_ids [B, T]; labels [B, T] (IGNORE_INDEX at padding); attention_mask [B, T] (bool, true at tokens, even
+            if the end of an answer has the padding id); images [I, 3, H, W] in the order of their placeholders, or one
+            zero image if there are none; teacher_images [I, 3, H', W'] of the same images, for a teacher that
+            preprocesses them differently; ids, the B names of the samples, if they have any; digests if `digests`. A
+            model ignores the last three.
 
         Raises:
-            SampleError: a sample has not as many images as places for them, or images differ in size.
+            SampleError: a sample's numbers of images and placeholders differ, or images differ in size.
         """
         for instance in instances:
             places, images = int((instance["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(instance.get("images", ()))
             if places != images:
-                raise SampleError(f"A sample has {images} image(s) and {places} place(s) for them.")
+                raise SampleError(f"A sample has {images} image(s), but {places} placeholder(s) for them.")
         samples = [self.truncate(instance) for instance in instances]
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), longest)
@@ -155,10 +156,10 @@ class DataCollatorForSupervisedDataset:
         return batch
 
     def truncate(self, sample: Sample) -> Sample:
-        """Cut one sample to `model_max_length`; images whose places are cut off go with them."""
+        """Truncate one sample to `model_max_length`; images whose placeholders are cut off are dropped."""
         input_ids, labels = sample["input_ids"], sample["labels"]
         is_image = input_ids == IMAGE_TOKEN_INDEX
-        # Where each token, an image being a run of them, ends in the spliced sequence; increasing, so a prefix stays.
+        # The end of each token or image in the spliced sequence; it increases, so the kept tokens are a prefix.
         ends = torch.where(is_image, self.num_image_tokens, 1).cumsum(0)
         keep = int((ends <= self.model_max_length).sum())
         self.counts[0] += 1
@@ -177,7 +178,7 @@ class DataCollatorForSupervisedDataset:
         return kept
 
     def report(self) -> str | None:
-        """What truncation has cost so far, in one sentence; None if nothing."""
+        """One sentence about samples truncated so far; None if there are none."""
         seen, cut, lost = self.counts.tolist()
         if not cut:
             return None
@@ -188,9 +189,9 @@ class DataCollatorForSupervisedDataset:
 
 
 def sample_digest(sample: Sample) -> str:
-    """What a teacher reads of a sample, as 32 hexadecimal digits: id, tokens, which are supervised, prepared pixels.
+    """32 hexadecimal digits of a sample's id, its tokens, which of these are supervised, and the teacher's pixels.
 
-    Another question, image or preparation of it, and every random augmentation, gives another digest.
+    Any other question, image, preprocessing or random augmentation gives another digest.
     """
     total = hashlib.blake2b(str(sample.get("id")).encode(errors="surrogatepass"), digest_size=16)
     pixels = sample.get("teacher_images", sample.get("images"))

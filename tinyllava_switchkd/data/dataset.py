@@ -1,4 +1,4 @@
-"""What a training run reads: LLaVA records to token ids, labels and pixel values (v1, ``data/dataset.py``)."""
+"""The training data set: LLaVA records to token ids, labels and pixel values (v1, ``data/dataset.py``)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORDS_PER_IMAGE = 128
-"""What an image adds to a sample's length in `LazySupervisedDataset.lengths` (v1)."""
+"""Words that images add to a sample's length in `LazySupervisedDataset.lengths` (v1)."""
 
 BAD_IMAGE_POLICIES = ("raise", "skip")
-_TOLERATED_BAD_IMAGES = 10  # below this many, no share of bad images stops a run that skips them
+_TOLERATED_BAD_IMAGES = 10  # up to this many never stop a run that skips bad images
 _TOLERATED_BAD_SHARE = 0.01
 _PROBED_SAMPLES = 256
 _TOLERATED_LOST_SHARE = 0.1
 
 
 class Samples(Protocol):
-    """What training asks of a data set: this one, or a part of it."""
+    """The interface of a training data set: this one, or a part of it."""
 
     def __len__(self) -> int: ...
 
@@ -53,29 +53,28 @@ class Samples(Protocol):
 
 
 class LazySupervisedDataset(Dataset):
-    """Samples made when they are asked for, images decoded in the worker that asks.
+    """Samples of a LLaVA data file, encoded on access; images are decoded in the worker.
 
-    With ``keep_in_memory`` each is made once and kept (by each worker): for a small data set, seen many times.
+    With ``keep_in_memory`` each worker encodes every sample only once, for a small data set with many epochs.
 
     Args:
         data_path: a LLaVA JSON: a list of ``{"id", "image": name or names (optional), "conversations"}``, or JSON
-            lines of the same.
+            lines of such objects.
         tokenizer: the language model's tokenizer.
-        data_args: the data arguments; read are ``template``, ``image_folder``,
-            ``image_processor``, ``image_aspect_ratio``, ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`),
-            ``keep_in_memory`` (no if absent), ``allow_outside_images`` (see `ImageFolder`; no if absent) and
-            ``on_bad_image``: what becomes of an image that cannot be read, "raise" (the default) or "skip", which
-            keeps the sample and learns nothing from it. Skipping ends in an error all the same once more than 1 % of
-            the images are bad.
-            A ``teacher_image_processor`` (and ``teacher_image_aspect_ratio``, the student's if absent) that makes
-            other pixels than the student's gives every image a second time, as a teacher of another tower reads it.
+        data_args: the data arguments ``template``, ``image_folder``, ``image_processor``, ``image_aspect_ratio``,
+            ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`), ``keep_in_memory`` (default: no),
+            ``allow_outside_images`` (see `ImageFolder`; default: no) and ``on_bad_image``, for images that cannot be
+            read: "raise" (the default) or "skip", which keeps the sample but learns nothing from it. Skipping becomes
+            an error once more than 1 % of the images are bad. If ``teacher_image_processor`` (with
+            ``teacher_image_aspect_ratio``, by default the student's) gives other pixels than the student's processor,
+            samples have the teacher's pixels as well.
         visit: see `Records`.
 
     Attributes:
-        bad_images: how many images could not be read, over all workers.
+        bad_images: number of images that could not be read, over all workers.
 
     Raises:
-        FileNotFoundError, ValueError: see `Records`; an unknown template or policy; images and no image processor.
+        FileNotFoundError, ValueError: see `Records`; an unknown template or policy; images but no image processor.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class LazySupervisedDataset(Dataset):
         image_processor = getattr(data_args, "image_processor", None)
         if image_processor is None and self.records.num_images.any():
             raise ValueError(
-                f"{data_path} names images, and the data arguments carry no image_processor to read them with; "
-                f"take it from the vision tower."
+                f"{data_path} names images, but the data arguments have no image_processor; take it from the vision "
+                f"tower."
             )
         self.image_preprocess = None if image_processor is None else ImagePreprocess(image_processor, data_args)
         self.teacher_image_preprocess = self._preprocess_of_teacher(data_args)
         self._kept: dict[int, Sample] | None = {} if getattr(data_args, "keep_in_memory", False) else None
-        # Shared memory, so that the counts of the loader's workers arrive here.
-        self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()  # images asked for, images not readable
+        # Shared with the loader's workers: images requested, images that could not be read.
+        self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,7 +116,7 @@ class LazySupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Length of every sample in words, 128 more with an image."""
+        """Length of every sample in words, plus 128 if it has images."""
         return (self.records.words + WORDS_PER_IMAGE * (self.records.num_images > 0)).tolist()
 
     @property
@@ -132,7 +131,7 @@ class LazySupervisedDataset(Dataset):
 
         Returns:
             input_ids [T], labels [T], id (see `Records.id_of`) and, for a sample with n images, images [n, 3, H, W];
-            with a teacher that reads other pixels, teacher_images [n, 3, H', W'] of the same images as well.
+            also teacher_images [n, 3, H', W'] of the same images, for a teacher that preprocesses them differently.
 
         Raises:
             SampleError: the sample cannot be made; the message names it.
@@ -165,7 +164,7 @@ class LazySupervisedDataset(Dataset):
         try:
             record = self.records[index]
         except ValueError:
-            raise SampleError(f"Sample {index} of {self.records.path} changed on the disk after it was read.") from None
+            raise SampleError(f"Sample {index} of {self.records.path} has changed on disk since it was read.") from None
         where = f"Sample {index} (id {record.get('id')!r}) of {self.records.path}"
         names = images_of(record, where)
         try:
@@ -177,7 +176,7 @@ class LazySupervisedDataset(Dataset):
 
     @property
     def _preprocesses(self) -> dict[Pictures, ImagePreprocess]:
-        """What is made of an image, by the name that it has in a sample."""
+        """Key in a sample -> how its images are made."""
         both: dict[Pictures, ImagePreprocess | None] = {
             "images": self.image_preprocess,
             "teacher_images": self.teacher_image_preprocess,
@@ -185,7 +184,7 @@ class LazySupervisedDataset(Dataset):
         return {key: preprocess for key, preprocess in both.items() if preprocess is not None}
 
     def _preprocess_of_teacher(self, data_args: object) -> ImagePreprocess | None:
-        """How a teacher reads images; None without one, and if it reads the student's pixels."""
+        """The teacher's preprocessing; None without a teacher, or if its pixels are the student's."""
         processor = getattr(data_args, "teacher_image_processor", None)
         if processor is None or self.image_preprocess is None:
             return None
@@ -195,7 +194,7 @@ class LazySupervisedDataset(Dataset):
         return None if preprocess.makes_same_pixels(self.image_preprocess) else preprocess
 
     def _load(self, name: str, where: str) -> dict[Pictures, torch.Tensor] | None:
-        """Pixel values [3, H, W] for each model, the image being decoded once; None for a bad one that is skipped."""
+        """Decode an image and make pixel values [3, H, W] for each model; None for a bad image that is skipped."""
         path = os.path.join(self.image_folder, name)
         self._counts[0] += 1
         try:
@@ -209,13 +208,13 @@ class LazySupervisedDataset(Dataset):
         if self.on_bad_image == "raise":
             raise SampleError(f"{message}. Set on_bad_image to 'skip' to train without such samples.")
         if bad > _TOLERATED_BAD_IMAGES and bad > _TOLERATED_BAD_SHARE * seen:
-            raise SampleError(f"{message}, and neither could {bad - 1} others of {seen}: too many to skip them.")
+            raise SampleError(f"{message}; with {bad - 1} others of {seen}, these are too many bad images to skip.")
         logger.warning("%s; nothing is learned from this sample.", message)
         return None
 
 
 class DataModule(TypedDict):
-    """Data as a Trainer takes them."""
+    """Data arguments of a Trainer."""
 
     train_dataset: LazySupervisedDataset
     eval_dataset: None
@@ -223,25 +222,24 @@ class DataModule(TypedDict):
 
 
 def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: DataSettings) -> DataModule:
-    """Data set and collator (v1, ``data/dataset.py``), after looking the data over (see `inspection`).
+    """Data set and collator (v1, ``data/dataset.py``), after checking the data (see `inspection`).
 
     Args:
-        tokenizer: the language model's tokenizer; its ``model_max_length`` is where samples are cut.
-        data_args: as for `LazySupervisedDataset`, with ``data_path``; further ``num_image_tokens`` (tokens an image
-            takes after the connector; 1 if absent), ``is_multimodal`` (whether a batch without images gets a zero
-            image; yes if absent) and ``eos_token_ids`` (the ids generation stops at; the tokenizer's eos if absent).
-            With ``teacher_image_processor`` and ``teacher_image_aspect_ratio`` of a teacher that reads other pixels,
-            batches hold ``teacher_images`` as well.
+        tokenizer: the language model's tokenizer; samples are truncated to its ``model_max_length``.
+        data_args: as for `LazySupervisedDataset`, plus ``data_path``, ``num_image_tokens`` (tokens per image after the
+            connector; default: 1), ``is_multimodal`` (whether a batch without images gets a zero image; default: yes)
+            and ``eos_token_ids`` (the ids that end generation; default: the tokenizer's eos). With a
+            ``teacher_image_processor``, batches may have ``teacher_images``.
 
     Returns:
-        ``{"train_dataset", "eval_dataset": None, "data_collator"}``, as a Trainer takes them.
+        ``{"train_dataset", "eval_dataset": None, "data_collator"}``, as arguments of a Trainer.
 
     Raises:
-        FileNotFoundError, ValueError: the data cannot be read, the template does not fit the tokenizer, or more than a
-            tenth of the samples lose every answer by being cut.
+        FileNotFoundError, ValueError: the data cannot be read, the template does not fit the tokenizer, or truncation
+            removes every answer from more than a tenth of the samples.
     """
     check_template(tokenizer, data_args.template, getattr(data_args, "eos_token_ids", None))
-    # One process a machine looks the data over; a launcher ends the others when it fails.
+    # One process per machine checks the data; if it fails, the launcher ends the others.
     checker = DataChecker(data_args.template) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, visit=checker)
     if checker is not None:
@@ -263,8 +261,8 @@ def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: D
     collator.counts.zero_()
     lost = sum(not kept for *_, kept in tried)
     message = (
-        f"{lost} of {len(tried)} samples tried have no answer left once cut to {collator.model_max_length} tokens, "
-        f"{collator.num_image_tokens} of which an image takes; raise model_max_length"
+        f"{lost} of {len(tried)} samples tried have no answer left after truncation to {collator.model_max_length} "
+        f"tokens, {collator.num_image_tokens} of them for each image; raise model_max_length"
     )
     if lost > _TOLERATED_LOST_SHARE * len(tried):
         raise ValueError(message + ".")
@@ -274,11 +272,11 @@ def make_supervised_data_module(tokenizer: PreTrainedTokenizerBase, data_args: D
 
 
 def _judge(report: DataReport, dataset: LazySupervisedDataset) -> None:
-    """Log the warnings of a report and raise its problems, bad images only if they are not to be skipped."""
+    """Log the warnings of a report and raise its problems; bad images that are skipped become warnings."""
     if dataset.on_bad_image == "skip":
         for kind in (MISSING_IMAGES, BROKEN_IMAGES):
             if kind in report.problems:
                 report.warnings[kind] = report.problems.pop(kind)
     for kind, cases in report.warnings.items():
-        logger.warning("%s has %d %s, the first being %s.", dataset.records.path, cases.count, kind, cases.examples[0])
+        logger.warning("%s has %d %s; the first is %s.", dataset.records.path, cases.count, kind, cases.examples[0])
     report.raise_problems(dataset.records.path)

@@ -1,12 +1,12 @@
-"""Get the training data: ``python -m tinyllava_switchkd.data.download pretrain|finetune``.
+"""Download the training data: ``python -m tinyllava_switchkd.data.download pretrain|finetune``.
 
-LLaVA-558K (pre-training) and LLaVA-Mix-665K (fine-tuning) in TinyLLaVA's tree (its docs, "Prepare Datasets")::
+LLaVA-558K (pre-training) and LLaVA-Mix-665K (fine-tuning) in TinyLLaVA's folders (its docs, "Prepare Datasets")::
 
     DATA_DIR/text_files/blip_laion_cc_sbu_558k.json      DATA_DIR/llava/llava_pretrain/images/
     DATA_DIR/text_files/llava_v1_5_mix665k.json          DATA_DIR/{coco/train2017,gqa/images,ocr_vqa/images,...}
 
-Downloads resume; of the archives only the images that the JSON names are unpacked; at the end every one of them must
-be there and decode. The command may be run again at any time and does what is still to do.
+Interrupted downloads continue. Only images that the JSON names are unpacked, and at the end all of them must exist and
+decode. The command may be run again at any time and then does only what is missing.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A LLaVA JSON and where its images are from; a file is an address or, on the hub, ``owner/data set/name``.
+    """A LLaVA JSON and the sources of its images; a file is a URL or, on the hub, ``owner/data set/name``.
 
     Attributes:
-        title: for messages.
-        json: the file.
-        records: how many it has.
-        root: folder below the data directory from which the JSON's image names start.
-        images: folder below `root` -> archives, each of which is asked for what those before it lacked.
+        title: name for messages.
+        json: the JSON file.
+        records: number of its records.
+        root: folder in the data directory to which the JSON's image names are relative.
+        images: folder in `root` -> archives; each is used for images that are missing from earlier ones.
     """
 
     title: str
@@ -52,7 +52,7 @@ class TrainingSet:
 
     @property
     def path(self) -> str:
-        """The JSON below the data directory."""
+        """Path of the JSON in the data directory."""
         return f"text_files/{self.json.rpartition('/')[2]}"
 
 
@@ -72,7 +72,7 @@ TRAINING_SETS = {
         {
             "coco/train2017": ("http://images.cocodataset.org/zips/train2017.zip",),
             "gqa/images": ("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",),
-            # OCR-VQA's own addresses are mostly dead (LLaVA #1458, #1618); these are collections made for LLaVA-1.5.
+            # OCR-VQA's own links are mostly dead (LLaVA #1458, #1618); these are collections made for LLaVA-1.5.
             "ocr_vqa/images": (
                 "weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip",
                 "qnguyen3/ocr_vqa/ocr_vqa.zip",
@@ -86,7 +86,7 @@ TRAINING_SETS = {
 
 
 def get_json(training_set: TrainingSet, data_dir: Path, downloads: Path) -> None:
-    """Download the JSON of a training set to its place, unless it is there.
+    """Download the JSON of a training set, unless it exists.
 
     Raises:
         SourceError: the hub can't be reached or doesn't have it.
@@ -99,13 +99,13 @@ def get_json(training_set: TrainingSet, data_dir: Path, downloads: Path) -> None
 
 
 def named_images(path: Path, folders: Collection[str]) -> tuple[int, dict[str, list[str]]]:
-    """What a LLaVA JSON asks for.
+    """The images that a LLaVA JSON names.
 
     Returns:
-        the number of records, and for every folder the names of its images within it.
+        the number of records, and folder -> names of the images in it.
 
     Raises:
-        ValueError: the file is malformed, or names an image that is in none of the folders.
+        ValueError: the file is malformed, or names an image outside the folders.
     """
     names: dict[str, dict[str, None]] = {folder: {} for folder in folders}
     count = 0
@@ -120,17 +120,17 @@ def named_images(path: Path, folders: Collection[str]) -> tuple[int, dict[str, l
 
 
 def get_images(folder: Path, names: Iterable[str], archives: Iterable[str], downloads: Path, keep: bool) -> list[str]:
-    """Unpack the named images of a folder that are not there yet.
+    """Unpack the named images of a folder that do not exist yet.
 
     Args:
         archives: as in `TrainingSet`.
-        keep: keep the archives although all images are there.
+        keep: keep the archives even if all images exist.
 
     Returns:
-        the names that no archive holds.
+        the names that are in no archive.
 
     Raises:
-        SourceError: no archive could be had.
+        SourceError: no archive could be downloaded.
         ValueError: an archive is damaged.
     """
     missing = [name for name in names if not (folder / name).is_file()]
@@ -155,7 +155,7 @@ def get_images(folder: Path, names: Iterable[str], archives: Iterable[str], down
 
 
 def _get(file: str, downloads: Path) -> Path:
-    if "://" in file:  # images.zip is the name of three archives: the address tells them apart
+    if "://" in file:  # include the address, because three archives are called images.zip
         return download(file, downloads / file.split("://", 1)[1].replace("/", "_"))
     repo_id, _, name = file.rpartition("/")
     _, folder = hub_folder([repo_id], [name], to=downloads / repo_id.replace("/", "--"))
@@ -165,7 +165,7 @@ def _get(file: str, downloads: Path) -> Path:
 
 
 def bad_images(paths: Sequence[Path], workers: int) -> list[tuple[Path, str]]:
-    """The images that are missing or don't decode, each with the reason, in order."""
+    """The images that are missing or don't decode, with the reasons, in order."""
     with ThreadPoolExecutor(workers) as pool:
         reasons = tqdm(pool.map(_problem, paths), total=len(paths), unit=" images", desc="decoding", leave=False)
         return [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
@@ -186,19 +186,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("training_set", choices=tuple(TRAINING_SETS), help="LLaVA-558K or LLaVA-Mix-665K")
-    parser.add_argument("--data_dir", type=Path, default=Path("playground/data"), help="root of the tree (%(default)s)")
-    parser.add_argument("--download_dir", type=Path, help="where archives are kept (DATA_DIR/.downloads)")
+    parser.add_argument("--data_dir", type=Path, default=Path("playground/data"), help="data directory (%(default)s)")
+    parser.add_argument("--download_dir", type=Path, help="folder for archives (DATA_DIR/.downloads)")
     parser.add_argument("--only", nargs="+", metavar="FOLDER", help="only these folders of images, e.g. coco gqa")
-    parser.add_argument("--check", action="store_true", help="download nothing, only verify what is there")
-    parser.add_argument("--no_decode", action="store_true", help="trust that images which are there decode")
+    parser.add_argument("--check", action="store_true", help="download nothing, only check existing files")
+    parser.add_argument("--no_decode", action="store_true", help="do not check that existing images decode")
     parser.add_argument("--any_count", action="store_true", help="accept a JSON with another number of records")
-    parser.add_argument("--keep_archives", action="store_true", help="keep archives whose images are all there")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (%(default)s)")
+    parser.add_argument("--keep_archives", action="store_true", help="keep archives even if all their images exist")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 if everything is there and decodes."""
+    """Run the command; returns the exit status, which is 0 if all images exist and decode."""
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
@@ -227,7 +227,7 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
     if count != training_set.records and not arguments.any_count:
         raise ValueError(
             f"{path} has {count:,} records, not {training_set.records:,}; delete it and run again, or pass --any_count "
-            f"if it is meant to be another."
+            f"if this is intended."
         )
     print(f"{training_set.title}: {count:,} records in {path}")
     only = tuple(name.rstrip("/") for name in arguments.only or ("",))
@@ -243,7 +243,7 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
         if not arguments.check:
             try:
                 get_images(place, wanted, folders[folder], downloads, arguments.keep_archives)
-            except (SourceError, ValueError) as error:  # the other folders go on
+            except (SourceError, ValueError) as error:  # continue with the other folders
                 print(f"error: {error}", file=sys.stderr)
         paths = [place / name for name in wanted]
         if arguments.no_decode:
@@ -258,7 +258,7 @@ def _run(training_set: TrainingSet, arguments: argparse.Namespace) -> bool:
 
 
 def _report(bad: list[tuple[Path, str]], path: Path) -> bool:
-    """Print the first bad images and list all of them in a file; returns whether there were none."""
+    """Print the first bad images and write all of them to a file; returns whether there were none."""
     if not bad:
         path.unlink(missing_ok=True)
         return True
@@ -266,8 +266,7 @@ def _report(bad: list[tuple[Path, str]], path: Path) -> bool:
     for image, reason in bad[:5]:
         print(f"error: {image} {reason}", file=sys.stderr)
     print(
-        f"error: {len(bad):,} images are not usable, listed in {path}; put them in their places, or take their records "
-        f"out of the JSON.",
+        f"error: {len(bad):,} images are not usable, see {path}; replace them, or remove their records from the JSON.",
         file=sys.stderr,
     )
     return False

@@ -1,4 +1,4 @@
-"""Images to pixel values (TinyLLaVA v1, ``data/image_preprocess.py``)."""
+"""Convert images to pixel values (TinyLLaVA v1, ``data/image_preprocess.py``)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ logger = logging.getLogger(__name__)
 ASPECT_RATIOS = ("square", "pad")
 BACKENDS = ("pil", "torchvision")
 
-_MOST_PIXELS = 180_000_000  # of an image on its way to the tower; about what Pillow decodes at most
+_MOST_PIXELS = 180_000_000  # of an intermediate image; about Pillow's limit for decoding
 
 
 class ImagePreprocess:
-    """Turns an image into what the vision tower takes.
+    """Converts an image to the input of the vision tower.
 
-    "square" leaves everything to the image processor: SigLIP's squeezes the image into a square; CLIP's and DINOv2's
-    cut out its middle, so that of a wide picture the ends are never seen, of which a warning tells once. "pad" first
-    fills the image up to a square with the processor's mean colour.
+    "square" only applies the image processor. SigLIP's squeezes the image into a square; CLIP's and DINOv2's crop its
+    centre, so the model never sees the ends of a wide picture (a warning is logged once). "pad" first pads the image to
+    a square with the processor's mean colour.
 
-    Transparency is dropped and EXIF orientation is not applied, both as in v1: its checkpoints and benchmark scores
-    were made so. Photographs from a phone are better turned upright (`PIL.ImageOps.exif_transpose`) beforehand. Grey
-    values of more than 8 bits are scaled, see `to_rgb`.
+    Transparency is dropped and EXIF orientation is not applied, as in v1, because its checkpoints and benchmark scores
+    were made this way. Turn photographs from a phone upright beforehand (`PIL.ImageOps.exif_transpose`). Grey values
+    with more than 8 bits are scaled, see `to_rgb`.
 
     Args:
-        image_processor: an image processor of transformers, or anything that takes an image and ``return_tensors``.
-        data_args: where to read ``image_aspect_ratio`` ("square", "pad" or None) and ``image_backend`` from: "pil"
-            (the default, bit for bit v1's resampling) or "torchvision" (faster, off by up to two grey levels).
+        image_processor: an image processor of transformers, or any callable with an image and ``return_tensors``.
+        data_args: has ``image_aspect_ratio`` ("square", "pad" or None) and ``image_backend``: "pil" (the default, bit
+            for bit v1's resampling) or "torchvision" (faster, differs by up to two grey levels).
 
     Raises:
         ValueError: unknown aspect ratio or backend.
@@ -65,7 +65,7 @@ class ImagePreprocess:
             pixel values [3, H, W].
 
         Raises:
-            ValueError: so narrow an image that bringing it to the tower's size would take gigabytes.
+            ValueError: the image is so narrow that resizing it would take gigabytes.
         """
         image = to_rgb(image)
         self._check_size(image.size)
@@ -78,7 +78,7 @@ class ImagePreprocess:
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def kept_share(self, size: tuple[int, int]) -> float:
-        """Share of an image of that width and height that the tower sees: 1 unless the processor crops."""
+        """Share of an image (width, height) that the tower sees: 1 unless the processor crops."""
         processor = self.image_processor
         if self.image_aspect_ratio == "pad" or not getattr(processor, "do_center_crop", False):
             return 1.0
@@ -102,27 +102,27 @@ class ImagePreprocess:
             pixels = scaled.get("shortest_edge", 0) ** 2 * max(size) / max(min(size), 1)
         if min(size) < 1 or pixels > _MOST_PIXELS:
             raise ValueError(
-                f"an image of {size[0]} x {size[1]} pixels is too narrow: on its way to the vision tower it would have "
+                f"an image of {size[0]} x {size[1]} pixels is too narrow: resized for the vision tower it would have "
                 f"{pixels / 1e6:,.0f} million; cut it into pieces or leave it out"
             )
 
     def _warn_about_crop(self, size: tuple[int, int]) -> None:
-        # Once a process, and not in a loader's workers: `check_data` and a training's start count the images concerned.
+        # Once per process, and not in a loader's workers: `check_data` and the start of a training count such images.
         if ImagePreprocess._warned_about_crop or get_worker_info() is not None:
             return
         kept = self.kept_share(size)
         if kept < LEAST_SHARE:
             ImagePreprocess._warned_about_crop = True
             logger.warning(
-                "The image processor %s cuts out the middle of an image, and of one of %d x %d pixels the model sees "
-                "%.0f %%; train with image_aspect_ratio 'pad' to show all of it (a trained model needs the one it was "
+                "The image processor %s crops the centre of an image; of one with %d x %d pixels the model sees "
+                "%.0f %%. Train with image_aspect_ratio 'pad' to show all of it (a trained model needs the one it was "
                 "trained with).",
                 *(type(self.image_processor).__name__, *size, 100 * kept),
             )
 
     @staticmethod
     def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-        """The image in the middle of a square of one colour, as wide as its longer side."""
+        """The image centred on a square of one colour, as wide as its longer side."""
         side = max(pil_img.size)
         if min(pil_img.size) == side:
             return pil_img
@@ -131,19 +131,19 @@ class ImagePreprocess:
         return square
 
     def makes_same_pixels(self, other: ImagePreprocess) -> bool:
-        """Whether another preprocessing makes the same of a wide, a high and a square image of noise."""
+        """Whether another preprocessing gives the same pixels for a wide, a high and a square image of noise."""
         noise = np.random.default_rng(0).integers(0, 256, (83, 61, 3), dtype=np.uint8)
         shapes = (noise, noise.transpose(1, 0, 2), noise[:61])
         pairs = [(self(image), other(image)) for image in map(Image.fromarray, shapes)]
         return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
     def blank(self) -> torch.Tensor:
-        """The image that stands where there is none: zeros [3, H, W], of the size that the processor makes."""
+        """The replacement for a missing image: zeros [3, H, W] in the processor's output size."""
         return torch.zeros_like(self(Image.new("RGB", (32, 32))))
 
 
 def _sides(size: Any) -> dict[str, int]:
-    """A processor's size as the sides that it names; nothing if it is not one of transformers' kind."""
+    """The sides that a processor's `size` names; empty if it is not in transformers' format."""
     try:
         return {name: side for name, side in dict(size).items() if side}
     except (TypeError, ValueError):
@@ -151,7 +151,7 @@ def _sides(size: Any) -> dict[str, int]:
 
 
 def _with_backend(image_processor: BaseImageProcessor, backend: str) -> BaseImageProcessor:
-    """The processor's twin of the wanted backend, where transformers has one; otherwise the processor itself."""
+    """The processor's variant with the given backend if transformers has one, otherwise the processor itself."""
     name = type(image_processor).__name__
     twin = name.removesuffix("Pil") + ("Pil" if backend == "pil" else "")
     if twin == name or type(image_processor) is not getattr(transformers, name, None):
@@ -160,16 +160,16 @@ def _with_backend(image_processor: BaseImageProcessor, backend: str) -> BaseImag
     if cls is None:
         return image_processor
     settings = image_processor.to_dict()
-    settings.pop("image_processor_type", None)  # names the class, which is what changes
+    settings.pop("image_processor_type", None)  # the name of the old class
     return cls(**settings)
 
 
 class _PilShortcut:
-    """What a PIL processor of transformers does, without its detours: resize, crop, and look the values up.
+    """A faster implementation of transformers' PIL processors: resize, crop, and look values up in a table.
 
-    More than half of a processor's time goes into copies and conversions around Pillow's resize. As a pixel has 256
-    values, rescaling and normalising is a table, and the processor itself fills it. The result is the processor's bit
-    for bit: `of` compares the two and gives no shortcut where they differ, so no kind of processor need be known here.
+    A processor spends more than half of its time on copies and conversions around Pillow's resize. A pixel has only 256
+    values, so rescaling and normalising is a table, which the processor itself fills. The result is bit for bit the
+    processor's: `of` compares the two and gives no shortcut if they differ, so any kind of processor works.
     """
 
     def __init__(self, processor: BaseImageProcessor) -> None:
@@ -182,7 +182,7 @@ class _PilShortcut:
 
     @classmethod
     def of(cls, processor: BaseImageProcessor) -> _PilShortcut | None:
-        """The processor's shortcut, None if there is none."""
+        """The shortcut for a processor, or None."""
         if getattr(processor, "backend", None) != "pil":
             return None
         noise = np.random.default_rng(0).integers(0, 256, (83, 61, 3), dtype=np.uint8)

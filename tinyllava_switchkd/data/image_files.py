@@ -1,4 +1,4 @@
-"""Image files: found inside their folder, decoded, and brought to RGB, or refused with a reason."""
+"""Image files: find them inside their folder, decode them to RGB, or refuse them with a reason."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 LEAST_SHARE = 0.75
-"""Of an image; where a processor's crop leaves less of one, `ImagePreprocess` warns."""
+"""If a crop leaves less than this share of an image, `ImagePreprocess` warns."""
 
 MAX_SCANS = 100
-"""Passes of a progressive JPEG. Encoders write about ten; each goes over all pixels, whatever the file's size."""
+"""Maximum passes of a progressive JPEG. Encoders write about ten; each costs time for all pixels, even in a small
+file."""
 
-_OUTSIDE = frozenset({"EPS"})  # Pillow would hand them to another program, Ghostscript
+_OUTSIDE = frozenset({"EPS"})  # Pillow would run another program, Ghostscript
 _BAND = 2**20  # pixels that are scaled at a time
-_WIDE_MODES = ("I", "F")  # and every mode that begins with "I;": more than 8 bits a pixel
-_LINKS = "; pass allow_outside_images to read it all the same"
+_WIDE_MODES = ("I", "F")  # with more than 8 bits per pixel, like all modes that begin with "I;"
 
 
 class BadImageError(ValueError):
-    """A file that is no image which can be read; the message is the reason alone, without the file's name."""
+    """An image file that cannot be read; the message is only the reason, without the file's name."""
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB; of several frames the first. EXIF orientation is not applied (v1's way).
+    """Decode the first frame of an image file to RGB. EXIF orientation is not applied, as in v1.
 
     Raises:
         FileNotFoundError: there is no such file.
-        BadImageError: it is empty, cut off, too large, or no image that Pillow reads.
+        BadImageError: it is empty, cut off, too large, or not an image that Pillow reads.
     """
     with opened(path) as image:
         return to_rgb(image)
 
 
 def read_upright(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB, turned as its camera noted (EXIF): what is shown to people, not what is trained on.
+    """Decode an image file to RGB with its EXIF orientation applied: for people, not for training.
 
     Raises:
         FileNotFoundError, BadImageError: as `read_image`.
@@ -51,14 +51,14 @@ def read_upright(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB (see `to_rgb`), turned as its camera noted (EXIF)."""
+    """Convert an image to RGB (see `to_rgb`) and apply its EXIF orientation."""
     turned = ImageOps.exif_transpose(image)
-    turned.format = image.format  # which a copy loses, and the range of wide grey values depends on
+    turned.format = image.format  # lost in the copy, but `to_rgb` depends on it
     return to_rgb(turned)
 
 
 def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
-    """Decode an image file; its width and height, and what of it is read otherwise than it is shown (a few words).
+    """Decode an image file; returns its (width, height), and in words what the model sees differently, or None.
 
     Raises:
         FileNotFoundError, BadImageError: as `read_image`.
@@ -78,7 +78,7 @@ def look_at(path: str | os.PathLike[str]) -> tuple[tuple[int, int], str | None]:
 
 
 def image_problem(image: str | os.PathLike[str] | bytes) -> str | None:
-    """Why an image file, or the bytes of one, does not decode; None if it does."""
+    """Why an image file (or its bytes) does not decode; None if it does."""
     try:
         with opened(image) as one:
             one.load()
@@ -89,18 +89,18 @@ def image_problem(image: str | os.PathLike[str] | bytes) -> str | None:
 
 @contextlib.contextmanager
 def opened(image: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
-    """An open image file, or the bytes of one; whatever its decoder raises is a `BadImageError` that says why.
+    """Open an image file or its bytes; all errors of its decoder become a `BadImageError` with the reason.
 
-    Neither a pipe is waited for nor another program started, and a JPEG of very many passes is refused.
+    Never waits for a pipe or starts another program, and refuses a JPEG with very many passes.
 
     Raises:
         FileNotFoundError, BadImageError: as `read_image`.
     """
     try:
         if not isinstance(image, bytes) and not stat.S_ISREG(kind := os.stat(image).st_mode):
-            raise BadImageError("it is a folder" if stat.S_ISDIR(kind) else "it is no file but a pipe or a device")
+            raise BadImageError("it is a folder" if stat.S_ISDIR(kind) else "it is not a file but a pipe or a device")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `look_at` tells of it
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `look_at` reports it
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as one:
                 if one.format in ("JPEG", "MPO") and scans(image) > MAX_SCANS:
                     raise BadImageError(f"it is a JPEG in more than {MAX_SCANS} passes, each of which costs time")
@@ -112,7 +112,7 @@ def opened(image: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
 
 
 def scans(image: str | os.PathLike[str] | bytes) -> int:
-    """Passes that a JPEG file, or the bytes of one, claims to have; in one with a preview, of both together."""
+    """Number of passes that a JPEG file (or its bytes) claims to have, including those of a preview."""
     if not isinstance(image, bytes):
         with open(image, "rb") as file:
             image = file.read()
@@ -126,15 +126,15 @@ def _formats() -> list[str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, 8 bits a channel.
+    """Convert an image of any mode to RGB with 8 bits per channel.
 
-    What has 8 bits is converted as Pillow does (transparency is dropped, as in v1). Pillow cuts wider grey values off
-    at 255, which makes an image of 16 bits white and one of floating point numbers from 0 to 1 black; here they are
-    scaled: 16 bits by their full range, others by the first of the ranges 0 to 1, 0 to 255 and 0 to 65535 that holds
-    them, or else by their own.
+    Images with 8 bits are converted by Pillow (transparency is dropped, as in v1). Pillow clips wider grey values at
+    255, which makes a 16-bit image white and a floating-point image from 0 to 1 black. Here they are scaled: 16 bits by
+    their full range, others by the first of the ranges 0 to 1, 0 to 255 and 0 to 65535 that contains all values,
+    otherwise by their own range.
 
     Raises:
-        BadImageError: no colours can be made of the mode (such as LAB).
+        BadImageError: the mode cannot be converted (such as LAB).
     """
     if image.mode in _WIDE_MODES or image.mode.startswith("I;"):
         image = Image.fromarray(_eight_bits(image))
@@ -145,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey values [H, W] of 8 bits of an image that has more; beside these it takes little memory."""
+    """8-bit grey values [H, W] of an image with wider ones, computed in bands to save memory."""
     values = np.asarray(image)
     rows = max(1, _BAND // max(image.width, 1))
     bands = [slice(first, first + rows) for first in range(0, len(values), rows)]
@@ -175,7 +175,7 @@ def _reason(image: str | os.PathLike[str] | bytes, error: Exception) -> str:
         if (len(image) if isinstance(image, bytes) else os.path.getsize(image)) == 0:
             return "it is empty (0 bytes)"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is {_kind_of(image)} and no image that Pillow can read"
+        return f"it is {_kind_of(image)} and not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError):
         return f"it is too large to be decoded safely: {error}"
     known = isinstance(error, (OSError, ValueError, SyntaxError))
@@ -183,7 +183,7 @@ def _reason(image: str | os.PathLike[str] | bytes, error: Exception) -> str:
 
 
 def _kind_of(image: str | os.PathLike[str] | bytes) -> str:
-    """What a file that is no image looks like."""
+    """The kind of a file that is not an image, in words."""
     if isinstance(image, bytes):
         head = image[:512]
     else:
@@ -202,14 +202,14 @@ def _kind_of(image: str | os.PathLike[str] | bytes) -> str:
 
 
 class ImageFolder:
-    """The folder that a data file's images lie in, and nothing outside it.
+    """The folder with a data file's images; files outside it are refused.
 
-    A data file is often somebody else's, and so are the archives that fill the folder: neither chooses which files of
-    this machine are read.
+    Data files and archives of images often come from other people, who must not choose which files of this machine are
+    read.
 
     Args:
-        root: the folder; names start from the current one if it is None or empty.
-        allow_outside: read what lies elsewhere, too: absolute names, ``..`` and symbolic links that lead out.
+        root: the folder; None or empty means the current folder.
+        allow_outside: also read files outside the folder: absolute names, ``..`` and symbolic links that lead out.
     """
 
     def __init__(self, root: str | None, allow_outside: bool = False) -> None:
@@ -219,10 +219,10 @@ class ImageFolder:
         self._real = functools.lru_cache(maxsize=65536)(os.path.realpath)
 
     def path(self, name: str) -> str:
-        """Where the image of that name lies.
+        """Path of an image.
 
         Raises:
-            BadImageError: outside the folder.
+            BadImageError: it is outside the folder.
         """
         path = os.path.join(self.root, name)
         if not self.allow_outside:
@@ -238,27 +238,30 @@ class ImageFolder:
         try:
             real = self._real(path or os.curdir)
         except (OSError, ValueError) as error:  # a name that no file can have, or links in a circle
-            return f"it is no name of a file ({error})"
+            return f"it is not a valid file name ({error})"
         if real == self._real_root or real.startswith(os.path.join(self._real_root, "")):
             return None
-        return f"it lies outside the image folder {self.root or os.curdir}, at {real}" + _LINKS
+        return (
+            f"it lies outside the image folder {self.root or os.curdir}, at {real}; pass allow_outside_images to read "
+            f"it anyway"
+        )
 
 
 def missing_and_outside(folder: ImageFolder, names: dict[str, set[str]]) -> Iterator[tuple[str, str | None]]:
-    """The files that are not there, or not in the folder.
+    """The files that do not exist, or are outside the folder.
 
-    Folders are listed, which asks a network file system one question where a look-up of each file asks thousands.
+    Lists whole folders, which on a network file system is one request instead of thousands.
 
     Args:
-        folder: what the names start from.
-        names: file names by folder.
+        folder: the image folder.
+        names: sub-folder -> file names.
 
     Yields:
-        path, and why the file may not be read, None if it does not exist.
+        path, and why the file may not be read, or None if it does not exist.
     """
     for parent, files in names.items():
         path = os.path.join(folder.root, parent)
-        links: dict[str, bool] = {}  # what is there, and whether it is a link
+        links: dict[str, bool] = {}  # existing file -> whether it is a link
         try:
             folder.path(os.path.join(parent, "x"))
             with os.scandir(path or os.curdir) as listing:

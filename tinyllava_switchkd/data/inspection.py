@@ -1,4 +1,4 @@
-"""What is wrong with a data file, found out before training on it."""
+"""Check a data file for problems before training on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyllava_switchkd.data.template import TemplateFactory, check_template
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject
 
-if TYPE_CHECKING:  # a look at a file that needs neither tokenizer nor processor need not wait for torch
+if TYPE_CHECKING:  # checking a file without tokenizer and processor does not import torch
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
     from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset
@@ -30,36 +30,36 @@ MISSING_IMAGES = "image(s) that do not exist"
 OUTSIDE_IMAGES = "image(s) outside the image folder"
 BROKEN_IMAGES = "image(s) that cannot be read"
 DECODE = ("sample", "all", "none")
-"""Which images are decoded when data is looked over."""
+"""Which images are decoded: some of them, all, or none."""
 
-_SHOWN = 10  # cases of a kind that a report spells out
+_SHOWN = 10  # examples per kind in a report
 _DECODED_AT_ONCE = 64
 _ENCODED = 2000  # samples that are tokenised
-_DECODED = 256  # images that are decoded of a sample of them
+_DECODED = 256  # images that "sample" decodes
 _NEAR_IMAGE_KEYS = ("images", "image_path", "img", "picture", "video")
 
 
 @dataclass
 class Cases:
-    """How often something was found, and the first cases of it."""
+    """How often something was found, and the first examples."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, case: str) -> None:
         self.count += 1
-        if len(self.examples) < _SHOWN:  # names of files may hold what no terminal prints
+        if len(self.examples) < _SHOWN:  # file names may contain characters that cannot be printed
             self.examples.append(case.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n"))
 
 
 @dataclass
 class DataReport:
-    """What a look at a data file has found.
+    """The result of checking a data file.
 
     Attributes:
-        counts: figures, by what they count.
-        problems: what keeps the file from being trained on, by kind.
-        warnings: what is probably not meant, by kind.
+        counts: what was counted -> number.
+        problems: kind -> cases that make training impossible.
+        warnings: kind -> cases that are probably not intended.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -72,22 +72,22 @@ class DataReport:
         return not self.problems
 
     def problem(self, kind: str, case: str) -> None:
-        """Note a case of a problem."""
+        """Add a case to `problems`."""
         self.problems.setdefault(kind, Cases()).add(case)
 
     def warning(self, kind: str, case: str) -> None:
-        """Note a case of what is probably not meant."""
+        """Add a case to `warnings`."""
         self.warnings.setdefault(kind, Cases()).add(case)
 
     def raise_problems(self, data_path: str) -> None:
         """Raise the problems, if there are any.
 
         Raises:
-            ValueError: in one sentence, with the first case of every kind.
+            ValueError: with the first case of every kind.
         """
         if self.problems:
             found = "; ".join(f"{cases.count:,} {kind}: {cases.examples[0]}" for kind, cases in self.problems.items())
-            raise ValueError(f"The data {data_path} cannot be trained on. It has {found}")
+            raise ValueError(f"The data {data_path} cannot be used for training. It has {found}")
 
     def __str__(self) -> str:
         lines = [f"{count:>12,}  {name}" for name, count in self.counts.items()]
@@ -102,10 +102,10 @@ class DataReport:
 
 
 class DataChecker:
-    """Collects the problems of records that are shown to it one by one (as the `visit` of `Records`).
+    """Collects the problems of the records that it is called with, as the `visit` of `Records`.
 
     Args:
-        template: name of the conversation template that is going to be used.
+        template: name of the conversation template of the training.
     """
 
     def __init__(self, template: str) -> None:
@@ -117,7 +117,7 @@ class DataChecker:
         self._without_answer = 0
 
     def __call__(self, index: int, record: JsonObject) -> None:
-        """Look at one record."""
+        """Check one record."""
         where = f"sample {index} (id {str(record.get('id'))[:80]!a})"
         names, turns = images_of(record, where), record["conversations"]
         counts = self.report.counts
@@ -143,20 +143,19 @@ class DataChecker:
             self.names.setdefault(folder, set()).add(file)
 
     def _look_at_turns(self, turns: Sequence[Message], where: str) -> None:
-        """What v1 reads without a word, and means nothing good."""
+        """Warn about turns that v1 accepts silently but that are probably mistakes."""
         questions, answers = self.template.get_list_from_message(turns)
         if len(turns) % 2:
             self.report.warning(
-                "sample(s) whose first turn, not the human's, is left out (as in v1)",
+                "sample(s) whose first turn is not the human's and is dropped (as in v1)",
                 f"{where}, from {turns[0]['from']!r}",
             )
         if not any(answer and answer.strip() for answer in answers):
             self._without_answer += 1
-            self.report.warning("sample(s) whose answers are all empty, which teach to say nothing", where)
+            self.report.warning("sample(s) whose answers are all empty, which teaches the model to say nothing", where)
         if len(questions) > 1 and not self._keeps_questions:
             self.report.warning(
-                "sample(s) of several rounds, whose questions are thrown away and whose answers are joined (template "
-                "pretrain)",
+                "sample(s) with several rounds; the template pretrain drops their questions and joins their answers",
                 where,
             )
         if any(answer and DEFAULT_IMAGE_TOKEN in answer for answer in answers):
@@ -165,12 +164,12 @@ class DataChecker:
     def _look_at_keys(self, record: JsonObject, names: list[str], where: str) -> None:
         identity = record.get("id")
         if identity is not None and not isinstance(identity, str | int):
-            self.report.warning("sample(s) whose id is neither a text nor a whole number", where)
+            self.report.warning("sample(s) whose id is neither a string nor an integer", where)
         elif identity is not None:
             known = len(self._ids)
             self._ids.add(hash(str(identity)))
             if len(self._ids) == known:
-                self.report.warning("sample(s) whose id an earlier one has as well", where)
+                self.report.warning("sample(s) with the id of an earlier one", where)
         near = [key for key in _NEAR_IMAGE_KEYS if key in record]
         if near and not names:
             self.report.warning(f"sample(s) with {near[0]!r}, which is not read: the key of images is 'image'", where)
@@ -182,23 +181,23 @@ class DataChecker:
         preprocess: ImagePreprocess | None = None,
         allow_outside: bool = False,
     ) -> DataReport:
-        """Look at the images and sum up.
+        """Check the images and return the report.
 
         Args:
-            image_folder: where the names of images start from.
-            decode: which images are decoded: "sample" (some, spread over all), "all" (which takes as long as reading
-                them all) or "none".
-            preprocess: what prepares the images; if given, those of which it cuts away more than a quarter are counted.
+            image_folder: folder to which image names are relative.
+            decode: which images are decoded: "sample" (some, evenly spread), "all" (as slow as reading them all) or
+                "none".
+            preprocess: preprocessing of the images; if given, images that lose more than a quarter are counted.
             allow_outside: see `ImageFolder`.
 
         Raises:
             ValueError: `decode` is something else.
         """
         if decode not in DECODE:
-            raise ValueError(f"decode is one of {', '.join(DECODE)}, not {decode!r}.")
+            raise ValueError(f"decode must be one of {', '.join(DECODE)}, not {decode!r}.")
         counts, report = self.report.counts, self.report
         if counts["samples"] and self._without_answer == counts["samples"]:
-            report.problem("samples, which are all of them, without an answer to learn", "every answer is empty")
+            report.problem("samples (all of them) without an answer to learn", "every answer is empty")
         counts["different images"] = sum(map(len, self.names.values()))
         folder = ImageFolder(image_folder, allow_outside)
         unreadable = dict(sorted(missing_and_outside(folder, self.names)))
@@ -227,8 +226,8 @@ class DataChecker:
                 share = 1.0 if preprocess is None else preprocess.kept_share(size)
                 if share < LEAST_SHARE:
                     report.warning(
-                        "image(s) of which the processor's crop drops more than a quarter; image_aspect_ratio 'pad' "
-                        "shows all",
+                        "image(s) that lose more than a quarter by the processor's crop; image_aspect_ratio 'pad' "
+                        "keeps all",
                         f"{path}, {size[0]} x {size[1]}: {share:.0%} is seen",
                     )
         return report
@@ -247,23 +246,23 @@ def check_data(
     decode: str = "sample",
     allow_outside_images: bool = False,
 ) -> DataReport:
-    """Look a data file over: its form, the order of its turns, the places of its images, and the images themselves.
+    """Check a data file: its format, the order of its turns, the placeholders of its images, and the images.
 
     Args:
         data_path: a LLaVA JSON or JSON lines.
-        image_folder: where the names of images start from.
-        template: name of the conversation template that is going to be used.
-        tokenizer: if given, the template is checked against it and some samples are encoded, to see how long they are
-            and what the cut leaves of them.
-        image_processor: if given, images of which it cuts away more than a quarter are counted.
+        image_folder: folder to which image names are relative.
+        template: name of the conversation template of the training.
+        tokenizer: if given, the template is checked against it, and some samples are encoded to measure their lengths
+            and what truncation leaves of them.
+        image_processor: if given, images that lose more than a quarter by its crop are counted.
         image_aspect_ratio: "square" or "pad", see `ImagePreprocess`.
-        num_image_tokens: tokens an image takes after the connector, 1 if None.
-        model_max_length: where samples are cut, the tokenizer's if None.
+        num_image_tokens: tokens per image after the connector, 1 if None.
+        model_max_length: length to which samples are truncated, the tokenizer's if None.
         decode: which images are decoded, see `DataChecker.finish`.
         allow_outside_images: see `ImageFolder`.
 
     Returns:
-        the report; what is wrong with the data is in it and not raised.
+        the report; problems of the data are not raised.
 
     Raises:
         ValueError: unknown template, aspect ratio or `decode`.
@@ -300,11 +299,11 @@ def check_data(
 def _note_lengths(
     report: DataReport, records: Records, tried: Sequence[tuple[int, int, int, int]], longest: int
 ) -> None:
-    """Count what `encode_some` has found, and warn of samples that the cut leaves without an answer."""
+    """Add the results of `encode_some` to a report, and warn of samples that truncation leaves without an answer."""
     for index, tokens, _, kept in tried:
         if not kept:
             report.warning(
-                f"sample(s) of {_ENCODED:,} tried with no answer left after the cut to {longest} tokens",
+                f"sample(s) of {_ENCODED:,} tried with no answer left after truncation to {longest} tokens",
                 f"sample {index} (id {records[index].get('id')!r}): {tokens} tokens",
             )
     if tried:
@@ -321,10 +320,10 @@ def _note_lengths(
 def encode_some(
     records: Records, text: TextPreprocess, collator: DataCollatorForSupervisedDataset, count: int
 ) -> list[tuple[int, int, int, int]]:
-    """Encode samples spread over the file; those that cannot be are noted when they are read.
+    """Encode samples that are evenly spread over the file; skips invalid ones, which `DataChecker` reports.
 
     Returns:
-        of each its index, its tokens, how many of these are learned, and how many of them after the cut.
+        for each sample its index, its tokens, how many of these are supervised, and how many after truncation.
     """
     found = []
     for index in range(0, len(records), max(1, len(records) // count)):
@@ -341,7 +340,7 @@ def encode_some(
 
 
 def _look_at_all(paths: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, int], str | None] | str]]:
-    """Decode images, as many at a time as there are processors: what `look_at` says, or why it cannot."""
+    """Decode images in parallel; yields each path with the result of `look_at`, or its error as a string."""
     rest = iter(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(islice(rest, _DECODED_AT_ONCE * (os.cpu_count() or 1))):

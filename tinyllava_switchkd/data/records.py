@@ -1,8 +1,8 @@
-"""LLaVA's JSON without its weight: the file stays where it is, and a record is parsed when it is asked for.
+"""Read LLaVA's JSON with little memory: the file stays on disk, and records are parsed on access.
 
-Mix-665k as a list of dicts takes several gigabytes of Python objects in every rank, and a forked worker copies them
-page by page as it touches their reference counts. Here the file is mapped into memory (its pages are shared by all
-ranks and workers of a machine), and one pass over it leaves a few numbers per record.
+Mix-665k as a list of dicts takes several gigabytes of Python objects in every rank, and a forked worker copies these
+when it touches their reference counts. Here the file is memory-mapped, so that all ranks and workers of a machine share
+its pages, and one pass over it stores a few numbers per record.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ import numpy as np
 from tinyllava_switchkd.io import JsonObject
 
 _WINDOW = 4 << 20  # bytes read at a time
-_LONGEST_RECORD = 64 << 20  # bytes; beyond it a record counts as malformed
+_LONGEST_RECORD = 64 << 20  # bytes; a longer record counts as malformed
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Records:
-    """The records of a LLaVA data file, a JSON list or JSON lines (told apart by the first character).
+    """The records of a LLaVA data file, a JSON list or JSON lines (distinguished by the first character).
 
     Args:
         path: the file.
-        visit: called with (index, record) of every record while the file is read, for whoever needs another figure
-            of all of them.
+        visit: called with (index, record) for every record while the file is read.
 
     Attributes:
-        words: words in all turns of a record [N], as v1 counts them for grouping by length.
-        num_images: images of a record [N].
+        words: [N] words in all turns of each record, as v1 counts them for grouping by length.
+        num_images: [N] images of each record.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON or a record not LLaVA's, with the record and the place.
+        ValueError: the file is not JSON, or a record is not in LLaVA's format; names the record and the place.
     """
 
     def __init__(self, path: str | os.PathLike[str], visit: Callable[[int, JsonObject], None] | None = None):
@@ -46,7 +45,7 @@ class Records:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no data file {self.path}; give the path of a LLaVA JSON (data_path).")
         offsets, words, num_images, repeated = [], [], [], []
-        known: set[int] = set()  # hashes take a tenth of the memory that the texts would
+        known: set[int] = set()  # hashes, which take a tenth of the memory of the strings
         for index, (start, end, record) in enumerate(scan(self.path)):
             where = f"Record {index} of {self.path}"
             offsets.append((start, end))
@@ -78,10 +77,9 @@ class Records:
         return json.loads(self._map[start:end])
 
     def id_of(self, index: int, record: JsonObject | None = None) -> str:
-        """A name for a record that no other record of the file has.
+        """A unique name of a record: its "id" as a string, or its index if it has none.
 
-        It is the record's "id" as a text, its index if there is none. LLaVA's own files use an id several times; from
-        the second time on it is followed by ``#`` and the index.
+        LLaVA's own files use some ids several times; from the second time on, ``#`` and the index are appended.
         """
         name = _id_in(self[index] if record is None else record, index)
         return f"{name}#{index}" if index in self._repeated else name
@@ -90,7 +88,7 @@ class Records:
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_map": None}  # a worker that is spawned maps the file itself
+        return {**self.__dict__, "_map": None}  # a spawned worker maps the file itself
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -114,7 +112,7 @@ def images_of(record: JsonObject, where: str) -> list[str]:
     if isinstance(images, str):
         images = [images]
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise ValueError(f"{where}: 'image' is the name of a file or a list of them, not {record['image']!r}.")
+        raise ValueError(f"{where}: 'image' must be a file name or a list of file names, not {record['image']!r}.")
     return images
 
 
@@ -123,7 +121,7 @@ def _count_words(record: JsonObject, where: str) -> int:
         return sum([len(turn["value"].split()) for turn in record["conversations"]])
     except (TypeError, KeyError, AttributeError):
         raise ValueError(
-            f"{where}: 'conversations' is a list of {{'from': 'human' or 'gpt', 'value': text}}, "
+            f"{where}: 'conversations' must be a list of {{'from': 'human' or 'gpt', 'value': text}}, "
             f"not {str(record.get('conversations'))[:80]!r}."
         ) from None
 
@@ -131,7 +129,7 @@ def _count_words(record: JsonObject, where: str) -> int:
 def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
     """Read a JSON list of objects, or JSON lines, object by object.
 
-    The file is looked through as Latin-1, in which a character is a byte; what is special to JSON is the same there.
+    The file is scanned as Latin-1, in which a character is a byte. JSON's syntax consists of ASCII characters only.
 
     Yields:
         the first and the last byte (exclusive) of an object, and the object.
@@ -164,7 +162,7 @@ def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
             where = f"{path}: record {count}, at byte {start},"
             if character != "{":
                 raise ValueError(
-                    f"{where} is no object but begins with {character!r}; a LLaVA JSON is a list of objects."
+                    f"{where} is not an object but begins with {character!r}; a LLaVA JSON is a list of objects."
                 )
             while True:
                 try:
@@ -176,23 +174,23 @@ def scan(path: str) -> Iterator[tuple[int, int, JsonObject]]:
                 except RecursionError:
                     raise ValueError(f"{where} is nested too deeply to be read.") from None
                 except json.JSONDecodeError as error:
-                    place = start + error.pos - text.position  # in this window, which growing moves
+                    place = start + error.pos - text.position  # before `grow` moves the window
                     if not text.grow():
                         raise ValueError(f"{where} is not JSON: {error.msg} (at byte {place}).") from None
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where} is not in UTF-8 ({error.reason}); save the file as UTF-8.") from None
-                except ValueError as error:  # a number of thousands of digits
+                except ValueError as error:  # a number with thousands of digits
                     raise ValueError(f"{where} cannot be read: {error}.") from None
             text.position = end
             yield start, text.byte, record
             count += 1
         text.position += 1
         if is_list and text.skip_space():
-            raise ValueError(f"{path} goes on after the end of its list, at byte {text.byte}.")
+            raise ValueError(f"{path} continues after the end of its list, at byte {text.byte}.")
 
 
 class _Window:
-    """A part of a file, a character a byte, that moves along with `position`."""
+    """A part of a file, one character per byte, that moves along with `position`."""
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self._path = path
@@ -201,16 +199,16 @@ class _Window:
         self.text = ""
         self.position = 0
         self.grow()
-        if self.text.startswith("\xef\xbb\xbf"):  # the mark that some editors write
+        if self.text.startswith("\xef\xbb\xbf"):  # a byte-order mark
             self.position = 3
 
     @property
     def byte(self) -> int:
-        """Where in the file the current character is."""
+        """Offset of the current character in the file."""
         return self._start + self.position
 
     def skip_space(self) -> str:
-        """Move on to the next character that is no white space and return it, '' at the end of the file."""
+        """Move to the next character that is not whitespace and return it; '' at the end of the file."""
         while True:
             space = _SPACE.match(self.text, self.position)
             assert space is not None  # it may be empty
@@ -221,11 +219,11 @@ class _Window:
                 return ""
         character = self.text[self.position : self.position + 4].encode("latin-1").decode(errors="replace")[0]
         if character == "\ufffd":
-            raise ValueError(f"{self._path} is no JSON in UTF-8 (byte {self.byte}); save it as UTF-8.")
+            raise ValueError(f"{self._path} is not JSON in UTF-8 (byte {self.byte}); save it as UTF-8.")
         return character
 
     def grow(self) -> bool:
-        """Drop what lies behind the current character and read on; False if there is no more to read."""
+        """Drop the characters before the current one and read more; False if there is nothing more to read."""
         if len(self.text) - self.position > _LONGEST_RECORD:
             return False
         chunk = self._file.read(_WINDOW)

@@ -1,4 +1,4 @@
-"""The order of the samples: batches of like lengths and of one modality (v1, ``train/tinyllava_trainer.py``)."""
+"""Sampling order: batches of similar lengths and one modality (v1, ``train/tinyllava_trainer.py``)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch.utils.data import Sampler
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Random order in which every optimiser step gets samples of about one length, and of one modality if asked.
+    """Random order in which the samples of an optimiser step have similar lengths and, if asked for, one modality.
 
-    A megabatch is what one optimiser step takes over all ranks, ``world_size * gradient_accumulation_steps`` batches.
-    Samples are shuffled, cut into pools, sorted by length inside a pool and cut into megabatches; inside a megabatch
-    they are dealt out so that every batch is about equally long; then the megabatches are shuffled. With
-    `group_by_modality` samples with and without images never share a megabatch, except in what is left over at the
-    end. ``pool=1`` is v1's order, which balances the ranks but pads as much as a random one.
+    A megabatch is one optimiser step over all ranks, ``world_size * gradient_accumulation_steps`` batches. Samples are
+    shuffled and divided into pools. Each pool is sorted by length and divided into megabatches, whose samples are
+    distributed so that all batches have about the same total length. Then the megabatches are shuffled. With
+    `group_by_modality` samples with and without images never share a megabatch, except among those left over at the
+    end. ``pool=1`` is v1's order, which balances the ranks but pads as much as a random order.
 
-    The order depends on nothing but the lengths, the seed and the epoch, so that a resumed run goes on where it was.
+    The order depends only on the lengths, the seed and the epoch, so a resumed run continues where it stopped.
 
     Args:
-        batch_size: samples a rank takes at a time.
+        batch_size: samples per batch of a rank.
         world_size: number of ranks.
-        lengths: length of every sample; with `group_by_modality` negative for one without images.
+        lengths: length of every sample; with `group_by_modality` negative for a sample without images.
         group_by_modality: keep samples with and without images apart.
-        gradient_accumulation_steps: batches a rank takes for one optimiser step.
-        seed: with the epoch, what the order is drawn from.
+        gradient_accumulation_steps: batches per rank and optimiser step.
+        seed: determines the order, together with the epoch.
         pool: megabatches that are sorted together.
 
     Raises:
@@ -44,7 +44,7 @@ class LengthGroupedSampler(Sampler[int]):
     ) -> None:
         self.lengths = torch.as_tensor(lengths, dtype=torch.long)
         if (self.lengths == 0).any() or (not group_by_modality and (self.lengths < 0).any()):
-            raise ValueError("Lengths are positive, or negative for samples without images if grouped by modality.")
+            raise ValueError("Lengths must be positive (with group_by_modality, negative for samples without images).")
         self.group_by_modality = group_by_modality
         self.chunks = world_size * gradient_accumulation_steps
         self.megabatch = batch_size * self.chunks
@@ -53,7 +53,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is drawn next."""
+        """Set the epoch of the next order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class LengthGroupedSampler(Sampler[int]):
         yield from leftover
 
     def _megabatches(self, group: torch.Tensor, generator: torch.Generator) -> tuple[list[list[int]], list[int]]:
-        """Whole megabatches of samples of like length, and the samples that make no whole one."""
+        """Complete megabatches of samples with similar lengths, and the remaining samples."""
         group = group[torch.randperm(len(group), generator=generator)]
         whole = len(group) - len(group) % self.megabatch
         megabatches = []
@@ -87,7 +87,7 @@ class LengthGroupedSampler(Sampler[int]):
         return megabatches, rest[self.lengths[rest].abs().argsort(descending=True, stable=True)].tolist()
 
     def _deal(self, megabatch: list[int]) -> list[int]:
-        """Deal a megabatch, longest first, into equally many samples per batch and about equal lengths in all."""
+        """Distribute a megabatch, sorted longest first, to batches of equal size and about equal total length."""
         size = len(megabatch) // self.chunks
         batches: list[list[int]] = [[] for _ in range(self.chunks)]
         totals = [0] * self.chunks

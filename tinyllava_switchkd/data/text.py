@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DataSettings(Protocol):
-    """The data arguments that every data set needs; the optional ones are told by `LazySupervisedDataset`."""
+    """The required data arguments; `LazySupervisedDataset` lists the optional ones."""
 
     @property
     def data_path(self) -> str: ...
@@ -33,7 +33,7 @@ class TextPreprocess:
     Args:
         tokenizer: the language model's tokenizer.
         template: name of a conversation template, see `TemplateFactory`.
-        eos_token_ids: the ids that generation stops at, the tokenizer's eos if None; see `check_template`.
+        eos_token_ids: the ids that end generation, the tokenizer's eos if None; see `check_template`.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class TextPreprocess:
         self.template = TemplateFactory(template)()
         if "num_images" not in inspect.signature(self.template.encode).parameters:
             raise ValueError(
-                f"The conversation template {template!r} has TinyLLaVA's encode; give it the argument num_images, the "
-                f"number of a sample's images, None if they are not to be counted."
+                f"The conversation template {template!r} has TinyLLaVA v1's encode; add the argument num_images, the "
+                f"number of the sample's images or None if unknown."
             )
         self._checked = False
 
@@ -54,16 +54,16 @@ class TextPreprocess:
         """Encode a conversation.
 
         Args:
-            messages: ``{"from": "human" | "gpt", "value": text}`` in turn.
-            mode: "train" for labels, "eval" for the text up to the answer that is to be generated (its value None).
-            num_images: images the conversation comes with; see `Template.encode`.
+            messages: alternating turns ``{"from": "human" | "gpt", "value": text}``.
+            mode: "train" for labels; "eval" for the prompt of an answer to be generated (its value is None).
+            num_images: number of images; see `Template.encode`.
 
         Returns:
             ``{"input_ids": [T], "labels": [T]}`` or, for "eval", ``{"input_ids": [T], "prompt": text}``.
 
         Raises:
-            ValueError: the template does not fit the tokenizer ("train" only: nothing else has an end to learn), or
-                the conversation does not fit the template.
+            ValueError: the template does not fit the tokenizer (checked for "train" only), or the conversation does
+                not fit the template.
         """
         if mode == "train" and not self._checked:
             check_template(self.tokenizer, self.template_name, self.eos_token_ids)
@@ -71,6 +71,6 @@ class TextPreprocess:
         return self.template.encode(messages, self.tokenizer, mode, num_images=num_images)
 
     def prompt_ids(self, question: str, num_images: int = 1) -> Tensor:
-        """Token ids [T] of a question up to its answer, in front an `IMAGE_TOKEN_INDEX` for each of its images."""
+        """Token ids [T] of a prompt with a question and its images, each an `IMAGE_TOKEN_INDEX`."""
         messages = exchange(f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + question)
         return self(messages, mode="eval", num_images=num_images)["input_ids"]

@@ -1,4 +1,4 @@
-"""Conversation templates: `TemplateFactory`, `register_template` and the built-in ones."""
+"""Conversation templates: `TemplateFactory`, `register_template` and the built-in templates."""
 
 from tinyllava_switchkd.data.template.base import (
     EmptyFormatter,
@@ -11,7 +11,7 @@ from tinyllava_switchkd.data.template.base import (
     register_template,
 )
 
-from . import conversations  # noqa: F401  # they register themselves
+from . import conversations  # noqa: F401  # registers the templates
 
 __all__ = [
     "EmptyFormatter",

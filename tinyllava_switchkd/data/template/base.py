@@ -1,9 +1,9 @@
 """The conversation template: messages to token ids and labels (TinyLLaVA v1, ``data/template/base.py``).
 
-The strings, the token ids and, wherever v1's are right, the labels are v1's. How the labels come about is not: v1
-tokenises every round a second time and counts, which fails (and then silently drops the sample) on answers that
-contain a separator or an end-of-answer string, and on tokenizers that count otherwise. Here the prompt is tokenised
-once, and a token is learned if the character it starts at lies in an answer.
+The strings, the token ids and, where v1's are right, the labels are v1's. The labels are computed differently. v1
+tokenises every round a second time and counts tokens. This fails, and silently drops the sample, if an answer contains
+a separator or an end-of-answer string, or if the tokenizer splits a round differently. Here the prompt is tokenised
+once, and a token is learned if its first character is in an answer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, str | None]
-"""One turn of a conversation: ``{"from": "human" | "gpt", "value": text}``, None for an answer to be generated."""
+"""One turn of a conversation: ``{"from": "human" | "gpt", "value": text}``; None for an answer to be generated."""
 
 
 def exchange(question: str, answer: str | None = None) -> list[Message]:
-    """A question and its answer; None for one that is to be generated."""
+    """A question and its answer, which is None if it is to be generated."""
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-# A literal "<image>" that is text and not an image's place is carried through `prompt` in this disguise. It holds a
-# Unicode noncharacter, which no text contains, and has the same length, so that offsets into the prompt stay true.
+# Replaces an "<image>" that is text and not a placeholder while `prompt` is built. It contains a Unicode noncharacter,
+# which does not occur in text, and has the same length, so that offsets into the prompt stay valid.
 _LITERAL_IMAGE_TOKEN = "<\ufdd0mage>"
 
 _HUMAN = ("human", "user")
@@ -50,11 +50,11 @@ def _reveal(text: str) -> str:
     return text.replace(_LITERAL_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN)
 
 
-# eq=False keeps the identity hash, which is what lets a template of v1's style give a formatter as a plain dataclass
-# default (``format_user: "Formatter" = StringFormatter(...)``): since Python 3.11 a dataclass refuses unhashable ones.
+# eq=False keeps the identity hash, because since Python 3.11 a dataclass refuses unhashable defaults. Templates in v1's
+# style have formatters as defaults (``format_user: "Formatter" = StringFormatter(...)``).
 @dataclass(eq=False)
 class Formatter(ABC):
-    """A slot that is turned into text (or, for a separator, into a pair of texts)."""
+    """Turns a slot into a text (or, for a separator, into a pair of texts)."""
 
     slot: Any = ""
 
@@ -65,7 +65,7 @@ class Formatter(ABC):
 
 @dataclass(eq=False)
 class EmptyFormatter(Formatter):
-    """A slot without fields: whatever it is given, it returns the slot."""
+    """A slot without fields, which is returned unchanged."""
 
     def apply(self, **kwargs: str | None) -> Any:
         return self.slot
@@ -75,9 +75,9 @@ class EmptyFormatter(Formatter):
 class StringFormatter(Formatter):
     """A text with one ``{{content}}`` field.
 
-    ``apply(content=None)`` is the text that precedes an answer yet to be generated: v1 cuts the slot at its first
-    colon (``"ASSISTANT: {{content}}</s>"`` -> ``"ASSISTANT:"``). A slot without a colon before the field is cut at
-    the field, spaces stripped.
+    ``apply(content=None)`` is the text before an answer to be generated. As in v1, the slot is cut after its first
+    colon (``"ASSISTANT: {{content}}</s>"`` -> ``"ASSISTANT:"``). Without a colon before the field it is cut at the
+    field and stripped of spaces.
     """
 
     def apply(self, **kwargs: str | None) -> str:
@@ -93,7 +93,7 @@ class StringFormatter(Formatter):
                 before = self.slot.partition(field)[0]
                 return before.partition(":")[0] + ":" if ":" in before else before.rstrip(" ")
             if not isinstance(value, str):
-                raise TypeError(f"A turn of a conversation is a text, not {value!r}.")
+                raise TypeError(f"A turn of a conversation must be a text, not {value!r}.")
             text = text.replace(field, value, 1)
         return text
 
@@ -102,14 +102,14 @@ class StringFormatter(Formatter):
 class Template:
     """A conversation format.
 
-    Subclasses give the five formatters and nothing else; ``@register_template("name")`` makes one known.
+    A subclass only needs the five formatters; ``@register_template("name")`` registers it.
 
     Attributes:
-        format_image_token: a question that comes with an image (``"<image>\\n{{content}}"``).
+        format_image_token: a question with an image (``"<image>\\n{{content}}"``).
         format_user: a human turn.
-        format_assistant: an answer, with the text that ends it.
-        system: what precedes the first turn.
-        separator: slot of two texts, what stands between question and answer, and what ends an answer.
+        format_assistant: an answer with the text that ends it.
+        system: the text before the first turn.
+        separator: slot with two texts: between question and answer, and at the end of an answer.
     """
 
     format_image_token: Formatter
@@ -119,16 +119,17 @@ class Template:
     separator: Formatter
 
     make_labels: ClassVar[Callable[..., torch.Tensor] | None] = None
-    """A third party's own labels [T], made from token ids [T], the prompt and the tokenizer (v1's interface)."""
+    """Optional function of a subclass that makes labels [T] from token ids [T], the prompt and the tokenizer (as in
+    v1)."""
     _warned_about: ClassVar[set[type]] = set()
 
     @property
     def eos(self) -> str:
-        """The text that ends an answer, '' if the template has none."""
+        """The text that ends an answer; '' if there is none."""
         return self.separator.apply()[1]
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Template:
-        """The template as a tokenizer wants it written: itself, unless it is made from the tokenizer's own."""
+        """The template for a tokenizer: itself, unless it is made from the tokenizer's chat template."""
         return self
 
     def encode(
@@ -138,35 +139,34 @@ class Template:
         mode: str = "train",
         num_images: int | None = None,
     ) -> Sample:
-        """Turn a conversation into token ids.
+        """Encode a conversation.
 
-        Every image's place is one IMAGE_TOKEN_INDEX, at the front of the question its ``<image>`` stands in. A
-        ``<image>`` in an answer is text, and so is every one of a conversation without images.
+        Each image is one IMAGE_TOKEN_INDEX, at the start of the question that contains its ``<image>``. An ``<image>``
+        in an answer, or in a conversation without images, is text.
 
         Args:
-            messages: ``{"from": "human" | "gpt", "value": text}`` in turn; a first message that is not human is
-                dropped, as in v1. The last answer may be None for ``mode="eval"``.
-            tokenizer: a tokenizer of transformers; for ``mode="train"`` one that reports offsets.
+            messages: alternating turns ``{"from": "human" | "gpt", "value": text}``; a first message that is not human
+                is dropped, as in v1. For ``mode="eval"`` the last answer may be None.
+            tokenizer: a tokenizer of transformers; for ``mode="train"`` it must report offsets.
             mode: "train" or "eval".
-            num_images: how many images the conversation comes with, to be matched by as many ``<image>``; None
-                takes the places as they are written.
+            num_images: number of images, which must equal the number of ``<image>``; None does not check this.
 
         Returns:
-            ``{"input_ids": [T], "labels": [T]}`` for "train", the labels IGNORE_INDEX outside the answers and their
-            ends; ``{"input_ids": [T], "prompt": text}`` for "eval".
+            ``{"input_ids": [T], "labels": [T]}`` for "train", with IGNORE_INDEX outside the answers and their ends;
+            ``{"input_ids": [T], "prompt": text}`` for "eval".
 
         Raises:
-            ValueError: turns out of order, a missing answer, or not one ``<image>`` per image.
+            ValueError: turns are out of order, an answer is missing, or the number of ``<image>`` is wrong.
         """
         if mode not in ("train", "eval"):
-            raise ValueError(f"The mode of a template is 'train' or 'eval', not {mode!r}.")
+            raise ValueError(f"The mode of a template must be 'train' or 'eval', not {mode!r}.")
         return self.for_tokenizer(tokenizer)._encode(messages, tokenizer, mode, num_images)
 
     def _encode(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, mode: str, num_images: int | None
     ) -> Sample:
         prompt, questions, answers = self._compose(messages, mode, num_images)
-        import torch  # here, so that a look at a data file need not wait for it
+        import torch  # here, because checking a data file does not need it
 
         if mode == "eval":
             input_ids = torch.as_tensor(self.tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
@@ -180,31 +180,31 @@ class Template:
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
     def check(self, messages: Sequence[Message], num_images: int) -> None:
-        """Raise what `encode` would raise of a training sample, without a tokenizer."""
+        """Raise the errors that `encode` would raise for a training sample; needs no tokenizer."""
         self._compose(messages, "train", num_images)
 
     def _compose(
         self, messages: Sequence[Message], mode: str, num_images: int | None
     ) -> tuple[str, list[str], list[str | None]]:
-        """Prompt, questions and answers; a ``<image>`` left in them is an image's place, the others are disguised."""
+        """Prompt, questions and answers; an ``<image>`` in them is a placeholder, because others are disguised."""
         questions, answers = self.get_list_from_message(messages)
         if mode == "train" and any(answer is None for answer in answers):
-            raise ValueError("An answer is missing, and without it there is nothing to learn.")
+            raise ValueError("An answer is missing; without it there is nothing to learn.")
         questions = self._mark_images(questions, num_images)
         answers = [answer and _disguise(answer) for answer in answers]
         prompt = self.prompt(questions, answers)
         if num_images == 0:
-            prompt = prompt.replace(DEFAULT_IMAGE_TOKEN, "")  # `pretrain` gives a place to every sample
+            prompt = prompt.replace(DEFAULT_IMAGE_TOKEN, "")  # `pretrain` adds a placeholder to every sample
         places = prompt.count(DEFAULT_IMAGE_TOKEN)
         if num_images is not None and places != num_images:
             raise ValueError(
-                f"The sample has {num_images} image(s), but its questions have {places} {DEFAULT_IMAGE_TOKEN} to put "
-                f"them at; write one {DEFAULT_IMAGE_TOKEN} per image."
+                f"The sample has {num_images} image(s), but its questions have {places} {DEFAULT_IMAGE_TOKEN}; write "
+                f"one {DEFAULT_IMAGE_TOKEN} per image."
             )
         return prompt, questions, answers
 
     def get_list_from_message(self, messages: Sequence[Message]) -> tuple[list[str], list[str | None]]:
-        """Split a conversation into its questions and its answers, equally many.
+        """Split a conversation into equally many questions and answers.
 
         Raises:
             ValueError: the turns do not alternate, or one is not a text.
@@ -212,7 +212,7 @@ class Template:
         turns = list(messages)
         for turn in turns:
             if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-                raise ValueError(f"A turn is an object with 'from' and 'value', not {turn!r}.")
+                raise ValueError(f"A turn must be an object with 'from' and 'value', not {turn!r}.")
         if turns and turns[0]["from"] not in _HUMAN:
             turns = turns[1:]
         questions: list[str] = []
@@ -220,28 +220,28 @@ class Template:
         for index, turn in enumerate(turns):
             expected = _ASSISTANT if index % 2 else _HUMAN
             if turn["from"] not in expected:
-                raise ValueError(f"Turn {index + 1} is from {turn['from']!r} where {expected[0]!r} should speak.")
+                raise ValueError(f"Turn {index + 1} is from {turn['from']!r}, but should be from {expected[0]!r}.")
             text = turn["value"]
             if text is None and index % 2 and index == len(turns) - 1:
                 answers.append(None)
                 continue
             if not isinstance(text, str):
-                raise ValueError(f"Turn {index + 1} ({turn['from']}) is {text!r} and not a text.")
+                raise ValueError(f"Turn {index + 1} ({turn['from']}) is {text!r}, not a text.")
             if not _is_unicode(text):
                 raise ValueError(
-                    f"Turn {index + 1} ({turn['from']}) holds half a character (a lone surrogate, as in "
-                    f"\\ud83d), which no tokenizer reads: {text[:60]!a}."
+                    f"Turn {index + 1} ({turn['from']}) contains half a character (a lone surrogate such as \\ud83d), "
+                    f"which no tokenizer can read: {text[:60]!a}."
                 )
             if index % 2:
                 answers.append(text)
             else:
                 questions.append(text)
         if not turns or len(turns) % 2:
-            raise ValueError(f"The conversation has {len(turns)} turns; it takes a question and an answer in turn.")
+            raise ValueError(f"The conversation has {len(turns)} turns; questions and answers must alternate.")
         return questions, answers
 
     def prompt(self, question_list: str | Sequence[str], answer_list: str | Sequence[str | None] | None) -> str:
-        """The conversation as one text; an answer that is None leaves the text open for generation."""
+        """The conversation as one text; it ends in a generation prompt if the last answer is None."""
         questions = [question_list] if isinstance(question_list, str) else list(question_list)
         answers = [answer_list] if answer_list is None or isinstance(answer_list, str) else list(answer_list)
         return self._prompt(questions, answers)
@@ -265,9 +265,9 @@ class Template:
         image_token_index: int = IMAGE_TOKEN_INDEX,
         return_tensors: str | None = None,
     ) -> list[int] | torch.Tensor:
-        """Token ids of a text in which every ``<image>`` becomes `image_token_index`; at most one BOS."""
+        """Token ids of a text, with `image_token_index` for every ``<image>`` and at most one BOS token."""
         if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors is None or 'pt', not {return_tensors!r}.")
+            raise ValueError(f"return_tensors must be None or 'pt', not {return_tensors!r}.")
         input_ids, _ = _tokenize(prompt, tokenizer, None, image_token_index)
         if return_tensors is None:
             return input_ids
@@ -276,21 +276,21 @@ class Template:
         return torch.tensor(input_ids, dtype=torch.long)
 
     def _mark_images(self, questions: list[str], num_images: int | None) -> list[str]:
-        """Leave a ``<image>`` in the questions for every image, and disguise those that are mere text."""
+        """Keep one ``<image>`` in the questions per image, and disguise those that are text."""
         if num_images == 0:
             return [_disguise(question) for question in questions]
         holders = [index for index, question in enumerate(questions) if DEFAULT_IMAGE_TOKEN in question]
         if num_images == 1 and len(holders) == 1:
-            # v1 keeps one place however often a question repeats <image>; with one image there is no other reading.
+            # As in v1, a question that repeats <image> for its only image gets one placeholder.
             question = questions[holders[0]].replace(DEFAULT_IMAGE_TOKEN, "").strip()
             questions = list(questions)
             questions[holders[0]] = f"{DEFAULT_IMAGE_TOKEN}\n{question}"
         return questions
 
     def _answer_spans(self, prompt: str, questions: list[str], answers: list[str | None]) -> list[tuple[int, int]]:
-        """Where in the prompt the texts stand that are learned: answers and the text that ends them.
+        """Spans of the prompt that are learned: the answers and their ends.
 
-        A round's end is the length of the prompt up to it, which holds for subclasses with a `_prompt` of their own.
+        The end of a round is the length of the prompt up to it, which also works if a subclass overrides `_prompt`.
         """
         opening = self.format_assistant.apply(content=None)
         spans = []
@@ -308,14 +308,14 @@ class Template:
         if hasattr(cls, "_make_masks") and cls not in self._warned_about:
             self._warned_about.add(cls)
             logger.warning(
-                "%s._make_masks is not called: labels come from the places of the answers. Override make_labels to "
-                "make your own.",
+                "%s._make_masks is not called: labels are computed from the positions of the answers. Override "
+                "make_labels to compute your own.",
                 cls.__name__,
             )
 
 
 TemplateFactory: Registry[Callable[[], Template]] = Registry("conversation template")
-"""``TemplateFactory("phi")`` is a `Template` class; ``TemplateFactory("phi")()`` the template."""
+"""``TemplateFactory("phi")`` is a `Template` class, ``TemplateFactory("phi")()`` the template."""
 
 register_template = TemplateFactory.register
 """``@register_template("name", override=False)`` on a `Template` class."""
@@ -330,7 +330,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether an id is a special token, also one that has no role (bos, eos, …) in the tokenizer."""
+    """Whether an id is a special token, even if it has no role such as bos or eos."""
     added = tokenizer.added_tokens_decoder.get(token)
     return token in tokenizer.all_special_ids or (added is not None and added.special)
 
@@ -341,14 +341,14 @@ def _tokenize(
     spans: list[tuple[int, int]] | None,
     image_token_index: int = IMAGE_TOKEN_INDEX,
 ) -> tuple[list[int], list[int]]:
-    """Tokenise the pieces between the ``<image>``s and label the tokens that start inside `spans`.
+    """Tokenise the pieces between ``<image>``s and label the tokens that start inside `spans`.
 
-    As in v1 every piece is tokenised by itself. What the tokenizer puts in front of a text by itself (a BOS) stands
-    once, at the very front. What it puts behind a text (an EOS) would end the conversation in its middle, and is left
-    out.
+    As in v1, every piece is tokenised by itself. Tokens that the tokenizer adds at the start of a text (BOS) appear
+    once at the very start. Tokens that it adds at the end (EOS) are left out, because they would end the conversation
+    in the middle.
 
     Returns:
-        ids and labels, equally long; no labels if `spans` is None.
+        ids and labels of equal length; no labels if `spans` is None.
     """
     input_ids = begin_tokens(tokenizer)
     labels = [] if spans is None else [IGNORE_INDEX] * len(input_ids)
@@ -370,9 +370,9 @@ def _tokenize(
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts in front of every text by itself: its BOS, if it adds one, or nothing.
+    """The ids that a tokenizer adds at the start of every text: its BOS token, or nothing.
 
-    That a tokenizer has a `bos_token` says nothing: SmolLM2's is ``<|im_start|>``, which only its chat template writes.
+    A tokenizer with a `bos_token` may not add it: SmolLM2's is ``<|im_start|>``, which only its chat template writes.
     """
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
@@ -383,7 +383,7 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _labels_of(ids: list[int], starts: list[int], position: int, spans: list[tuple[int, int]]) -> list[int]:
-    """Labels of a piece's tokens; both the tokens and the spans are in order, so one walk does."""
+    """Labels of a piece's tokens, in one pass because tokens and spans are sorted."""
     labels = []
     remaining = iter(spans)
     span = next(remaining, None)
@@ -398,16 +398,16 @@ def _labels_of(ids: list[int], starts: list[int], position: int, spans: list[tup
 def check_template(
     tokenizer: PreTrainedTokenizerBase, template: str, eos_token_ids: int | Collection[int] | None = None
 ) -> None:
-    """Refuse a template whose answers would not end where generation stops.
+    """Refuse a template whose end of an answer would not stop generation.
 
-    With the wrong pair (`qwen2_instruct` and a base tokenizer, say) v1 masks every label and trains on nothing.
+    With a wrong pair (such as `qwen2_instruct` and a base tokenizer) v1 masks every label and trains on nothing.
 
     Args:
-        eos_token_ids: the ids that generation stops at; the tokenizer's own eos if None.
+        eos_token_ids: the ids that end generation; the tokenizer's own eos if None.
 
     Raises:
-        ValueError: the template ends its answers with something that is not one special token of the tokenizer, or
-            not one that generation stops at; or the tokenizer cannot tell where its tokens stand in the text.
+        ValueError: the template's end of an answer is not a single special token of the tokenizer, or does not end
+            generation; or the tokenizer cannot report offsets.
     """
     if eos_token_ids is None:
         eos_token_ids = tokenizer.eos_token_id
@@ -415,8 +415,8 @@ def check_template(
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"The tokenizer {name} is not a fast one: it cannot report where its tokens stand in the text, and the "
-            f"labels are found by that."
+            f"The tokenizer {name} is not a fast one, so it cannot report the offsets of its tokens, which labels are "
+            f"computed from."
         )
     problem = _misfit(tokenizer, TemplateFactory(template)(), stops)
     if problem is None:
@@ -429,21 +429,21 @@ def check_template(
 
 
 def _misfit(tokenizer: PreTrainedTokenizerBase, template: Template, stops: set[int]) -> str | None:
-    """Why the template does not fit, as half a sentence; None if it does."""
+    """Why the template does not fit, as a clause; None if it does."""
     try:
         template = template.for_tokenizer(tokenizer)
     except ValueError:
-        return "the tokenizer has no chat template that can be followed turn by turn"
+        return "the tokenizer has no chat template that writes one turn after the other"
     eos = template.eos
     if not eos:
         return None
     plain = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer("a" + eos, add_special_tokens=False).input_ids[len(plain) :]
     if ids != [tokenizer.convert_tokens_to_ids(eos)]:
-        return f"its end of an answer, {eos!r}, is no single token there"
+        return f"its end of an answer, {eos!r}, is not a single token there"
     if not is_special(tokenizer, ids[0]) and ids[0] not in stops:
-        return f"its end of an answer, {eos!r}, is no special token there"
+        return f"its end of an answer, {eos!r}, is not a special token there"
     if ids[0] not in stops:
         known = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops)) or "nothing"
-        return f"it ends an answer with {eos!r}, and generation stops at {known}"
+        return f"it ends an answer with {eos!r}, but generation stops at {known}"
     return None

@@ -1,5 +1,5 @@
 """The built-in templates: TinyLLaVA v1's, string for string (``data/template/*_template.py``), and chatml."""
-# ruff: noqa: RUF009  # formatters never change, so that templates may share them
+# ruff: noqa: RUF009  # formatters never change, so templates may share them
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class GemmaTemplate(PhiTemplate):
 @register_template("pretrain")
 @dataclass
 class PretrainTemplate(Template):
-    """``<image>caption\\n``: the question is thrown away, everything after the image is learned, nothing ends it.
+    """``<image>caption\\n``: the question is dropped, everything after the image is learned, and no end token is added.
 
-    A sample of several turns keeps all its answers and its images stand at the very front (v1 repeats the image's
-    place at every turn, and so takes the images of the samples that follow).
+    For a sample with several rounds, all images come first and then all answers. (v1 repeats the placeholder in every
+    round, and so uses up the images of the following samples.)
     """
 
     format_image_token: Formatter = EmptyFormatter()
@@ -92,14 +92,14 @@ class PretrainTemplate(Template):
         return [(start, len(prompt))]
 
 
-# Stand-ins for the turns while the chat template is taken apart. Noncharacters, so that nothing else renders to them.
+# Stand for the turns while a chat template is analysed. Unicode noncharacters, which occur nowhere else.
 _QUESTIONS = ("\ufdd1", "\ufdd2")
 _ANSWERS = ("\ufdd3", "\ufdd4")
 
 
 @dataclass(eq=False)
 class OpeningFormatter(StringFormatter):
-    """A text with one ``{{content}}`` field whose opening, ``apply(content=None)``, is all that precedes the field."""
+    """A text with one ``{{content}}`` field; ``apply(content=None)`` is all the text before the field."""
 
     def apply(self, **kwargs: str | None) -> str:
         if "content" in kwargs and kwargs["content"] is None:
@@ -110,13 +110,13 @@ class OpeningFormatter(StringFormatter):
 @register_template("chatml")
 @dataclass
 class ChatMLTemplate(Template):
-    """``<|im_start|>user … <|im_end|>`` as the tokenizer's chat template writes it, its system prompt included.
+    """``<|im_start|>user … <|im_end|>``, taken from the tokenizer's chat template with its system prompt.
 
-    It need not be ChatML: any format will do that is written turn by turn.
+    The chat template need not be ChatML; any format that writes one turn after the other works.
 
-    The formatters below are plain ChatML; `for_tokenizer` replaces them by what the tokenizer's chat template renders,
-    and `encode` does so by itself. Every answer follows the text that the chat template opens an answer with when
-    thinking is off, so that what is trained is what generation meets.
+    The formatters below are plain ChatML. `for_tokenizer`, which `encode` calls, replaces them by those of the
+    tokenizer's chat template. Every answer follows the chat template's generation prompt with thinking off, so that
+    training and generation see the same text.
     """
 
     format_image_token: Formatter = StringFormatter(slot=DEFAULT_IMAGE_TOKEN + "\n{{content}}")
@@ -134,13 +134,13 @@ class ChatMLTemplate(Template):
         known, template = self.__dict__.get("_fitted", (None, None))
         if known is not tokenizer:
             template = self._fit(tokenizer)
-            self._fitted = (tokenizer, template)  # no field: rendering a chat template for every sample is slow
+            self._fitted = (tokenizer, template)  # cached, because rendering is slow
         return template
 
     def _fit(self, tokenizer: PreTrainedTokenizerBase) -> ChatMLTemplate:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"The tokenizer {name} has no chat template, which the template 'chatml' is made from.")
+            raise ValueError(f"The tokenizer {name} has no chat template, from which the template 'chatml' is made.")
         turns = [
             {"role": role, "content": text}
             for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True)
@@ -163,7 +163,7 @@ class ChatMLTemplate(Template):
         system = head[: len(head) - len(user)]
         bos = tokenizer.bos_token
         if bos and system.startswith(bos) and begin_tokens(tokenizer)[-1:] == [tokenizer.bos_token_id]:
-            system = system[len(bos) :]  # the tokenizer puts it there itself
+            system = system[len(bos) :]  # the tokenizer adds it
         return replace(
             self,
             format_user=OpeningFormatter(slot=user + "{{content}}"),
@@ -180,7 +180,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> str:
-    """The special token that the text after an answer begins with, or all of that text."""
+    """The first special token in the text after an answer, or that whole text."""
     for token in tokenizer(ending, add_special_tokens=False).input_ids:
         if is_special(tokenizer, token):
             return tokenizer.convert_ids_to_tokens(token)
