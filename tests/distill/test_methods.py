@@ -378,7 +378,7 @@ def test_gradient_norms_are_those_of_each_term_alone(student, teacher, batch, me
 @pytest.mark.parametrize("method", ["llava_kd", "align_kd"])
 def test_unequal_numbers_of_visual_tokens_are_refused_where_they_are_compared(student, method):
     teacher = tiny_llava(vision={"patch_size": 14})
-    with pytest.raises(ValueError, match=r"15 of an image and the teacher 3; .* leave those terms out") as error:
+    with pytest.raises(ValueError, match=r"15 per image and the teacher 3; .* leave out these terms") as error:
         build_distiller(student, teacher, method=method)
     off = str(error.value).split("(")[1].split(")")[0].replace("--", "").split(" 0")
     build_distiller(student, teacher, method=method, **{name.strip(): 0.0 for name in off if name.strip()})

@@ -204,5 +204,5 @@ def test_a_full_disk_ends_the_writing_and_not_the_training(tmp_path, monkeypatch
 @pytest.mark.parametrize("method", ["llava_kd", "align_kd"])
 def test_methods_that_read_more_are_refused(tmp_path, method):
     distiller = build_distiller(a_student(), tiny_llava(seed=2), method)
-    with pytest.raises(ValueError, match=f"{method} also reads its"):
+    with pytest.raises(ValueError, match=f"{method} also needs its"):
         distiller.teacher_cache = cache_in(tmp_path)

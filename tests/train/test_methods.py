@@ -180,7 +180,7 @@ def test_gradient_shares_are_logged_and_a_silent_term_is_warned_of_once(world, t
         ({"distill_method": "align_kd", "relation_weight": 2}, ["--relation_weight", "llava_kd", "align_kd"]),
         ({"distill_method": "align_kd", "top": 0}, ["top", "at least 1", "0"]),
         ({"distill_method": "llava_kd", "visual_weight": "inf"}, ["visual_weight", "inf"]),
-        ({"distill_method": "llava_kd", "teacher_path": "other_teacher"}, ["visual tokens", "leave those terms out"]),
+        ({"distill_method": "llava_kd", "teacher_path": "other_teacher"}, ["visual tokens", "leave out these terms"]),
         ({"bridge": "maybe"}, ["maybe", "auto, none"]),
         ({"teacher_path": "other_teacher", "bridge": "none"}, ["width", "32", "48", "--bridge auto"]),
         ({"eval_strategy": "steps", "eval_steps": 1}, ["--eval_strategy steps", "--eval_data_path"]),

@@ -127,12 +127,12 @@ def test_resuming_does_not_ask_about_a_cache_that_rounds_nothing(world, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"distill_method": "align_kd"}, ["--teacher_cache keeps", "align_kd also reads its projected, attention"]),
+        ({"distill_method": "align_kd"}, ["--teacher_cache stores", "align_kd also needs its projected, attention"]),
         ({"teacher_cache": None, "teacher_cache_dtype": "bf16"}, ["does nothing without --teacher_cache"]),
         ({"teacher_cache": None, "fill_teacher_cache": True}, ["--fill_teacher_cache True names no folder"]),
         ({"teacher_cache_dtype": "int4"}, ["--teacher_cache_dtype is 'int4'"]),
         ({"teacher_path": None}, ["--teacher_cache", "give --teacher_path as well"]),
-        ({"teacher_cache": "FILE"}, ["cannot be made"]),
+        ({"teacher_cache": "FILE"}, ["cannot be created"]),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(world, tmp_path, capsys, changes, words):
@@ -150,7 +150,7 @@ def test_the_size_is_said_first_and_a_full_disk_is_refused(world, tmp_path, monk
     cache = {"teacher_cache": tmp_path / "cache"}
     assert main(line(world, tmp_path / "run", **cache, num_train_epochs=1)) == 0
     said = capsys.readouterr().err
-    assert "takes about 0.0 MiB for 6 samples; it holds 0 samples" in said
+    assert "needs about 0.0 MiB for 6 samples; it has 0 samples" in said
     stored = [load_file(file) for file in (tmp_path / "cache").rglob("*.safetensors")]
     assert sum(len(one["rows"]) for one in stored) == 6
     assert sum(one["hidden"].nbytes for one in stored) == sum(int(one["rows"].sum()) for one in stored) * 48 * 4

@@ -1,4 +1,4 @@
-"""Distillation: losses between logits, methods, and the builder that joins teacher and student."""
+"""Distillation: losses between logits, methods, and the builder of a distiller from a teacher and a student."""
 
 from .builder import build_distiller, check_compatible
 from .distiller import KNEES, Distiller, PathwayLogits

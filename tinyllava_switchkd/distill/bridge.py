@@ -1,8 +1,8 @@
-"""From the student's vision features to what the teacher's connector takes, where widths or grids differ.
+"""The bridge from the student's vision features to the teacher's connector, for towers of other widths or grids.
 
-Switch-KD leaves towers of another width to future work (method.md section 2.3); this is ours. The grid is resampled by
-fixed weights. The width is mapped by a linear layer, which begins as the least-squares map from the student's features
-to the teacher's and is trained by the visual-switch loss. It is never part of the student.
+Switch-KD leaves towers of other widths to future work (method.md section 2.3); this is our addition. The grid is
+resampled with fixed weights. The width is mapped by a linear layer, which is initialised with the least-squares map
+from the student's features to the teacher's and trained by the visual-switch loss. It is never part of the student.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 RIDGE = 1e-4
-"""Share of the features' mean variance that is added to the diagonal of the least-squares problem."""
+"""Regularisation: this share of the mean diagonal is added to the diagonal of the least-squares problem."""
 
 
 class Layout(NamedTuple):
-    """What a vision tower's tokens stand for.
+    """The meaning of a vision tower's tokens.
 
     Attributes:
-        side: patches a side of the picture's grid.
-        streams: encoders whose tokens take turns (2 in a mixture of features, else 1).
+        side: height and width of the patch grid.
+        streams: encoders whose tokens alternate (2 in a mixture of features, otherwise 1).
         special: tokens before the patches of each encoder (class, registers).
-        dropped: tokens left out in front, which are patches where there are fewer special ones.
+        dropped: tokens dropped at the start; beyond the special tokens these are patches.
     """
 
     side: int
@@ -38,20 +38,20 @@ class Layout(NamedTuple):
 
     @property
     def first_patch(self) -> int:
-        """Number of the first patch that is there (1 for SigLIP under v1's `patch`)."""
+        """Index of the first patch that is not dropped (1 for SigLIP with v1's `patch`)."""
         return max(self.dropped - self.special, 0)
 
     @property
     def specials(self) -> int:
-        """Special tokens that are there."""
+        """Number of special tokens that are not dropped."""
         return max(self.special - self.dropped, 0)
 
 
 def layout_of(model: TinyLlava) -> Layout:
-    """How the tokens of a model's vision tower lie.
+    """The layout of the tokens of a model's vision tower.
 
     Raises:
-        ValueError: they are no square grid of patches.
+        ValueError: they are not a square grid of patches.
     """
     tower = model.vision_tower
     streams = 2 if hasattr(tower.config, "dinov2_config") else 1
@@ -61,37 +61,37 @@ def layout_of(model: TinyLlava) -> Layout:
     special = total - side**2 if special is None else special
     if side**2 + special != total or not side:
         raise ValueError(
-            f"The tokens of {model.config.vision_model_name_or_path} ({total} of an image) are no square grid of "
-            f"patches, which a bridge between towers resamples; set switch_weight to 0, or give both models one tower."
+            f"The tokens of {model.config.vision_model_name_or_path} ({total} per image) are not a square grid of "
+            f"patches, which a bridge between towers needs; set switch_weight to 0, or use the same tower for both."
         )
     kept = tower.num_tokens(model.config.vision_feature_select_strategy) // streams
     return Layout(side, streams, special, total - kept)
 
 
 def differ(student: TinyLlava, teacher: TinyLlava) -> str | None:
-    """How the features of two models' towers differ in shape, in words; None if the switch needs no bridge."""
+    """How the shapes of two models' vision features differ, in words; None if the switch needs no bridge."""
     width, expected = student.config.vision_hidden_size, teacher.config.vision_hidden_size
     if width != expected:
         return (
-            f"the student's vision tower gives features of width {width} and the teacher's connector takes {expected}"
+            f"the student's vision tower gives features of width {width}, but the teacher's connector takes {expected}"
         )
     tokens, expected = (
         model.vision_tower.num_tokens(model.config.vision_feature_select_strategy) for model in (student, teacher)
     )
     if tokens != expected:
-        return f"the student's vision tower gives {tokens} patch features of an image and the teacher's {expected}"
+        return f"the student's vision tower gives {tokens} patch features per image, but the teacher's {expected}"
     return None
 
 
 class Bridge(nn.Module):
-    """Student features [images, patches, width] -> the teacher's [images, its patches, its width].
+    """Student features [images, patches, width] -> teacher features [images, its patches, its width].
 
     Args:
         student: a TinyLLaVA, on any device.
-        teacher: the same.
+        teacher: likewise.
 
     Raises:
-        ValueError: one of the towers gives no square grid.
+        ValueError: the tokens of a tower are not a square grid.
     """
 
     def __init__(self, student: TinyLlava, teacher: TinyLlava) -> None:
@@ -116,7 +116,7 @@ class Bridge(nn.Module):
             pairs: (student features, teacher features) of the same images, batch by batch.
 
         Returns:
-            the share of the teacher features' variance that the map explains on these images.
+            the share of the variance of the teacher features that the map explains on these images.
         """
         size = self.width.in_features + 1
         device = self.width.weight.device
@@ -130,7 +130,7 @@ class Bridge(nn.Module):
             square, cross = square + ours.t() @ ours, cross + ours.t() @ theirs
             power, mean, count = power + theirs.square().sum(), mean + theirs.sum(0), count + len(theirs)
         ridge = torch.full_like(square.diagonal(), RIDGE * float(square.diagonal()[:-1].mean()))
-        ridge[-1] = 0  # the offset is free
+        ridge[-1] = 0  # do not regularise the bias
         solution = torch.linalg.solve(square + ridge.diag(), cross)
         self.width.weight.copy_(solution[:-1].t())
         self.width.bias.copy_(solution[-1])
@@ -140,11 +140,12 @@ class Bridge(nn.Module):
 
 
 def resampling(ours: Layout, theirs: Layout) -> Tensor:
-    """Weights [teacher tokens, student tokens] whose rows sum to 1: each teacher token as a mean of student tokens.
+    """Weights [teacher tokens, student tokens] with rows that sum to 1: each teacher token as a mean of student tokens.
 
-    A patch takes the student's patches at its place (linear between centres towards a finer grid, areas towards a
-    coarser). A patch that `patch` dropped is stood in for by its two neighbours. A special token takes the student's of
-    the same number, or else the mean of its patches. In a mixture of features each encoder goes with its own.
+    A teacher patch uses the student's patches at the same position (linear interpolation to a finer grid, areas to a
+    coarser one). Two neighbours replace a student patch that `patch` dropped. A special token uses the student's
+    special token with the same index, or the mean of the patches if there is none. In a mixture of features, each
+    encoder uses the student's corresponding encoder.
     """
     axis = _along_an_axis(ours.side, theirs.side)
     patches = torch.kron(axis, axis)  # [their patches, our patches]
@@ -168,7 +169,7 @@ def resampling(ours: Layout, theirs: Layout) -> Tensor:
 
 
 def _along_an_axis(ours: int, theirs: int) -> Tensor:
-    """Weights [theirs, ours] of resampling a line of cells."""
+    """Weights [theirs, ours] that resample a row of cells."""
     edges, wanted = torch.arange(ours + 1) / ours, torch.arange(theirs + 1) / theirs
     if theirs <= ours:
         low = torch.maximum(edges[:-1][None], wanted[:-1][:, None])

@@ -1,7 +1,7 @@
-"""Teacher + student -> distiller, after checking that the two fit.
+"""Build a distiller from a teacher and a student, after checking that they fit each other.
 
-The switch feeds one model's visual features to another and compares logits token by token; whatever differs between
-the two would not fail but silently teach nonsense. Everything that must agree is checked here, before the first step.
+The switch passes one model's visual features to the other and compares logits token by token. A mismatch would not fail
+but silently teach nonsense, so everything that must agree is checked here, before the first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BRIDGES = ("auto", "none")
-"""Whether vision towers of unequal shape get a trained bridge."""
+"""Whether vision towers with other feature shapes get a trained bridge."""
 
 
 def build_distiller(
@@ -39,34 +39,34 @@ def build_distiller(
     gradient_checkpointing: bool = False,
     **settings: object,
 ) -> Distiller:
-    """A `Distiller` of two TinyLLaVA models that fit each other.
+    """Build a `Distiller` from two compatible TinyLLaVA models.
 
     Args:
-        student: trained by the distiller's losses; what of it trains is the caller's choice (`requires_grad`).
+        student: the model to train; the caller chooses its trainable parameters (`requires_grad`).
         teacher: frozen here.
-        method: a registered distillation method, or one made already.
-        chunk_size: tokens whose logits exist at one time; None chooses by the vocabulary.
-        packing: lay the samples of a batch end to end, without padding (see `Task`).
-        student_tokenizer: compared id by id with `teacher_tokenizer`; a loaded model's own if not given. Where one is
-            unknown, nothing is compared and unequal heads are cut to the shorter.
+        method: a registered distillation method, or an instance of one.
+        chunk_size: number of tokens whose logits exist at a time; None chooses it by the vocabulary.
+        packing: concatenate the samples of a batch without padding (see `Task`).
+        student_tokenizer: compared with `teacher_tokenizer` id by id; a loaded model's own if not given. If either is
+            unknown, nothing is compared, and the longer output head is cut to the shorter.
         teacher_tokenizer: see `student_tokenizer`.
-        student_image_processor: compared with `teacher_image_processor` in what they do to pixels (see
-            `pixel_difference`); a loaded model's own if not given.
+        student_image_processor: compared with `teacher_image_processor` (see `pixel_difference`); a loaded model's own
+            if not given.
         teacher_image_processor: see `student_image_processor`.
-        bridge: "auto" puts a trained `Bridge` between vision towers of unequal width or grid where the method has a
-            switch (fit it with `Distiller.fit_bridge` before training); "none" refuses such a pair.
+        bridge: "auto" adds a trained `Bridge` if the method has a switch and the vision towers differ in width or grid
+            (fit it with `Distiller.fit_bridge` before training); "none" refuses such a pair.
         gradient_checkpointing: checkpoint activations in the student and in the teacher's switch pass.
-        settings: of the method, and of its loss (`loss`, `temperature`, `align_weight`, `switch_weight`, `top_k`, ...).
+        settings: of the method and its loss (`loss`, `temperature`, `align_weight`, `switch_weight`, `top_k`, ...).
 
     Raises:
-        ValueError: an unknown method, loss or setting, a wrong value, or models that can't be distilled into one
-            another; one sentence that names both sides' values.
+        ValueError: an unknown method, loss or setting, a wrong value, or models that do not fit each other; one
+            sentence that names both sides' values.
     """
     if isinstance(method, str):
         method = MethodFactory(method).create(**settings)
     elif settings:
-        raise ValueError(f"The method is made already, so {', '.join(sorted(settings))} cannot be set here.")
-    method.terms  # noqa: B018 (wrong settings of a loss are told first)
+        raise ValueError(f"The method is already an instance, so {', '.join(sorted(settings))} cannot be set here.")
+    method.terms  # noqa: B018 (reports wrong settings of a loss first)
     check_compatible(
         student,
         teacher,
@@ -93,7 +93,7 @@ def build_distiller(
         distiller.gradient_checkpointing_enable()
     if method.switch and not any(p.requires_grad for p in student.vision_tower.parameters()):
         logger.warning(
-            "The student's vision tower is frozen, so the visual-switch loss is only reported and trains nothing; "
+            "The student's vision tower is frozen, so the visual-switch loss is only logged and trains nothing; "
             "train the vision tower, or set switch_weight to 0 to save its pass through the teacher."
         )
     return distiller
@@ -108,12 +108,12 @@ def check_compatible(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     bridge: str = "auto",
 ) -> None:
-    """Refuse a pair that can't be distilled (Switch-KD Section 5; `build_distiller` says what the arguments are).
+    """Refuse a pair of models that do not fit each other (Switch-KD Section 5); arguments as in `build_distiller`.
 
-    Models may lie on the meta device.
+    Models may be on the meta device.
 
     Raises:
-        ValueError: with the first difference found and both sides' values.
+        ValueError: names the first difference and both sides' values.
     """
     if student is teacher:
         raise ValueError("Student and teacher are the same object; load the teacher a second time to distil from it.")
@@ -127,10 +127,10 @@ def check_compatible(
 
 
 def _needs_bridge(student: TinyLlava, teacher: TinyLlava, method: Method, bridge: str) -> bool:
-    """Whether the switch needs one.
+    """Whether the switch needs a bridge.
 
     Raises:
-        ValueError: it does and must not have one, or none can be made; or `bridge` is neither "auto" nor "none".
+        ValueError: it needs one, but `bridge` is "none" or none can be made; or `bridge` has another value.
     """
     if bridge not in BRIDGES:
         raise ValueError(f"bridge is {bridge!r}; it must be one of {', '.join(BRIDGES)}.")
@@ -139,8 +139,8 @@ def _needs_bridge(student: TinyLlava, teacher: TinyLlava, method: Method, bridge
         return False
     if bridge == "none":
         raise ValueError(
-            f"{difference[0].upper()}{difference[1:]}; give both the same vision tower, let a bridge be trained "
-            f"(--bridge auto), or set switch_weight to 0 to distil without the switch."
+            f"{difference[0].upper()}{difference[1:]}; use the same vision tower for both, train a bridge (--bridge "
+            f"auto), or set switch_weight to 0 to distil without the switch."
         )
     for model in (student, teacher):
         layout_of(model)
@@ -180,10 +180,10 @@ def _check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrain
 
 def _check_templates(student: object, teacher: object) -> None:
     ours, theirs = (getattr(config, "template", None) for config in (student, teacher))
-    # Captions of the pre-training stage carry no conversation, so any teacher may read them.
+    # Captions of the pre-training stage are not conversations, so they suit any teacher.
     if ours and theirs and ours != theirs and ours != "pretrain":
         raise ValueError(
-            f"The student trains with the conversation template {ours!r} and the teacher was trained with {theirs!r}; "
+            f"The student trains with the conversation template {ours!r}, but the teacher was trained with {theirs!r}; "
             f"use the teacher's template for the student (CONV_VERSION {theirs})."
         )
 
@@ -198,14 +198,14 @@ def pixel_difference(
     student_image_processor: BaseImageProcessor | None = None,
     teacher_image_processor: BaseImageProcessor | None = None,
 ) -> str | None:
-    """How two models prepare the same picture differently, in words; None if they prepare it alike.
+    """How the image preprocessing of two models differs, in words; None if it is the same.
 
-    A pair that differs needs every image prepared twice: the batch's `images` and `teacher_images`.
+    If it differs, every image must be preprocessed twice, into the batch's `images` and `teacher_images`.
 
     Args:
         student: a TinyLLaVA, on any device.
-        teacher: another.
-        student_image_processor: a loaded model's own if not given; an unknown one is compared with nothing.
+        teacher: likewise.
+        student_image_processor: a loaded model's own if not given; if unknown, processors are not compared.
         teacher_image_processor: likewise.
     """
     if student.image_size != teacher.image_size:
@@ -224,7 +224,7 @@ def pixel_difference(
     return None
 
 
-def _plain(value: Any) -> Any:  # what an image processor of transformers has
+def _plain(value: Any) -> Any:  # makes settings of transformers' image processors comparable
     if isinstance(value, (list, tuple)):
         return [round(float(x), 6) for x in value]
     return dict(value) if hasattr(value, "keys") else value

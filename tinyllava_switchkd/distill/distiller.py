@@ -1,11 +1,11 @@
-"""A student and its frozen teacher under a distillation method: from a batch to losses.
+"""The distiller computes a method's losses for a batch, from a student and its frozen teacher.
 
     teacher         L^T(P^T(V^T(image)), text)        no gradient
     student         L^S(P^S(V^S(image)), text)        all of the student
     visual switch   L^T(P^T(V^S(image)), text)        through the frozen L^T and P^T into V^S only
 
 V: vision tower, P: connector, L: language model (Switch-KD Section 3.2, Figure 2). Each pathway that a method needs
-runs once; what its terms want to see of it is kept.
+runs once and keeps only what the method's terms use.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
 
 KNEES = {"knee_teacher": "teacher leads", "knee_student": "student leads"}
-"""How many logits count when each side leads, of a loss that ranks them."""
+"""Name -> title of the number of logits that count when each side leads, for losses that rank logits."""
 
 RANKING_MEASURES = {
     **{name: Measure(f"knee, {title}", of_batch=True) for name, title in KNEES.items()},
     "topk_overlap": Measure("overlap of the leading logits", of_batch=True),
 }
-"""What `RANKING` names."""
+"""The measures named in `RANKING`."""
 
 
 class PathwayLogits(NamedTuple):
-    """Logits of the supervised tokens, row by row of the batch, over the shared vocabulary: [tokens, vocab] each."""
+    """Logits of the supervised tokens in the order of the batch, over the shared vocabulary: [tokens, vocab] each."""
 
     teacher: Tensor
     student: Tensor
@@ -61,23 +61,22 @@ class PathwayLogits(NamedTuple):
 
 
 class Distiller(Task):
-    """A student learns from a frozen teacher by a method.
+    """Trains a student with a frozen teacher and a distillation method. Build one with `build_distiller`.
 
-    `student`, and the method's `adapters` if it has any, are the only registered sub-modules. The teacher follows
-    `.to()` but is in neither `parameters()` nor `state_dict()`: no optimiser, checkpoint or ZeRO stage ever sees it. A
-    quantised teacher does not follow: it stays on the device and in the precision that it was loaded with. The
-    method's settings can be read as attributes. Build one with `build_distiller`.
+    Only `student` and the method's `adapters`, if any, are registered sub-modules. The teacher follows `.to()` but is
+    in neither `parameters()` nor `state_dict()`, so no optimiser, checkpoint or ZeRO stage ever sees it. A quantised
+    teacher keeps the device and precision that it was loaded with. The method's settings can be read as attributes.
 
     Args:
         student: the model to train.
         teacher: the model to learn from; frozen here.
-        method: what is learned from it.
+        method: the distillation method.
         vocab_size: number of leading token ids that both vocabularies share.
-        adapters: modules that train beside the student and are no part of it.
+        adapters: modules that are trained with the student but are not part of it.
         chunk_size: see `Task`.
-        packing: see `Task`; all pathways are packed alike.
-        pixel_difference: how the models prepare the same picture differently, in words; a batch must then hold
-            `teacher_images` beside `images`. None if one preparation serves both.
+        packing: see `Task`; applies to all pathways.
+        pixel_difference: how the models' image preprocessing differs, in words; a batch must then have
+            `teacher_images` besides `images`. None if it is the same.
     """
 
     def __init__(
@@ -104,8 +103,8 @@ class Distiller(Task):
             if any(True for _ in loss.parameters()):
                 trained.setdefault("loss", loss)
             else:
-                # Not registered: ZeRO-3 expects every rank to call every module as often, but a rank without images
-                # calls a loss less often, and would wait for the others forever.
+                # Not registered, because ZeRO-3 expects all ranks to call a module equally often. A rank without images
+                # calls the loss less often, and ranks would wait for each other forever.
                 self._held.append(Held(loss))
         if trained:
             self.adapters = nn.ModuleDict(trained)
@@ -128,9 +127,9 @@ class Distiller(Task):
 
     @property
     def teacher_cache(self) -> TeacherCache | None:
-        """Where the teacher's hidden states are kept; a batch whose samples are all there spares its own pass.
+        """Cache of the teacher's hidden states; a batch whose samples are all cached needs no teacher pass.
 
-        Batches must then carry `digests` (see `DataCollatorForSupervisedDataset`).
+        Batches must then have `digests` (see `DataCollatorForSupervisedDataset`).
         """
         return self._cache
 
@@ -167,7 +166,7 @@ class Distiller(Task):
         return super()._apply(fn, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: object) -> None:
-        """Activation checkpointing in the student, and in the teacher's language model for the switch pass."""
+        """Checkpoint activations in the student, and in the teacher's language model for the switch pass."""
         super().gradient_checkpointing_enable(**kwargs)
         self.guide.checkpoint_activations(True, **kwargs)
 
@@ -184,19 +183,19 @@ class Distiller(Task):
         """Losses of a batch.
 
         Args:
-            batch: `input_ids` [samples, tokens] with -200 where an image goes, `labels` alike with -100 where nothing
-                is supervised, `attention_mask` alike (optional), `images` [images, 3, height, width], and
-                `teacher_images` alike where the teacher wants them prepared in another way.
-            num_items_in_batch: supervised tokens of the whole optimiser step (all micro-batches, all ranks), by which
+            batch: `input_ids` [samples, tokens] with -200 for each image, `labels` [samples, tokens] with -100 at
+                unsupervised tokens, optionally `attention_mask` [samples, tokens], `images` [images, 3, height, width],
+                and `teacher_images` of the same images if the teacher preprocesses them differently.
+            num_items_in_batch: supervised tokens of the whole optimiser step (all micro-batches and ranks), by which
                 sums over this batch's supervised tokens are divided; None divides by this batch's own.
-            step_counts: `counts` of the whole optimiser step, for terms that are means over something else; None
-                divides by this batch's own.
+            step_counts: `counts` of the whole optimiser step, for terms that are means over other units; None divides
+                by this batch's own.
 
         Returns:
-            "loss" = ce + the weighted terms, with gradient; without: "ce", each term unweighted,
-            "supervised_tokens", and for a term whose loss ranks logits means over the batch's tokens of "knee_teacher",
-            "knee_student" (the k of each leader) and "topk_overlap" (share of the teacher's k tokens that are among
-            the student's).
+            "loss", which is ce plus the weighted terms, with gradient; without gradient "ce", each term unweighted and
+            "supervised_tokens"; for a term whose loss ranks logits also the means over the batch's tokens of
+            "knee_teacher", "knee_student" (the k of each leader) and "topk_overlap" (share of the teacher's k tokens
+            that are among the student's).
         """
         student, teacher, switch, positions = self._views(batch)
         tokens = len(positions.labels)
@@ -218,7 +217,8 @@ class Distiller(Task):
 
     @torch.no_grad()
     def pathway_logits(self, batch: Batch) -> PathwayLogits:
-        """Dense logits of the three pathways, for inspection and tests; the teacher's where a sample has no image."""
+        """Dense logits of the three pathways, for inspection and tests; text-only samples have the teacher's for the
+        switch."""
         student, teacher, switch, positions = self._views(batch, always_switch=True)
         z_student = self.student.language_model.get_output_embeddings()(student.hidden)
         z_teacher = self.guide.head(teacher.hidden)
@@ -229,13 +229,13 @@ class Distiller(Task):
         return PathwayLogits(*(z[in_batch_order, : self.vocab_size] for z in (z_teacher, z_student, z_switch)))
 
     def gradients(self, batch: Batch) -> dict[str, dict[str, Tensor | None]]:
-        """Where and how each weighted term pulls, at three places of the student, for one batch.
+        """Gradients of each weighted term at three places in the student, for one batch.
 
-        Costs a backward pass of the student a term. No parameter's gradient is touched.
+        Costs one backward pass of the student per term. Gradients of parameters are not changed.
 
         Returns:
             place ("vision_features", "projector_output", "last_hidden_state") -> term -> gradient of the weighted
-            term's mean there, in the shape of what is there; None where a term does not reach.
+            term's mean with respect to the tensor there; None if the term does not depend on it.
         """
         with torch.enable_grad():
             seen: dict[str, Tensor] = {}
@@ -254,7 +254,7 @@ class Distiller(Task):
         return gradients
 
     def gradient_norms(self, batch: Batch) -> dict[str, dict[str, float]]:
-        """How strongly each weighted term pulls: the norms of `gradients`, 0 where a term does not reach."""
+        """Norms of `gradients`, 0 for None."""
         return {
             place: {name: 0.0 if one is None else float(one.double().norm()) for name, one in terms.items()}
             for place, terms in self.gradients(batch).items()
@@ -287,7 +287,7 @@ class Distiller(Task):
     def _views(
         self, batch: Batch, always_switch: bool = False, seen: dict[str, Tensor] | None = None
     ) -> tuple[View, View, Tensor | None, Positions]:
-        """What student and teacher show, the switch's hidden states of samples with images, the student's positions."""
+        """Views of student and teacher, the switch's hidden states of samples with images, the student's positions."""
         sight = self.method.student_sight
         features, visual, spliced, positions = self.student_inputs(batch)
         if seen is not None:
@@ -304,21 +304,21 @@ class Distiller(Task):
             bridged = features if self.bridge is None else self.bridge(features)
             if positions.images:
                 switch = self._switch_states(batch, bridged, positions)
-            elif self.bridge is not None:  # every rank trains the bridge, also on text alone
+            elif self.bridge is not None:  # every rank trains the bridge, even without images
                 student.hidden = student.hidden + bridged.sum().to(student.hidden.dtype) * 0
         return student, teacher, switch, positions
 
     def _teacher_view(self, batch: Batch, features: Tensor, student: Spliced, positions: Positions) -> View:
-        """What the teacher shows, from its cache if all of it is there.
+        """The teacher's view, from the cache if all samples are there.
 
-        One sample that is not has the whole batch run: it gives what it would give without a cache, to the last bit.
-        No rank waits for another here, for the teacher is whole on each.
+        Otherwise the whole batch runs, so that the result is bit for bit that without a cache. Ranks need not agree,
+        because each has the whole teacher.
         """
         if self._cache is None:
             return self._run_teacher(batch, features, student, positions)
         if "digests" not in batch:
             raise ValueError(
-                "The teacher cache knows samples by 'digests', which this batch lacks; set the collator's."
+                "The teacher cache needs the batch's 'digests'; set the attribute digests of the collator to True."
             )
         samples, counts = torch.unique_consecutive(positions.rows, return_counts=True)
         found = [self._cache.get(batch["digests"][row]) for row in samples.tolist()]
@@ -332,7 +332,7 @@ class Distiller(Task):
         return view
 
     def _teacher_dtype(self) -> torch.dtype:
-        """What the teacher's hidden states come in."""
+        """The dtype of the teacher's hidden states."""
         return next(p.dtype for p in self.guide.head.parameters() if p.is_floating_point())
 
     @torch.no_grad()
@@ -357,18 +357,18 @@ class Distiller(Task):
         return view
 
     def _teacher_images(self, batch: Batch) -> Tensor:
-        """The batch's images as the teacher takes them."""
+        """The batch's images, preprocessed for the teacher."""
         if batch.get("teacher_images") is not None:
             return batch_images(batch, self.teacher, "teacher_images")
         if self.pixel_difference is not None:
             raise ValueError(
-                f"Student and teacher prepare pictures differently ({self.pixel_difference}), and the batch holds no "
-                f"'teacher_images'; give the pictures as the teacher prepares them, too."
+                f"Student and teacher preprocess images differently ({self.pixel_difference}), but the batch has no "
+                f"'teacher_images'; add the images as preprocessed for the teacher."
             )
         return batch_images(batch, self.teacher)
 
     def _switch_states(self, batch: Batch, features: Tensor, positions: Positions) -> Tensor:
-        """Hidden states of the teacher that sees through the student's vision tower; text-only samples are left out."""
+        """Hidden states of the teacher with the student's vision features, without text-only samples."""
         with_image = placeholders(batch).any(1)
         part: Batch = {}
         for key in TEXT_KEYS:
@@ -389,29 +389,27 @@ class Distiller(Task):
 
     @property
     def bridge(self) -> Bridge | None:
-        """What stands between the student's vision tower and the teacher's connector, if anything."""
+        """The bridge between the student's vision tower and the teacher's connector, if there is one."""
         return getattr(self._adapters, "bridge", None)
 
     @torch.no_grad()
     def fit_bridge(self, batches: Iterable[Batch]) -> float:
-        """Begin the bridge as the least-squares map from the student's vision features to the teacher's.
+        """Initialise the bridge with the least-squares map from the student's vision features to the teacher's.
 
         Args:
-            batches: some of the training data; those without images are passed over.
+            batches: some of the training data; batches without images are skipped.
 
         Returns:
-            the share of the teacher features' variance that the map explains.
+            the share of the variance of the teacher features that the map explains.
 
         Raises:
             ValueError: there is no bridge, or no image.
         """
         if self.bridge is None:
-            raise ValueError("This distiller has no bridge: the two vision towers give features of one shape.")
+            raise ValueError("This distiller has no bridge: the features of both vision towers have the same shape.")
         seen = [batch for batch in batches if placeholders(batch).any()]
         if not seen:
-            raise ValueError(
-                "No batch has an image, so the bridge between the vision towers has nothing to begin from."
-            )
+            raise ValueError("No batch has an image, so the bridge between the vision towers cannot be initialised.")
         return self.bridge.fit(
             (
                 self.student.vision_features(batch_images(batch, self.student)),

@@ -1,4 +1,4 @@
-"""The settings of all registered methods and losses, as one table: flags, help and documentation come from it."""
+"""A table of the settings of all registered methods and losses, from which flags, help and documentation are made."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .methods import Method, MethodFactory
 
 @dataclass
 class Setting:
-    """One setting, as a flag.
+    """One setting as a command-line flag.
 
     Attributes:
         flag: its name on the command line.
         type: int, float, str, bool or a `Literal` of strings, without None.
-        help: what it is, in a sentence.
-        defaults: owner ("switch_kd", "loss bild_rkl") -> the value it has there unless asked otherwise.
+        help: one sentence.
+        defaults: owner ("switch_kd", "loss bild_rkl") -> default value.
     """
 
     flag: str
@@ -32,7 +32,7 @@ class Setting:
 
     @property
     def summary(self) -> str:
-        """The help, with who has the setting and its default there."""
+        """The help, with the methods and losses that have the setting and their defaults."""
         groups: dict[str, list[str]] = {}
         for owner, default in self.defaults.items():
             groups.setdefault(f"{default:g}" if isinstance(default, float) else str(default), []).append(owner)
@@ -40,16 +40,16 @@ class Setting:
 
 
 def settings() -> dict[str, Setting]:
-    """Flag's name -> setting, of every registered method and loss, methods first.
+    """Flag -> setting, for all registered methods and losses, methods first.
 
     Raises:
-        TypeError: two of them give the same name to settings of different types.
+        TypeError: two of them have settings with the same name but different types.
     """
     found: dict[str, Setting] = {}
     for owner, flag, type_, help_, default in (*_of_methods(), *_of_losses()):
         one = found.setdefault(flag, Setting(flag, type_, help_, {}))
         if one.type != type_:
-            raise TypeError(f"The setting {flag} is {one.type} of {', '.join(one.defaults)} and {type_} of {owner}.")
+            raise TypeError(f"The setting {flag} is {one.type} in {', '.join(one.defaults)} but {type_} in {owner}.")
         one.defaults[owner] = default
     return found
 
@@ -58,7 +58,7 @@ def method_settings(method: type[Method], given: dict[str, object]) -> dict[str,
     """The given flags under the names that `Method.create` takes.
 
     Raises:
-        ValueError: a flag that neither the method nor the loss it uses has.
+        ValueError: neither the method nor its loss has a flag.
     """
     fields = method.settings()
     named = {fields[flag].name if flag in fields else flag: value for flag, value in given.items()}
@@ -76,7 +76,7 @@ def method_settings(method: type[Method], given: dict[str, object]) -> dict[str,
 
 
 def loss_parameters(loss: type) -> Iterator[tuple[str, inspect.Parameter]]:
-    """The settings of a loss but for its temperature: the keyword arguments of its constructor."""
+    """The settings of a loss except the temperature: the arguments of its constructor."""
     for name, parameter in inspect.signature(loss).parameters.items():
         if name != "temperature" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             yield name, parameter
@@ -107,7 +107,7 @@ def _plain(hint: object) -> object:
 
 
 def _described(loss: type, name: str) -> str:
-    """What the ``Args:`` section of a class's or one of its bases' docstring says of an argument."""
+    """An argument's description in the ``Args:`` section of the docstring of a class or of its bases."""
     for cls in loss.__mro__:
         text = inspect.cleandoc(cls.__doc__ or "")
         match = re.search(rf"^ +{re.escape(name)}: (.+?)(?=\n +\w+: |\n\n|\n\w|\Z)", text, re.MULTILINE | re.DOTALL)
@@ -117,7 +117,7 @@ def _described(loss: type, name: str) -> str:
 
 
 def _listed(owners: Collection[str]) -> str:
-    """Owners with the losses together: ``switch_kd, loss bild_fkl, bild_rkl``."""
+    """Owners in words, with losses at the end: ``switch_kd, loss bild_fkl, bild_rkl``."""
     losses = [owner.removeprefix("loss ") for owner in owners if owner.startswith("loss ")]
     methods = [owner for owner in owners if not owner.startswith("loss ")]
     return ", ".join([*methods, *([f"loss {', '.join(losses)}"] if losses else [])])

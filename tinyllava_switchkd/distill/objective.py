@@ -1,13 +1,13 @@
-"""One pass over tokens in chunks: heads, cross-entropy and any list of losses between logits.
+"""Cross-entropy and any number of losses between logits, computed in chunks of tokens.
 
-Logits of a real vocabulary are the largest tensors of a step (8 x 1,024 tokens x 151,936 in float32: 5 GB a copy), so
-they never exist for more than one chunk of tokens. Inside a chunk the teacher's logits, their order and their knee are
-computed once and serve all terms.
+Logits of a real vocabulary are the largest tensors of a step (8 x 1,024 tokens x 151,936 in float32: 5 GB per copy), so
+they only exist for one chunk of tokens at a time. Within a chunk, the teacher's logits, their order and their knee are
+computed once for all terms.
 
-The gradient of a chunk is taken as soon as its loss is known and kept as the (small) gradient of the hidden states and
-of the student's head; nothing is recomputed in the backward pass. Where a head's parameters exist only while its own
-module runs (ZeRO-3), the chunk is recomputed in the backward pass instead, which costs each head a second time. There
-every run of a head is a collective operation, too, so all ranks make as many chunks as the one with the most.
+The gradient of a chunk is computed right after its loss and kept as the (small) gradient of the hidden states and of
+the student's head, so the backward pass recomputes nothing. If a head's parameters only exist while its module runs
+(ZeRO-3), the backward pass recomputes the chunk instead, and each head runs twice. Every run of such a head is also a
+collective operation, so all ranks use as many chunks as the rank with the most.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .losses import LogitLoss
 from .losses.knee import Order
 
 CHUNK_ELEMENTS = 2**26
-"""Logits of one side in one chunk: 441 tokens of Qwen2.5's vocabulary, 256 MiB in float32."""
+"""Logits of one side per chunk: 441 tokens of Qwen2.5's vocabulary, 256 MiB in float32."""
 
 CE = "ce"
-"""Name of the cross-entropy, the one term that every task has."""
+"""Name of the cross-entropy, which every task has."""
 
 RANKING = ("knee_teacher", "knee_student", "topk_overlap")
-"""What a term whose loss ranks logits can report beside its value, see `LogitTerm.ranking`."""
+"""Additional numbers that a term can report if its loss ranks logits, see `LogitTerm.ranking`."""
 
 
 class LogitTerm(NamedTuple):
-    """A weighted loss between the logits of a pathway and the teacher's at the same tokens.
+    """A weighted loss between the logits of a pathway and the teacher's, at the same tokens.
 
     Attributes:
-        name: under which it is reported, unweighted.
-        loss: called with (pathway's logits, teacher's logits), both [tokens, shared vocabulary]; gives [tokens].
+        name: name under which it is reported, unweighted.
+        loss: called with (pathway's logits, teacher's logits), both [tokens, shared vocabulary]; returns [tokens].
         weight: factor of its mean in the training loss.
-        pathway: "student" or "switch", whose logits learn.
+        pathway: "student" or "switch", whose logits are trained.
         tokens: "supervised" (positions that predict a supervised token) or "visual" (positions of visual tokens).
         title: for curves and documentation; the name if empty.
         ranking: also report the knees of both leaders and their overlap, if the loss ranks logits.
@@ -58,28 +58,28 @@ class LogitTerm(NamedTuple):
 
     @property
     def per(self) -> str:
-        """What the term is a mean over."""
+        """The unit of the term's mean."""
         return self.tokens
 
     @property
     def reports(self) -> tuple[str, ...]:
-        """Names of what the term reports: its own, and those of `RANKING` if asked for and possible."""
+        """Names of the numbers that the term reports: its own, and those of `RANKING` if requested and possible."""
         return (self.name, *RANKING) if self.ranking and ranks(self.loss) else (self.name,)
 
 
 def ranks(loss: nn.Module) -> TypeGuard[LogitLoss]:
-    """Whether a loss ranks logits, so that both sides have a leader and a knee."""
+    """Whether a loss ranks logits, so that each side can lead and has a knee."""
     return isinstance(loss, LogitLoss) and type(loss).order is not LogitLoss.order
 
 
 class Tokens(NamedTuple):
-    """What reaches the heads: last hidden states of the same tokens along each pathway.
+    """Input of the heads: last hidden states of the same tokens in each pathway.
 
     Attributes:
         student: [tokens, student width].
-        labels: [tokens] the tokens to predict; None where there is no cross-entropy.
-        teacher: [tokens, teacher width], or None without a teacher.
-        switch: [first tokens, teacher width]: those of samples with images, which come first; None without a switch.
+        labels: [tokens] the tokens to predict; None without cross-entropy.
+        teacher: [tokens, teacher width]; None without a teacher.
+        switch: [first tokens, teacher width], tokens of samples with images, which come first; None without a switch.
     """
 
     student: Tensor
@@ -90,14 +90,14 @@ class Tokens(NamedTuple):
 
 @dataclass
 class TokenObjective:
-    """Cross-entropy and weighted logit terms of tokens, summed.
+    """Sum of cross-entropy and weighted logit terms over tokens.
 
     Attributes:
         student_head: student hidden states -> logits over the student's vocabulary.
         teacher_head: teacher hidden states -> logits over the teacher's; None for plain supervised training.
         terms: losses between logits.
-        vocab_size: token ids that both vocabularies share; padded heads differ in length and are cut to it.
-        chunk_size: tokens a chunk; None takes `CHUNK_ELEMENTS` / vocabulary.
+        vocab_size: number of token ids that both vocabularies share, to which padded heads are cut.
+        chunk_size: tokens per chunk; None means `CHUNK_ELEMENTS` / vocabulary.
         recompute: recompute chunks in the backward pass; None decides by the head's parameters.
     """
 
@@ -109,20 +109,20 @@ class TokenObjective:
     recompute: bool | None = None
 
     def names(self, tokens: Tokens) -> tuple[str, ...]:
-        """What `__call__` sums, in order."""
+        """Names of the sums of `__call__`, in order."""
         return (*([CE] if tokens.labels is not None else []), *(name for term in self.terms for name in term.reports))
 
     def __call__(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Weighted loss (with gradient), and each of `names` unweighted (without), summed over all tokens."""
+        """The weighted loss (with gradient) and each of `names` unweighted (without), summed over all tokens."""
         parameters = [p for p in self.student_head.parameters() if p.requires_grad]
         size = self.chunk_size or max(64, CHUNK_ELEMENTS // self._head_rows())
         count = -(-len(tokens.student) // size)
         sharded = any(hasattr(p, "ds_id") for p in self.student_head.parameters())
         if sharded:
-            count = max(1, _most_of_all_ranks(count, tokens.student.device))  # those beyond a rank's tokens are empty
+            count = max(1, _most_of_all_ranks(count, tokens.student.device))  # a rank's additional chunks are empty
         chunks = [slice(index * size, (index + 1) * size) for index in range(count)]
         if not chunks:
-            # No tokens: a zero that depends on whatever the other ranks' losses depend on.
+            # No tokens: a zero that depends on the same tensors as the other ranks' losses.
             inputs = [x for x in (tokens.student, tokens.switch, *parameters) if x is not None and x.requires_grad]
             zero = tokens.student.new_zeros((), dtype=torch.float32)
             return sum((x.sum() * 0.0 for x in inputs), zero), zero.new_zeros(len(self.names(tokens)))
@@ -163,7 +163,7 @@ class TokenObjective:
             sides = {"student": logits[:, : self.vocab_size]}
             for term in self.terms:
                 if term.pathway == "switch" and "switch" not in sides:
-                    if switch is None or not len(switch):  # nobody in this chunk has an image
+                    if switch is None or not len(switch):  # no sample in this chunk has an image
                         continue
                     sides["switch"] = self.teacher_head(switch)[:, : self.vocab_size].to(logits.dtype)
                 side = sides[term.pathway]
@@ -175,14 +175,14 @@ class TokenObjective:
 
 
 class _Comparison:
-    """Losses of several terms against the same teacher logits [tokens, vocab], each ranking done once."""
+    """Losses of several terms against the same teacher logits [tokens, vocab], which are ranked once."""
 
     def __init__(self, teacher: Tensor) -> None:
         self._teacher = teacher
         self._orders: dict[nn.Module, Order | None] = {}
 
     def of(self, loss: nn.Module, side: Tensor) -> tuple[Tensor, Order | None]:
-        """A loss's sum over a side's tokens (the teacher's first), and the side's order if the loss has one."""
+        """Sum of a loss over a side's tokens (the teacher's first ones), and the side's order if the loss has one."""
         teacher = self._teacher[: len(side)]
         if not isinstance(loss, LogitLoss):
             return loss(side, teacher).sum(), None
@@ -204,7 +204,7 @@ class _Comparison:
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Runs chunks forward and backward at once, keeping gradients of hidden states and head parameters."""
+    """Runs each chunk forward and backward at once, and keeps the gradients of hidden states and head parameters."""
 
     @staticmethod
     def forward(
@@ -217,7 +217,7 @@ class _GradientInForward(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         hidden_grads = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in (student, switch)]
-        # Sums over chunks would round in bfloat16 at every step.
+        # In bfloat16, a sum over chunks would be rounded at every addition.
         accumulate = [torch.promote_types(p.dtype, torch.float32) if len(chunks) > 1 else p.dtype for p in parameters]
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
         results = []
@@ -255,7 +255,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _most_of_all_ranks(count: int, device: torch.device) -> int:
-    """The largest of the ranks' counts; ranks that gather a head a different number of times wait forever."""
+    """The largest count of all ranks; they would wait forever if they gathered a head different numbers of times."""
     if not (dist.is_available() and dist.is_initialized()):
         return count
     most = torch.tensor(count, device=device)
@@ -273,7 +273,7 @@ def _rows(hidden: Tensor | None, chunk: slice) -> Tensor | None:
 
 
 def _overlap(teacher_order: Order, student_logits: Tensor, student_order: Order) -> Tensor:
-    """Share of the teacher's leading tokens that are among the student's leading tokens too, summed over tokens."""
+    """Share of the teacher's leading tokens that are among the student's leading tokens, summed over tokens."""
     theirs = student_logits.detach().gather(1, teacher_order.indices)
     both = (theirs >= student_order.threshold[:, None].to(theirs.dtype)) & teacher_order.mask
     return (both.sum(1) / teacher_order.k).sum()

@@ -1,4 +1,4 @@
-"""What a trainer trains: a module that is called with a batch and gives named losses."""
+"""The training task: a module that is called with a batch and returns named losses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class Measure(NamedTuple):
-    """What a task says of one number that it reports.
+    """Description of one number that a task reports.
 
     Attributes:
         title: for curves and documentation.
-        of_batch: whether the number is a mean over the supervised tokens of its own batch, so that a window's mean
-            weighs it by them. Otherwise it is divided by the step's count already, and micro-batches and ranks add up.
-        weight: factor in the loss; None for what is no term of it.
+        of_batch: whether the number is a mean over the supervised tokens of its own batch, by which averages over a
+            window weight it. Otherwise it is already divided by the step's count, and micro-batches and ranks are
+            summed.
+        weight: factor in the loss; None if it is not a term of the loss.
         per: unit of the mean, see `Task.counts`.
     """
 
@@ -37,15 +38,15 @@ class Measure(NamedTuple):
 
 
 class Task(nn.Module):
-    """Base of what the trainer trains.
+    """Base class of training tasks.
 
-    Called with a batch it returns named losses, of which "loss" is to be minimised and the rest to be logged.
+    Called with a batch it returns named losses; "loss" is minimised and the others are logged.
 
     Args:
         student: the model to train.
-        chunk_size: tokens whose logits exist at one time; None chooses by the vocabulary.
-        packing: lay the samples of a batch end to end for the language models, so that no padding is computed. It pays
-            with flash attention; other attention computes (and masks) what one sample would see of another.
+        chunk_size: number of tokens whose logits exist at a time; None chooses it by the vocabulary.
+        packing: concatenate the samples of a batch for the language models, so that no padding is computed. Useful with
+            flash attention; other kernels compute (and mask) attention between samples.
 
     Raises:
         ValueError: the chunk size is below 1.
@@ -71,17 +72,17 @@ class Task(nn.Module):
 
     @property
     def models(self) -> tuple[TinyLlava, ...]:
-        """Every model that runs in a step, the student first."""
+        """All models that run in a step, the student first."""
         return (self.student,)
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """What the task reports beside "loss" and "supervised_tokens"."""
+        """The numbers that the task reports, besides "loss" and "supervised_tokens"."""
         return {CE: Measure("cross-entropy", weight=1.0)}
 
     @property
     def units(self) -> tuple[str, ...]:
-        """Which of `counts` the task divides by."""
+        """The `counts` that the task divides by."""
         return ("supervised",)
 
     def gradient_checkpointing_enable(self, **kwargs: object) -> None:
@@ -91,16 +92,16 @@ class Task(nn.Module):
         self.student.gradient_checkpointing_disable()
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What a batch holds, by which sums are divided; a trainer adds these up over micro-batches and ranks.
+        """Counts by which sums are divided; a trainer adds them up over micro-batches and ranks.
 
         Returns:
-            "supervised": tokens that are predicted and learned from. "visual": visual tokens. "samples": samples with
+            "supervised": tokens that are predicted and learned. "visual": visual tokens. "samples": samples with
             images. "images": images.
         """
         found = placeholders(batch)
         images = found.sum()
         return {
-            # the first position of a sequence is never predicted, with an image there or without
+            # the first position of a sequence is never predicted, even if it is an image
             "supervised": (batch["labels"][:, 1:] != IGNORE_INDEX).sum(),
             "visual": images * self.student.num_image_tokens,
             "samples": found.any(1).sum(),
@@ -108,7 +109,7 @@ class Task(nn.Module):
         }
 
     def student_inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Spliced, Positions]:
-        """Vision features, visual tokens, the spliced batch and its supervised positions, of the student."""
+        """The student's vision features, visual tokens, spliced batch and supervised positions."""
         features = self.student.vision_features(batch_images(batch, self.student))  # [images, patches, vision width]
         visual = self.student.connector(features)  # [images, visual tokens, width]
         spliced = splice_batch(self.student, batch, visual)

@@ -1,10 +1,11 @@
-"""What the teacher says of each sample, kept on the disk, so that its own pass is paid once.
+"""A cache on disk of the teacher's hidden states, so that the teacher processes each sample only once.
 
-Kept are the last hidden states of a sample's supervised positions. A sample is known by what the teacher reads of it
-(`sample_digest`), a folder by the teacher and its precision, so nothing that has changed is ever found again.
+It stores the last hidden states at a sample's supervised positions. The key of a sample is a digest of the teacher's
+input (`sample_digest`), and the folder's name depends on the teacher and its precision, so outdated entries are never
+found.
 
-Every writer has files of its own (safetensors, read memory-mapped), which take their names once they are whole: any
-number of ranks and runs may share a folder without a lock. What was computed twice is stored twice, and is the same.
+Every writer has its own files (safetensors, memory-mapped), which get their names when they are complete. So any number
+of ranks and runs may share a folder without locks. A sample that is computed twice is stored twice, identically.
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**27
-"""Hidden states that a writer collects before it writes a file; a run that is killed loses no more than these."""
+"""Bytes that a writer collects before it writes a file; a killed run loses at most these."""
 
 FORMAT = 1
-"""Part of a folder's name; another layout of the files gets another."""
+"""Version of the files' layout; part of the folder's name."""
 
 
 class TeacherCache:
     """Digest of a sample -> the teacher's hidden states [supervised tokens, width].
 
     Args:
-        folder: of all teachers; made if it is not there.
-        teacher: tells one teacher and its way of computing from another.
-        dtype: in which hidden states are kept; that of the teacher's head loses nothing.
+        folder: common folder of all teachers; created if it does not exist.
+        teacher: identifies the teacher and how it computes.
+        dtype: of the stored hidden states; that of the teacher's head is lossless.
 
     Attributes:
-        unwritten: why nothing more is written, if it is not.
+        unwritten: the error after which nothing more is written, if there was one.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path, teacher: str, dtype: torch.dtype) -> None:
@@ -73,18 +74,20 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"--teacher_cache {folder} cannot be made: {error.strerror}; name another folder.") from None
+            raise OSError(
+                f"--teacher_cache {folder} cannot be created: {error.strerror}; name another folder."
+            ) from None
         self.sync()
 
     def __len__(self) -> int:
-        """Samples that are known."""
+        """Number of cached samples."""
         return len(self._where.keys() | self._pending.keys())
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._where or digest in self._pending
 
     def get(self, digest: str) -> Tensor | None:
-        """Hidden states of a sample, on the CPU; None if they are not there, or not as they were written."""
+        """Hidden states of a sample, on the CPU; None if they are missing or damaged."""
         if digest in self._pending:
             return self._pending[digest]
         if digest not in self._where:
@@ -94,16 +97,16 @@ class TeacherCache:
         try:
             hidden = self._open(path).get_slice("hidden")[start : start + rows]
             good = _checksum(hidden) == checksum
-        except (OSError, SafetensorError):  # the file has gone, or was cut
+        except (OSError, SafetensorError):  # the file is gone or truncated
             good = False
         if good:
             return hidden
         del self._where[digest]
-        logger.warning("%s is damaged; what it held is computed again.", path)
+        logger.warning("%s is damaged; its content is computed again.", path)
         return None
 
     def add(self, digest: str, hidden: Tensor) -> None:
-        """Keep a sample's hidden states [supervised tokens, width]; on the disk after the next `sync`, or sooner."""
+        """Add a sample's hidden states [supervised tokens, width]; written to disk by the next `sync` at the latest."""
         if digest in self or self.unwritten is not None:
             return
         hidden = hidden.detach().to("cpu", self.dtype, copy=True)
@@ -113,7 +116,7 @@ class TeacherCache:
             self.sync()
 
     def sync(self) -> None:
-        """Write what is new here, and find what others have written since."""
+        """Write new samples, and find those that others have written."""
         if self._pending:
             self._write()
         found = [path for path in self.folder.glob("*.safetensors") if path.name not in self._known]
@@ -122,7 +125,7 @@ class TeacherCache:
             self._read(path)
 
     def bytes(self) -> int:
-        """What lies on the disk."""
+        """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def _write(self) -> None:
@@ -135,18 +138,18 @@ class TeacherCache:
         }
         try:
             write_bytes(self.folder / f"{uuid.uuid4().hex}.safetensors", save(tensors))
-        except OSError as error:  # no reason to lose a training
+        except OSError as error:  # the training goes on without writing
             self.unwritten = error
-            logger.warning("The teacher cache is no longer written to: %s.", error)
+            logger.warning("Nothing more is written to the teacher cache: %s.", error)
         self._pending, self._pending_bytes = {}, 0
 
     def _read(self, path: Path) -> None:
-        """Take a file's samples up; one of a later file takes the place of an earlier, which may have been damaged."""
+        """Index a file's samples; a later file replaces earlier entries, which may have been damaged."""
         try:
             file = self._open(path)
             digests, rows, checksums = (file.get_tensor(name).tolist() for name in ("digests", "rows", "checksums"))
         except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged and is passed over (%s); what it held is computed again.", path, error)
+            logger.warning("%s is damaged and is ignored (%s); its content is computed again.", path, error)
             return
         start = 0
         for digest, count, checksum in zip(digests, rows, checksums, strict=True):
@@ -156,16 +159,16 @@ class TeacherCache:
 
 
 def check_method(method: Method) -> None:
-    """Refuse a method that wants more of the teacher than is kept.
+    """Refuse a method that needs more of the teacher than the cache stores.
 
     Raises:
-        ValueError: naming what it wants.
+        ValueError: names what it needs.
     """
     wanted = [name for name, value in method.teacher_sight._asdict().items() if value]
     if method.teacher_sight != BLIND:
         raise ValueError(
-            f"--teacher_cache keeps the teacher's hidden states of supervised tokens, and {method.name} also reads its "
-            f"{', '.join(wanted)}; leave --teacher_cache out, or take --distill_method switch_kd or logit_kd."
+            f"--teacher_cache stores only the teacher's hidden states of supervised tokens, but {method.name} also "
+            f"needs its {', '.join(wanted)}; leave out --teacher_cache, or use --distill_method switch_kd or logit_kd."
         )
 
 
@@ -176,17 +179,17 @@ def tell_size(
     width: int,
     probed: int = 256,
 ) -> str:
-    """How large the cache of a data set becomes, in a sentence, from some of its samples, evenly spread.
+    """A sentence with the expected size of a data set's cache, estimated from evenly spread samples.
 
     Args:
-        cache: to be filled.
-        dataset: has `encode`.
-        collator: has `truncate`.
+        cache: the cache to fill.
+        dataset: the data set.
+        collator: truncates its samples.
         width: of the teacher's hidden states.
-        probed: how many samples are looked at.
+        probed: number of samples for the estimate.
 
     Raises:
-        ValueError: the disk has no room for what is missing.
+        ValueError: the disk is too full for the missing samples.
     """
     chosen = range(0, len(dataset), max(1, len(dataset) // probed))
     tokens = sum(int((collator.truncate(dataset.encode(index))["labels"] != -100).sum()) for index in chosen)
@@ -196,22 +199,22 @@ def tell_size(
     if size - there > free:
         raise ValueError(
             f"--teacher_cache {cache.folder.parent} needs about {_readable(size)} for {len(dataset)} samples, "
-            f"{_readable(there)} of which are there, and the disk has {_readable(free)} left; choose another folder, "
-            f"or halve it with --teacher_cache_dtype bf16 where it is fp32."
+            f"{_readable(there)} of which exist, but the disk has {_readable(free)} left; choose another folder, or "
+            f"use --teacher_cache_dtype bf16, which is half as large as fp32."
         )
     return (
-        f"The teacher cache {cache.folder} takes about {_readable(size)} for {len(dataset)} samples; it holds "
+        f"The teacher cache {cache.folder} needs about {_readable(size)} for {len(dataset)} samples; it has "
         f"{len(cache)} samples ({_readable(there)}), and the disk has {_readable(free)} left."
     )
 
 
 @torch.no_grad()
 def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Batch, packing: bool = False) -> None:
-    """Keep what the teacher says of a batch's samples, unless all of them are known.
+    """Add a batch's samples to the cache, unless it has all of them.
 
     Args:
-        cache: to be filled.
-        guide: holds the teacher.
+        cache: the cache to fill.
+        guide: the teacher.
         batch: as for a distiller, with `digests`.
         packing: as in the training.
     """
@@ -231,7 +234,7 @@ def fill(cache: TeacherCache, guide: FrozenTeacher, batch: Batch, packing: bool 
 
 
 def split(hidden: Tensor, rows: Tensor, digests: Sequence[str]) -> dict[str, Tensor]:
-    """Hidden states of a batch by the digests of its samples; `rows` says which sample each is of."""
+    """Digest -> hidden states of each sample in a batch; `rows` has the sample's index of each hidden state."""
     samples, counts = torch.unique_consecutive(rows, return_counts=True)
     return {digests[row]: part for row, part in zip(samples.tolist(), hidden.split(counts.tolist()), strict=True)}
 

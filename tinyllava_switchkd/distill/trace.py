@@ -1,6 +1,6 @@
-"""One run of a model over a batch, and what of it a method asked to see.
+"""One forward pass of a model over a batch, and the tensors of it that a method needs.
 
-A pathway runs once whatever the number of terms that look at it, and keeps what somebody asked for and nothing else.
+A pathway runs once for all terms that use it, and keeps only the tensors that were asked for.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class Sight(NamedTuple):
-    """What is to be seen of a pathway, beside the hidden states of its supervised positions.
+    """The tensors to keep of a pathway, besides the hidden states of its supervised positions.
 
     Attributes:
-        visual: last hidden states at the positions of visual tokens.
+        visual: last hidden states of visual tokens.
         features: the vision tower's tokens.
         projected: the connector's outputs.
-        attention: numbers of the decoder layers whose attention of text on visual tokens is wanted. Only these layers
-            keep queries and keys; all keep their fast kernel.
+        attention: indices of the decoder layers whose attention of text to visual tokens is needed. Only these layers
+            keep queries and keys; all layers use their fast kernels.
     """
 
     visual: bool = False
@@ -42,7 +42,7 @@ class Sight(NamedTuple):
     attention: tuple[int, ...] = ()
 
     def __or__(self, other: Sight) -> Sight:
-        """What either of two asks for."""
+        """The union of two."""
         attention = tuple(sorted({*self.attention, *other.attention}))
         return Sight(
             self.visual or other.visual, self.features or other.features, self.projected or other.projected, attention
@@ -50,23 +50,22 @@ class Sight(NamedTuple):
 
 
 BLIND = Sight()
-"""Nothing is to be seen beside the supervised positions."""
+"""Keeps nothing besides the supervised positions."""
 
 
 @dataclass(repr=False)
 class View:
-    """What one pathway showed of a batch; what was not asked for is not there.
+    """The tensors kept of one pathway for a batch; attributes that were not asked for are missing.
 
     Attributes:
-        hidden: [supervised tokens, width] last hidden states that predict a supervised token; the tokens of samples
-            with images come first.
+        hidden: [supervised tokens, width] last hidden states that predict a supervised token; tokens of samples with
+            images come first.
         visual: [visual tokens, width] last hidden states of visual tokens, sample by sample.
-        sample_of_visual: [visual tokens] the sample that each belongs to.
-        features: [images, patches, vision width]. A batch without images has none, but what is here stays in the
-            graph.
-        projected: [images, visual tokens of one, width], likewise.
-        attention: layer -> for each sample with images its `text_to_vision_attention`
-            [heads, text tokens, visual tokens], in order.
+        sample_of_visual: [visual tokens] index of each token's sample.
+        features: [images, patches, vision width]; without images it is empty but stays in the graph.
+        projected: [images, visual tokens per image, width], likewise.
+        attention: layer -> for each sample with images, in order, its `text_to_vision_attention`
+            [heads, text tokens, visual tokens].
     """
 
     hidden: Tensor
@@ -78,10 +77,10 @@ class View:
 
 
 class Positions(NamedTuple):
-    """Where hidden states predict a supervised token: `rows`, `columns` [tokens], those of samples with images first.
+    """Positions `rows`, `columns` [tokens] whose hidden states predict a supervised token, samples with images first.
 
-    `labels` [tokens] are the tokens predicted, `order` [tokens] maps into row-by-row order, `images` counts the tokens
-    of samples with images.
+    `labels` [tokens] are the predicted tokens. `order` [tokens] maps into row-by-row order. `images` is the number of
+    tokens of samples with images.
     """
 
     rows: Tensor
@@ -95,16 +94,16 @@ TEXT_KEYS: tuple[Text, ...] = ("input_ids", "labels", "attention_mask")
 
 
 def placeholders(batch: Batch) -> Tensor:
-    """Where an image belongs [samples, tokens], padding left out."""
+    """Mask [samples, tokens] of the image placeholders, without padding."""
     found = batch["input_ids"] == IMAGE_TOKEN_INDEX
     return found & batch["attention_mask"].bool() if batch.get("attention_mask") is not None else found
 
 
 def batch_images(batch: Batch, model: TinyLlava, key: Pictures = "images") -> Tensor:
-    """The images that placeholders stand for, in order [images, 3, height, width]; one dummy if there are none.
+    """The images of the placeholders, in order [images, 3, height, width]; one dummy image if there are none.
 
-    A dummy keeps the vision tower in every rank's graph. TinyLLaVA v1 gives each text-only sample one of its own
-    (`modeling_tinyllava.py`); of these all but the needed are dropped.
+    The dummy keeps the vision tower in every rank's graph. Dummies of text-only samples, which TinyLLaVA v1 adds
+    (`modeling_tinyllava.py`), are dropped.
     """
     images = batch.get(key)
     if images is None or len(images) == 0:
@@ -115,7 +114,7 @@ def batch_images(batch: Batch, model: TinyLlava, key: Pictures = "images") -> Te
 
 
 def splice_batch(model: TinyLlava, batch: Batch, visual: Tensor | None) -> Spliced:
-    """A batch as a model's decoder reads it, padded on the right."""
+    """The spliced batch for a model's decoder, padded on the right."""
     return splice(
         batch["input_ids"],
         batch.get("attention_mask"),
@@ -137,11 +136,11 @@ def supervised_positions(input_ids: Tensor, spliced: Spliced) -> Positions:
 
 
 class States:
-    """Last hidden states of a decoder's run, before its head, readable by row and column of the spliced batch.
+    """A decoder's last hidden states, indexed by row and column of the spliced batch.
 
     Args:
-        last: [samples, length, width], or [1, tokens of all samples, width] where samples are packed.
-        starts: [samples] where each begins, if packed.
+        last: [samples, length, width], or [1, tokens of all samples, width] if samples are packed.
+        starts: [samples] offset of each sample, if packed.
     """
 
     def __init__(self, last: Tensor, starts: Tensor | None = None) -> None:
@@ -149,7 +148,7 @@ class States:
         self._starts = starts
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """[positions, width]."""
+        """The hidden states [positions, width] at these positions."""
         if self._starts is None:
             return self._last[rows, columns]
         return self._last[0, self._starts[rows] + columns]
@@ -158,9 +157,8 @@ class States:
 def decode(model: TinyLlava, spliced: Spliced, packing: bool = False) -> States:
     """Run a language model's decoder over a spliced batch.
 
-    Padding stands on the right, so the causal mask alone keeps it out of what real tokens see, and attention takes its
-    fastest path. Packed samples are told apart by positions that begin anew; the lengths spare flash attention the
-    search for them.
+    Padding is on the right, so the causal mask alone hides it from real tokens, and attention takes its fastest path.
+    Packed samples are separated by positions that restart at 0; flash attention uses the given lengths instead.
     """
     decoder = model.language_model.get_decoder()
     if not packing:
@@ -183,7 +181,7 @@ def decode(model: TinyLlava, spliced: Spliced, packing: bool = False) -> States:
 def look(
     model: TinyLlava, spliced: Spliced, positions: Positions, sight: Sight = BLIND, *, packing: bool = False
 ) -> View:
-    """Run a decoder once and keep what is asked for (features and projected tokens are the caller's to add)."""
+    """Run a decoder once and keep what `sight` asks for; the caller adds features and projected tokens."""
     with recording(model, sight.attention) as recorded:
         states = decode(model, spliced, packing)
     view = View(states.at(positions.rows, positions.columns))
@@ -196,7 +194,7 @@ def look(
 
 
 def _of_samples(query: Tensor, key: Tensor, scaling: float, spliced: Spliced, packing: bool) -> list[Tensor]:
-    """`text_to_vision_attention` of every sample that has images."""
+    """`text_to_vision_attention` of every sample with images."""
     mask = spliced.attention_mask.bool()
     lengths = mask.sum(1).tolist()
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -213,17 +211,17 @@ def _of_samples(query: Tensor, key: Tensor, scaling: float, spliced: Spliced, pa
 
 
 def text_to_vision_attention(query: Tensor, key: Tensor, is_visual: Tensor, scaling: float) -> Tensor:
-    """How much each text token of one sample attends to each visual token, under the causal mask.
+    """Attention of each text token of one sample to each visual token, with the causal mask.
 
     Args:
-        query: [heads, tokens, head width], positions rotated in already.
-        key: [key heads, tokens, head width]; each serves heads / key heads queries.
+        query: [heads, tokens, head width], after rotary positions.
+        key: [key heads, tokens, head width]; each is shared by heads / key heads queries.
         is_visual: [tokens] bool.
         scaling: factor of the scores.
 
     Returns:
-        [heads, text tokens, visual tokens], at least float32: rows of the softmax over all tokens, cut to the visual
-        columns. A text token before the image sees nothing of it: its row is zero.
+        [heads, text tokens, visual tokens], at least float32: the visual columns of the softmax over all tokens. The
+        row of a text token before the image is zero.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query[:, ~is_visual].to(dtype), key.to(dtype).repeat_interleave(len(query) // len(key), dim=0)
@@ -239,7 +237,7 @@ RECORDING = "tinyllava_recording"
 
 @contextmanager
 def recording(model: TinyLlava, layers: tuple[int, ...]) -> Iterator[dict[int, tuple[Tensor, Tensor, float]]]:
-    """While inside, the chosen decoder layers keep their queries and keys; what they compute stays the same.
+    """Make the given decoder layers keep their queries and keys inside the ``with`` block; their outputs are unchanged.
 
     Yields:
         layer -> (queries [batch, heads, tokens, head width], keys likewise, factor of the scores), filled by a run.
@@ -262,14 +260,14 @@ def recording(model: TinyLlava, layers: tuple[int, ...]) -> Iterator[dict[int, t
 
 
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: Any) -> Any:
-    """An attention of transformers' interface that notes queries and keys, and has the usual one do the work."""
+    """An attention function for transformers that stores queries and keys and calls the usual function."""
     found, number, config = module._recording
     scaling = kwargs.get("scaling")
     if number not in found:
         found[number] = (query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     usual = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-    changed, module.config = module.config, config  # flash attention reads its own name there
+    changed, module.config = module.config, config  # flash attention reads its name from the configuration
     try:
         return usual(module, query, key, value, *args, **kwargs)
     finally:

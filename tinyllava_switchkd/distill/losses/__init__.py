@@ -1,4 +1,4 @@
-"""The distillation losses between logits, and their registry. Importing this registers all of them."""
+"""The distillation losses between logits and their registry. Importing this package registers them."""
 
 from .base import LogitLoss, LossFactory, register_loss
 from .knee import knee

@@ -1,7 +1,7 @@
 """The base class of the distillation losses, and their registry.
 
-The file needs torch, `knee.py` beside it for the type of an order, and the project's `Registry` (two lines to replace
-elsewhere).
+This file needs torch, `knee.py` for the type of an order, and the project's `Registry` (two lines to replace in another
+project).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ register_loss = LossFactory.register
 
 
 class LogitLoss(nn.Module):
-    """Base of the losses between two sides' logits.
+    """Base class of losses between two sides' logits.
 
-    A subclass defines `forward`. A loss that ranks logits also defines `order`, so that a caller who compares several
-    students with the same teacher logits (Switch-KD does) ranks the teacher's logits once.
+    A subclass defines `forward`. A loss that ranks logits also defines `order`, so that the teacher's logits are ranked
+    only once if several students are compared with them, as in Switch-KD.
 
-    The settings of a loss are the keyword arguments of its `__init__`, each with a type and a default, and its
-    docstring describes each in one sentence under `Args:`. Command-line flags and the docs are made from these.
+    The settings of a loss are the keyword arguments of its `__init__`, each with a type and a default. Its docstring
+    describes each in one sentence under `Args:`. Command-line flags and the docs are made from these.
 
     Args:
         temperature: Tau, by which logits or their differences are divided; a positive number.
@@ -42,13 +42,13 @@ class LogitLoss(nn.Module):
         self.temperature = float(temperature)
 
     def order(self, logits: Tensor) -> Order | None:
-        """Which logits of one side the loss compares when this side leads, and in which order.
+        """The logits that the loss compares when this side leads, in order.
 
         Args:
             logits: [tokens, vocab], the leader's.
 
         Returns:
-            None if the loss has no leader.
+            the order; None if the loss has no leader.
         """
         return None
 
@@ -63,13 +63,13 @@ class LogitLoss(nn.Module):
         """Loss of every token.
 
         Args:
-            student_logits: [tokens, vocab]; gradients flow into these only.
+            student_logits: [tokens, vocab]; only these get gradients.
             teacher_logits: [tokens, vocab], the same vocabulary.
-            student_order: `order(student_logits)` if the caller has it.
-            teacher_order: `order(teacher_logits)` if the caller has it.
+            student_order: `order(student_logits)`, if already known.
+            teacher_order: `order(teacher_logits)`, if already known.
 
         Returns:
-            [tokens], float32 (float64 for float64 logits), never negative but for rounding.
+            [tokens], float32 (float64 for float64 logits), never negative except by rounding.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward.")
 
@@ -78,10 +78,10 @@ class LogitLoss(nn.Module):
 
 
 def both_sides(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Student and teacher logits in a dtype that is safe to compare in, at least float32; the teacher's detached.
+    """Student and teacher logits in a common dtype, at least float32; the teacher's are detached.
 
     Raises:
-        ValueError: the two are not matrices of one shape.
+        ValueError: the two are not matrices of the same shape.
     """
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(

@@ -1,14 +1,14 @@
-"""Which logits count: the knee of a token's sorted logits, and the tokens above it in order.
+"""The logits that count: those up to the knee of a token's sorted logits, in order.
 
-Switch-KD (Eq. 8-9) lets the *leader* (the side whose order is used) choose how many of its largest logits enter the
-loss: sort all N logits, normalise ranks to x_i = i / N and values to y_i = (z_i - z_min) / (z_max - z_min), and take
-k = argmax_i (1 - x_i) - y_i. On a real vocabulary k falls in the thousands, and a full sort of 151,936 logits costs
-more than the rest of the loss. It is not needed: x is the upper tail of the empirical distribution, so a histogram
-tells below which value no knee can lie, and only the logits above it are collected and sorted, once, for the knee and
-for the order alike. The result is that of the full sort, bit for bit.
+In Switch-KD (Eq. 8-9) the *leader* (the side whose order is used) determines how many of its largest logits enter the
+loss: sort all N logits, normalise ranks to x_i = i / N and values to y_i = (z_i - z_min) / (z_max - z_min), and take k
+= argmax_i (1 - x_i) - y_i. On a real vocabulary k is in the thousands, and a full sort of 151,936 logits costs more
+than the rest of the loss. A full sort is not needed: x is the upper tail of the empirical distribution, so a histogram
+gives a value below which there can be no knee. Only the logits above it are collected and sorted, once for both the
+knee and the order. The result is bit for bit that of the full sort.
 
-The file needs nothing but torch. Where the files of kernels lie beside it and can be compiled, those do the work:
-`knee_triton.py` makes the histogram and collects the logits on CUDA, `native.py` does all of it on a CPU.
+This file needs only torch. If the kernels' files are beside it and can be compiled, they do the work: `knee_triton.py`
+makes the histogram and collects the logits on CUDA, `native.py` does everything on a CPU.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 FULL_SORT_BELOW = 4096
-"""Vocabularies smaller than this are sorted whole: there the histogram costs more than it saves."""
+"""Smaller vocabularies are sorted completely, because the histogram would cost more than it saves."""
 
 BINS = 1024
-"""Bins of the histogram. More bins leave fewer logits to sort and cost more to scan; a power of two."""
+"""Bins of the histogram, a power of two. More bins leave fewer logits to sort, but cost more to scan."""
 
 BLOCK_ELEMENTS = (2**27, 2**20)
-"""Logits whose histogram is made at one time, on an accelerator and on the CPU (there: 8 MiB of buffers)."""
+"""Logits per histogram block, on an accelerator and on the CPU (there 8 MiB of buffers)."""
 
 NATIVE_FROM = 2**18
-"""Logits from which the C kernels do the work on a CPU; for fewer it is not worth compiling them."""
+"""Minimum number of logits for the C kernels on a CPU; for fewer, compiling is not worthwhile."""
 
 BACKEND = os.environ.get("SWITCHKD_KERNELS", "triton")
-"""What does the work: kernels ("triton" on CUDA, C on a CPU), or "torch" operations. The answers are the same."""
+"""The implementation: "triton" for kernels (Triton on CUDA, C on a CPU), or "torch". The results are the same."""
 
 _checked: set[tuple[str, torch.device, torch.dtype]] = set()
-"""Which kernels have been compared with torch's operations."""
+"""Kernels that have been compared with torch's operations."""
 
 
 class Order(NamedTuple):
-    """The largest logits of every token, in descending order; equal logits stay in vocabulary order.
+    """The largest logits of every token, in descending order; equal logits are in vocabulary order.
 
-    Rows have different lengths. Entries that do not count stand on the right and repeat the row's first.
+    Rows have different lengths. Entries that do not count are on the right and repeat the row's first entry.
 
     Attributes:
         indices: [tokens, width] into the vocabulary.
-        mask: [tokens, width], true where an entry counts.
-        k: [tokens], the number that count.
+        mask: [tokens, width], true at entries that count.
+        k: [tokens], number of entries that count.
         threshold: [tokens], the smallest logit that counts.
-        low: [tokens], the smallest finite logit of the whole row; NaN if the row has a NaN, 0 if it has none finite.
-        high: [tokens], the largest, likewise.
+        low: [tokens], the smallest finite logit of the whole row; NaN if the row has a NaN, 0 if none is finite.
+        high: [tokens], the largest finite logit, likewise.
     """
 
     indices: Tensor
@@ -65,15 +65,14 @@ class Order(NamedTuple):
 
 
 Candidates = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Logits that may lead, as `candidates` gives them."""
+"""Logits that may count, as returned by `candidates`."""
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Logits with infinities replaced by the row's largest or smallest finite value (zeros in a row that has none).
+    """Logits with infinities replaced by the row's largest or smallest finite value (0 in a row without finite values).
 
-    A logit of minus infinity marks a token that can't occur; as the row's smallest value it takes part in no pair that
-    matters, and neither the knee nor a gradient becomes undefined. A NaN makes its whole row NaN: a broken model is
-    seen.
+    A logit of minus infinity marks an impossible token. As the row's smallest value it is in no pair that matters, and
+    neither the knee nor a gradient becomes undefined. A NaN makes its whole row NaN, so that a broken model is noticed.
     """
     return _finite(logits)[0]
 
@@ -82,15 +81,14 @@ def finite(logits: Tensor) -> Tensor:
 def knee(logits: Tensor, *, window: int = 0, temperature: float | None = None) -> Tensor:
     """Number of leading logits up to the knee (Switch-KD Eq. 8-9).
 
-    The first maximum wins; k is at least 2; constant logits have no knee and give 2; infinite logits count as the
-    row's extreme finite ones.
+    If there are several maxima, the first one is used. k is at least 2; constant logits have no knee and give 2.
+    Infinite logits count as the row's extreme finite ones.
 
     Args:
-        logits: [tokens, vocab], any floating dtype; computed in float64 where it decides.
-        window: look for the knee among this many of the largest logits, as if there were no others; 0 takes all, as
-            the paper writes it.
-        temperature: look for the knee of softmax(logits / temperature); None takes the logits themselves, as the paper
-            writes it.
+        logits: [tokens, vocab], any floating dtype; comparisons that decide are in float64.
+        window: look for the knee among this many of the largest logits, as if there were no others; 0 uses all, as in
+            the paper.
+        temperature: look for the knee of softmax(logits / temperature); None uses the logits, as in the paper.
 
     Returns:
         k [tokens], int64.
@@ -113,12 +111,12 @@ def leading(
     """The logits up to the knee, or the `k` largest, in descending order.
 
     Args:
-        logits: [tokens, vocab], any floating dtype. Infinities count as the row's extreme finite logits; in a row with
-            a NaN, whose order means nothing, the first logits of the vocabulary lead.
-        k: a fixed number for every token (BiLD's 8), or None for each token's knee.
-        window: where the knee is looked for; see `knee`.
-        temperature: on what the knee is looked for; see `knee`.
-        kernels: whether kernels may do the work, where there are any.
+        logits: [tokens, vocab], any floating dtype. Infinities count as the row's extreme finite logits. A row with a
+            NaN has no meaningful order; there the first logits of the vocabulary are used.
+        k: a fixed number for every token (8 in BiLD), or None for each token's knee.
+        window: see `knee`.
+        temperature: see `knee`.
+        kernels: whether kernels may be used, if available.
 
     Raises:
         ValueError: `logits` is not a matrix, the vocabulary has fewer than 2 entries, or `k` or `window` is too small.
@@ -147,23 +145,23 @@ def leading(
 
 
 def as_order(columns: Tensor, k: Tensor, threshold: Tensor, low: Tensor, high: Tensor) -> Order:
-    """An order of columns [tokens, the largest k] of which the first k of each row count."""
+    """The order of columns [tokens, the largest k], the first k of which count in each row."""
     mask = torch.arange(columns.shape[1], device=columns.device) < k[:, None]
     return Order(torch.where(mask, columns, columns[:, :1]).long(), mask, k, threshold, low, high)
 
 
 def candidates(logits: Tensor, k: int | None = None, window: int = 0, temperature: float | None = None) -> Candidates:
-    """The logits that may lead: all up to the knee, or the `k` largest, and a few more. They are not sorted yet.
+    """The logits that may count: all up to the knee, or the `k` largest, and a few more; not sorted yet.
 
     Args:
         logits: [tokens, vocab], any floating dtype.
         k: a fixed number for every token, or None for each token's knee.
-        window: where the knee is looked for; see `knee`.
-        temperature: on what the knee is looked for; see `knee`.
+        window: see `knee`.
+        temperature: see `knee`.
 
     Returns:
-        values, columns and counted: [tokens, width], in the order of the vocabulary; `counted` is false where a row has
-            fewer than others.
+        values, columns and counted: [tokens, width], in the order of the vocabulary; `counted` is false at the padding
+            of shorter rows.
         low and high: [tokens, 1], the row's smallest and largest finite logit.
     """
     z, low, high = _finite(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
@@ -187,7 +185,7 @@ def cut(
     window: int = 0,
     temperature: float | None = None,
 ) -> Order:
-    """Sort what `candidates` found of `logits`, and keep what counts: up to the knee, or `k`."""
+    """Sort the candidates of `logits` and keep those that count: up to the knee, or the first `k`."""
     tokens, vocab = logits.shape
     values, columns = _descending(values, columns, counted)
     if k is None:
@@ -203,9 +201,9 @@ def cut(
 
 
 def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`finite`, and the smallest and the largest logit of every row of it [tokens, 1]."""
+    """The result of `finite`, with the smallest and the largest logit of every row [tokens, 1]."""
     values = logits.detach()
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)  # on the CPU tenfold faster than aminmax
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)  # on a CPU ten times as fast as aminmax
     if bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         return logits, low, high
     infinite = torch.isinf(values)
@@ -218,16 +216,16 @@ def _finite(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def try_kernels(module: str, function: str, like: Tensor, *arguments: object) -> Any:
-    """What a function of Triton kernels returns; None, with one warning, where they cannot run.
+    """The result of a function of a kernel module; None if its kernels cannot run, with one warning.
 
-    Before their first use on a device and for a dtype, the kernels, as compiled there, are compared with torch's
-    operations: each module has a `check(like)` for that, which raises.
+    Before the first use on a device and with a dtype, the module's `check(like)` compares its compiled kernels with
+    torch's operations, and raises if they differ.
 
     Args:
-        module: a file beside this one.
-        function: a function of it.
-        like: a tensor of the device and dtype that count.
-        arguments: the function's.
+        module: a module in this package.
+        function: one of its functions.
+        like: a tensor with the relevant device and dtype.
+        arguments: of the function.
     """
     global BACKEND
     usable = _worth_compiling(like) if module == "native" else _on_accelerator(like)
@@ -242,11 +240,11 @@ def try_kernels(module: str, function: str, like: Tensor, *arguments: object) ->
             return getattr(kernels, function)(*arguments)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the compiler or the driver objects to, training goes on
+    except Exception as error:  # training continues after any error of the compiler or the driver
         BACKEND = "torch"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = "C" if module == "native" else "Triton"
-        logger.warning("The %s kernels cannot run (%s); torch's operations do their work, slower.", name, reason)
+        logger.warning("The %s kernels cannot run (%s); torch's slower operations are used instead.", name, reason)
         return None
 
 
@@ -259,7 +257,7 @@ def _on_accelerator(tensor: Tensor) -> bool:
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Columns [tokens, width] of the `k` largest logits, ties with the last included, and which entries count."""
+    """Columns [tokens, width] of the `k` largest logits and of ties with the last one, and which entries count."""
     threshold = z.topk(min(k, z.shape[1]), dim=-1).values[:, -1:]
     return _padded(_positions(z.neg(), threshold.neg()), *z.shape)
 
@@ -267,13 +265,13 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _above_knee(
     z: Tensor, low: Tensor, high: Tensor, window: int = 0, temperature: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Columns [tokens, width] of all logits that are or precede the knee (and some after it), and which entries count.
+    """Columns [tokens, width] of all logits up to the knee (and some after it), and which entries count.
 
     With a window, these are the window's logits (and some more).
 
-    Bin b (0 holds the largest logits) of B begins after `above_b` larger logits, so its largest logit has rank
-    above_b + 1 and its height is at least b / B - (above_b + 1) / N, while no logit of it is higher than
-    (b + 1) / B - (above_b + 1) / N. Bins whose upper bound stays below the best lower bound can't hold the knee; all
+    There are `above_b` logits before bin b of B (bin 0 has the largest logits). So the bin's largest logit has rank
+    above_b + 1 and a height of at least b / B - (above_b + 1) / N, and all its logits have a height of at most
+    (b + 1) / B - (above_b + 1) / N. Bins whose upper bound is below the best lower bound cannot contain the knee. All
     logits down to the last bin that can are taken.
     """
     tokens, vocab = z.shape
@@ -281,11 +279,11 @@ def _above_knee(
         columns = torch.arange(vocab, device=z.device).expand(tokens, vocab)
         return columns, torch.ones_like(columns, dtype=torch.bool)
     by_softmax = temperature is not None and not window
-    if temperature is not None and by_softmax:  # whose normaliser cancels in Eq. 9
+    if temperature is not None and by_softmax:  # the softmax's normaliser cancels in Eq. 9
         z = ((z - high) / temperature).exp()
         low, high = ((low - high) / temperature).exp(), torch.ones_like(high)
     scale = bin_scale(low, high)
-    # Blocks of tokens keep the work in buffers that are allocated once; fresh memory costs more than the arithmetic.
+    # Blocks of tokens reuse buffers, because allocating memory costs more than the arithmetic.
     block = min(tokens, max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // vocab))
     work = torch.empty(block, vocab, dtype=z.dtype, device=z.device)
     bins = torch.empty(block, vocab, dtype=torch.int32, device=z.device)
@@ -294,45 +292,45 @@ def _above_knee(
     for start in range(0, tokens, block):
         rows = slice(start, min(start + block, tokens))
         size = rows.stop - rows.start
-        # The binning is monotone in z whatever the rounding, so bins never mix the order. A quarter can't overflow.
+        # Binning is monotone in z despite rounding, so bins keep the order. A quarter of a logit cannot overflow.
         torch.sub(high[rows] / 4, z[rows], alpha=0.25, out=work[:size]).mul_(scale[rows])
         bins[:size].copy_(work[:size]).add_(first_bin[:size])
         counts = bins[:size].view(-1).bincount(minlength=size * BINS).view(size, BINS)
         if window:
             last = (counts.cumsum(1) < window).sum(1, keepdim=True, dtype=torch.int32)
         else:
-            # exp may round its results out of order, so that a logit before the knee falls a bin behind it.
+            # exp may round out of order, so that a logit before the knee ends up one bin after it.
             last = last_bin(counts, vocab, high[rows] > low[rows]) + by_softmax
         found.append(_positions(bins[:size], first_bin[:size] + last).add_(start * vocab))
     return _padded(torch.cat(found), tokens, vocab)
 
 
 def bin_scale(low: Tensor, high: Tensor) -> Tensor:
-    """Bins to a quarter of a logit [tokens, 1]; 0, a single bin, where the row's range is beyond the arithmetic."""
+    """Bins per quarter of a logit [tokens, 1]; 0, a single bin, if the row's range is too small or large to compute."""
     spread = high.double() - low.double()
     return torch.where((spread > 1e-30) & (spread < 1e38), 4 * (BINS - 1) / spread, 0.0).to(low.dtype)
 
 
 def last_bin(counts: Tensor, vocab: int, varies: Tensor) -> Tensor:
-    """Last bin that can hold the knee [tokens, 1], int32; -1 in rows that do not vary."""
+    """Last bin that can contain the knee [tokens, 1], int32; -1 in rows that do not vary."""
     numbers = torch.arange(BINS, dtype=torch.int32, device=counts.device)
     counts = counts.float()
     above = counts.cumsum(1).sub_(counts)
     lower = torch.add(numbers.float() / (BINS - 1) - 1 / vocab, above, alpha=-1 / vocab).where(counts > 0, -torch.inf)
-    # Half a bin of slack absorbs the rounding of the binning, and of this.
+    # Half a bin of slack allows for rounding, of the bins and of these bounds.
     able = lower >= lower.amax(1, keepdim=True) - 1.5 / (BINS - 1)
     return numbers.where(able, -1).amax(1, keepdim=True).where(varies, -1)
 
 
 def _positions(values: Tensor, most: Tensor) -> Tensor:
-    """Where in the flattened `values` [tokens, n] stands at most the row's `most` [tokens, 1], ascending."""
+    """Ascending positions in the flattened `values` [tokens, n] of values up to the row's `most` [tokens, 1]."""
     return (values <= most).view(-1).nonzero().view(-1)
 
 
 def _padded(positions: Tensor, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
     """Ascending positions in a [tokens, vocab] matrix as columns [tokens, width], and which entries count.
 
-    A row of none, which is constant, gets the vocabulary's first two.
+    An empty row, whose logits are constant, gets the vocabulary's first two columns.
     """
     starts = torch.arange(tokens + 1, device=positions.device) * vocab
     lengths = torch.searchsorted(positions, starts).diff()
@@ -346,9 +344,9 @@ def _padded(positions: Tensor, tokens: int, vocab: int) -> tuple[Tensor, Tensor]
 
 
 def _descending(values: Tensor, columns: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and columns by descending value, equal values by column; where `counted` is false: last, minus infinity.
+    """Sort by descending value, equal values by column; entries that are not counted come last as minus infinity.
 
-    `columns` ascend among those counted.
+    Counted `columns` must be ascending.
     """
     values = values.masked_fill(~counted, -torch.inf)
     values, order = values.sort(dim=-1, descending=True, stable=True)
@@ -356,7 +354,7 @@ def _descending(values: Tensor, columns: Tensor, counted: Tensor) -> tuple[Tenso
 
 
 def _highest(values: Tensor, low: Tensor, high: Tensor, vocab: int, temperature: float | None) -> tuple[Tensor, Tensor]:
-    """Rank and value [tokens] where (1 - x) - y of Eq. 9 is highest, in float64, of values in descending order."""
+    """Rank and value [tokens] that maximise (1 - x) - y of Eq. 9, in float64, for values in descending order."""
     ranks = torch.arange(1, values.shape[1] + 1, device=values.device)
     low, high = low.double(), high.double()
     if temperature is None:

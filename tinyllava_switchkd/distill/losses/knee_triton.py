@@ -1,11 +1,11 @@
-"""Triton kernels for `knee.py`: which logits are or precede the knee, without a [tokens, vocab] buffer of any kind.
+"""Triton kernels for `knee.py`: the logits up to the knee, without any [tokens, vocab] buffer.
 
-Three passes read the logits. The first finds each row's finite extremes; the second counts its histogram; the third
-writes the logits down to the last bin that can hold the knee, in the order of the vocabulary, into rows as wide as the
-longest. A row is shared out to several programs, so that few tokens fill a GPU too; each program counts for itself,
-and what the programs before it take gives it its place, so nothing depends on the order in which they run. The host
-waits once, for the width. What is taken is what the torch operations of `knee.py` take, up to the rounding of the bins'
-edges, and so the knee and the order are the same, bit for bit.
+Three passes read the logits. The first finds each row's finite extremes, the second counts its histogram. The third
+writes the logits down to the last bin that can contain the knee, in the order of the vocabulary, to rows as wide as the
+longest. A row is divided among several programs, so that a few tokens also fill a GPU. Each program counts its own
+part, and the counts of the programs before it give its output position, so the result does not depend on the order in
+which they run. The host waits once, for the width. The logits taken are those of the torch operations of `knee.py`, up
+to the rounding of the bins' edges, so the knee and the order are bit for bit the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor
 from .knee import BINS, bin_scale, candidates, cut, last_bin
 
 TILE = 4096
-"""Logits of a row that a program reads at one time; half of it where it writes too, which takes more registers."""
+"""Logits of a row that a program reads at a time; half of it in the pass that also writes, which needs more
+registers."""
 
 WARPS = 8
 
 PROGRAMS = 2048
-"""Programs to aim for: several for each of the 108 to 160 multiprocessors of a data centre's GPU."""
+"""Intended number of programs: several for each of the 108 to 160 multiprocessors of a data-centre GPU."""
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _read(z, row, start, stride, vocab, TILE: tl.constexpr, FLOAT: tl.constexpr)
 
 @triton.jit
 def _bins(value, low, high, scale, BINS: tl.constexpr):
-    # A quarter can't overflow; the clamp is for NaN alone, whose row takes part in nothing.
+    # A quarter of a logit cannot overflow. The clamp is only for NaN, whose row is ignored.
     bins = ((high * 0.25 - value * 0.25) * scale).to(tl.int32)
     return tl.minimum(tl.maximum(bins, 0), BINS - 1)
 
@@ -82,7 +83,7 @@ def collect(
     z, low, high, scale, last, offsets, values, columns_out, stride, vocab, span, width,
     BINS: tl.constexpr, TILE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """Values and columns of a part of a row down to bin `last`, in order, from the part's place in the row on."""
+    """Write values and columns of a part of a row down to bin `last`, in order, from the part's output position on."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     bottom, top, factor = tl.load(low + row), tl.load(high + row), tl.load(scale + row)
@@ -94,22 +95,22 @@ def collect(
         taken = inside & (_bins(value, bottom, top, factor, BINS) <= limit)
         ones = taken.to(tl.int32)
         to = place + tl.cumsum(ones, 0) - ones
-        taken = taken & (to < width)  # never beyond the row, whatever the counts said
+        taken = taken & (to < width)  # never write beyond the row
         tl.store(values + row * width + to, value, mask=taken)
         tl.store(columns_out + row * width + to, columns, mask=taken)
         place += tl.sum(ones, 0)
 
 
 def above_knee(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The logits that are or precede the knee, and some after it.
+    """The logits up to the knee, and some after it.
 
     Args:
         logits: [tokens, vocab], any floating dtype, at least one token.
 
     Returns:
-        Values and columns [tokens, width] in the order of the vocabulary, and which of these entries count; the row's
-        smallest and largest finite logit [tokens, 1] (NaN, NaN with a NaN; 0, 0 if none is finite). Infinite logits
-        have these values. Constant rows have the first two columns.
+        Values and columns [tokens, width] in the order of the vocabulary, and which entries count; the row's smallest
+        and largest finite logit [tokens, 1] (both NaN if the row has a NaN, both 0 if none is finite), which replace
+        infinite logits. Constant rows have the first two columns.
     """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens, vocab = logits.shape
@@ -149,7 +150,7 @@ def check(like: Tensor) -> None:
     """Compare the kernels, as compiled for the device and dtype of `like`, with torch's operations.
 
     Raises:
-        RuntimeError: they disagree on a few rows: a long tail, ties, constant logits, infinities.
+        RuntimeError: they disagree on one of four rows: a long tail, ties, constant logits, infinities.
     """
     noise = (12.9898 * torch.arange(1, 80_001, device=like.device).double().view(4, -1)).sin().mul_(43758.5453)
     z = (1 - noise.frac().abs_()).log_().mul_(-2)
@@ -159,4 +160,4 @@ def check(like: Tensor) -> None:
     z = z.to(like.dtype)
     pairs = zip(cut(*above_knee(z), z, None), cut(*candidates(z, None), z, None), strict=True)
     if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-        raise RuntimeError("as compiled here, the knee's kernels find other logits than torch's operations do")
+        raise RuntimeError("as compiled here, the knee's kernels find other logits than torch's operations")

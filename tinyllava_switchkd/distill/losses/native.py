@@ -1,8 +1,8 @@
-"""The kernels of `native.c` for the CPU: the knee and the pair KL of float32 logits, a token at a time.
+"""The CPU kernels in `native.c`: the knee and the pair KL of float32 logits, one token at a time.
 
-What torch's operations do in some hundred passes over [tokens, k] buffers, these do while a token's numbers are in the
-cache. The C compiler of the machine makes them on first use, which takes about a second; where there is none, torch's
-operations do the work, as they do for other dtypes and settings. Threads share the tokens.
+torch's operations take some hundred passes over [tokens, k] buffers; these kernels finish a token while its numbers are
+in the cache. The machine's C compiler compiles them on first use, which takes about a second. Without a compiler, and
+for other dtypes and settings, torch's operations are used. Tokens are distributed over threads.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ COMPILER = os.environ.get("CC", "cc")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 Value = Tensor | int | float | None
-"""What a kernel's job is made of: tensors by address (None: no tensor), int64 and double."""
+"""A field of a kernel's job: the address of a tensor (None for no tensor), an int64 or a double."""
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled `native.c`, of this process alone.
+    """Compile and load `native.c` for this process.
 
     Raises:
-        OSError: there is no compiler, or what it made can't be loaded.
+        OSError: there is no compiler, or the library cannot be loaded.
         subprocess.CalledProcessError: the compiler failed.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -44,20 +44,20 @@ def library() -> ctypes.CDLL:
 
 
 class _Rows(ctypes.Structure):
-    """What a kernel's job begins with; the rest of it, as in native.c, is laid out by `_run`."""
+    """The first fields of a kernel's job; `_run` adds the others, in the layout of native.c."""
 
     _fields_ = (("next", ctypes.c_int64), ("rows", ctypes.c_int64), ("failed", ctypes.c_int64))
 
 
 def knees(logits: Tensor) -> Order:
-    """The logits up to the knee; the same as `knee.leading(logits)`, bit for bit.
+    """The logits up to the knee, bit for bit as from `knee.leading(logits)`.
 
     Args:
         logits: [tokens, vocab], float32.
     """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens, vocab = logits.shape
-    columns = torch.empty(tokens, vocab, dtype=torch.int32)  # of which memory only what is written is taken
+    columns = torch.empty(tokens, vocab, dtype=torch.int32)  # only the written part takes memory
     k = torch.empty(tokens, dtype=torch.int64)
     threshold, low, high = torch.empty(3, tokens)
     _run("leading", tokens, logits.stride(0), vocab, logits, columns, k, threshold, low, high)
@@ -75,7 +75,7 @@ def logit_difference_kl(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Loss [tokens] in float64 and, for every order, its gradient by the student's logits at `order.indices`.
 
-    None if scaled logits lie further apart than `most` or one is NaN: exponentials would leave the range of float64.
+    None if scaled logits differ by more than `most`, whose exponentials would exceed float64, or if one is NaN.
     """
     student, teacher = (side if side.stride(1) == 1 else side.contiguous() for side in (student, teacher))
     tokens, vocab = student.shape
@@ -94,7 +94,7 @@ def spread(
 ) -> bool:
     """Fill `out` [tokens, vocab] with the sum of both orders' gradients, each at its indices, times `factors` [tokens].
 
-    Of each row of `indices` and of a gradient [tokens, width] the first k of `ks` [tokens] count.
+    In each row of `indices` and of a gradient [tokens, width], the first k entries count (`ks` [tokens]).
     """
     return _run("spread", len(out), out.shape[1], *_leads(indices, ks, gradients), factors.contiguous(), out)
 
@@ -107,12 +107,12 @@ def _leads(indices: Sequence[Tensor], ks: Sequence[Tensor], gradients: Sequence[
 
 
 def _run(kernel: str, tokens: int, *values: Value) -> bool:
-    """Run a kernel over all tokens, on as many threads as torch uses. False where it hands the work back.
+    """Run a kernel over all tokens, on as many threads as torch uses; False if it cannot compute the result.
 
     Args:
         kernel: a function of native.c.
-        tokens: the rows.
-        values: what follows the rows in the kernel's job.
+        tokens: number of rows.
+        values: the other fields of the kernel's job.
     """
     kinds = {int: ctypes.c_int64, float: ctypes.c_double}
     fields = [(f"value{i}", kinds.get(type(value), ctypes.c_void_p)) for i, value in enumerate(values)]
@@ -124,19 +124,19 @@ def _run(kernel: str, tokens: int, *values: Value) -> bool:
     team = _team()
     if threads == 1:
         function(pointer)
-    elif team:  # torch's own threads: others would have to share the cores with these, which wait busily for work
+    elif team:  # torch's own threads; they wait busily, so others would compete with them for the cores
         team(function, pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
     else:
-        with ThreadPoolExecutor(threads) as pool:  # a kernel holds no lock of Python's
+        with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
             list(pool.map(function, [pointer] * threads))
     if job.rows.failed == 1:
-        raise MemoryError("The loss's kernels found no memory for a token's logits.")
+        raise MemoryError("The loss's kernels could not allocate memory for a token's logits.")
     return not job.rows.failed
 
 
 @lru_cache(maxsize=1)
 def _team() -> Callable | None:
-    """GOMP_parallel of the OpenMP library that torch has loaded; None where there is none."""
+    """GOMP_parallel of the OpenMP library that torch has loaded; None if there is none."""
     try:
         loaded = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
         paths = [line.split(maxsplit=5)[-1] for line in loaded if "libgomp" in line or "libiomp" in line]
@@ -146,7 +146,7 @@ def _team() -> Callable | None:
 
 
 def check(like: Tensor) -> None:
-    """Compare the kernels, as compiled here, with torch's operations.
+    """Compare the compiled kernels with torch's operations.
 
     Raises:
         RuntimeError: they disagree.
@@ -160,7 +160,7 @@ def check(like: Tensor) -> None:
     z[3, ::7], z[3, 5] = -torch.inf, torch.inf
     z = z.float()
     if not all(torch.equal(a, b) for a, b in zip(knees(z), leading(z, kernels=False), strict=True)):
-        raise RuntimeError("as compiled here, the knee's kernel finds other logits than torch's operations do")
+        raise RuntimeError("as compiled here, the knee's kernel finds other logits than torch's operations")
     student, teacher = z[:2], z[:2].flip(1) * 1.5
     orders = leading(student, kernels=False), leading(teacher, kernels=False)
     for reverse in (True, False):
@@ -178,4 +178,4 @@ def check(like: Tensor) -> None:
         spread(found, factors, [order.indices for order in orders], [order.k for order in orders], gradients)
         agree.append(torch.allclose(found, dense, rtol=1e-5, atol=1e-9))
         if not all(agree):
-            raise RuntimeError("as compiled here, the loss's kernel computes another loss than torch's operations do")
+            raise RuntimeError("as compiled here, the loss's kernel computes another loss than torch's operations")

@@ -1,18 +1,18 @@
 """Losses between the two sides' logit differences: BiLD and DBiLD (Switch-KD Section 3.3 and Table 4).
 
-DBiLD compares logit *differences*. A leader (first the teacher, then the student) chooses its k largest logits and
-their order; both sides' differences over all pairs m < n of these are turned into distributions, p = softmax(d / tau),
-and compared by reverse KL. A pair d_mn = z_m - z_n factorises under the softmax, so nothing of size k^2 is needed:
-with a = z / tau in leader order,
+DBiLD compares logit *differences*. A leader (first the teacher, then the student) selects its k largest logits and
+their order. Both sides' differences over all pairs m < n of these become distributions, p = softmax(d / tau), which are
+compared by reverse KL. A pair d_mn = z_m - z_n factorises under the softmax, so nothing of size k^2 is needed. With
+a = z / tau in leader order,
 
     Z = sum_{m<n} exp(a_m) exp(-a_n)
     r_m = exp(a_m) sum_{n>m} exp(-a_n) / Z          (row marginals of the pair distribution)
     c_n = exp(-a_n) sum_{m<n} exp(a_m) / Z          (column marginals)
     KL(q || p) = sum_m (q_m - p_m) (r_m - c_m) - log Z_q + log Z_p          (r, c those of q)
 
-which prefix and suffix sums give in O(k), gradient included.
+Prefix and suffix sums compute this in O(k), gradient included.
 
-The file needs torch, and `knee.py` and `base.py` beside it.
+This file needs torch, `knee.py` and `base.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .base import LogitLoss, both_sides, register_loss
 from .knee import Order, leading, try_kernels
 
 LINEAR_RANGE = 300.0
-"""Spread of scaled logits up to which sums of products of exponentials stay well inside float64 (exp(300) is 2e130)."""
+"""Maximum spread of scaled logits for sums of products of exponentials in float64 (exp(300) is 2e130)."""
 
 CACHED_ELEMENTS = 2**17
-"""On the CPU, entries [rows, k] to work on at one time, for the cache's sake: a float64 buffer of 1 MiB."""
+"""Entries [rows, k] per block on the CPU: a float64 buffer of 1 MiB, which fits in the cache."""
 
 
 class LogitDifferenceKL(LogitLoss):
-    """Base of the KLs between the two sides' distributions over logit differences, teacher-led plus student-led.
+    """Base class of KLs between both sides' distributions over logit differences, teacher-led plus student-led.
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
@@ -87,7 +87,7 @@ class LogitDifferenceKL(LogitLoss):
 
 
 class BiLD(LogitDifferenceKL):
-    """Base of the two BiLD losses.
+    """Base class of the two BiLD losses.
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
@@ -123,7 +123,7 @@ class BiLDReverseKL(BiLD):
 
 
 class DBiLD(LogitDifferenceKL):
-    """Base of the two DBiLD losses.
+    """Base class of the two DBiLD losses.
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
@@ -179,19 +179,19 @@ def logit_difference_kl(
     reverse: bool = True,
     pairs: str = "triangle",
 ) -> Tensor:
-    """KL between softmax(differences / tau) of two sides over all pairs of each order, summed over the orders; O(k).
+    """KL between softmax(differences / tau) of both sides over all pairs of each order, summed over the orders; O(k).
 
     Args:
-        student: [tokens, vocab] logits; receives the gradient, but for its infinite ones.
+        student: [tokens, vocab] logits; gets the gradient, which is 0 at infinite logits.
         teacher: [tokens, vocab].
-        orders: what leads on the student's side, and on the teacher's.
+        orders: the order when the student leads, and when the teacher leads.
         temperature: tau.
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
         pairs: "triangle" for one softmax over all pairs m < n; "row" for one softmax over the pairs of each m, with
             the mean of the KLs of the k - 1 rows.
 
     Returns:
-        [tokens], in the student's dtype; computed in float64; NaN where either side has a NaN.
+        [tokens], in the student's dtype; computed in float64; NaN if either side has a NaN.
     """
     needs_gradient = student.requires_grad and torch.is_grad_enabled()
     arguments = (student.detach(), teacher.detach(), orders, temperature, reverse, needs_gradient)
@@ -253,7 +253,7 @@ def by_blocks(
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient was found along with it, at a few vocabulary entries of each token."""
+    """A loss whose gradient is already known, at a few vocabulary entries of each token."""
 
     @staticmethod
     def forward(ctx, student: Tensor, loss: Tensor, *places_then_gradients: Tensor) -> Tensor:
@@ -287,13 +287,13 @@ def pair_kl(
     """KL over all pairs m < n of one order, and its gradient.
 
     Args:
-        student: [tokens, k] float64 logits / tau in leader order, less the row's largest; padding on the right repeats
+        student: [tokens, k] float64 logits / tau in leader order, minus the row's largest; padding on the right repeats
             an entry that counts.
         teacher: [tokens, k] at the same indices.
-        mask: [tokens, k], true where an entry counts (at least two of each row).
+        mask: [tokens, k], true at entries that count (at least two per row).
         reverse: KL(student || teacher) if true, KL(teacher || student) otherwise.
-        needs_gradient: whether to take the gradient.
-        spread: how far below 0 both sides reach, if the caller knows; found here if not finite.
+        needs_gradient: whether to compute the gradient.
+        spread: the negative of the smallest entry of both sides; computed here if not finite.
         pairs: one softmax over the "triangle" of all pairs, or one for each "row".
 
     Returns:
@@ -325,7 +325,7 @@ class _Side:
         self.log_z = self.z.log().squeeze(-1)
 
     def flow(self) -> Tensor:
-        """Row less column marginals, r - c."""
+        """Row minus column marginals, r - c."""
         flow = torch.zeros_like(self.up)
         torch.mul(self.up[:, :-1], _after(self.down), out=flow[:, :-1])
         flow[:, 1:] -= self.down[:, 1:] * self.before
@@ -346,8 +346,8 @@ def _pair_kl_by_products(
         return loss, None
     if not reverse:
         return loss, p.flow().sub_(q.flow())
-    # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs in which m
-    # comes first, less those in which it comes second.
+    # dKL/dx_mn = P_mn (delta_m - delta_n - E) for a pair's logit x_mn = q_m - q_n; summed over the pairs in which m is
+    # first, minus those in which it is second.
     gradient = torch.zeros_like(q.up)
     first = (delta[:, :-1] - expected).mul_(_after(q.down)).sub_(_after(q.down * delta))
     torch.mul(first, q.up[:, :-1], out=gradient[:, :-1])
@@ -357,7 +357,7 @@ def _pair_kl_by_products(
 
 
 def _pair_kl_by_logarithms(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
-    """The same through logsumexp, differentiated by autograd: for logits too far apart for products of exponentials."""
+    """The same with logsumexp and autograd, for logits that are too far apart for products of exponentials."""
     log_z_q, flow = _log_marginals(q, mask)
     log_z_p, _ = _log_marginals(p, mask)
     return ((q - p).masked_fill(~mask, 0.0) * flow).sum(-1) - log_z_q + log_z_p
@@ -376,7 +376,7 @@ def _log_marginals(a: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_kl(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
-    """Mean over m = 1..k-1 of the KL between softmaxes over the pairs of row m, differentiated by autograd.
+    """Mean over m = 1..k-1 of the KL between softmaxes over the pairs of row m; autograd takes the gradient.
 
     In row m the first logit cancels: the softmax is that of -a_n over n > m. With V_m = sum_{n>m} exp(-q_n),
 
@@ -397,10 +397,10 @@ def _row_kl(q: Tensor, p: Tensor, mask: Tensor) -> Tensor:
 
 
 def _before(values: Tensor) -> Tensor:
-    """Sum of all entries before each but the first."""
+    """For all entries except the first, the sum of the entries before."""
     return values.cumsum(-1)[:, :-1]
 
 
 def _after(values: Tensor) -> Tensor:
-    """Sum of all entries after each but the last."""
+    """For all entries except the last, the sum of the entries after."""
     return values.flip(-1).cumsum_(-1)[:, :-1].flip(-1)

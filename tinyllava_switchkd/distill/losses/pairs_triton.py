@@ -1,9 +1,9 @@
-"""Triton kernels for `pairs.py`: the pair KL of one order, straight from the logits, one program a token.
+"""Triton kernels for `pairs.py`: the pair KL of one order, directly from the logits, one program per token.
 
-The torch operations of `pairs.py` take some forty passes over float64 buffers of [tokens, k]; here a token's k leading
-logits are read a handful of times and nothing but the gradient is written. Sums run in float64, in another order than
-torch's: the results agree to rounding. Exclusive sums are taken of entries shifted by one place, never by subtraction,
-which would lose whatever is small beside the entry taken off.
+The torch operations of `pairs.py` take some forty passes over float64 buffers of [tokens, k]. Here a token's k leading
+logits are read a few times and only the gradient is written. Sums are in float64 but in another order than torch's, so
+the results agree up to rounding. Exclusive sums are sums of shifted entries. Subtracting the entry itself would lose
+values that are small compared with it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def pair_losses(
     q, p, indices, ks, settings, statistics, gradient, stride, width,
     REVERSE: tl.constexpr, GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """KL(q || p) of a row's order, and of its gradient what needs prefix sums.
+    """KL(q || p) of a row's order, and the part of its gradient that needs prefix sums.
 
-    `settings` holds q's low and high, p's low and high, and 1 / tau for a row; `statistics` receives q's and p's
-    largest logit, E, 1 / Z_q, 1 / Z_p, the loss and the larger spread.
+    `settings` has q's low and high, p's low and high, and 1 / tau for each row. The kernel writes q's and p's largest
+    logit, E, 1 / Z_q, 1 / Z_p, the loss and the larger spread to `statistics`.
     """
     row = tl.program_id(0).to(tl.int64)
     q += row * stride
@@ -103,7 +103,7 @@ def pair_losses(
         ahead_sum += tl.sum(up * (a_before - b_before), 0)
     q_z, p_z = tl.sum(z_q, 0), tl.sum(z_p, 0)
     expected = tl.sum(numerator, 0) / q_z
-    broken = (q_low + q_high + p_low + p_high) * 0.0  # NaN where a logit is
+    broken = (q_low + q_high + p_low + p_high) * 0.0  # NaN if a logit is
     loss = expected - tl.log(q_z) + tl.log(p_z) + broken
     out = statistics + row * 7
     tl.store(out, q_top)
@@ -147,7 +147,7 @@ def finish_gradient(
     q, p, indices, ks, settings, statistics, gradient, stride, width,
     REVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add what needs suffix sums to `gradient`, divided by tau; 0 at the student's infinite logits."""
+    """Add the part that needs suffix sums to `gradient` and divide by tau; 0 at the student's infinite logits."""
     row = tl.program_id(0).to(tl.int64)
     q += row * stride
     p += row * stride
@@ -200,7 +200,7 @@ def logit_difference_kl(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Loss [tokens] in float64 and, for every order, its gradient by the student's logits at `order.indices`.
 
-    None if scaled logits lie further apart than `most`: exponentials would leave the range of float64.
+    None if scaled logits differ by more than `most`, whose exponentials would exceed float64.
     """
     student, teacher = (side if side.stride(1) == 1 else side.contiguous() for side in (student, teacher))
     if student.stride(0) != teacher.stride(0):
@@ -249,4 +249,4 @@ def check(like: Tensor) -> None:
         agree = [torch.allclose(loss, expected, rtol=1e-9, atol=1e-12)]
         agree += [torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(gradients, slopes, strict=True)]
         if not all(agree):
-            raise RuntimeError("as compiled here, the loss's kernels compute another loss than torch's operations do")
+            raise RuntimeError("as compiled here, the loss's kernels compute another loss than torch's operations")

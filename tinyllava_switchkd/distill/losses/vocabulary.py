@@ -1,8 +1,8 @@
-"""Losses between the softmaxes of two sides over the whole vocabulary.
+"""Losses between the softmaxes of both sides over the whole vocabulary.
 
-p is the teacher's softmax and q the student's, both at tau and without the customary tau^2 factor. All sums are taken
-in float32 at least, of logarithms where a logarithm is needed, so that a probability that underflows does no harm.
-Autograd takes the gradients.
+p is the teacher's softmax and q the student's, both at tau and without the customary factor tau^2. All sums are in
+float32 at least. Logarithms are computed directly and not from probabilities, which may underflow. Gradients are
+autograd's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .knee import Order, finite
 
 
 class VocabularyLoss(LogitLoss):
-    """Base of the losses that compare the logarithms of the two softmaxes; a subclass defines `between`."""
+    """Base class of losses between log-softmaxes; a subclass defines `between`."""
 
     def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """The loss [tokens] of the student's and the teacher's log-probabilities [tokens, vocab]."""
@@ -63,18 +63,18 @@ class ReverseKL(VocabularyLoss):
 class GeneralizedJSD(VocabularyLoss):
     """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), with m = beta p + (1 - beta) q.
 
-    Divided by beta it tends to KL(p || q) as beta goes to 0, and divided by 1 - beta to KL(q || p) as beta goes to 1
-    (GKD, arXiv 2306.13649).
+    Divided by beta it tends to KL(p || q) as beta goes to 0; divided by 1 - beta it tends to KL(q || p) as beta goes to
+    1 (GKD, arXiv 2306.13649).
 
     Args:
         temperature: Tau, by which logits are divided; a positive number.
-        beta: The teacher's share of the mixture that both sides are compared with, between 0 and 1.
+        beta: The teacher's share of the mixture with which both sides are compared, between 0 and 1.
     """
 
     def __init__(self, temperature: float = 3.0, beta: float = 0.5) -> None:
         super().__init__(temperature)
         if not 0 < beta < 1:
-            raise ValueError(f"beta must lie between 0 and 1 (at either end the loss is 0), not {beta}.")
+            raise ValueError(f"beta must be between 0 and 1 (at either end the loss is 0), not {beta}.")
         self.beta = float(beta)
 
     def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class GeneralizedJSD(VocabularyLoss):
 
 
 class SkewKL(VocabularyLoss):
-    """Base of the two skew KLs, which mix some of the first distribution into the second (DistiLLM, arXiv 2402.03898).
+    """Base class of skew KLs, which mix some of the first distribution into the second (DistiLLM, arXiv 2402.03898).
 
     Args:
         temperature: Tau, by which logits are divided; a positive number.
@@ -105,11 +105,11 @@ class SkewKL(VocabularyLoss):
 
 @register_loss("skew_fkl")
 class SkewForwardKL(SkewKL):
-    """KL(p || alpha p + (1 - alpha) q): forward KL that stays finite where the student gives no probability.
+    """KL(p || alpha p + (1 - alpha) q): forward KL that stays finite if the student's probability is 0.
 
     Args:
         temperature: Tau, by which logits are divided; a positive number.
-        alpha: The teacher's share of the mixture that the teacher is compared with, from 0 (fkl) to below 1.
+        alpha: The teacher's share of the mixture with which the teacher is compared, from 0 (fkl) to below 1.
     """
 
     def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -118,11 +118,11 @@ class SkewForwardKL(SkewKL):
 
 @register_loss("skew_rkl")
 class SkewReverseKL(SkewKL):
-    """KL(q || alpha q + (1 - alpha) p): reverse KL that stays finite where the teacher gives no probability.
+    """KL(q || alpha q + (1 - alpha) p): reverse KL that stays finite if the teacher's probability is 0.
 
     Args:
         temperature: Tau, by which logits are divided; a positive number.
-        alpha: The student's share of the mixture that the student is compared with, from 0 (rkl) to below 1.
+        alpha: The student's share of the mixture with which the student is compared, from 0 (rkl) to below 1.
     """
 
     def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distillation methods, one file each. Importing this package registers them."""
+"""Distillation methods, one per file. Importing this package registers them."""
 
 from .align_kd import AlignKD
 from .base import DenseTerm, Method, MethodFactory, Views, make_loss, register_method, setting, terms_of_all_methods

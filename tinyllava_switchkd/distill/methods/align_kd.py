@@ -1,4 +1,4 @@
-"""Align-KD: where text looks in the first layer, the projector's tokens, and the answers (arXiv 2412.01282, CVPR 2025).
+"""Align-KD: first-layer attention of text, the projector's tokens, and the answers (arXiv 2412.01282, CVPR 2025).
 
     loss = CE + logits_weight * L_logits + features_weight * L_v + features_top_weight * L_top
               + attention_weight * L_attn
@@ -9,10 +9,10 @@
     L_attn     MSE(f_a(A_T), A_S); A the first layer's attention after softmax, rows text, columns visual tokens; f_a
                maps the teacher's heads to the student's
 
-f_a and f_v train with the student. This is the paper's meaning. Its released code differs: its mask is transposed, so
-that its attention term is the bias of f_a; it takes the visual tokens to stand at positions 1 to 144; its ranking also
-counts text; f_a and f_v are in no optimiser; and its logit term is forward KL over all positions. Means are over the
-step's answer tokens and, for the rest, over its images (L_v, L_top) and samples with images (L_attn).
+f_a and f_v are trained with the student. This follows the paper. Its released code differs: its mask is transposed, so
+that its attention term is the bias of f_a; it assumes visual tokens at positions 1 to 144; its ranking also counts
+text; f_a and f_v are in no optimiser; and its logit term is forward KL over all positions. Means are over the step's
+answer tokens (L_logits), images (L_v, L_top) and samples with images (L_attn).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 
 class HeadMap(nn.Module):
-    """f_a: each head of the student as a weighted sum of the teacher's; begins with the mean of a group of them.
+    """f_a: each head of the student as a weighted sum of the teacher's; initialised with the mean of a group of them.
 
-    A 1 x 1 convolution over heads without a bias: text before the image attends to nothing of it, and stays so.
+    A 1 x 1 convolution over heads. It has no bias, so that the attention of text before the image stays zero.
     """
 
     def __init__(self, teacher_heads: int, student_heads: int) -> None:
@@ -57,13 +57,13 @@ class HeadMap(nn.Module):
 @register_method("align_kd")
 @dataclass
 class AlignKD(Method):
-    """Align-KD: first-layer attention of text on visual tokens, projector features, reverse KL on answers."""
+    """Align-KD: first-layer attention of text to visual tokens, projector features, reverse KL on answers."""
 
     logits_weight: float = setting(1.0, "Weight of reverse KL on answer tokens.")
-    features_weight: float = setting(1.0, "Weight of the projector's tokens, all of them.")
-    features_top_weight: float = setting(1.0, "Weight of the projector's tokens that text attends to most.")
-    attention_weight: float = setting(1.0, "Weight of the first layer's attention of text on visual tokens.")
-    top: int = setting(16, "How many visual tokens of an image count as attended to most; all if it has fewer.")
+    features_weight: float = setting(1.0, "Weight of the loss on all of the projector's tokens.")
+    features_top_weight: float = setting(1.0, "Weight of the loss on the projector's tokens with the most attention.")
+    attention_weight: float = setting(1.0, "Weight of the loss on first-layer attention of text to visual tokens.")
+    top: int = setting(16, "Number of visual tokens per image with the most attention; all if it has fewer.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +132,7 @@ class AlignKD(Method):
         assert isinstance(adapter, HeadMap)
         theirs, ours = views.teacher.attention[0], views.student.attention[0]
         nothing = hidden.new_zeros(1, 0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        # One call whatever the number of samples: under ZeRO-3 all ranks call a module equally often.
+        # A single call for any number of samples, because under ZeRO-3 all ranks must call a module equally often.
         mapped = adapter(torch.cat([nothing.expand(adapter.teacher_heads, 0), *(one.flatten(1) for one in theirs)], 1))
         wanted = torch.cat([nothing.expand(adapter.student_heads, 0), *(one.flatten(1) for one in ours)], 1)
         error = _squared(mapped, wanted).mean(0)  # [entries of all samples' maps]

@@ -1,4 +1,4 @@
-"""What a distillation method is: settings, what it looks at, and its terms."""
+"""The base class of distillation methods: settings, the tensors they need, and their terms."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def setting(default: object, help: str, flag: str | None = None) -> Any:
     """A field of a method.
 
     Args:
-        default: its value unless asked otherwise.
+        default: default value.
         help: one sentence for the command line and the documentation.
-        flag: its name on the command line, where that differs from the field's.
+        flag: its name on the command line, if not the field's.
     """
     return field(default=default, metadata={"help": help, "flag": flag})
 
 
 class Views(NamedTuple):
-    """What the pathways showed of a batch.
+    """Input of a dense term.
 
     Attributes:
         student: the student's pathway.
-        teacher: the teacher's; nothing in it has a gradient.
+        teacher: the teacher's, without gradients.
         adapters: the method's own trained modules.
         student_head: student hidden states -> logits.
-        teacher_head: the same of the teacher.
-        vocab_size: token ids that both vocabularies share.
-        kept: a place for what the frozen teacher gives once and for all.
+        teacher_head: likewise for the teacher.
+        vocab_size: number of token ids that both vocabularies share.
+        kept: storage for tensors that depend on the frozen teacher only.
     """
 
     student: View
@@ -68,14 +68,14 @@ class Views(NamedTuple):
 
 
 class DenseTerm(NamedTuple):
-    """A weighted term that is no loss between logits.
+    """A weighted term that is not a loss between logits.
 
     Attributes:
-        name: under which it is reported, unweighted.
-        compute: from what was seen to the sum over the batch's units (a zero that is in the graph if it has none).
+        name: name under which it is reported, unweighted.
+        compute: returns the sum over the batch's units (without any, a zero that is part of the graph).
         weight: factor of its mean in the training loss.
         per: unit of the mean: "samples" (samples with images), "images", "visual" (visual tokens) or "supervised"
-            (tokens). The sum is divided by the unit's number in the whole optimiser step.
+            (tokens). The sum is divided by their number in the whole optimiser step.
         title: for curves and documentation; the name if empty.
     """
 
@@ -87,7 +87,7 @@ class DenseTerm(NamedTuple):
 
     @property
     def reports(self) -> tuple[str, ...]:
-        """Names of what the term reports."""
+        """Names of the numbers that the term reports."""
         return (self.name,)
 
 
@@ -96,10 +96,10 @@ Term = LogitTerm | DenseTerm
 
 @dataclass
 class Method:
-    """Base of the distillation methods. A subclass is a dataclass whose fields are its settings.
+    """Base class of distillation methods. A subclass is a dataclass whose fields are its settings.
 
     The objective is cross-entropy plus the weighted `terms`. Fields whose names end in ``_weight`` must be finite and
-    at least 0; a term of weight 0 that nothing else needs is left out by its method.
+    at least 0. A method omits terms of weight 0 that nothing else needs.
     """
 
     name: ClassVar[str] = ""
@@ -117,43 +117,43 @@ class Method:
 
     @property
     def student_sight(self) -> Sight:
-        """What is to be seen of the student's pathway."""
+        """The tensors to keep of the student's pathway."""
         return Sight()
 
     @property
     def teacher_sight(self) -> Sight:
-        """What is to be seen of the teacher's pathway."""
+        """The tensors to keep of the teacher's pathway."""
         return self.student_sight
 
     @property
     def terms(self) -> Sequence[Term]:
-        """The weighted terms beside cross-entropy."""
+        """The weighted terms besides cross-entropy."""
         raise NotImplementedError(f"{type(self).__name__} must define terms.")
 
     def check(self, student: TinyLlava, teacher: TinyLlava) -> None:
-        """Refuse a pair of models that the method cannot compare; models may lie on the meta device.
+        """Refuse a pair of models that the method cannot compare; models may be on the meta device.
 
         Raises:
             ValueError: one sentence with both sides' values.
         """
 
     def adapters(self, student: TinyLlava, teacher: TinyLlava) -> Mapping[str, nn.Module]:
-        """Modules of the method's own that train with the student and are no part of it; none by default."""
+        """Modules that are trained with the student but are not part of it; none by default."""
         return {}
 
     @classmethod
     def settings(cls) -> dict[str, dataclasses.Field]:
-        """Flag's name -> the field behind it."""
+        """Flag -> field."""
         return {
             one.metadata.get("flag") or one.name: one for one in fields(cls) if one.init and one.name != "loss_settings"
         }
 
     @classmethod
     def create(cls, **settings: object) -> Method:
-        """A method from settings by field name; those of its loss are passed on to the loss.
+        """Create a method from settings by field name; other settings are passed to its loss.
 
         Raises:
-            ValueError: a setting that neither the method nor its loss has, or a wrong value.
+            ValueError: neither the method nor its loss has a setting, or a value is wrong.
         """
         own = {one.name for one in fields(cls)}
         of_loss = {name: value for name, value in settings.items() if name not in own and value is not None}
@@ -167,22 +167,22 @@ class Method:
 
 
 def same_visual_tokens(method: str, student: TinyLlava, teacher: TinyLlava, remedy: str) -> None:
-    """Refuse a pair whose visual tokens cannot be compared one by one.
+    """Refuse a pair of models with different numbers of visual tokens.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: names both numbers.
     """
     ours, theirs = student.num_image_tokens, teacher.num_image_tokens
     if ours != theirs:
         raise ValueError(
-            f"{method} compares visual tokens one by one, and the student makes {ours} of an image and the teacher "
-            f"{theirs}; choose towers and connectors that make equal numbers, leave those terms out ({remedy}), or "
-            f"take --distill_method switch_kd."
+            f"{method} compares visual tokens one by one, but the student makes {ours} per image and the teacher "
+            f"{theirs}; choose towers and connectors with equal numbers, leave out these terms ({remedy}), or use "
+            f"--distill_method switch_kd."
         )
 
 
 def terms_of_all_methods() -> dict[str, str]:
-    """Name and title of every term that a registered method has, cross-entropy first."""
+    """Name -> title of all terms of the registered methods, cross-entropy first."""
     found = {CE: "cross-entropy"}
     for name in MethodFactory.list():
         found |= {term.name: term.title or term.name for term in MethodFactory(name)().terms}
@@ -190,10 +190,10 @@ def terms_of_all_methods() -> dict[str, str]:
 
 
 def make_loss(name: str, temperature: float, settings: Mapping[str, object]) -> nn.Module:
-    """A registered loss with its settings.
+    """Create a registered loss.
 
     Raises:
-        ValueError: there is no such loss, or it does not take one of the settings.
+        ValueError: there is no such loss, or it does not have one of the settings.
     """
     try:
         return LossFactory(name)(temperature=temperature, **settings)

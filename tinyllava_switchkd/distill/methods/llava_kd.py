@@ -3,13 +3,13 @@
     loss = CE + response_weight * L_res + visual_weight * L_vis + relation_weight * L_rel
 
     L_res   KL(teacher || student) over answer tokens
-    L_vis   KL(teacher || student) at the positions of visual tokens, which predict nothing and are not shifted
+    L_vis   KL(teacher || student) at the positions of visual tokens, not shifted because these predict nothing
     L_rel   1 - cos(vec(R_S), vec(R_T)), R = Y Y^T, Y the logits [visual tokens, vocabulary] of one sample
 
 All at temperature 1 over the shared vocabulary. The weights 1, 1, 0.5 are the paper's; its released trainer (first
-commit of the public training code) adds all terms with weight 1. There a batch holds one sample; here L_res is a mean
-over the step's answer tokens, L_vis over its visual tokens, L_rel over its samples with images. Samples without images
-have cross-entropy and L_res alone. Several images of a sample have one R, of all their tokens.
+commit of the public training code) adds all terms with weight 1. Its batches have one sample. Here L_res is a mean over
+the step's answer tokens, L_vis over its visual tokens, and L_rel over its samples with images. Samples without images
+only have cross-entropy and L_res. A sample with several images has one R of all their tokens.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LLaVAKD(Method):
     """LLaVA-KD: forward KL on answers and on visual tokens, and the relations between visual tokens."""
 
     response_weight: float = setting(1.0, "Weight of forward KL on answer tokens.")
-    visual_weight: float = setting(1.0, "Weight of forward KL on visual tokens; 0 leaves their logits out.")
-    relation_weight: float = setting(0.5, "Weight of 1 - cosine of the visual tokens' relations; 0 leaves them out.")
+    visual_weight: float = setting(1.0, "Weight of forward KL on visual tokens; 0 omits their logits.")
+    relation_weight: float = setting(0.5, "Weight of 1 - cosine of the visual tokens' relations; 0 omits them.")
 
     @property
     def student_sight(self) -> Sight:
@@ -59,7 +59,7 @@ class LLaVAKD(Method):
 
 
 def relation(views: Views) -> Tensor:
-    """Sum over samples with images of 1 - cos(vec(R_S), vec(R_T)), with R from `gram`: no logits are made."""
+    """Sum over samples with images of 1 - cos(vec(R_S), vec(R_T)); R is computed by `gram`, without logits."""
     student, teacher = views.student, views.teacher
     ours = gram(views.student_head, views.vocab_size)
     theirs = views.kept.get("gram")
@@ -77,15 +77,15 @@ def relation(views: Views) -> Tensor:
 def gram(head: nn.Linear, vocab_size: int) -> Tensor:
     """W^T W of an output head over the shared vocabulary; with a bias b, of [W, b].
 
-    Y Y^T = [H, 1] [W, b]^T [W, b] [H, 1]^T for logits Y = H W^T + b, so that a matrix of the width of the hidden states
-    stands for the whole vocabulary.
+    Y Y^T = [H, 1] [W, b]^T [W, b] [H, 1]^T for logits Y = H W^T + b, so a matrix of the hidden states' width replaces
+    the whole vocabulary.
 
     Returns:
-        [width, width], or [width + 1, width + 1] with a bias; at least float32; with gradient where the head trains.
+        [width, width], or [width + 1, width + 1] with a bias; at least float32; with gradient if the head is trained.
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "ds_id"):
-        # ZeRO-3: weights exist while their module runs. Rows of the identity come out as the columns of W, plus b.
+        # Under ZeRO-3 weights exist only while their module runs. It maps rows of the identity to columns of W, plus b.
         width = head.in_features
         bias = None if bias is None else head(weight.new_zeros(1, width))[0]
         columns = head(torch.eye(width, dtype=weight.dtype, device=weight.device))

@@ -1,4 +1,4 @@
-"""Plain logit distillation: one loss between the student's and the teacher's logits of answer tokens."""
+"""Plain logit distillation: a loss between the student's and the teacher's logits at answer tokens."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     loss = CE(z^S) + align_weight * DBiLD(z^T, z^S) + switch_weight * DBiLD(z^T, z^Switch)
 
-z^Switch are the teacher's logits when it sees through the student's vision tower (Section 3.2, Figure 2).
+z^Switch are the teacher's logits with the student's vision tower (Section 3.2, Figure 2).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .logit_kd import LogitKD
 class SwitchKD(LogitKD):
     """Switch-KD (the default): DBiLD on the student's logits and on the visual switch's."""
 
-    switch_weight: float = setting(1.0, "Weight of the loss on the visual switch's logits; 0 leaves its pass out.")
+    switch_weight: float = setting(1.0, "Weight of the loss on the visual switch's logits; 0 omits its pass.")
 
     @property
     def terms(self) -> list[LogitTerm]:
