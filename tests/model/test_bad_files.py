@@ -352,7 +352,7 @@ def test_a_tokenizer_without_an_end(folder):
 
 def test_more_tokens_than_embeddings(folder):
     edit(folder / "tokenizer.json", "model.vocab.zz", 9999)
-    refused(folder, "up to number 9999", "embeddings for 264")
+    refused(folder, "up to 9999", "only 264 embeddings")
 
 
 PREPROCESSOR = {

@@ -70,7 +70,7 @@ def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
     card = ModelCard.load(tmp_path / "export" / "README.md")
     assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base"] and card.data.library_name == "gguf"
     assert "# export\n" in card.text and "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
-    assert "Approximate: llama.cpp's graph takes all" in card.text and "Images: square ones are read" in card.text
+    assert "Approximate: llama.cpp's graph uses all" in card.text and "Images: square ones are read" in card.text
     assert "of 4 answers are the checkpoint's" in card.text
 
 
@@ -111,9 +111,9 @@ def test_the_command_adds_what_no_file_says(trained, tmp_path, capsys):
     assert card.data.license == "apache-2.0" and "me/teacher" in card.data.base_model
     assert "| pope (test) | 86.4 |" in card.text and "| data | mix665k, TextCaps |" in card.text
     for folder, more, message in (
-        (trained, ["--results", str(trained)], "holds no score file"),
+        (trained, ["--results", str(trained)], "holds no scores"),
         (trained, ["--results", str(tmp_path / "none.json")], "does not exist"),
-        (tmp_path / "scores", [], "is no model's folder"),
+        (tmp_path / "scores", [], "is not a model's folder"),
     ):
         with pytest.raises(SystemExit):
             main([str(folder), *more])

@@ -76,7 +76,7 @@ def test_bad_input_is_one_sentence(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.png' cannot be read: it is a text"):
         model.chat("What?", tmp_path / "text.png", tiny_tokenizer())
-    with pytest.raises(ValueError, match="path of one, not a bytes"):
+    with pytest.raises(ValueError, match="a path, not a bytes"):
         model.chat("What?", b"png", tiny_tokenizer())
 
 

@@ -89,7 +89,7 @@ def test_smaller_types(dtype, allowed, tmp_path):
         ({}, "all 16 patches, .* without the first \\(15\\); train with --mm_vision_select_feature cls_patch"),
         ({"tower": "clip"}, "class token"),
         ({"connector": "linear", **EVERY_PATCH}, "not 'linear'"),
-        ({"connector": "ldpv2", **EVERY_PATCH}, "24 patches a side, and this tower makes 4"),
+        ({"connector": "ldpv2", **EVERY_PATCH}, "24 x 24 patches, not of 4 x 4"),
         ({"llm": "phi", "template": "phi", **EVERY_PATCH}, "not 'phi'"),
     ],
     ids=["patch", "class token", "connector", "grid", "language model"],

@@ -248,7 +248,7 @@ def test_approximate_positions_are_measured(tmp_path, caplog):
     main(["--to", "onnx", str(tmp_path / "ours"), str(tmp_path / "onnx"), "--allow_approximate"])
     found = json.loads((tmp_path / "onnx" / "measured.json").read_text())["fp32"]
     assert found["logits"] > 1e-3  # the template alone is longer than 64
-    assert "Approximate: The language model's positions ('longrope')" in caplog.text
+    assert "Approximate: The language model's position angles ('longrope')" in caplog.text
     assert f"{found['equal']} of 4 answers equal" in caplog.text
     config = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert len(config["tinyllava"]["approximate"]) == 1

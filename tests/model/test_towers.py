@@ -110,7 +110,7 @@ def test_mof_interleaves_clip_and_dinov2(strategy, first):
     got = tower(pixels, -2, strategy)
     assert torch.allclose(got[:, 0::2], clip, atol=1e-6) and torch.allclose(got[:, 1::2], dinov2, atol=1e-6)
     assert got.shape[1] == tower.num_tokens(strategy)
-    with pytest.raises(ValueError, match="width 32 and patches of 7, DINOv2 16"):
+    with pytest.raises(ValueError, match="CLIP has 32 and 7, DINOv2 16"):
         VisionTowerFactory("mof")(mof_config(hidden=16))
 
 
@@ -369,7 +369,7 @@ def test_flatten_images():
     assert torch.equal(flatten_images(images.reshape(2, 2, 3, 8, 8)), images)
     assert torch.equal(flatten_images([images[0], images[1:]]), images)
     assert torch.equal(flatten_images(images[0]), images[:1])
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="same size"):
         flatten_images([images[0], images[0, :, :4]])
     with pytest.raises(ValueError, match="shape"):
         flatten_images(images[:, :2])

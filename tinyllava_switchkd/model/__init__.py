@@ -1,7 +1,7 @@
-"""The model: configuration, factories of its parts, the model itself, and its checkpoints.
+"""The model: configuration, factories of its parts, the model itself and its checkpoints.
 
-Names are imported when first used: transformers' Auto classes are told of `TinyLlavaConfig` while transformers itself
-is being imported, and must not pull in half-made modules.
+Names are imported on first use. `TinyLlavaConfig` is registered while transformers is still being imported, when the
+other modules could not be imported yet.
 """
 
 from __future__ import annotations

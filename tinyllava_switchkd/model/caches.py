@@ -1,4 +1,4 @@
-"""transformers renamed the argument and the output `past_key_values` to `cache`; its old name goes in 5.40."""
+"""transformers renames the argument and output `past_key_values` to `cache`; 5.40 removes the old name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CACHE = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-"""What the language models of the installed transformers call their cache, as an argument and in their outputs."""
+"""The name of the cache, as an argument and in outputs, in the installed transformers."""
 
 
 def with_cache(cache: Cache | None) -> dict[str, Cache]:
-    """The keyword argument that hands a cache to a language model; nothing without one."""
+    """The keyword argument that passes a cache to a language model; empty for None."""
     return {} if cache is None else {CACHE: cache}
 
 
 def cache_of(outputs: ModelOutput) -> Cache | None:
-    """The cache in a language model's output; None without one."""
+    """The cache in a language model's output, or None."""
     return outputs.get(CACHE)

@@ -1,7 +1,7 @@
-"""Model cards: a README.md filled from what a checkpoint's folder knows, in the hub's form.
+"""Model cards: a README.md in the hub's format, made from the files of a checkpoint's folder.
 
-Every folder that this package trains or exports gets one. One that somebody else has written is left alone.
-``python -m tinyllava_switchkd.model.card FOLDER --license NAME --results SCORES`` adds what its files do not say.
+Every folder that this package trains or exports gets a card. A card that somebody else wrote is never overwritten.
+``python -m tinyllava_switchkd.model.card FOLDER --license NAME --results SCORES`` adds what the files do not say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinyllava_switchkd.io import JsonObject, read_json, read_text, write_text
 CARD = "README.md"
 MARK = "<!-- Written by tinyllava_switchkd from the files of this folder; remove this line to keep your own text. -->"
 FACTS = "card.json"
-"""File with what the card says beyond the other files: name, teacher, data, results, licence."""
+"""File with the facts that no other file holds: name, teacher, data, results, licence."""
 
 SETTINGS = {
     "distill_method": "method",
@@ -49,7 +49,7 @@ SETTINGS = {
     "max_grad_norm": "gradient clipping",
     "seed": "seed",
 }
-"""Arguments of training that a card shows, in its order, and what they are to a reader."""
+"""Training arguments that a card shows, in this order -> what it calls them."""
 
 KINDS = {
     "tinyllava": ("TinyLLaVA's layout", "tinyllava_switchkd"),
@@ -57,20 +57,20 @@ KINDS = {
     "onnx": ("ONNX, transformers.js's layout", "transformers.js"),
     "gguf": ("GGUF", "gguf"),
 }
-"""Kind of folder -> what it is to a reader, and to the hub. ``cards/KIND.md`` beside this file says how it is run."""
+"""Kind of folder -> its name for readers, and the hub's library name. ``cards/KIND.md`` says how to run it."""
 
 
 def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None) -> Path:
-    """Write the card of a folder, or write it anew when the folder has come to know more.
+    """Write or update the card of a folder.
 
     Args:
-        folder: of a checkpoint or an export.
-        facts: what no file of the folder says, kept in `FACTS` for the next time: ``name`` (of the repository),
-            ``license`` (the hub's short name), ``teacher``, ``data`` (names), ``results`` (benchmark -> score),
-            ``settings`` (argument -> value), ``source`` (the checkpoint an export was made of).
+        folder: a checkpoint or an export.
+        facts: what no file of the folder says; stored in `FACTS`. Keys: ``name`` (of the repository), ``license`` (the
+            hub's short name), ``teacher``, ``data`` (names), ``results`` (benchmark -> score), ``settings`` (argument
+            -> value), ``source`` (the checkpoint that an export was made from).
 
     Returns:
-        the card's file; unchanged if it is somebody's own.
+        the card's file; unchanged if somebody else wrote it.
     """
     folder = Path(folder)
     file = folder / CARD
@@ -84,7 +84,7 @@ def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None)
 
 
 def facts_of(folder: str | os.PathLike) -> JsonObject:
-    """What a folder knows of how its model was made, for `write_model_card` of a copy or an export of it."""
+    """How a folder's model was made, as `facts` for the card of a copy or an export."""
     folder = Path(folder)
     facts = _read(folder, FACTS)
     known: JsonObject = {}
@@ -99,7 +99,7 @@ def model_card(folder: str | os.PathLike) -> str:
     folder = Path(folder)
     config, facts = _read(folder, "config.json"), facts_of(folder)
     settings = facts["settings"]
-    # Exports keep the TinyLLaVA's own fields under a key, or in a file.
+    # Exports keep TinyLLaVA's own fields under a key or in a file.
     record = config.get("tinyllava") or config or _read(folder, "tinyllava.json")
     name = facts.get("name") or folder.resolve().name
     kind = kind_of(folder, config)
@@ -149,7 +149,7 @@ def model_card(folder: str | os.PathLike) -> str:
 
 
 def _cautions(record: JsonObject) -> list[str]:
-    """What whoever runs an export has to know: where it is approximate, and what to do with images."""
+    """What users of an export must know: where it is approximate, and how to prepare images."""
     found = [f"Approximate: {part}" for part in record.get("approximate") or ()]
     if measured := record.get("every_patch"):
         found.append(
@@ -175,7 +175,7 @@ def _read(folder: Path, name: str) -> JsonObject:
 
 
 def _front_matter(kind: str, facts: JsonObject, bases: JsonObject, distilled: bool, method: str) -> str:
-    """The hub's metadata. Only names that a hub may know are given as base models."""
+    """The hub's metadata. Only names in the form of a hub repository are listed as base models."""
     names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
     hub = [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))]
     tags = [
@@ -251,10 +251,10 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def read_scores(paths: Iterable[Path]) -> dict[str, str]:
-    """Benchmark -> score, of score files and of folders with such files.
+    """Benchmark -> score, from score files and folders of them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a path has no scores.
     """
     scores: dict[str, str] = {}
     for path in paths:
@@ -265,32 +265,32 @@ def read_scores(paths: Iterable[Path]) -> dict[str, str]:
                 split = f" ({found['split']})" if found.get("split") else ""
                 scores[f"{found['benchmark']}{split}"] = f"{found['score']:.1f}"
         if len(scores) == count:
-            raise ValueError(f"{path} holds no score file; name what tinyllava_switchkd.eval has written.")
+            raise ValueError(f"{path} holds no scores; give a score file that tinyllava_switchkd.eval has written.")
     return scores
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Add facts to a folder's card."""
+    """Run the command."""
     parser = CommandParser(
         prog="python -m tinyllava_switchkd.model.card",
-        description="Write a folder's model card with what its files do not say; exports of it and the hub carry it.",
+        description="Add facts to a folder's model card. Exports of the folder and uploads to the hub keep them.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a trained or an exported model")
-    parser.add_argument("--name", help="of the repository on the hub")
-    parser.add_argument("--license", help="of the weights, as the hub abbreviates it (apache-2.0)")
-    parser.add_argument("--teacher", help="name on the hub, or what it is called")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a trained or exported model")
+    parser.add_argument("--name", help="name of the repository on the hub")
+    parser.add_argument("--license", help="license of the weights, in the hub's notation (apache-2.0)")
+    parser.add_argument("--teacher", help="the teacher's name on the hub, or any other name")
     parser.add_argument("--data", nargs="+", help="names of the data sets")
     parser.add_argument("--results", nargs="+", type=Path, metavar="SCORES", help="score files, or folders of them")
     args = parser.parse_args(argv)
     facts = {name: getattr(args, name) for name in ("name", "license", "teacher", "data") if getattr(args, name)}
     try:
         if not (args.folder / "config.json").is_file() and not any(args.folder.glob("*.gguf")):
-            raise FileNotFoundError(f"{args.folder} is no model's folder: it has no config.json.")
+            raise FileNotFoundError(f"{args.folder} is not a model's folder: it has no config.json.")
         if args.results:
             facts["results"] = read_scores(args.results)
         file = write_model_card(args.folder, facts)
         if MARK not in file.read_text(encoding="utf-8"):
-            raise ValueError(f"{file} is somebody's own text and stays as it is; {FACTS} beside it knows the rest.")
+            raise ValueError(f"{file} was not written by this command and stays as it is; the facts are in {FACTS}.")
     except (ValueError, OSError) as error:
         print(f"python -m tinyllava_switchkd.model.card: {error}", file=sys.stderr)
         raise SystemExit(1) from None

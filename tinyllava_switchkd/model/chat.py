@@ -1,4 +1,4 @@
-"""One question, one answer: the convenience behind `TinyLlavaForConditionalGeneration.chat`."""
+"""The implementation of `TinyLlavaForConditionalGeneration.chat`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Shown = Image.Image | str | Path
 Images = Shown | list[Shown] | tuple[Shown, ...] | None
 
-# Template of a checkpoint that does not name one, by language model (README of TinyLLaVA v1).
+# Templates for checkpoints that do not name one, by language model (README of TinyLLaVA v1).
 TEMPLATE_OF_LLM = {
     "qwen2": "qwen2_base",
     "qwen3": "qwen2_base",
@@ -42,7 +42,7 @@ TEMPLATE_OF_LLM = {
 
 
 def conversation_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of the conversation template of a model: the one stored in it, else v1's for its language model.
+    """Name of a model's conversation template: the stored one, otherwise v1's for its language model.
 
     Raises:
         ValueError: neither is known.
@@ -78,20 +78,20 @@ def chat(
     Args:
         model: a `TinyLlavaForConditionalGeneration`.
         prompt: the question.
-        image: a PIL image or the path of one; several belong to the first question, in order.
-        tokenizer: the model's own if None, read from its checkpoint where nobody has done so yet.
-        image_processor: the same.
+        image: a PIL image or a path, or several; they belong to the first question, in order.
+        tokenizer: the model's own if None; read from its checkpoint if it is not loaded yet.
+        image_processor: likewise.
         history: earlier (question, answer) pairs of this conversation.
         template: conversation template; the checkpoint's own if None.
-        max_new_tokens: longest answer.
-        generate: for `generate` (`do_sample`, `temperature`, `num_beams`, ...); greedy by default.
+        max_new_tokens: maximum length of the answer.
+        generate: passed to `generate` (`do_sample`, `temperature`, `num_beams`, ...); greedy by default.
 
     Returns:
         the answer's text.
 
     Raises:
-        ValueError: the model came without a tokenizer and none is given, or a file is no image.
-        FileNotFoundError: there is no such image.
+        ValueError: the model has no tokenizer and none is given, or a file is not an image.
+        FileNotFoundError: an image does not exist.
     """
     if tokenizer is None and model.tokenizer is None:
         fetch_own(model)
@@ -124,7 +124,7 @@ def chat(
 
 
 def fetch_own(model: PreTrainedModel) -> None:
-    """Give a model the tokenizer and the image processor of its checkpoint, which AutoModelForCausalLM leaves there."""
+    """Load a model's tokenizer and image processor from its checkpoint; AutoModelForCausalLM does not."""
     if model.config.name_or_path:
         folder = resolve_folder(model.config.name_or_path)
         model.tokenizer = tokenizer_of(folder, model.config)
@@ -132,14 +132,14 @@ def fetch_own(model: PreTrainedModel) -> None:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as it is shown to people, see `read_upright`.
+    """Read an image file and turn it upright, see `read_upright`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
     if not isinstance(path, str | Path):
-        raise ValueError(f"An image is a PIL image or the path of one, not a {type(path).__name__}.")
+        raise ValueError(f"An image must be a PIL image or a path, not a {type(path).__name__}.")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}.")

@@ -1,4 +1,4 @@
-"""Models to work with: load a checkpoint of any of TinyLLaVA v1's layouts, or build a fresh model from its parts."""
+"""Load a checkpoint of any of TinyLLaVA v1's layouts, or build a new model from its parts."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def load_pretrained_model(
 ) -> tuple[TinyLlavaForConditionalGeneration, PreTrainedTokenizerBase, BaseImageProcessor, int]:
     """Load a checkpoint of any of v1's layouts, ready to generate.
 
-    The configuration, the tokenizer and the image processor come from the checkpoint itself where it has them; the base
-    models that it names are asked only for what it lacks.
+    The configuration, tokenizer and image processor are the checkpoint's own. Only what it lacks is read from the base
+    models that it names.
 
     Args:
         model_name_or_path: a folder (full, split or LoRA layout) or a hub repository.
-        load_8bit: quantise the language model to 8 bits (bitsandbytes); tower, connector and head stay as they are.
+        load_8bit: quantise the language model to 8 bits (bitsandbytes), but not the tower, connector and head.
         load_4bit: quantise it to 4 bits (NF4).
         device_map: as in transformers; None puts the whole model on `device`.
-        device: where the model goes; this process's GPU if there is one, else the CPU.
+        device: device of the model; None means this process's GPU if there is one, otherwise the CPU.
         dtype: of the weights; None keeps the checkpoint's own.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, or a dict by part (``text_config``,
             ``vision_config``).
         compile: generate with compiled steps over a static cache, see `compile_generation`.
-        config: the checkpoint's configuration, where it has been read already.
+        config: the checkpoint's configuration, if it has been read already.
         hub: `cache_dir`, `revision`, `token`, `local_files_only`.
 
     Returns:
@@ -62,7 +62,7 @@ def load_pretrained_model(
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it lacks weights or a tokenizer.
-        ValueError: its weights do not fit its configuration, or quantisation is impossible here.
+        ValueError: its weights do not fit its configuration, or it cannot be quantised on this machine.
     """
     kwargs: dict[str, Any] = {"dtype": dtype, "config": config}
     if attn_implementation is not None:
@@ -71,7 +71,7 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization_config(load_8bit, load_4bit, device, dtype)
     if device_map is None and "quantization_config" in kwargs:
-        device_map = {"": str(device)}  # quantised weights are made on the device
+        device_map = {"": str(device)}  # weights are quantised on the device
     folder = resolve_folder(model_name_or_path, **hub)
     model = TinyLlavaForConditionalGeneration.from_pretrained(folder, device_map=device_map, **kwargs)
     if device_map is None:
@@ -107,10 +107,10 @@ def plan_model(
     cache_dir: str | None = None,
     **config_fields: Any,
 ) -> tuple[TinyLlavaConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of what `build_model` makes of the same arguments; no weights are read.
+    """Configuration and tokenizer of the model that `build_model` builds from the same arguments, without its weights.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: a part does not exist or the parts do not fit together.
+        FileNotFoundError, ValueError, OSError: a part does not exist, or the parts do not fit together.
     """
     config = TinyLlavaConfig(
         llm_model_name_or_path=model_name_or_path,
@@ -155,22 +155,22 @@ def build_model(
     cache_dir: str | None = None,
     **config_fields: Any,
 ) -> tuple[TinyLlavaForConditionalGeneration, PreTrainedTokenizerBase, BaseImageProcessor]:
-    """A fresh TinyLLaVA of a base language model, a base vision tower and a connector.
+    """Build a new TinyLLaVA model from a base language model, a base vision tower and a connector.
 
     Args:
         model_name_or_path: base language model.
         vision_tower: base vision tower.
-        connector_type: a registered connector; starts from random weights unless `pretrained_connector_path` is given.
+        connector_type: a registered connector, randomly initialised unless `pretrained_connector_path` is given.
         tokenizer_name_or_path: the tokenizer, if it is not the language model's.
         vision_tower2: the second tower of ``mof``.
-        pretrained_llm_path: folder of weights instead of the base language model's (v1's pre-training stage).
-        pretrained_vision_tower_path: the same for the tower.
+        pretrained_llm_path: folder with weights to use instead of the base model's (from v1's pre-training stage).
+        pretrained_vision_tower_path: likewise for the tower.
         pretrained_connector_path: a connector's folder or file, or a checkpoint that contains one.
         dtype: of the weights; float32 if None.
         attn_implementation: see `load_pretrained_model`.
-        device: where the model goes.
+        device: device of the model.
         cache_dir: the hub's cache.
-        config_fields: further fields of `TinyLlavaConfig`.
+        config_fields: other fields of `TinyLlavaConfig`.
 
     Returns:
         (model in eval mode with every parameter trainable, tokenizer, image processor).
@@ -213,7 +213,7 @@ def build_model(
 
 
 def load_checkpoint_weights(model: TinyLlavaForConditionalGeneration, folder: str | os.PathLike) -> None:
-    """Put the weights of a checkpoint of any layout into an existing model (resuming, evaluating while training).
+    """Load the weights of a checkpoint of any layout into an existing model (to resume, or evaluate while training).
 
     Raises:
         ValueError: they do not fit.

@@ -1,4 +1,4 @@
-"""TinyLlavaConfig: TinyLLaVA v1's configuration, built from the checkpoint alone wherever that suffices."""
+"""TinyLlavaConfig: TinyLLaVA v1's configuration, built from the checkpoint alone where possible."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tinyllava_switchkd.io import JsonObject
 class TinyLlavaConfig(PretrainedConfig):
     """Configuration of a TinyLLaVA model: a language model, a vision tower and the connector between them.
 
-    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `template` and `qformer_config`.
-    A nested `text_config` or `vision_config` is enough to build the part; only where one is absent is the base model's
-    read, from `llm_model_name_or_path` or `vision_model_name_or_path` (never with remote code).
+    Field names and defaults are v1's (``model/configuration_tinyllava.py``), plus `template` and `qformer_config`. If
+    `text_config` or `vision_config` is absent, the base model's is read from `llm_model_name_or_path` or
+    `vision_model_name_or_path` (never with remote code).
 
     Args:
         llm_model_name_or_path: base language model, a hub name or a folder.
@@ -28,15 +28,15 @@ class TinyLlavaConfig(PretrainedConfig):
         connector_type: a registered connector, e.g. ``mlp2x_gelu``.
         text_config: configuration (or its dict) of the language model.
         vision_config: configuration (or its dict) of the vision tower.
-        vision_feature_layer: index into the tower's hidden states (0 = embeddings), -2 is the last layer but one.
+        vision_feature_layer: index into the tower's hidden states (0 = embeddings); -2 is the second-to-last layer.
         vision_feature_select_strategy: ``patch`` drops the tower's first token, ``cls_patch`` keeps all.
         num_queries: visual tokens that ``resampler`` and ``qformer`` emit.
-        resampler_hidden_size: stored as in v1, where nothing reads it either (``resampler`` has the model's width).
+        resampler_hidden_size: stored as in v1, but never read (``resampler`` has the language model's width).
         num_resampler_layers: depth of ``resampler``.
         qformer_config: overrides of the Q-Former's own configuration (a dict), None for v1's (BERT base).
-        image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (to a square of the mean colour first).
-        tokenizer_model_max_length: positions of a sequence, image tokens included.
-        template: name of the conversation template the model was trained with; None if unknown.
+        image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (first pad to a square with the mean colour).
+        tokenizer_model_max_length: maximum positions of a sequence, image tokens included.
+        template: name of the conversation template that the model was trained with; None if unknown.
         tune_type_llm, tune_type_connector, tune_type_vision_tower, tune_vision_tower_from_layer: what was trained.
     """
 
@@ -75,7 +75,7 @@ class TinyLlavaConfig(PretrainedConfig):
         older = kwargs.pop("conv_version", None)  # the template's name until 0.2.0
         if isinstance(older, str):
             self.template = self.template or older
-        for name in TinyLlavaConfig.__annotations__:  # published ones write null (or an empty text) for the default
+        for name in TinyLlavaConfig.__annotations__:  # published checkpoints write null or "" for the default
             if getattr(self, name) is None or getattr(self, name) == "":
                 setattr(self, name, getattr(TinyLlavaConfig, name))
         self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.llm_model_name_or_path
@@ -93,7 +93,7 @@ class TinyLlavaConfig(PretrainedConfig):
                     f"{name or part + '_config'} is a model of type {config.model_type!r} and no "
                     f"{'language model' if part == 'text' else 'vision tower'}: its configuration has no {field}."
                 )
-        # These are never free: a value in the file that contradicts the parts would only mislead.
+        # These follow from the parts; a contradicting value in the file is ignored.
         for name in ("hidden_size", "vocab_size", "vision_hidden_size", "ignore_index", "image_token_index"):
             kwargs.pop(name, None)
         self.hidden_size: int = getattr(self.text_config, width)
@@ -101,7 +101,7 @@ class TinyLlavaConfig(PretrainedConfig):
         self.vision_hidden_size: int = self.vision_config.hidden_size
         self.ignore_index = IGNORE_INDEX
         self.image_token_index = IMAGE_TOKEN_INDEX
-        # The language model ties its own head; the composite has nothing of its own to tie.
+        # The language model ties its own head; the composite model has nothing to tie.
         kwargs.pop("tie_word_embeddings", None)
         super().__post_init__(**kwargs)
 
@@ -109,7 +109,7 @@ class TinyLlavaConfig(PretrainedConfig):
         if isinstance(text_config, PretrainedConfig):
             return text_config
         if text_config:
-            # v1 leaves out what equals its default, and its default is a llama configuration.
+            # v1 leaves out values that equal its default, which is a llama configuration.
             return config_from_dict(text_config, "llama", "text_config")
         if self.llm_model_name_or_path:
             from .llm import read_base_config
@@ -123,7 +123,7 @@ class TinyLlavaConfig(PretrainedConfig):
         elif vision_config:
             importlib.import_module(".vision_tower", __package__)  # registers timm's and open_clip's configurations
             config = config_from_dict(vision_config, "clip_vision_model", "vision_config")
-            config = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP, as v1 takes it too
+            config = getattr(config, "vision_config", config)  # v1 also accepts the configuration of a whole CLIP
         elif self.vision_model_name_or_path:
             from .vision_tower import VisionTowerFactory
 
@@ -141,21 +141,21 @@ class TinyLlavaConfig(PretrainedConfig):
                 patch_size=14,
                 projection_dim=768,
             )
-        # The tower's image processor is looked for under these names (v1 stores them here too).
+        # The tower looks up its image processor by these names, which v1 stores here too.
         config.model_name_or_path = self.vision_model_name_or_path
         config.model_name_or_path2 = self.vision_model_name_or_path2
         return config
 
     @classmethod
     def from_dict(cls, config_dict: JsonObject, **kwargs: object) -> TinyLlavaConfig:
-        """As in transformers. Whoever reads a configuration may next ask AutoModelForCausalLM for the model."""
+        """As in transformers; also registers the model, which AutoModelForCausalLM may need next."""
         _auto.register_model()
-        # Which attention kernel a checkpoint was trained with says nothing of what this machine has.
+        # The attention kernel of the training run may not exist on this machine.
         config_dict = {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> JsonObject:
-        """As in transformers, without the folders of the machine that the model was trained on (v1 kept them)."""
+        """As in transformers, but without the folders of the training machine (which v1 keeps)."""
         fields = super().to_dict()
         names = ("llm_model_name_or_path", "tokenizer_name_or_path")
         towers = [f"{prefix}model_name_or_path{number}" for prefix in ("vision_", "") for number in ("", "2")]
@@ -167,7 +167,7 @@ class TinyLlavaConfig(PretrainedConfig):
             part.pop("_name_or_path", None)
         fields.pop("cache_dir", None)
         rope = (fields.get("text_config") or {}).get("rope_parameters") or {}
-        for key in ("rope_theta", "partial_rotary_factor"):  # where transformers 4, and so v1, looks for them
+        for key in ("rope_theta", "partial_rotary_factor"):  # transformers 4, and so v1, reads them here
             if key in rope:
                 fields["text_config"][key] = rope[key]
         return fields
@@ -185,7 +185,7 @@ def config_from_dict(fields: JsonObject, default_type: str, where: str) -> Pretr
     """A transformers configuration from its dict, by its ``model_type``.
 
     Raises:
-        ValueError: transformers has no such model type (which v1 would have run as remote code).
+        ValueError: transformers does not know the model type (v1 would run remote code for it).
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", default_type)

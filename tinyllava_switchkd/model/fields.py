@@ -1,7 +1,7 @@
-"""The fields of a checkpoint's ``config.json`` and ``adapter_config.json``: of what type and size each may be.
+"""Validation of a checkpoint's ``config.json`` and ``adapter_config.json``: the type and range of each field.
 
-A value of the wrong kind is refused with its field, its file and what it may be, before any weight is read. What is
-left (numbers that do not fit each other) shows when the model is built without memory, see `modeling`.
+A wrong value is refused before any weight is read; the error names the field, the file and the allowed values. Numbers
+that do not fit each other are found when the model is built on the meta device, see `modeling`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinyllava_switchkd.io import JsonObject
 from .vision_tower.base import SELECT_STRATEGIES
 
 Rule = tuple[str, Callable[[Any], bool]]
-"""What a value may be, in words, and whether one is."""
+"""The allowed values in words, and a function that tests a value."""
 
 
 def whole(low: int, high: int) -> Rule:
@@ -70,7 +70,7 @@ OWN: dict[str, Rule] = {
     "tokenizer_padding_side": one_of("right", "left"),
     "tokenizer_model_max_length": whole(1, 2**31),
     "tune_vision_tower_from_layer": whole(-1000, 1000),
-    # never read: they follow from the parts
+    # never used: they follow from the parts
     "vision_hidden_size": whole(1, 2**20),
     "image_token_index": whole(-(2**24), 2**24),
     "ignore_index": whole(-(2**24), 2**24),
@@ -109,7 +109,7 @@ PART: dict[str, Rule] = {
         ("three numbers", lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v))),
     ),
 }
-"""Fields of language models and vision towers, wherever they lie."""
+"""Fields of language models and vision towers, at any depth."""
 
 FETCHED = (
     "pretrained",
@@ -119,7 +119,7 @@ FETCHED = (
     "cache_dir",
     "pretrained_strict",
 )
-"""Arguments of timm's that make it fetch or open other files; a configuration has no need of them."""
+"""Arguments of timm that make it fetch or open other files; a checkpoint does not need them."""
 
 ADAPTER: dict[str, Rule] = {
     "peft_type": one_of("LORA"),
@@ -136,10 +136,10 @@ ADAPTER: dict[str, Rule] = {
 
 
 def check_config(fields: JsonObject, file: Path) -> None:
-    """Refuse a TinyLLaVA configuration with a field of the wrong kind.
+    """Refuse a TinyLLaVA configuration with a wrong field.
 
     Raises:
-        ValueError: it names the field, the value, what it may be, and the file.
+        ValueError: names the field, the value, the allowed values and the file.
     """
     if fields.get("quantization_config") is not None:
         raise ValueError(
@@ -161,10 +161,10 @@ def check_config(fields: JsonObject, file: Path) -> None:
 
 
 def check_adapter(fields: JsonObject, file: Path) -> None:
-    """Refuse an ``adapter_config.json`` that is no LoRA adapter's.
+    """Refuse an ``adapter_config.json`` that does not describe a LoRA adapter.
 
     Raises:
-        ValueError: it names the field, the value, what it may be, and the file.
+        ValueError: names the field, the value, the allowed values and the file.
     """
     for name in ("peft_type", "r", "lora_alpha", "target_modules"):
         if fields.get(name) is None:
@@ -193,7 +193,7 @@ def _check_nested(fields: object, file: Path, where: str) -> None:
 def _check(fields: JsonObject, rules: Mapping[str, Rule], file: Path, where: str) -> None:
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{file}: {where}{name} is {value}, which is no number to compute with.")
+            raise ValueError(f"{file}: {where}{name} is {value}, not a finite number.")
         if value is None or name not in rules:
             continue  # null is the default
         words, is_good = rules[name]

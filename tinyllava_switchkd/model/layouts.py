@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder, whatever its layout: configuration, weights, tokenizer, processor, adapter."""
+"""Read the parts of a checkpoint folder of any layout: configuration, weights, tokenizer, processor, adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint: its own files, else those of the model it was made from."""
+    """The tokenizer of a checkpoint: its own, otherwise that of its base model."""
     source = str(folder) if has_tokenizer(folder) else config.tokenizer_name_or_path
     tokenizer = load_tokenizer(
         source,
@@ -40,14 +40,14 @@ def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBa
     last = max(tokenizer.get_vocab().values())
     if last >= config.vocab_size:
         raise ValueError(
-            f"The tokenizer in {source!r} has tokens up to number {last}, but the language model has embeddings for "
-            f"{config.vocab_size}; put the tokenizer there that the model was trained with."
+            f"The tokenizer in {source!r} has token ids up to {last}, but the language model has only "
+            f"{config.vocab_size} embeddings; use the tokenizer that the model was trained with."
         )
     return tokenizer
 
 
 def image_processor_of(folder: Path, vision_tower: VisionTower) -> BaseImageProcessor:
-    """The image processor of a checkpoint: its own file, the base tower's, or the tower's default. On PIL."""
+    """The image processor (PIL backend) of a checkpoint: its own, the base tower's, or the tower's default."""
     if (folder / "preprocessor_config.json").is_file():
         processor = load_image_processor(folder)
         check_image_processor(processor, vision_tower.image_size, folder / "preprocessor_config.json")
@@ -56,22 +56,22 @@ def image_processor_of(folder: Path, vision_tower: VisionTower) -> BaseImageProc
 
 
 def read_config(folder: Path) -> TinyLlavaConfig:
-    """The configuration of a checkpoint, TinyLLaVABench's included.
+    """The configuration of a checkpoint, which may be TinyLLaVABench's.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another kind of model.
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: it describes another kind of model.
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is no TinyLLaVA checkpoint: it has no config.json.")
+        raise FileNotFoundError(f"{folder} is not a TinyLLaVA checkpoint: it has no config.json.")
     refuse_code(folder)
     fields = read_json(file)
     if is_bench_config(fields):
         return _made(lambda: config_from_bench(fields), file)
     if fields.get("model_type") != TinyLlavaConfig.model_type:
         remedy = (
-            "; python -m tinyllava_switchkd.model.export --to v1 makes one of it"
+            "; convert it with python -m tinyllava_switchkd.model.export --to v1"
             if (fields.get("model_type") == "llava" and not (folder / "onnx").is_dir())
             else ""
         )
@@ -80,22 +80,22 @@ def read_config(folder: Path) -> TinyLlavaConfig:
             f"(model_type {TinyLlavaConfig.model_type!r}){remedy}."
         )
     check_config(fields, file)
-    fields.pop("cache_dir", None)  # where this machine keeps downloads is not the checkpoint's business
+    fields.pop("cache_dir", None)  # a path of the machine that wrote it
     return _made(lambda: TinyLlavaConfig.from_dict(fields), file)
 
 
 def _made(make: Callable[[], TinyLlavaConfig], file: Path) -> TinyLlavaConfig:
-    """What `make` returns; its errors name the file."""
+    """Call `make`, with the file's name added to its errors."""
     try:
         return make()
     except (FileNotFoundError, CodeRefused):
         raise
-    except Exception as error:  # transformers' validators have errors of their own
-        raise ValueError(f"{file} describes no model that can be built ({one_sentence(error)}).") from error
+    except Exception as error:  # transformers' validators raise their own types
+        raise ValueError(f"{file} describes a model that cannot be built ({one_sentence(error)}).") from error
 
 
 def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
-    """Configuration and tensors (v1's names) of a checkpoint folder; a LoRA adapter beside them is left alone."""
+    """Configuration and tensors (under v1's names) of a checkpoint folder; a LoRA adapter in it is not merged."""
     config = config or read_config(folder)
     tensors = read_checkpoint(folder)
     tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
@@ -109,7 +109,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: some of the adapter's weights have no place in the model.
+        ValueError: the adapter cannot be read or does not fit the model.
     """
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -120,12 +120,12 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     check_adapter(read_json(file), file)
     try:
         stored = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # of safetensors, of torch, of peft where there is no file
+    except Exception as error:  # raised by safetensors, torch, or peft if there is no file
         raise ValueError(f"The adapter's weights in {folder} cannot be read ({one_sentence(error)}).") from error
     refuse_unusable(stored, folder)
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = True
-    # The plain PeftModel: the one for causal language models would wrap generate() by rules of its own.
+    # Use the plain PeftModel: the one for causal language models replaces generate().
     peft_config.task_type = None
     peft_config.auto_mapping = None
     try:

@@ -6,14 +6,14 @@ from tinyllava_switchkd.io import JsonObject
 
 from .configuration import TinyLlavaConfig
 
-# Language model by architecture, and the base model whose tokenizer and template it was trained with
+# Architecture -> language model, and the base model whose tokenizer and template it was trained with
 # (v1, model/convert_legecy_weights_to_tinyllavafactory.py).
 BENCH_LLMS = {
     "TinyLlavaLlamaForCausalLM": ("llama", "TinyLlama/TinyLlama-1.1B-chat-v1.0"),
     "TinyLlavaStablelmForCausalLM": ("stablelm", "stabilityai/stablelm-2-zephyr-1_6b"),
     "TinyLlavaPhiForCausalLM": ("phi", "microsoft/phi-2"),
 }
-# The vision tower of every released Bench model; their configurations only name a repository of it.
+# The vision tower of every released Bench model; their configurations only name its repository.
 SIGLIP_SO400M = "google/siglip-so400m-patch14-384"
 SIGLIP_SO400M_CONFIG = {
     "model_type": "siglip_vision_model",
@@ -27,15 +27,15 @@ SIGLIP_SO400M_CONFIG = {
 
 
 def is_bench_config(fields: JsonObject) -> bool:
-    """Whether a ``config.json`` is TinyLLaVABench's: one flat dict of the language model and ``mm_*`` fields."""
+    """Whether a ``config.json`` is TinyLLaVABench's: a flat dict of the language model's and ``mm_*`` fields."""
     return "mm_projector_type" in fields and fields.get("model_type") != TinyLlavaConfig.model_type
 
 
 def config_from_bench(fields: JsonObject) -> TinyLlavaConfig:
-    """TinyLLaVABench's configuration as v1's.
+    """Convert TinyLLaVABench's configuration to v1's.
 
     Raises:
-        ValueError: an architecture that v1's converter does not know either.
+        ValueError: v1's converter does not know the architecture either.
     """
     architecture = (fields.get("architectures") or ["none"])[0]
     if architecture not in BENCH_LLMS:

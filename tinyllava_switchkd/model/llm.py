@@ -1,7 +1,7 @@
 """Language models: the `LLMFactory` and its entries.
 
 An entry is a function without arguments that returns ``(ModelCls, (TokenizerCls, post_load))``, as in TinyLLaVA v1
-(``model/llm``). `post_load` sets v1's padding and unknown tokens; the tokens it chooses are baked into checkpoints.
+(``model/llm``). `post_load` sets v1's padding and unknown tokens, which existing checkpoints were trained with.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tok
 
 PostLoad = Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase]
 LLMEntry = tuple[type[PreTrainedModel], tuple[type[AutoTokenizer], PostLoad]]
-"""Class of a language model, class of its tokenizer, and what is done to that once it is loaded."""
+"""Class of a language model, class of its tokenizer, and a function that is applied to the loaded tokenizer."""
 
 
 def read_model_type(name_or_path: str) -> str | None:
-    """``model_type`` in the ``config.json`` of a local folder, else of the hub's repository; None if there is none."""
+    """``model_type`` in the ``config.json`` of a folder or hub repository; None if there is none."""
     folder = Path(name_or_path)
     if folder.is_dir():
         file = folder / "config.json"
@@ -34,11 +34,11 @@ def read_model_type(name_or_path: str) -> str | None:
             return None
         config = read_json(file)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
-        return None  # not the form of a hub name: do not wait for an answer
+        return None  # not the form of a hub name: do not ask the hub
     else:
         try:
             config, _ = PretrainedConfig.get_config_dict(name_or_path)
-        except (OSError, ValueError):  # no such repository, no network: the registry then lists its names
+        except (OSError, ValueError):  # no such repository or no network: the registry then lists its names
             return None
     return config.get("model_type")
 
@@ -47,23 +47,24 @@ def read_base_config(name_or_path: str, cache_dir: str | None = None) -> Pretrai
     """Configuration of a base model, without remote code.
 
     Raises:
-        FileNotFoundError: neither a folder with a ``config.json`` nor, as far as can be told, a hub repository.
+        FileNotFoundError: there is no such folder with a ``config.json``, and no answer from the hub.
+        ValueError: transformers cannot read the configuration.
     """
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         refuse_code(folder)
-        read_json(folder / "config.json")  # says what is wrong with it, if it is
+        read_json(folder / "config.json")  # for its clear errors
     try:
         return AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"The configuration of the base model {name_or_path!r} could not be read: there is no such folder with a "
-            f"config.json here, nor did the hub give one."
+            f"config.json, and it could not be loaded from the hub."
         ) from error
-    except Exception as error:  # transformers' and its validators' own
+    except Exception as error:  # of transformers and its validators
         raise ValueError(
-            f"The configuration of the base model {name_or_path!r} is none that transformers can read without running "
-            f"code of its author ({one_sentence(error)})."
+            f"transformers cannot read the configuration of the base model {name_or_path!r} without running the "
+            f"author's code ({one_sentence(error)})."
         ) from error
 
 
@@ -74,11 +75,11 @@ register_llm = LLMFactory.register
 
 
 def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
-    """The entry for a checkpoint: by its name, unless that name leads to a model of another kind than `text_config`.
+    """The entry for a language model: by its name, or by the type of `text_config` if the name does not fit that.
 
-    The folder ``graphite-v2`` holds the letters of ``phi``; what the checkpoint's configuration says is more certain.
+    Names can mislead: the folder ``graphite-v2`` contains ``phi``.
     """
-    # By name only if that alone decides: a name that says nothing would be looked up on the hub, in vain.
+    # Use the name only if it contains a registered one; otherwise the registry would ask the hub, in vain.
     names = [name_or_path] if any(entry in base_name(name_or_path) for entry in LLMFactory.list()) else []
     candidates = [*names, text_config.model_type]
     errors = []
@@ -99,7 +100,7 @@ def resolve_llm(name_or_path: str, text_config: PretrainedConfig) -> LLMEntry:
 
 
 def pad_is_unk(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """v1's rule for phi, gemma and llama: pad with the unknown token (the end token where there is none)."""
+    """v1's rule for phi, gemma and llama: pad with the unknown token, or the end token if there is none."""
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -112,7 +113,7 @@ def unk_is_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def keep_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """v1's rule for StableLM: nothing changes (padding falls back to the end token)."""
+    """v1's rule for StableLM: change nothing; without a padding token, pad with the end token."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -122,7 +123,7 @@ def _entry(model_class: str, post_load: PostLoad) -> Callable[[], LLMEntry]:
 
 
 for _names, _model_class, _post_load in (
-    (("qwen2", "qwen"), "Qwen2ForCausalLM", unk_is_pad),  # "qwen2" lies in Qwen2.5, "qwen" in Qwen1.5
+    (("qwen2", "qwen"), "Qwen2ForCausalLM", unk_is_pad),  # "qwen2" matches Qwen2.5, "qwen" matches Qwen1.5
     (("qwen3",), "Qwen3ForCausalLM", unk_is_pad),
     (("llama", "tinyllama"), "LlamaForCausalLM", pad_is_unk),
     (("phi",), "PhiForCausalLM", pad_is_unk),
@@ -150,15 +151,16 @@ def load_tokenizer(
     """The (always fast) tokenizer at `name_or_path` after the language model's `post_load`.
 
     Args:
-        name_or_path: a folder or hub name that holds tokenizer files.
-        text_config: configuration of the language model it is for; read from `llm` if None.
+        name_or_path: a folder or hub repository with tokenizer files.
+        text_config: configuration of its language model; read from `llm` if None.
         llm: name or path by which the language model is looked up; `name_or_path` if None.
-        model_max_length: positions of a sequence; the tokenizer's own if None.
+        model_max_length: maximum positions of a sequence; the tokenizer's own if None.
         padding_side: ``right`` for training.
         cache_dir: the hub's cache.
 
     Raises:
         FileNotFoundError: there is no tokenizer.
+        ValueError: it cannot be read, or has neither a padding token nor an end token.
     """
     llm = llm or name_or_path
     if text_config is None:
@@ -169,8 +171,8 @@ def load_tokenizer(
     tokenizer = post_load(open_tokenizer(name_or_path, tokenizer_class, **kwargs))
     if tokenizer.pad_token is None:
         raise ValueError(
-            f"The tokenizer in {name_or_path!r} has neither a padding token nor an end token (eos_token); its "
-            f"tokenizer_config.json should name them."
+            f"The tokenizer in {name_or_path!r} has neither a padding token nor an end token (eos_token); add one to "
+            f"its tokenizer_config.json."
         )
     return tokenizer
 
@@ -178,7 +180,7 @@ def load_tokenizer(
 def open_tokenizer(
     name_or_path: str, tokenizer_class: type[AutoTokenizer] = AutoTokenizer, **kwargs: object
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer as its files say, without code of theirs; `kwargs` are those of `from_pretrained`.
+    """Load a tokenizer without running code from its folder; `kwargs` are those of `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no tokenizer.
@@ -191,7 +193,7 @@ def open_tokenizer(
                 raise FileNotFoundError(name_or_path)
         tokenizer = tokenizer_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
         if not tokenizer("a cat").input_ids:
-            raise ValueError("it makes no tokens of 'a cat'")
+            raise ValueError("it returns no tokens for 'a cat'")
     except CodeRefused:
         raise
     except OSError as error:

@@ -1,4 +1,4 @@
-"""TinyLlavaForConditionalGeneration: a language model that reads the visual tokens of a tower through a connector."""
+"""TinyLlavaForConditionalGeneration: a vision tower, a connector and a language model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .weights import (
 
 @dataclass
 class TinyLlavaOutput(CausalLMOutputWithPast):
-    """A language model's output, with what splicing made of the batch.
+    """A language model's output, with the labels and image mask of the spliced sequence.
 
     Attributes:
         labels: [B, L] labels of the spliced sequence (`IGNORE_INDEX` at image tokens and padding).
@@ -59,16 +59,16 @@ class TinyLlavaOutput(CausalLMOutputWithPast):
 
 
 class TinyLlavaForConditionalGeneration(PreTrainedModel):
-    """A small vision-language model of replaceable parts.
+    """A small vision-language model with replaceable parts.
 
-    The three sub-modules are `language_model`, `vision_tower` and `connector`; their parameters' names are TinyLLaVA
-    v1's checkpoint keys.
+    The sub-modules are `language_model`, `vision_tower` and `connector`; parameters have the names of TinyLLaVA v1's
+    checkpoint keys.
 
     Args:
-        config: what to build; its nested configurations suffice, no base model is needed.
+        config: configuration of the model; with its nested configurations no base model is read.
 
     Raises:
-        ValueError: the parts do not fit together (unknown names, a connector that cannot take the tower's tokens).
+        ValueError: a name is unknown, or the parts do not fit together.
     """
 
     config_class = TinyLlavaConfig
@@ -76,7 +76,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Attention is the parts' business: each refuses by itself what it does not support.
+    # Each part itself refuses attention kernels that it does not support.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -90,9 +90,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self.language_model = llm_class(config.text_config)
         self.vision_tower = tower_class(config.vision_config)
         self.connector = ConnectorFactory(config.connector_type)(config)
-        self.vision_tower.layer_count(
-            config.vision_feature_layer
-        )  # a wrong layer or strategy fails here, not in step 1
+        # A wrong layer or strategy fails here and not in the first step.
+        self.vision_tower.layer_count(config.vision_feature_layer)
         self.num_image_tokens = self.connector.num_tokens(
             self.vision_tower.num_tokens(config.vision_feature_select_strategy)
         )
@@ -102,7 +101,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights outside the language model and the tower's encoder: PyTorch's own initialisation."""
+        """Initialise weights outside the language model and the tower's encoder as PyTorch does."""
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
@@ -121,10 +120,10 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         subfolder: str = "",
         **kwargs: Any,
     ) -> TinyLlavaForConditionalGeneration:
-        """Load a checkpoint of any of v1's layouts (full, split, LoRA folder), from a folder or the hub.
+        """Load a checkpoint of any of v1's layouts (full, split, LoRA folder) from a folder or the hub.
 
-        Everything else (`dtype`, `device_map`, `quantization_config`, `attn_implementation`) is transformers' own, with
-        one difference: a weight that is missing, unexpected or of another shape is an error.
+        The other arguments (`dtype`, `device_map`, `quantization_config`, `attn_implementation`) are those of
+        transformers. Unlike there, a weight that is missing, unexpected or of another shape is an error.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -139,11 +138,11 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             revision=revision,
         )
         config = config or read_config(folder / subfolder)
-        cls.outline(config, folder / subfolder)  # before weights are read: what cannot be built fails here
+        cls.outline(config, folder / subfolder)  # a model that cannot be built fails here, before weights are read
         config, tensors = open_checkpoint(folder / subfolder, config)
         if not is_adapter(folder / subfolder):
             return cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
-        # An adapter can only be merged exactly into weights that are not quantised yet.
+        # Merging an adapter is exact only before the weights are quantised.
         plain = {name: value for name, value in kwargs.items() if name != "quantization_config"}
         model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **plain)
         model = merge_adapter(model, folder / subfolder)
@@ -154,13 +153,13 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def outline(cls, config: TinyLlavaConfig, source: object) -> TinyLlavaForConditionalGeneration | None:
-        """The model without memory (on the meta device): its parts' shapes, for milliseconds.
+        """The model on the meta device, for its shapes; takes milliseconds and no memory.
 
         Returns:
-            the model; None where the configuration does not tell all, see `VisionTower.complete_config`.
+            the model; None if the configuration is incomplete, see `VisionTower.complete_config`.
 
         Raises:
-            ValueError: no model of this configuration can be built.
+            ValueError: no model can be built from this configuration.
         """
         try:
             tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
@@ -171,7 +170,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         except (ValueError, ImportError) as error:
             kind = ImportError if isinstance(error, ImportError) else ValueError
             raise kind(f"The configuration of {source} cannot be built: {' '.join(str(error).split())}") from error
-        except Exception as error:  # torch's and transformers' own, on numbers that do not fit each other
+        except Exception as error:  # of torch and transformers, for numbers that do not fit each other
             raise ValueError(f"The configuration of {source} cannot be built ({one_sentence(error)}).") from error
 
     @classmethod
@@ -185,15 +184,15 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: object,
     ) -> Any:
-        """A model with given weights.
+        """Build a model with given weights.
 
         Args:
-            config: what to build.
-            tensors: every weight, under v1's names (a tied output head may be absent).
+            config: configuration of the model.
+            tensors: all weights under v1's names (a tied output head may be absent).
             source: where they came from, for error messages.
-            dtype: of the weights; None or ``auto``: what the configuration says, else that of the embeddings.
+            dtype: of the weights; None or ``auto`` means the configuration's, otherwise that of the embeddings.
             output_loading_info: return (model, transformers' loading information) instead.
-            kwargs: for transformers' `from_pretrained`.
+            kwargs: passed to transformers' `from_pretrained`.
 
         Raises:
             ValueError: a weight is missing, unexpected or of another shape.
@@ -208,7 +207,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
                 for name, tensor in tensors.items()
                 if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape)
             ]
-            refuse(source, (), (), wrong)  # first of all: memory for a size that is wrong may not be there
+            refuse(source, (), (), wrong)  # before the model is allocated, which may fail for a wrong size
         if config.text_config.tie_word_embeddings:
             tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
         if dtype in (None, "auto"):
@@ -220,7 +219,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
                 state_dict=tensors,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with the others and with the file's name
+                ignore_mismatched_sizes=True,  # reported below, together with the other problems
                 **kwargs,
             )
         tied = set(model.all_tied_weights_keys)
@@ -245,7 +244,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             state_dict = {name: value for name, value in state_dict.items() if name != "language_model.lm_head.weight"}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
-    # The language model's head and decoder are the model's; transformers finds its embeddings.
+    # transformers finds the embeddings itself, but not the head and the decoder.
     def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.get_output_embeddings()
 
@@ -268,7 +267,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self.vision_tower.set_gradient_checkpointing(enable)
 
     def freeze_unused_parameters(self) -> int:
-        """Freeze what no loss reaches in the vision tower, see `VisionTower.freeze_unused`.
+        """Freeze the vision tower's parameters that no loss reaches, see `VisionTower.freeze_unused`.
 
         Call it after every ``requires_grad_(True)`` on the tower or the model.
 
@@ -279,14 +278,14 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels of the images that the tower takes."""
+        """Height and width in pixels of the tower's input."""
         return self.vision_tower.image_size
 
     def vision_features(self, images: Tensor | list[Tensor]) -> Tensor:
         """Images [I, 3, H, W] -> the tower's tokens [I, N, Dv] at the configured layer and strategy."""
         images = flatten_images(images)
         weight = next(self.vision_tower.parameters())
-        # Under ZeRO-3 a parameter lies where its partition does, which may not be where the module computes.
+        # Under ZeRO-3 a parameter's device is that of its partition, which may not be where the module computes.
         device = images.device if hasattr(weight, "ds_id") else weight.device
         return self.vision_tower(
             images.to(device=device, dtype=weight.dtype),
@@ -316,10 +315,10 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             input_ids: [B, T] with `IMAGE_TOKEN_INDEX` per image.
             attention_mask: [B, T].
             labels: [B, T].
-            images: [I, 3, H, W] in reading order of the placeholders.
-            image_features: [I, K, D] ready visual tokens, instead of images.
+            images: [I, 3, H, W] in the order of the placeholders.
+            image_features: [I, K, D] visual tokens, instead of images.
             padding_side: where the spliced sequences are padded.
-            max_length: cut longer spliced sequences; None leaves the length to whoever made the batch.
+            max_length: cut spliced sequences to this length; None does not cut.
         """
         if images is not None and image_features is not None:
             raise ValueError("Pass images or image_features, not both.")
@@ -356,18 +355,18 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         Args:
             input_ids: [B, T] token ids, `IMAGE_TOKEN_INDEX` per image.
             attention_mask: [B, T] ([B, L] together with `inputs_embeds`).
-            position_ids: [B, L], only with `inputs_embeds`: splicing counts positions itself.
+            position_ids: [B, L], only with `inputs_embeds`; splicing counts positions itself.
             past_key_values: the language model's cache.
-            inputs_embeds: [B, L, D] ready embeddings instead of ids and images.
+            inputs_embeds: [B, L, D] embeddings, instead of ids and images.
             labels: [B, T] ([B, L] together with `inputs_embeds`).
-            use_cache: return the cache; off where there are labels.
+            use_cache: return the cache; off by default with labels.
             images: [I, 3, H, W], or a list of images or stacks of images.
             image_sizes: accepted for v1's callers, not used.
-            image_features: [I, K, D] outputs of a connector instead of images.
-            logits_to_keep: as in transformers; positions of the spliced sequence whose logits are wanted.
-            num_items_in_batch: supervised tokens of the whole optimiser step; the loss is the sum over this batch
-                divided by it. Without it the loss is the mean over this batch.
-            kwargs: for the language model (`output_hidden_states`, `output_attentions`, ...).
+            image_features: [I, K, D] outputs of a connector, instead of images.
+            logits_to_keep: as in transformers; positions of the spliced sequence whose logits are returned.
+            num_items_in_batch: supervised tokens of the whole optimiser step, by which the sum over this batch is
+                divided. Without it the loss is the mean over this batch.
+            kwargs: passed to the language model (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
             a `TinyLlavaOutput`; its loss is 0 (with a graph), never NaN, for a batch without a supervised token.
@@ -419,16 +418,16 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
     ) -> Any:
         """Generate answers to a batch of prompts.
 
-        Whichever side the prompts were padded on, they are padded on the left after splicing, so that every row
-        continues right after its last token.
+        Prompts may be padded on either side. After splicing they are padded on the left, so that every row continues
+        right after its last token.
 
         Args:
-            inputs: [B, T] prompt ids, `IMAGE_TOKEN_INDEX` per image (`input_ids=` is taken too).
-            images: [I, 3, H, W] in reading order.
+            inputs: [B, T] prompt ids, `IMAGE_TOKEN_INDEX` per image (`input_ids=` works too).
+            images: [I, 3, H, W] in the order of the placeholders.
             image_sizes: accepted for v1's callers, not used.
-            attention_mask: [B, T]; needed where prompts are padded.
-            image_features: [I, K, D] ready visual tokens instead of images.
-            kwargs: for the language model's `generate`.
+            attention_mask: [B, T]; needed if prompts are padded.
+            image_features: [I, K, D] visual tokens, instead of images.
+            kwargs: passed to the language model's `generate`.
 
         Returns:
             [B, new tokens] ids (only the new ones), or what `return_dict_in_generate` asks for.
@@ -457,7 +456,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         return chat(self, prompt, image, tokenizer, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload everything that the model needs, with its model card; see `push_pretrained_model`."""
+        """Upload the checkpoint with its model card; see `push_pretrained_model`."""
         if self.tokenizer is None:
             fetch_own(self)
         if self.tokenizer is None:
@@ -466,23 +465,23 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         return push_pretrained_model(self, self.tokenizer, processor, repo_id, private=private, token=token)
 
     def _complete_generation_settings(self, kwargs: dict[str, Any]) -> None:
-        """Add to the arguments of `generate`, in place, what the language model's own would get wrong here."""
+        """Fix, in place, arguments of `generate` for which the language model's defaults are wrong here."""
         given = kwargs.get("generation_config")
         known = given or self.language_model.generation_config
         settings: dict[str, object] = {}
         if kwargs.get("pad_token_id", known.pad_token_id) is None:
             settings["pad_token_id"] = self._pad_token_id()
         if "use_cache" not in kwargs:
-            settings["use_cache"] = True  # config.use_cache is off for training, and slow here
+            settings["use_cache"] = True  # config.use_cache is off for training; generating without is slow
         penalty = kwargs.pop("repetition_penalty", known.repetition_penalty)
         if penalty is not None and penalty != 1:
-            # transformers spares as many ids as a row has padding, which here are new ones and no part of the prompt.
+            # transformers exempts as many ids as a row has padding; here these would be new ids, not the prompt's.
             spares_none = RepetitionPenaltyLogitsProcessor(float(penalty))
             kwargs["logits_processor"] = LogitsProcessorList([spares_none, *(kwargs.get("logits_processor") or ())])
             settings["repetition_penalty"] = None
         if given is None:
             kwargs |= settings
-        else:  # transformers takes an object or single settings
+        else:  # transformers takes either an object or single settings
             kwargs["generation_config"] = copy.deepcopy(given)
             kwargs["generation_config"].update(**settings)
 
@@ -497,15 +496,15 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
 
     Args:
         logits: [B, L, V].
-        labels: [B, L], `IGNORE_INDEX` where nothing is supervised; shifted by one here.
+        labels: [B, L], `IGNORE_INDEX` at unsupervised positions; shifted by one here.
         num_items_in_batch: divisor; the number of supervised positions of this batch if None.
 
     Returns:
-        scalar float32; 0 where nothing is supervised.
+        scalar float32; 0 if nothing is supervised.
     """
     targets = labels[:, 1:].to(logits.device)  # [B, L-1]
     supervised = targets != IGNORE_INDEX  # [B, L-1]
-    picked = logits[:, :-1][supervised].float()  # [S, V]: the float32 copy is made of supervised rows only
+    picked = logits[:, :-1][supervised].float()  # [S, V]; only supervised rows are copied to float32
     total = F.cross_entropy(picked, targets[supervised], reduction="sum")
     count = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):

@@ -1,7 +1,7 @@
-"""A language model in 8 or 4 bits (bitsandbytes): what is quantised, where that is possible, and gradients through it.
+"""Language models in 8 or 4 bits (bitsandbytes): configuration, checks, size, and gradients through them.
 
 Only the linear layers of the language model's decoder are quantised. The vision tower and the connector are small and
-sensitive, and the output head makes the logits themselves: all three stay in the precision that is computed in.
+sensitive, and the output head computes the logits, so these three keep the compute precision.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 EXACT_MODULES = ("vision_tower", "connector", "lm_head")
-"""What is never quantised."""
+"""Modules that are never quantised."""
 
 BITS = (8, 4)
 
 _BLOCK, _OUTER_BLOCK = 64, 256
-"""Weights that share a scale in 4 bits, and scales that share one of their own (bitsandbytes' defaults)."""
+"""4-bit weights per scale, and scales per second-level scale (bitsandbytes' defaults)."""
 
 
 def check_quantization(asked: str, device: str | torch.device) -> None:
-    """Refuse an installation or a device that cannot quantise.
+    """Raise if this installation or device cannot quantise.
 
     Args:
-        asked: what the user asked for, e.g. ``load_4bit``: the sentence begins with it.
-        device: where the model is to go.
+        asked: what the user asked for, such as ``load_4bit``; the error begins with it.
+        device: device of the model.
 
     Raises:
         ValueError: bitsandbytes is not installed, or has no kernels for the device.
@@ -46,16 +46,16 @@ def check_quantization(asked: str, device: str | torch.device) -> None:
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """transformers' configuration of 8 bits (LLM.int8) or 4 bits (NF4 with quantised scales, as QLoRA's).
+    """transformers' configuration for 8 bits (LLM.int8) or 4 bits (NF4 with quantised scales, as in QLoRA).
 
     Args:
         bits: 8 or 4.
-        compute_dtype: what 4-bit weights are multiplied in.
+        compute_dtype: dtype of multiplications with 4-bit weights.
     """
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
-        # Weights are multiplied in float16 whatever the precision of the run, and bitsandbytes says so at every layer.
+        # 8-bit weights are always multiplied in float16, about which bitsandbytes warns at every layer.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(EXACT_MODULES))
     return BitsAndBytesConfig(
@@ -68,37 +68,37 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether transformers quantised a model when it loaded it: it must not be cast, and stays where it was loaded."""
+    """Whether transformers quantised a model on loading. Such a model must not be cast or moved."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Make sure that gradients pass through a quantised model; nothing to do for any other.
+    """Make sure that gradients pass through a quantised model; does nothing to other models.
 
-    On CPUs with bfloat16 instructions bitsandbytes repacks 4-bit weights at the first pass without gradient, for a
-    kernel that has no backward pass: every later pass would silently lose its gradient.
+    On CPUs with bfloat16 instructions, the first pass without gradients makes bitsandbytes repack 4-bit weights for a
+    kernel that has no backward pass. Every later pass would silently lose its gradient.
 
     Raises:
-        ValueError: that has happened already.
+        ValueError: the weights have already been repacked.
     """
     for name, module in model.named_modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             state = getattr(module.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    f"The 4-bit model has generated on this CPU, which repacked its weights ({name}) into a form that "
-                    f"no gradient passes through; load it again for distillation."
+                    f"The 4-bit model has generated on this CPU, which repacked its weights ({name}) into a form "
+                    f"without gradients; load it again for distillation."
                 )
             module.support_avx512bf16_for_cpu = False
 
 
 def weight_bytes(model: nn.Module, size: int, bits: int = 16) -> int:
-    """Bytes of a model's weights when its language model is held in `bits`, counted without quantising it.
+    """Bytes that a model's weights would take with the language model in `bits`.
 
     Args:
         model: on any device, not quantised.
         size: bytes of a weight that is not quantised.
-        bits: 16 (nothing is), 8 or 4.
+        bits: 16 (not quantised), 8 or 4.
     """
     total = size * sum(parameter.numel() for parameter in model.parameters())
     if bits not in BITS:
@@ -109,7 +109,7 @@ def weight_bytes(model: nn.Module, size: int, bits: int = 16) -> int:
 
 
 def linears_to_quantize(model: nn.Module) -> list[nn.Linear]:
-    """The layers of a model that would be quantised."""
+    """The layers of a model that quantisation applies to."""
     return [
         module
         for name, module in model.named_modules()
@@ -118,9 +118,9 @@ def linears_to_quantize(model: nn.Module) -> list[nn.Linear]:
 
 
 def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
-    """Of a linear layer's weight [out, in] with its scales."""
+    """Bytes of a linear layer's weight [out, in] with its scales."""
     if bits == 8:
-        return weight.numel() + 4 * weight.shape[0]  # a float32 scale a row
+        return weight.numel() + 4 * weight.shape[0]  # a float32 scale per row
     blocks = -(-weight.numel() // _BLOCK)
-    # Half a byte a weight and a byte a block; a float32 scale an outer block, two tables and an offset a layer.
+    # Half a byte per weight, a byte per block, a float32 scale per outer block; two tables and an offset per layer.
     return -(-weight.numel() // 2) + blocks + 4 * -(-blocks // _OUTER_BLOCK) + 4 * (16 + 256 + 1)

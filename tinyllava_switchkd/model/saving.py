@@ -1,4 +1,4 @@
-"""Checkpoints that need nothing else: written to a folder, or uploaded to the hub."""
+"""Save self-contained checkpoints to a folder or upload them to the hub."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def save_pretrained_model(
     template: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint that needs nothing else: v1's layout in safetensors, tokenizer, image processor, template.
+    """Write a self-contained checkpoint: v1's layout in safetensors, tokenizer, image processor, template, model card.
 
     Args:
         model: a `TinyLlavaForConditionalGeneration`.
-        tokenizer: saved beside it.
-        image_processor: saved beside it, as ``preprocessor_config.json``.
-        output_dir: made if it does not exist.
+        tokenizer: the model's tokenizer.
+        image_processor: saved as ``preprocessor_config.json``.
+        output_dir: created if it does not exist.
         template: conversation template of the model; None keeps the configuration's.
         state_dict: weights to write instead of the model's own (gathered from a partitioned model).
     """
@@ -54,14 +54,14 @@ def push_pretrained_model(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a self-contained checkpoint (see `save_pretrained_model`) to the hub; returns its address there."""
+    """Upload a checkpoint (see `save_pretrained_model`) to the hub; returns its address there."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         own = model.config.name_or_path
-        if own and Path(own, CARD).is_file():  # somebody's own text goes along
+        if own and Path(own, CARD).is_file():  # keep a card that somebody has written
             shutil.copy(Path(own, CARD), folder)
         save_pretrained_model(model, tokenizer, image_processor, folder, template)
         write_model_card(folder, {**(facts_of(own) if own else {}), "name": repo_id})
@@ -69,7 +69,7 @@ def push_pretrained_model(
 
 
 def save_image_processor(image_processor: BaseImageProcessor, output_dir: Path) -> None:
-    """Write ``preprocessor_config.json`` under the class name that every version of transformers knows."""
+    """Write ``preprocessor_config.json`` with the class name that every version of transformers knows."""
     image_processor.save_pretrained(output_dir)
     file = output_dir / "preprocessor_config.json"
     fields = read_json(file)

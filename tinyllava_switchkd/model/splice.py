@@ -1,4 +1,4 @@
-"""Splice: put the visual tokens of each image where its placeholder stands in the token sequence."""
+"""Replace each image's placeholder in a token sequence by the image's visual tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class Spliced(NamedTuple):
-    """What the language model reads; L = the longest sequence of the batch after splicing.
+    """Input of the language model; L is the length of the longest spliced sequence of the batch.
 
     Attributes:
         inputs_embeds: [B, L, D], zeros at padding.
@@ -39,43 +39,41 @@ def splice(
     max_length: int | None = None,
     padding_side: str = "right",
 ) -> Spliced:
-    """Replace every placeholder by the K visual tokens of its image, drop padding, pad anew.
+    """Replace every placeholder by the K visual tokens of its image, and pad again.
 
-    Every index is computed by cumulative sums over the whole batch: no loop over samples or tokens.
+    All indices are computed by cumulative sums over the whole batch, without loops over samples or tokens.
 
     Args:
-        input_ids: [B, T] token ids, `IMAGE_TOKEN_INDEX` where an image belongs.
+        input_ids: [B, T] token ids, `IMAGE_TOKEN_INDEX` for each image.
         attention_mask: [B, T], non-zero at tokens (padding may be on either side); None means all are tokens.
         labels: [B, T] or None (then the returned labels are all `IGNORE_INDEX`).
-        image_features: [I, K, D] visual tokens, see `image_of_placeholder` for which belongs where; None for no image.
+        image_features: [I, K, D] visual tokens in the order of `image_of_placeholder`; None without images.
         embed_tokens: token ids -> embeddings.
-        max_length: cut each spliced sequence to this length (v1's truncation); None keeps everything.
+        max_length: cut each spliced sequence to this length, as v1 does; None does not cut.
         padding_side: ``right`` for training, ``left`` for generation.
 
     Raises:
-        ValueError: the numbers of placeholders and images do not fit, or there is no token.
+        ValueError: the numbers of placeholders and images do not match, or there are no tokens.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids are [batch, tokens] with at least one token, not {list(input_ids.shape)}.")
     device = input_ids.device
-    is_token = (
-        torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    )  # [B,T]
+    is_token = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()  # [B, T]
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & is_token  # [B, T]
     is_text = is_token & ~is_image  # [B, T]
     num_features = 0 if image_features is None else image_features.shape[0]
     chosen = image_of_placeholder(is_image, num_features)  # [P]
     tokens_per_image = 0 if image_features is None else image_features.shape[1]
 
-    span = is_text.long() + is_image.long() * tokens_per_image  # [B, T] positions that each input token takes
+    span = is_text.long() + is_image.long() * tokens_per_image  # [B, T] positions that each input token occupies
     end = span.cumsum(dim=1)  # [B, T]
     length = end[:, -1]  # [B]
     if max_length is not None:
         length = length.clamp(max=max_length)
     longest = int(length.max())
-    start = end - span  # [B, T] position of the first of them, before padding
+    start = end - span  # [B, T] the first of these positions, before padding
     row = torch.arange(input_ids.shape[0], device=device)[:, None].expand_as(input_ids)  # [B, T]
 
     text_row, text_column = row[is_text], start[is_text]  # [N] each
@@ -85,11 +83,11 @@ def splice(
 
     values = embed_tokens(input_ids[is_text])  # [N, D]
     if image_features is not None:
-        # Images that no placeholder asks for are left out by the index, yet stay in the graph with a zero gradient:
-        # every rank runs the same backward pass whatever its batch holds.
+        # Unused images are not indexed but stay in the graph with a zero gradient, so that every rank runs the same
+        # backward pass.
         visual = image_features.to(values.dtype).to(values.device)[chosen].flatten(0, 1)  # [P*K, D]
-        # Gemma scales its embeddings. Up to transformers 4 (and so in v1's checkpoints) it scaled all of its input,
-        # visual tokens too; since then only what comes from its table, so the visual tokens are scaled here.
+        # Gemma scales its embeddings. Up to transformers 4 (and so in v1's checkpoints) it scaled its whole input,
+        # visual tokens included. Newer versions scale only the embedding table, so visual tokens are scaled here.
         scale = getattr(embed_tokens, "embed_scale", None)
         if scale is not None:
             visual = visual * torch.as_tensor(scale, dtype=values.dtype, device=values.device)
@@ -122,8 +120,8 @@ def image_of_placeholder(is_image: Tensor, num_features: int) -> Tensor:
 
     With P placeholders, T samples without any and I images:
 
-    * I = P: the images are in order of the placeholders;
-    * I = P + T: v1's convention, each text-only sample owns one dummy image, which is skipped;
+    * I = P: images are in the order of the placeholders;
+    * I = P + T: v1's convention, in which each text-only sample has a dummy image, which is skipped;
     * P = 0: every image is a dummy.
 
     Args:
@@ -139,7 +137,7 @@ def image_of_placeholder(is_image: Tensor, num_features: int) -> Tensor:
     if num_features == num_placeholders + num_text_only:
         owned = per_sample.clamp(min=1)  # [B]
         first = owned.cumsum(dim=0) - owned  # [B] index of each sample's first image
-        rank = is_image.cumsum(dim=1) - 1  # [B, T] how many placeholders stand before in the sample
+        rank = is_image.cumsum(dim=1) - 1  # [B, T] number of earlier placeholders in the sample
         return (first[:, None] + rank)[is_image]
     raise ValueError(
         f"The batch has {num_placeholders} image placeholders and {num_text_only} samples without one, but "

@@ -1,4 +1,4 @@
-"""A folder of somebody else's brings weights and settings, never code: what would ask for code is refused."""
+"""Refuse model folders that ask to run code of their own: only weights and settings are ever read from them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tinyllava_switchkd.io import JsonObject, read_json
 
 OUR_TYPES = ("tinyllava", "tiny_llava")
 OUR_CLASSES = ("TinyLlavaConfig", "TinyLlavaForConditionalGeneration")
-"""What TinyLLaVA v1's published checkpoints name in ``auto_map``. The package has these classes itself, so the code
-beside such a checkpoint is not needed; it is left alone."""
+"""Classes in the ``auto_map`` of TinyLLaVA v1's published checkpoints. This package has these classes, so the code in
+such a folder is simply not used."""
 
 CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
 """Fields that name Python files (transformers' custom models, generation loops and pipelines)."""
 
 
 class CodeRefused(ValueError):
-    """A folder asks for code of its own."""
+    """A folder asks to run code of its own."""
 
 
 def refuse_code(folder: Path) -> None:
-    """Refuse a folder whose settings ask for code of its own. Nothing is imported, asked or waited for.
+    """Refuse a folder whose settings ask to run code of its own; nothing is imported.
 
-    Looked at are all files whose names end in ``config.json`` (of the model, the tokenizer, the processors of images
-    and videos, generation and adapters), to any depth, and those of v1's split layout.
+    Checks every field, nested or not, of all files whose names end in ``config.json`` (model, tokenizer, image and
+    video processors, generation, adapters), also in the sub-folders of v1's split layout.
 
     Args:
-        folder: of a checkpoint, a base model, a vision tower or an adapter.
+        folder: a checkpoint, base model, vision tower or adapter.
 
     Raises:
         ValueError: a file asks for code, or is not JSON.
@@ -44,10 +44,10 @@ def refuse_code(folder: Path) -> None:
 
 
 def refuse_code_in(fields: JsonObject, source: object) -> None:
-    """The same for one file's fields.
+    """Refuse the fields of one file if they ask for code.
 
     Raises:
-        ValueError: they ask for code.
+        ValueError: they do.
     """
     for part in objects_in(fields):
         for key in CODE_KEYS:
@@ -56,20 +56,20 @@ def refuse_code_in(fields: JsonObject, source: object) -> None:
 
 
 def one_sentence(error: BaseException) -> str:
-    """What an exception of another library says, in one line of bounded length."""
+    """Type and message of another library's exception, in one line of limited length."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
 def _sentence(source: object, what: str) -> str:
     return (
-        f"{source} {what} code of its own, and code that comes with a model is never run here; use a model whose "
-        f"classes this package or transformers has, or write a plugin (docs/extend.md)."
+        f"{source} {what} code of its own, and code that comes with a model is never run; use a model whose classes "
+        f"are in this package or in transformers, or write a plugin (docs/extend.md)."
     )
 
 
 def _is_native(part: JsonObject) -> bool:
-    """Whether all classes that a model's ``auto_map`` names are ones that are installed, under the same model type."""
+    """Whether this package or transformers has all classes in a model's ``auto_map``, under the same model type."""
     auto_map, model_type = part["auto_map"], part.get("model_type")
     if not isinstance(auto_map, dict) or not isinstance(model_type, str):
         return False

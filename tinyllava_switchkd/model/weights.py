@@ -1,4 +1,4 @@
-"""Reading weights from disk and the hub: every layout of TinyLLaVA v1, brought to one set of names."""
+"""Read weights from disk or the hub: all layouts of TinyLLaVA v1, mapped to one set of names."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tinyllava_switchkd.io import read_json
 
 from .trust import refuse_code
 
-# Buffers that older versions of transformers wrote and newer ones compute.
+# Buffers that older versions of transformers saved and newer ones compute.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.(cos|sin)_cached|rotary_emb\.inv_freq|masked_bias)$")
-# TinyLLaVABench (the code before v1) -> v1; the names are those of v1's own converter.
+# TinyLLaVABench (the code before v1) -> v1, as in v1's own converter.
 LEGACY_NAMES = (
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower._vision_tower."),
     (r"^model\.mm_projector\.", "connector._connector."),
@@ -36,11 +36,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
-    """The local folder of a model: the path itself, or the hub's repository after download.
+    """The local folder of a model: the path itself, or a downloaded hub repository.
 
     Args:
         name_or_path: a folder, or a repository name.
-        hub: for `huggingface_hub.snapshot_download` (`cache_dir`, `revision`, `token`, `local_files_only`, ...).
+        hub: arguments of `huggingface_hub.snapshot_download` (`cache_dir`, `revision`, `token`, `local_files_only`,
+            ...).
 
     Raises:
         FileNotFoundError: it is neither.
@@ -57,21 +58,22 @@ def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     hub = {key: value for key, value in hub.items() if value is not None}
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **hub))
-        if not any(folder.rglob("*.safetensors")):  # only then: many repositories hold their weights in both formats
+        if not any(folder.rglob("*.safetensors")):  # many repositories have both formats
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], **hub))
     except HFValidationError as error:
         raise FileNotFoundError(f"There is no folder {name!r} (nor is it a name on the hub).") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = first_line(error)
-        raise FileNotFoundError(f"There is no folder {name!r}, and the hub did not give one: {reason}") from error
+        raise FileNotFoundError(
+            f"There is no folder {name!r}, and it could not be loaded from the hub: {first_line(error)}"
+        ) from error
     refuse_code(folder)
     return folder
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
-    """All tensors of the safetensors or ``.bin`` files in a folder, under the names they have there; None without any.
+    """All tensors of the safetensors or ``.bin`` files in a folder, by name; None if there are no such files.
 
-    Tensors are memory-mapped, on the CPU. Pickles are read as plain tensors only (`weights_only`).
+    Tensors are memory-mapped on the CPU. Pickles may hold only tensors (`weights_only`).
     """
     for stem in ("model", "pytorch_model"):
         suffix = ".safetensors" if stem == "model" else ".bin"
@@ -81,51 +83,49 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
         elif (folder / f"{stem}{suffix}").is_file():
             names = [f"{stem}{suffix}"]
         elif any(folder.glob(f"{stem}-*-of-*{suffix}")):
-            raise FileNotFoundError(f"{folder} holds shards of weights, but not {index.name}, which names them all.")
+            raise FileNotFoundError(f"{folder} has shards of weights, but not their index {index.name}.")
         else:
             continue
         tensors: dict[str, Tensor] = {}
         for name in names:
             if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{index} names {name}, which is not in the folder: the checkpoint is incomplete."
-                )
+                raise FileNotFoundError(f"{index} names {name}, which does not exist: the checkpoint is incomplete.")
             tensors.update(read_file(folder / name))
         return tensors
     return None
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index of shards names, all of them in its own folder.
+    """The files in an index of shards.
 
     Raises:
-        ValueError: the index is none, or names something else.
+        ValueError: it is not an index, or names files outside its folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map of tensors to files; it is not what transformers writes.")
+        raise ValueError(f"{index} has no weight_map of tensors to files; it was not written by transformers.")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index} names the file {name!r}, which is no plain name of a file in its folder.")
+            raise ValueError(f"{index} names the file {name!r}, which is not a plain file name.")
     return sorted(set(weight_map.values()))
 
 
 def refuse_unusable(tensors: Mapping[str, Tensor], source: object, parameters: Collection[str] | None = None) -> None:
-    """Raise a ValueError that names the first weight that cannot be computed with.
+    """Raise a ValueError that names the first weight with NaNs, infinities or integers.
 
-    Every tensor is looked at once, for its least and greatest number (a NaN is both): nothing is copied.
+    Only the minimum and maximum of each tensor are computed (both are NaN if any value is); nothing is copied.
 
     Args:
         tensors: weights by name.
         source: where they came from.
-        parameters: names of those that are parameters, which hold no integers; None for all. Others may be counters.
+        parameters: names of parameters, which may not be integers, unlike buffers; None means all are parameters.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             if parameters is None or name in parameters:
                 raise ValueError(
-                    f"The weights of {source} cannot be used: {name} holds {str(tensor.dtype).removeprefix('torch.')} "
-                    f"numbers, which are no weights of a model in full precision."
+                    f"The weights of {source} cannot be used: {name} has dtype "
+                    f"{str(tensor.dtype).removeprefix('torch.')}, not a floating-point one."
                 )
         elif tensor.numel() and tensor.device.type != "meta":
             least, greatest = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()
@@ -138,7 +138,7 @@ def refuse_unusable(tensors: Mapping[str, Tensor], source: object, parameters: C
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of one pickle of plain tensors (whatever its name ends in).
+    """The tensors of a ``.safetensors`` file, or of a pickle of plain tensors with any other suffix.
 
     Raises:
         ValueError: it is damaged, or a pickle that holds more than tensors.
@@ -148,13 +148,13 @@ def read_file(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before PyTorch 1.6, in a format that cannot be mapped
+        except RuntimeError:  # the format before PyTorch 1.6 cannot be memory-mapped
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         with open(file, "rb") as stream:
             is_pointer = stream.read(24).startswith(b"version https://git-lfs")
         if is_pointer:
-            reason = "it is a pointer of git-lfs to the weights, fetch them with 'git lfs pull'"
+            reason = "it is only a git-lfs pointer to the weights, fetch them with 'git lfs pull'"
         elif file.suffix == ".safetensors":
             reason = f"it is cut off or damaged ({error})"
         else:
@@ -165,18 +165,13 @@ def read_file(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def is_split(folder: Path) -> bool:
-    """Whether a folder holds v1's split layout (a folder per part), complete or not."""
-    return any((folder / part).is_dir() for part in SPLIT_FOLDERS)
-
-
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter: decided by its files, whatever the path is called."""
+    """Whether a folder holds a LoRA adapter, judged by its files and not by its name."""
     return (folder / "adapter_config.json").is_file()
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a TinyLLaVA checkpoint of any layout, under v1's names of the full layout.
+    """The tensors of a TinyLLaVA checkpoint of any layout, under the names of v1's full layout.
 
     Raises:
         FileNotFoundError: the folder, or one of its parts, holds no weights.
@@ -184,7 +179,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     tensors = read_weights(folder)
     if tensors is not None:
         return normalise_keys(tensors)
-    if not is_split(folder):
+    if not any((folder / part).is_dir() for part in SPLIT_FOLDERS):
         raise FileNotFoundError(
             f"{folder} holds no weights: neither model.safetensors, nor pytorch_model.bin, nor the folders "
             f"{', '.join(SPLIT_FOLDERS)} of the split layout."
@@ -199,9 +194,9 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def normalise_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """v1's names for tensors named by TinyLLaVABench, by peft's base layers or by transformers 5.
+    """Rename tensors of TinyLLaVABench, of peft's base layers and of transformers 5 to v1's names.
 
-    transformers 5 has no ``vision_model.`` level in SigLIP and CLIP; checkpoints written without it get it back.
+    transformers 5 drops the ``vision_model.`` level of SigLIP and CLIP; it is added again.
     """
     legacy = any(name.startswith("model.mm_projector.") for name in tensors)
     flat_tower = any(
@@ -222,7 +217,7 @@ def normalise_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse(source: object, missing: Iterable[str], unexpected: Iterable[str], wrong_shape: Iterable[str]) -> None:
-    """Raise a ValueError that names what does not fit; nothing if everything does."""
+    """Raise a ValueError that names the weights that do not fit, if there are any."""
     parts = [
         f"{len(names)} weights {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for kind, names in (
@@ -237,7 +232,7 @@ def refuse(source: object, missing: Iterable[str], unexpected: Iterable[str], wr
 
 
 def read_connector(source: str | Path) -> dict[str, Tensor]:
-    """A connector's tensors (names start with ``_connector.``) from its own folder or file, or a whole checkpoint."""
+    """A connector's tensors, under names from ``_connector.`` on, from its folder or file or a whole checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
         tensors = read_file(path)
@@ -250,14 +245,14 @@ def read_connector(source: str | Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{folder} holds no connector (model.safetensors or pytorch_model.bin).")
         tensors = found
     named = normalise_keys(tensors)
-    # v1 cuts everything up to "_connector.", so that both its own file and a whole checkpoint can be given.
+    # As in v1, everything before "_connector." is cut, for both a connector's own file and a whole checkpoint.
     return {name[name.index("_connector.") :]: tensor for name, tensor in named.items() if "_connector." in name}
 
 
 def own_memory(module: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Copy what a module shares with the tensors it was made of.
+    """Copy the memory that a module shares with `tensors`.
 
-    Those are mapped from files: a checkpoint written over the file it came from would pull the ground from under them.
+    These are mapped from files, so overwriting the checkpoint that a model came from would change or crash the model.
     """
     shared = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for value in (*module.parameters(), *module.buffers()):
@@ -267,7 +262,7 @@ def own_memory(module: nn.Module, tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Keep transformers from logging a table of weights that do not fit, with the advice to ignore it: see `refuse`."""
+    """Suppress transformers' table of weights that do not fit, which advises ignoring them; see `refuse`."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in str(record.msg)
@@ -282,10 +277,10 @@ def without_load_report() -> Iterator[None]:
 
 @contextmanager
 def outside_zero_init() -> Iterator[None]:
-    """Build whole models even while DeepSpeed ZeRO-3 is configured.
+    """Build models without partitioning their parameters, even if DeepSpeed ZeRO-3 is configured.
 
-    Under ZeRO-3, transformers would partition the parameters while it builds the model; a frozen teacher outside the
-    engine could then never gather them. The engine partitions the student itself when it starts.
+    Under ZeRO-3 transformers partitions parameters while it builds a model, and a frozen teacher outside the engine
+    could never gather them. The engine partitions the student itself when it starts.
     """
     from transformers.integrations import deepspeed
 

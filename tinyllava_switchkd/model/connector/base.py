@@ -1,4 +1,4 @@
-"""Connector: from the vision tower's tokens to the language model's embeddings; and the connectors' factory."""
+"""The base class of connectors, which map the vision tower's tokens to the language model's embeddings; the factory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 class Connector(nn.Module):
     """Visual tokens [I, N, vision_hidden_size] -> [I, K, hidden_size].
 
-    A subclass builds ``self._connector``, whose parameters' names are the checkpoint's keys
-    (``connector._connector.*``).
+    A subclass builds ``self._connector``; its parameters' names are the checkpoint's keys (``connector._connector.*``).
 
     Args:
         config: the model's `TinyLlavaConfig`; `vision_hidden_size`, `hidden_size` and `connector_type` are read.
@@ -28,7 +27,7 @@ class Connector(nn.Module):
 
     @classmethod
     def complete_config(cls, config: TinyLlavaConfig, tensors: dict[str, Tensor]) -> None:
-        """Fill in what a checkpoint's configuration leaves out about the connector, from its weights, in place.
+        """Complete a checkpoint's configuration of the connector from its weights, in place.
 
         Args:
             config: the model's `TinyLlavaConfig`.
@@ -36,7 +35,7 @@ class Connector(nn.Module):
         """
 
     def num_tokens(self, num_vision_tokens: int) -> int:
-        """Visual tokens that leave the connector when `num_vision_tokens` enter it.
+        """Number of output tokens for `num_vision_tokens` input tokens.
 
         Raises:
             ValueError: the connector cannot take that many.

@@ -1,4 +1,4 @@
-"""LDPv2, MobileVLM V2's connector: a perceptron, 2x2 pooling of the token grid, a depth-wise convolution."""
+"""LDPv2, MobileVLM V2's connector: an MLP, 2x2 pooling of the token grid, and a depth-wise convolution."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 class LDPv2(nn.Module):
     """MobileVLM V2, mobilevlm/model/vision_projector.py: no norms, and no activation after the pooling.
 
-    The pooling halves each side; where a side is odd (SigLIP's 27) its windows overlap by one token instead of losing
-    a row.
+    Pooling halves each side of the grid. On an odd side (SigLIP's 27) windows overlap by one token, so no row is lost.
     """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         convolution = nn.Conv2d(width_out, width_out, 3, padding=1, groups=width_out)
-        # MobileVLM's keys have a level more (``mlp.mlp.0``, ``peg.peg.0``).
+        # MobileVLM's keys have one more level (``mlp.mlp.0``, ``peg.peg.0``).
         self.mlp = nn.ModuleDict({"mlp": mlp(2, width_in, width_out)})
         self.peg = nn.ModuleDict({"peg": nn.Sequential(convolution)})
 
@@ -40,7 +39,7 @@ class LDPv2(nn.Module):
 
 @register_connector("ldpv2", "ldpnetv2")
 class LDPv2Connector(Connector):
-    """Emits a quarter of the visual tokens; they must form a square."""
+    """Outputs a quarter of the visual tokens, which must form a square grid."""
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
@@ -51,7 +50,7 @@ class LDPv2Connector(Connector):
         if side * side != num_vision_tokens or side < 2:
             with_first = math.isqrt(num_vision_tokens + 1) ** 2 == num_vision_tokens + 1
             remedy = (
-                "keep the first one, which the strategy 'patch' drops, by 'cls_patch' (--mm_vision_select_feature)"
+                "keep the first one, which the strategy 'patch' drops, with --mm_vision_select_feature cls_patch"
                 if with_first
                 else "choose a tower whose patches form a square, with the strategy 'patch' if it has a class token"
             )

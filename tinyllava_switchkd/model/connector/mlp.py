@@ -1,4 +1,4 @@
-"""The plain connectors: identity, linear, multi-layer perceptron, and one perceptron each for the towers of MoF."""
+"""The simple connectors: identity, linear, MLP, and one MLP for each tower of MoF."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @register_connector("identity")
 class IdentityConnector(Connector):
-    """Passes the visual tokens on; the tower must have the language model's width."""
+    """Returns the visual tokens unchanged; the tower must have the language model's width."""
 
     def __init__(self, config: TinyLlavaConfig | None = None) -> None:
         super().__init__(config)
@@ -39,7 +39,7 @@ class LinearConnector(Connector):
 
 
 def mlp(depth: int, width_in: int, width_out: int) -> nn.Sequential:
-    """`depth` linear layers with a GELU between each two."""
+    """`depth` linear layers with GELUs between them."""
     layers: list[nn.Module] = [nn.Linear(width_in, width_out)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(width_out, width_out)]
@@ -55,14 +55,14 @@ class MLPConnector(Connector):
         match = re.fullmatch(r"mlp(\d+)x_gelu", config.connector_type or "", re.IGNORECASE)
         if match is None or int(match[1]) < 1:
             raise ValueError(
-                f"Unknown connector_type {config.connector_type!r}: a perceptron is called mlp{{n}}x_gelu, "
-                f"for example mlp2x_gelu."
+                f"Unknown connector_type {config.connector_type!r}: an MLP is called mlp{{n}}x_gelu, for example "
+                f"mlp2x_gelu."
             )
         self._connector = mlp(int(match[1]), config.vision_hidden_size, config.hidden_size)
 
 
 class MoFMLP(nn.Module):
-    """A perceptron for CLIP's tokens and one for DINOv2's, which the tower hands over interleaved."""
+    """One MLP for CLIP's tokens and one for DINOv2's; the tower interleaves the two."""
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class MoFMLP(nn.Module):
         self.dinov2 = mlp(2, config.vision_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[I, 2N, vision_hidden_size] (CLIP at even places) -> [I, 2N, hidden_size]."""
+        """[I, 2N, vision_hidden_size] (CLIP at even positions) -> [I, 2N, hidden_size]."""
         pairs = torch.stack([self.clip(x[:, 0::2]), self.dinov2(x[:, 1::2])], dim=2)  # [I, N, 2, D]
         return pairs.flatten(1, 2)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _BertNamed(Blip2QFormerAttention):
-    """The library's attention with its inner module under BERT's name ``self``, which v1's keys have."""
+    """transformers' attention with its inner module named ``self``, as in BERT and v1's keys."""
 
     @property
     def attention(self) -> nn.Module:
@@ -26,7 +26,7 @@ class _BertNamed(Blip2QFormerAttention):
 
 
 class _Bert(nn.Module):
-    """v1's level ``bert.``: the encoder alone, since v1 deletes the word embeddings and the norm's weights."""
+    """v1's ``bert`` module: only the encoder, because v1 deletes the word embeddings and the norm's weights."""
 
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class _Bert(nn.Module):
 class QFormer(nn.Module):
     """v1's Q-Former (``model/connector/qformer.py``): BERT base, cross-attention in every other layer.
 
-    v1 reads the geometry from the hub's ``google-bert/bert-base-uncased``; here it is the library's default, which is
-    the same, changed by `qformer_config`. The weights start at random, as in v1.
+    v1 reads the sizes from the hub's ``google-bert/bert-base-uncased``. Here they are transformers' defaults, which are
+    the same, overridden by `qformer_config`. The weights are randomly initialised, as in v1.
     """
 
     def __init__(self, config: TinyLlavaConfig, num_queries: int) -> None:
@@ -64,7 +64,7 @@ class QFormer(nn.Module):
 
 @register_connector("qformer")
 class QFormerConnector(Connector):
-    """`num_queries` tokens an image."""
+    """Outputs `num_queries` tokens per image."""
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)
@@ -75,7 +75,7 @@ class QFormerConnector(Connector):
 
     @classmethod
     def complete_config(cls, config: TinyLlavaConfig, tensors: dict[str, Tensor]) -> None:
-        """A v1 checkpoint does not say how large its Q-Former is; its weights do (heads are 64 wide, as in BERT)."""
+        """v1's configuration lacks the Q-Former's sizes; its weights give them (heads are 64 wide, as in BERT)."""
         prefix = "connector._connector."
         queries = tensors.get(f"{prefix}query_tokens")
         intermediate = tensors.get(f"{prefix}bert.encoder.layer.0.intermediate_query.dense.weight")

@@ -13,7 +13,7 @@ from .base import Connector, register_connector
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
-HEADS, HEAD_WIDTH = 8, 64  # v1's, whatever the model's width
+HEADS, HEAD_WIDTH = 8, 64  # fixed in v1, independent of the model's width
 
 
 class PerceiverAttention(nn.Module):
@@ -39,7 +39,7 @@ class PerceiverAttention(nn.Module):
 
 
 def feed_forward(width: int) -> nn.Sequential:
-    """LayerNorm, then four times the width and back."""
+    """LayerNorm, then an MLP with four times the width."""
     return nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
     )
@@ -71,7 +71,7 @@ class PerceiverResampler(nn.Module):
 
 @register_connector("resampler")
 class ResamplerConnector(Connector):
-    """`num_queries` tokens an image, `num_resampler_layers` deep."""
+    """Outputs `num_queries` tokens per image; has `num_resampler_layers` layers."""
 
     def __init__(self, config: TinyLlavaConfig) -> None:
         super().__init__(config)

@@ -1,8 +1,7 @@
-"""Export: a checkpoint in the layouts that others read, and back.
+"""Export checkpoints to the layouts of other software, and convert transformers' LLaVA back.
 
-``python -m tinyllava_switchkd.model.export --to NAME MODEL OUT``; each NAME is an `ExportTarget`. Names are
-imported when first used. ``hf-llava`` writes transformers' own `LlavaForConditionalGeneration` with its processor and
-chat template, ``v1`` TinyLLaVA v1's full layout, from any of its layouts or from a LLaVA.
+``python -m tinyllava_switchkd.model.export --to NAME MODEL OUT``, where NAME is an `ExportTarget`. The names below are
+imported on first use.
 """
 
 from __future__ import annotations

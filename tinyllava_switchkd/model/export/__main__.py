@@ -1,4 +1,4 @@
-"""``python -m tinyllava_switchkd.model.export``: see the package's own text."""
+"""The command ``python -m tinyllava_switchkd.model.export``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line: ``--to`` first, for a target has arguments of its own. ``args.target`` is the target."""
+    """Parse the command line, ``--to`` first, because each target adds arguments. ``args.target`` is the target."""
     names = ExportTargetFactory.list()
     chosen = CommandParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--to", choices=names)
@@ -32,14 +32,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--to", required=True, choices=names, help="; ".join(f"{name}: {targets[name].summary}" for name in names)
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint (for v1 also of a LLaVA)")
-    parser.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
-    parser.add_argument(*TEMPLATE_FLAGS, help="conversation template, if the checkpoint does not name the right one")
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint (for v1 also a LLaVA)")
+    parser.add_argument("out", metavar="OUT", help="an empty folder, or one that does not exist yet")
+    parser.add_argument(*TEMPLATE_FLAGS, help="conversation template, if not the checkpoint's own")
     parser.add_argument("--no_verify", action="store_true", help="do not compare the export with the checkpoint")
     parser.add_argument(
         "--allow_approximate",
         action="store_true",
-        help="write a model that the target cannot hold exactly too, and print by how much the two disagree",
+        help="also export a model that the target cannot represent exactly, and print how much the results differ",
     )
     if known.to is not None:
         targets[known.to].add_arguments(parser)
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)  # what other packages report is for their developers
+    logging.getLogger("tinyllava_switchkd").setLevel(logging.INFO)
     try:
         args.target.export(args)
     except (ValueError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""What an export target is, and the registry of them."""
+"""The base class of export targets, and their registry."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ ONNX_DTYPES = ("fp32", "fp16", "int8", "q4")
 
 
 class ExportTarget:
-    """A layout that a checkpoint can be written in.
+    """A layout to which checkpoints can be exported.
 
-    A subclass says what it is in `summary`, which ``--help`` prints, and implements `export`. Everything that stops an
-    export is a `ValueError` or an `OSError` with one sentence, raised before anything is written.
+    A subclass describes itself in `summary`, which ``--help`` prints, and implements `export`. An export that is not
+    possible is a `ValueError` or an `OSError` with one sentence, raised before anything is written.
     """
 
     summary = ""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """What ``--dtype`` may be."""
+    """The values of ``--dtype``."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The target's own arguments; MODEL, OUT, ``--template``, ``--no_verify`` and ``--allow_approximate`` are
-        everybody's."""
-        parser.add_argument("--dtype", choices=self.dtypes, help="of the weights (default: as is)")
+        """Add the target's own arguments. All targets have MODEL, OUT, ``--template``, ``--no_verify`` and
+        ``--allow_approximate``."""
+        parser.add_argument("--dtype", choices=self.dtypes, help="dtype of the weights (default: unchanged)")
 
     def export(self, args: argparse.Namespace) -> None:
-        """Write ``args.model`` into ``args.out`` and, unless ``args.no_verify``, compare the two.
+        """Write ``args.model`` to ``args.out`` and, unless ``args.no_verify`` is set, compare the two.
 
         Raises:
-            ValueError: the layout cannot hold the model exactly and ``args.allow_approximate`` is not set, or at all.
-            OSError: there is no such checkpoint, or `out` is not empty.
+            ValueError: the layout cannot represent the model, or not exactly and ``args.allow_approximate`` is not set.
+            OSError: there is no such checkpoint, or ``args.out`` is not empty.
         """
         raise NotImplementedError
 

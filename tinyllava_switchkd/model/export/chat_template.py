@@ -1,4 +1,4 @@
-"""A conversation template of ours as the Jinja chat template that transformers, vLLM and SGLang render."""
+"""Convert a conversation template to the Jinja chat template that transformers, vLLM and SGLang use."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Turns = Sequence[tuple[str, str | None]]
 """(question, answer) pairs; the last answer may be None."""
 
-# A noncharacter: no template's own text contains it, so what stands around it is the template's.
+# A Unicode noncharacter, which no template contains; used to find the text around a field.
 _MARK = "\ufdd5"
 
-# Written for every reader: transformers.js has no `string * number`.
-# As `Template.prompt`: the images of a question stand in front of it, and only a question with images is stripped.
+# Works in all Jinja implementations: transformers.js has no `string * number`.
+# As in `Template.prompt`, a question's images come first, and only a question with images is stripped.
 _JINJA = Path(__file__).with_suffix(".jinja")
 
-# Conversations on which a chat template must agree with the template it was made from.
+# Conversations for which a chat template must give the same text as its conversation template.
 PROBES: tuple[Turns, ...] = (
     (("<image>\nWhat is this?", None),),
     (("How many are there?\n<image>", "Two dogs, and one cat."), ("Why so?", None)),
@@ -37,17 +37,17 @@ PROBES: tuple[Turns, ...] = (
 
 
 def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that renders what a conversation template writes, image marks included.
+    """The chat template that gives the same text as a conversation template, image marks included.
 
-    Where the tokenizer puts a begin token in front, the chat template writes it: whoever renders a chat template
-    tokenises the text without adding one.
+    If the tokenizer adds a BOS token, the chat template writes it, because rendered text is tokenised without adding
+    one.
 
     Args:
         template: name of a conversation template.
-        tokenizer: the exported tokenizer, to which ``<image>`` is one token.
+        tokenizer: the exported tokenizer, in which ``<image>`` is one token.
 
     Raises:
-        ValueError: the template does not write turn after turn, or this tokenizer makes other ids of the text.
+        ValueError: the template does not write one turn after the other, or the token ids would differ.
     """
     plain = TemplateFactory(template)()
     written = plain.for_tokenizer(tokenizer)
@@ -57,10 +57,10 @@ def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(written, probe) for probe in PROBES):
         raise ValueError(
             f"The conversation template {template!r} does not write one question and answer after the other, so no "
-            f"chat template can be made of it; pass --template with the one to converse in."
+            f"chat template can be made from it; pass --template with a template for conversations."
         )
-    # In training, the text after an image is tokenised by itself. Tokenizers of the SentencePiece kind begin every text
-    # with a space, but (Llama's) not the text after a special token: there the space has to be written.
+    # In training, the text after an image is tokenised by itself. SentencePiece tokenizers begin every text with a
+    # space, but Llama's does not do so after a special token, so the chat template must write the space there.
     spaced = _fill(written, bos, " ", system_is_text=not fitted)
     expected = [_ids_in_training(written, probe, tokenizer) for probe in PROBES]
     for candidate in filter(None, (jinja, spaced)):
@@ -68,19 +68,19 @@ def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == expected:
             return candidate
     raise ValueError(
-        f"The tokenizer splits the text around {DEFAULT_IMAGE_TOKEN} otherwise once that is a token of its own, so no "
-        f"chat template renders what the model was trained on with the template {template!r}."
+        f"The tokenizer splits the text around {DEFAULT_IMAGE_TOKEN} differently when that is a token of its own, so "
+        f"no chat template gives the tokens that the model was trained on with the template {template!r}."
     )
 
 
 def template_behind(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Which of our conversation templates a chat template found in a checkpoint renders; None if it is none of them."""
+    """The conversation template that gives the same text as a checkpoint's chat template; None if there is none."""
     for template in TemplateFactory.list():
         try:
             own = jinja_template(template, tokenizer)
             if all(_render(tokenizer, jinja, probe) == _render(tokenizer, own, probe) for probe in PROBES):
                 return template
-        except Exception:  # another's Jinja may fail on these conversations in ways of its own
+        except Exception:  # a foreign chat template may fail with any error
             continue
     return None
 
@@ -96,12 +96,12 @@ def messages_of(turns: Turns) -> list[dict[str, str]]:
 
 
 def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str | None:
-    """The chat template of a template's formatters; None if one of them does not show what it is given.
+    """The chat template made from a template's formatters; None if a formatter drops its content.
 
     Args:
-        bos: the begin token, or ''.
-        gap: what to write behind begin token and images.
-        system_is_text: whether the system prompt is plain text, which another may replace.
+        bos: the BOS token, or ''.
+        gap: text to write after the BOS token and after images.
+        system_is_text: whether the system prompt is plain text, which another one may replace.
     """
     user = template.format_user.apply(content=_MARK).partition(_MARK)
     answer = template.format_assistant.apply(content=_MARK).partition(_MARK)

@@ -1,4 +1,4 @@
-"""Files of an export: where it goes, and what older versions of transformers need in it."""
+"""An export's folder: written completely or not at all, and readable by older versions of transformers."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from ..card import facts_of, write_model_card
 
 RECORD = "tinyllava"
-"""Key of an export's ``config.json`` for what its own fields do not say; it makes the way back exact."""
+"""Key in an export's ``config.json`` for TinyLLaVA's own settings, so that it can be converted back exactly."""
 
 _FULL = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|Errno (28|122)\b|requested and \d+ written")
 
 
 def empty_folder(output_dir: str | os.PathLike) -> Path:
-    """The folder as a path; asked before a model is read, so that a long export does not end in vain.
+    """The folder as a path; called before a model is read, so that a long export does not fail at its end.
 
     Raises:
-        FileExistsError: there is something in it.
-        OSError: it cannot be made or written.
+        FileExistsError: it is not empty.
+        OSError: it cannot be created or written.
     """
     output_dir = Path(output_dir)
     if os.path.lexists(output_dir) and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that nothing is mixed.")
+        raise FileExistsError(f"{output_dir} is not an empty folder; name a new one, so that no files are mixed.")
     place = next(folder for folder in (output_dir, *output_dir.absolute().parents) if os.path.lexists(folder))
     if not place.is_dir():
-        raise NotADirectoryError(f"{output_dir} cannot be made: {place} is no folder; name another.")
+        raise NotADirectoryError(f"{output_dir} cannot be created: {place} is not a folder; name another.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{output_dir} cannot be made: {place} may not be written; name another folder.")
+        raise PermissionError(f"{output_dir} cannot be created: {place} is not writable; name another folder.")
     return output_dir
 
 
 @contextlib.contextmanager
 def whole_folder(source: str | os.PathLike, output_dir: str | os.PathLike) -> Iterator[Path]:
-    """A folder whose files appear in `output_dir` only if the block ends without an exception, with a model card.
+    """A temporary folder that becomes `output_dir`, with a model card, if the block ends without an exception.
 
-    It lies beside `output_dir`, or in it where that is there already (it may be the current folder or a mounted disk).
-    The card has what the folder of the checkpoint `source` knows beyond its configuration.
+    It is created beside `output_dir`, or inside if that exists (it may be the current folder or a mounted disk). The
+    card includes the facts of the folder of the checkpoint `source`.
 
     Raises:
-        FileExistsError: there is something in `output_dir`.
-        OSError: the disk is full or may not be written.
+        FileExistsError: `output_dir` is not empty.
+        OSError: the disk is full or not writable.
     """
     output_dir = empty_folder(output_dir)
     exists = output_dir.is_dir()
     parent = output_dir.absolute() if exists else output_dir.absolute().parent
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]  # the innermost first
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]  # innermost first
     unfinished = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         try:
             unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.absolute().name}.", dir=parent))
         except OSError as error:
-            raise type(error)(f"{output_dir} cannot be made ({error.strerror}); name another folder.") from error
+            raise type(error)(f"{output_dir} cannot be created ({error.strerror}); name another folder.") from error
         yield unfinished
         name = output_dir.resolve().name
         write_model_card(unfinished, {**facts_of(source), "source": Path(source).name, "name": name})
@@ -68,7 +68,7 @@ def whole_folder(source: str | os.PathLike, output_dir: str | os.PathLike) -> It
             for file in unfinished.iterdir():
                 file.rename(output_dir / file.name)
         else:
-            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+            unfinished.chmod(0o755)  # mkdtemp gives access only to the owner
             unfinished.rename(output_dir)
     except BaseException as error:
         if unfinished is not None:
@@ -80,8 +80,8 @@ def whole_folder(source: str | os.PathLike, output_dir: str | os.PathLike) -> It
             raise
         free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free
         raise OSError(
-            f"{output_dir} cannot be written: {free / 1e6:.0f} MB are free on its disk, and that is too little; make "
-            f"room or name a folder on another disk."
+            f"{output_dir} cannot be written: its disk has only {free / 1e6:.0f} MB free; free some space or name a "
+            f"folder on another disk."
         ) from error
     finally:
         if unfinished is not None and exists:
@@ -89,10 +89,10 @@ def whole_folder(source: str | os.PathLike, output_dir: str | os.PathLike) -> It
 
 
 def require(*packages: str) -> None:
-    """Refuse an export early where a package of the extra ``export`` is missing.
+    """Check that packages of the extra ``export`` are installed.
 
     Raises:
-        ImportError: naming what is missing.
+        ImportError: names the missing packages.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise ImportError(
@@ -101,10 +101,10 @@ def require(*packages: str) -> None:
 
 
 def read_by_older_versions(folder: Path) -> None:
-    """Add to a folder's configuration files what transformers 4 reads under other names.
+    """Add the field names of transformers 4 to a folder's configuration files; transformers 5 reads both.
 
-    Without ``rope_theta`` it would take its default and silently compute something else; the other names it stumbles
-    over. transformers 5 reads both.
+    Without ``rope_theta``, version 4 would silently use its default and compute something else. Without the others it
+    fails.
     """
     fields = read_json(folder / "config.json")
     rope = dict(fields["text_config"].get("rope_parameters") or {})
@@ -128,7 +128,7 @@ def read_by_older_versions(folder: Path) -> None:
 
 
 def tokenizer_settings(folder: Path) -> JsonObject:
-    """A folder's ``tokenizer_config.json`` under a class name that everybody knows, without this machine's fields."""
+    """A folder's ``tokenizer_config.json``, with a class name that all versions know and without local settings."""
     fields = read_json(folder / "tokenizer_config.json")
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"

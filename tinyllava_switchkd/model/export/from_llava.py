@@ -1,4 +1,4 @@
-"""``--to v1``: TinyLLaVA v1's full layout, from any of its layouts or from transformers' LLaVA, trained wherever."""
+"""``--to v1``: TinyLLaVA v1's full layout, from any of its layouts or from any checkpoint of transformers' LLaVA."""
 
 from __future__ import annotations
 
@@ -44,18 +44,16 @@ def from_hf_llava(
     template: str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> None:
-    """Write a checkpoint of transformers' LLaVA in TinyLLaVA v1's layout.
-
-    What `to_hf_llava` wrote comes back as it was.
+    """Convert a checkpoint of transformers' LLaVA to TinyLLaVA v1's layout; the exact inverse of `to_hf_llava`.
 
     Args:
         source: the checkpoint, a folder or a name on the hub.
-        output_dir: a folder that is empty or does not exist.
-        template: conversation template; None finds the one that the chat template renders.
+        output_dir: an empty folder, or one that does not exist yet.
+        template: conversation template; None finds the one that matches the chat template.
         dtype: of the weights; None keeps the checkpoint's own.
 
     Raises:
-        ValueError: TinyLLaVA cannot express the model, or its chat template is none of ours.
+        ValueError: TinyLLaVA cannot represent the model, or no conversation template matches its chat template.
     """
     empty_folder(output_dir)
     folder = resolve_folder(source)
@@ -74,7 +72,7 @@ def from_hf_llava(
     if template is None:
         raise ValueError(
             f"The chat template of {source} is none of ours ({', '.join(TemplateFactory.list())}); register a "
-            f"conversation template that writes the same, or pass --template with one that comes close."
+            f"conversation template that gives the same text, or pass --template with a similar one."
         )
     settings = _image_settings(folder)
     tensors = read_weights(folder)
@@ -99,7 +97,7 @@ def to_v1(
     template: str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> None:
-    """Write a TinyLLaVA checkpoint of any layout (split, LoRA, TinyLLaVABench) in v1's full layout, self-contained."""
+    """Convert a TinyLLaVA checkpoint of any layout (split, LoRA, TinyLLaVABench) to v1's full layout."""
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
     with whole_folder(source, output_dir) as folder:
@@ -108,7 +106,7 @@ def to_v1(
 
 
 def why_not_tinyllava(fields: JsonObject) -> str | None:
-    """Why a LLaVA's configuration cannot be a TinyLLaVA's, in one sentence; None if it can."""
+    """Why TinyLLaVA cannot represent a LLaVA with this configuration, in one sentence; None if it can."""
     tower = fields.get("vision_config", {}).get("model_type", "clip_vision_model")
     if tower not in TOWERS:
         return f"its vision tower is {tower!r}, not one of {', '.join(TOWERS)}."
@@ -122,7 +120,7 @@ def why_not_tinyllava(fields: JsonObject) -> str | None:
 
 
 def _image_settings(folder: Path) -> JsonObject:
-    """Settings of the image processor, in whichever of transformers' two files they are."""
+    """Settings of the image processor, from either of the two files that transformers may write."""
     file = folder / "preprocessor_config.json"
     settings = read_json(file) if file.is_file() else read_json(folder / "processor_config.json")["image_processor"]
     if not settings.get("do_center_crop", True):
@@ -134,7 +132,7 @@ def _image_settings(folder: Path) -> JsonObject:
 
 
 def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject) -> dict[str, Tensor]:
-    """The weights under v1's names, without the row that the export added."""
+    """The weights under v1's names, without the embedding row that the export added."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for pattern, replacement in NAMES:
@@ -154,7 +152,7 @@ def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject)
     )
     if fields.get("projector_hidden_act", "gelu") == "gelu":
         layers = {"0.weight": weight, "0.bias": bias, "2.weight": weight2, "2.bias": bias2}
-    else:  # two linear layers with nothing between them are one
+    else:  # two linear layers without an activation are one
         prefix = "0." if record.get("connector_type", "linear").startswith("mlp") else ""
         layers = {f"{prefix}weight": weight2 @ weight, f"{prefix}bias": weight2 @ bias + bias2}
     return named | {f"connector._connector.{name}": tensor for name, tensor in layers.items()}
@@ -175,7 +173,7 @@ def _config(
     for part in (text, vision):
         part.pop("architectures", None)
     if "siglip" in vision.get("model_type", "") and not any(".vision_model.head." in name for name in tensors):
-        vision["vision_use_head"] = False  # many LLaVAs leave SigLIP's pooling head behind
+        vision["vision_use_head"] = False  # many LLaVAs lack SigLIP's pooling head
     own = {k: v for k, v in record.items() if k not in ("vocab_size", "chat_template", "adds_image_token")}
     own.setdefault("connector_type", "mlp2x_gelu" if fields.get("projector_hidden_act", "gelu") == "gelu" else "linear")
     own.setdefault("tokenizer_model_max_length", min(tokenizer.model_max_length, text["max_position_embeddings"]))
@@ -192,7 +190,7 @@ def _config(
 
 
 def _forget_image_token(folder: Path) -> None:
-    """Take ``<image>`` out of a saved tokenizer, to which it is no token in TinyLLaVA."""
+    """Remove ``<image>`` from a saved tokenizer; in TinyLLaVA it is not a token."""
     for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
         fields = read_json(folder / name)
         entries = fields.get(key) or {}

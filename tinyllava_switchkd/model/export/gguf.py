@@ -1,14 +1,14 @@
-"""``--to gguf``: the two files that llama.cpp and what is built on it (ollama, llama-cpp-python) run.
+"""``--to gguf``: the two files for llama.cpp and software based on it (ollama, llama-cpp-python).
 
 ``model.gguf`` holds the language model with its tokenizer and chat template, ``mmproj.gguf`` the vision tower and the
-connector. Key and tensor names are those that llama.cpp 0.5.0 reads (``tools/mtmd/clip.cpp``, ``src/llama-arch.cpp``).
-Its graph of LLaVA's (``tools/mtmd/models/llava.cpp``) decides what fits:
+connector. Key and tensor names are those of llama.cpp 0.5.0 (``tools/mtmd/clip.cpp``, ``src/llama-arch.cpp``). Its
+graph for LLaVA (``tools/mtmd/models/llava.cpp``) determines which models can be exported:
 
-- A class token is put behind the patches there but skipped in front of them, so a tower must have none.
-- It takes every patch, so SigLIP's 729 are 729: the strategy ``cls_patch``. A student of ``patch`` learned 728.
-- The connector is ``mlp2x_gelu``, or ``ldpv2`` on a grid of 24 x 24, the one size that is written into the graph.
+- It appends a class token to the patches but skips the first token, so the tower must not have a class token.
+- It uses every patch (729 of SigLIP), as the strategy ``cls_patch`` does. A student of ``patch`` was trained with 728.
+- The connector must be ``mlp2x_gelu``, or ``ldpv2`` on a grid of 24 x 24, which is hard-coded in the graph.
 
-The numbers are not torch's bit for bit: the graph approximates GELU by its tanh form, in half precision on a CPU.
+The numbers differ slightly from torch's: the graph uses the tanh approximation of GELU, on a CPU in half precision.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ logger = logging.getLogger(__name__)
 
 MODEL, MMPROJ, RECORD = "model.gguf", "mmproj.gguf", "tinyllava.json"
 MARKER = "<__media__>"
-"""Where llama.cpp puts an image in a prompt (``mtmd_default_marker``)."""
+"""llama.cpp's mark for an image in a prompt (``mtmd_default_marker``)."""
 LDPV2_SIDE = 24
-"""Patches a side that the graph of ``ldpv2`` takes."""
+"""Height and width of the patch grid in the graph of ``ldpv2``."""
 MAX_NEW_TOKENS = 32
 
 ARCHITECTURES = {"qwen2": "QWEN2", "qwen3": "QWEN3", "llama": "LLAMA"}
-"""Model types that are written, and their names in gguf's `MODEL_ARCH`."""
+"""Supported model types -> their names in gguf's `MODEL_ARCH`."""
 
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,7 +64,7 @@ SPLITS = {
     "ByteLevel": "gpt-2",
     "Digits ByteLevel": "smollm",
 }
-"""How a byte-level tokenizer splits a text before it merges, and llama.cpp's name for that."""
+"""How a byte-level tokenizer splits a text before merging -> llama.cpp's name for it."""
 
 TOWER_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -90,19 +90,20 @@ def to_gguf(
     allow_approximate: bool = False,
     verify: bool = True,
 ) -> JsonObject:
-    """Write a TinyLLaVA checkpoint as GGUF files.
+    """Export a TinyLLaVA checkpoint to GGUF files.
 
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
-        output_dir: a folder that is empty or does not exist; it appears whole or not at all.
-        dtype: of the language model's matrices, one of `GGUF_DTYPES`. One whose rows do not divide into a
-            quantisation's blocks of 32 stays f16. The other file is f32 with f32, else f16; vectors are f32 always.
+        output_dir: an empty folder, or one that does not exist yet; written completely or not at all.
+        dtype: type of the language model's matrices, one of `GGUF_DTYPES`. A matrix whose rows cannot be divided into
+            quantisation blocks of 32 is f16. The other file is f32 if `dtype` is, otherwise f16. Vectors are always
+            f32.
         template: conversation template; the checkpoint's own if None.
-        allow_approximate: write also what llama.cpp computes differently, and measure it where torch can tell.
+        allow_approximate: also export a model that llama.cpp computes differently, and measure how much if possible.
         verify: read the files back and compare every tensor with the checkpoint's.
 
     Returns:
-        what `RECORD` says: sizes, what is approximate, what to do with images.
+        the content of `RECORD`: sizes, approximate parts, how to prepare images.
 
     Raises:
         ValueError: llama.cpp cannot run the model, or not exactly and `allow_approximate` is not set.
@@ -121,7 +122,7 @@ def to_gguf(
     if approximate and not allow_approximate:
         raise ValueError(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
-            f"nevertheless."
+            f"anyway."
         )
     record = _record(model, tokenizer, template) | {"dtype": dtype, "images": image_note(model, image_processor)}
     if approximate:
@@ -151,52 +152,52 @@ def why_not_gguf(
     rope = getattr(text, "rope_parameters", None) or {}
     if vision.model_type == "clip_vision_model" or getattr(model.vision_tower, "class_tokens", 0):
         return (
-            f"a {type(model.vision_tower).__name__} has a class token, which llama.cpp's graph puts behind the patches "
-            f"and skips in front of them; train with a SigLIP tower."
+            f"a {type(model.vision_tower).__name__} has a class token, which llama.cpp's graph adds at the end of the "
+            f"patches but skips at their start; train with a SigLIP tower."
         )
     if vision.model_type != "siglip_vision_model" or not hasattr(model.vision_tower.vision_tower, "vision_model"):
-        return f"llama.cpp's graph of LLaVA's has SigLIP's layers, which {type(model.vision_tower).__name__} has not."
+        return f"llama.cpp's graph for LLaVA has SigLIP's layers, not those of {type(model.vision_tower).__name__}."
     if vision.hidden_act != "gelu_pytorch_tanh":
-        return f"llama.cpp's GELU is gelu_pytorch_tanh, and the tower's activation is {vision.hidden_act!r}."
+        return f"llama.cpp's GELU is gelu_pytorch_tanh, but the tower's activation is {vision.hidden_act!r}."
     if vision.intermediate_size == vision.hidden_size:
-        return "llama.cpp takes a perceptron that is as wide as its tower for one with its halves exchanged."
+        return "llama.cpp swaps the MLP layers of a tower whose intermediate_size equals its hidden_size."
     if connector not in CONNECTOR_NAMES:
         return f"llama.cpp's graph has the connectors {' and '.join(CONNECTOR_NAMES)}, not {connector!r}."
     side = vision.image_size // vision.patch_size
     if connector == "ldpv2" and side != LDPV2_SIDE:
-        return f"llama.cpp's 'ldpv2' takes {LDPV2_SIDE} patches a side, and this tower makes {side}."
+        return f"llama.cpp's 'ldpv2' needs a grid of {LDPV2_SIDE} x {LDPV2_SIDE} patches, not of {side} x {side}."
     if text.model_type not in ARCHITECTURES:
-        return f"the language models that are written as GGUF are {', '.join(ARCHITECTURES)}, not {text.model_type!r}."
+        return f"the language model must be one of {', '.join(ARCHITECTURES)}, not {text.model_type!r}."
     if text.hidden_act != "silu":
-        return f"llama.cpp's {text.model_type} has the activation silu, and this one's is {text.hidden_act!r}."
+        return f"llama.cpp's {text.model_type} has the activation silu, but this model's is {text.hidden_act!r}."
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"only plain rotary positions are written as GGUF, not {rope.get('rope_type')!r}."
+        return f"only plain rotary positions can be exported, not {rope.get('rope_type')!r}."
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        return f"llama.cpp's {text.model_type} attends to the whole text in every layer, and this one in windows."
+        return f"llama.cpp's {text.model_type} has full attention in every layer, but this model has sliding windows."
     steps = image_processor.to_dict()
     if steps.get("do_center_crop") or not all(steps.get(f"do_{step}") for step in ("resize", "rescale", "normalize")):
-        return "llama.cpp brings images to the tower's size and scales their values, and this image processor does not."
+        return "llama.cpp resizes, rescales and normalises images without cropping; this image processor does not."
     return _why_not_tokenizer(model, tokenizer)
 
 
 def _why_not_tokenizer(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> str | None:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or backend["model"].get("byte_fallback"):
-        return "only byte-level BPE tokenizers are written as GGUF, and this one is of another kind."
+        return "only byte-level BPE tokenizers can be exported, and this one is of another kind."
     if _split(backend) not in SPLITS:
-        return "llama.cpp knows no name for how this tokenizer splits a text into words."
+        return "llama.cpp does not know the way in which this tokenizer splits a text into words."
     if len(tokenizer) > model.config.vocab_size:
-        return f"the tokenizer has {len(tokenizer)} tokens and the embeddings {model.config.vocab_size} rows."
+        return f"the tokenizer has {len(tokenizer)} tokens, but the embeddings only {model.config.vocab_size} rows."
     return None
 
 
 def approximate_parts(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What llama.cpp computes differently, a sentence a part."""
+    """The parts of a model that llama.cpp computes differently, one sentence each."""
     parts = []
     if model.config.vision_feature_select_strategy == "patch":
         count = model.vision_tower.total_tokens
         parts.append(
-            f"llama.cpp's graph takes all {count} patches, and this model was trained without the first "
+            f"llama.cpp's graph uses all {count} patches, but this model was trained without the first "
             f"({count - 1}); train with --mm_vision_select_feature cls_patch."
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -207,26 +208,26 @@ def approximate_parts(model: TinyLlava, tokenizer: PreTrainedTokenizerBase) -> l
     ]
     if strips:
         parts.append(
-            f"The tokenizer has added tokens that swallow spaces or stand only as whole words ({len(strips)}, such as "
-            f"{strips[-1]!r}), which llama.cpp's do not: it reads other tokens of a text. "
-            f"Hand it token ids, as scripts/export/check_gguf.py does."
+            f"The tokenizer has added tokens that absorb spaces or match only whole words ({len(strips)}, such as "
+            f"{strips[-1]!r}), which llama.cpp does not support, so it tokenises text differently. "
+            f"Give it token ids, as scripts/export/check_gguf.py does."
         )
     return parts
 
 
 def image_note(model: TinyLlava, image_processor: BaseImageProcessor) -> str:
-    """What to do with images so that llama.cpp sees the training's pixels."""
+    """How to prepare images so that llama.cpp sees the same pixels as in training."""
     size = model.image_size
     resample = int(image_processor.to_dict().get("resample", 3))
     exact = "square ones are" if resample == 3 else f"those of {size} x {size} are"
     if model.config.image_aspect_ratio == "pad":
         return (
-            f"{exact} read as in training; others get borders of another grey and are scaled before, not after; fill "
-            f"them up to a square beforehand."
+            f"{exact} read as in training; llama.cpp resizes others before padding them, with another grey; pad them "
+            f"to a square beforehand."
         )
     return (
-        f"{exact} read as in training; others llama.cpp fits into the square with borders, where training squeezed "
-        f"them; resize them to {size} x {size} beforehand."
+        f"{exact} read as in training; llama.cpp pads others to a square, which training squeezed; resize them to "
+        f"{size} x {size} beforehand."
     )
 
 
@@ -241,7 +242,7 @@ def language_tensors(model: TinyLlava) -> Iterator[tuple[str, np.ndarray]]:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ValueError(f"llama.cpp has no place for the weight {name} of a {text.model_type}.")
+            raise ValueError(f"llama.cpp's {text.model_type} does not have the weight {name}.")
         if text.model_type == "llama" and ".q_proj." in name:
             tensor = _interleaved(tensor, text.num_attention_heads)
         elif text.model_type == "llama" and ".k_proj." in name:
@@ -250,12 +251,12 @@ def language_tensors(model: TinyLlava) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys [heads * d, ...] from "halves rotate" to the original Llama's "neighbours rotate"."""
+    """Reorder rows of queries or keys [heads * d, ...] from rotated halves to the original Llama's rotated pairs."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
 def vision_tensors(model: TinyLlava) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) of the tower's layers that are used and of the connector, in float32."""
+    """(name, values) of the tower's used layers and of the connector, in float32."""
     tower = model.vision_tower.vision_tower.vision_model.state_dict()
     yield "v.patch_embd.weight", tower["embeddings.patch_embedding.weight"].float().numpy()
     yield "v.patch_embd.bias", tower["embeddings.patch_embedding.bias"].float().numpy()
@@ -276,7 +277,7 @@ def _layers(model: TinyLlava) -> int:
 
 
 class _Vocabulary:
-    """Tokens, their kinds and merges, and the chat template, as GGUF has them."""
+    """Tokens with their kinds and merges, and the chat template, as stored in GGUF."""
 
     def __init__(self, model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         import gguf
@@ -294,19 +295,19 @@ class _Vocabulary:
         self.tokens = [names.get(index, f"[PAD{index}]") for index in range(count)]
         self.kinds = [kinds.get(index, gguf.TokenType.UNUSED) for index in range(count)]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in backend["model"]["merges"]]
-        # llama.cpp refuses a vocabulary without merges; one that makes no token falls apart into its bytes again.
+        # llama.cpp refuses a vocabulary without merges; a merge that makes no token has no effect.
         self.merges = merges or ["! !"]
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         _add_image_token(tokenizer)
         self.chat_template = jinja_template(template, tokenizer).replace(DEFAULT_IMAGE_TOKEN, MARKER)
         stops = _generation_config(model, tokenizer, template, 0, 0).eos_token_id
         self.stops = [stops] if isinstance(stops, int) else list(stops or [])
-        if tokenizer.eos_token_id in self.stops:  # the one that GGUF calls "the" end comes first
+        if tokenizer.eos_token_id in self.stops:  # GGUF's eos token comes first
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)
 
 
 def _split(backend: JsonObject) -> str:
-    """How a tokenizer splits a text: its regular expression, or the names of its steps."""
+    """How a tokenizer splits a text: its regular expression, or the names of its pre-tokenizers."""
     steps = backend["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     if any(step.get("add_prefix_space") for step in steps):
@@ -349,7 +350,7 @@ def _write_language(
     writer.add_token_merges(vocabulary.merges)
     if vocabulary.bos is not None:
         writer.add_bos_token_id(vocabulary.bos)
-    writer.add_add_bos_token(False)  # the chat template writes it where the tokenizer did
+    writer.add_add_bos_token(False)  # the chat template writes it
     if vocabulary.stops:
         writer.add_eos_token_id(vocabulary.stops[0])
     if len(vocabulary.stops) > 1:
@@ -380,7 +381,7 @@ def _write_vision(
     writer.add_uint32("clip.vision.attention.head_count", vision.num_attention_heads)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
     writer.add_uint32("clip.vision.block_count", _layers(model))
-    # Without it, the last layer would be left out.
+    # Without this, llama.cpp would skip the last layer.
     writer.add_array("clip.vision.feature_layer", [_layers(model)])
     writer.add_array("clip.vision.image_mean", [float(value) for value in settings["image_mean"]])
     writer.add_array("clip.vision.image_std", [float(value) for value in settings["image_std"]])
@@ -399,7 +400,7 @@ def _stored_as(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizatio
     import gguf
 
     if name.startswith("mm.model.peg") and len(shape) == 4:
-        return gguf.GGMLQuantizationType.F16  # llama.cpp's depth-wise convolution takes no other
+        return gguf.GGMLQuantizationType.F16  # all that llama.cpp's depth-wise convolution supports
     if len(shape) == 1 or name == "v.position_embd.weight":
         return gguf.GGMLQuantizationType.F32
     if dtype.startswith("q") and shape[-1] % 32:
@@ -421,7 +422,7 @@ def _add_tensors(writer: GGUFWriter, tensors: dict[str, np.ndarray], dtype: str)
 
 
 def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Read a file back and hold it against the weights.
+    """Read a file back and compare it with the weights.
 
     Raises:
         ValueError: a weight is missing, or differs by more than its type's rounding.
@@ -430,7 +431,7 @@ def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     if found.keys() != tensors.keys():
-        raise ValueError(f"{file} lacks or adds the weights {sorted(found.keys() ^ tensors.keys())}; do not use it.")
+        raise ValueError(f"{file} has missing or extra weights {sorted(found.keys() ^ tensors.keys())}; do not use it.")
     steps = {"F32": 0.0, "F16": 2.0**-11, "Q8_0": 1 / 127, "Q4_0": 1 / 8}
     for name, values in tensors.items():
         stored = gguf.dequantize(found[name].data, found[name].tensor_type).reshape(values.shape)
@@ -443,7 +444,7 @@ def verify_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 def _measure_every_patch(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, template: str
 ) -> JsonObject:
-    """What the patch that training left out changes, asked in torch about drawn images."""
+    """Measure in torch, on `default_questions`, what using the patch that training dropped changes."""
     text, preprocess = TextPreprocess(tokenizer, template), ImagePreprocess(image_processor, model.config)
     questions, equal, difference = default_questions(), 0, 0.0
     for question in questions:

@@ -1,4 +1,4 @@
-"""TinyLLaVA -> transformers' own LLaVA: `LlavaForConditionalGeneration`, `LlavaProcessor` and a chat template.
+"""``--to hf-llava``: transformers' `LlavaForConditionalGeneration`, `LlavaProcessor` and a chat template.
 
 The weights get the names of the LLaVA models on the hub (``language_model.model.*``, ``vision_tower.vision_model.*``,
 ``multi_modal_projector.linear_1.*``), which every version of transformers, vLLM and SGLang reads.
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 TOWERS = ("siglip_vision_model", "clip_vision_model")
 CONNECTORS = {"mlp2x_gelu": "gelu", "linear": "linear", "mlp1x_gelu": "linear"}
-"""Connectors that LLaVA's two linear layers can be, and the activation between them."""
+"""Connectors that LLaVA's two linear layers can represent -> the activation between them."""
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
@@ -56,25 +56,25 @@ def to_hf_llava(
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
 ) -> float | None:
-    """Write a TinyLLaVA checkpoint as transformers' LLaVA.
+    """Export a TinyLLaVA checkpoint to transformers' LLaVA.
 
-    The visual tokens are the same: LLaVA's strategy ``default`` drops a tower's first token whatever it is, as v1's
-    ``patch`` does, so SigLIP loses its first patch in both (729 -> 728), and the processor writes as many ``<image>``.
-    That token takes a spare row of the embeddings, or a new one.
+    The visual tokens are the same: LLaVA's strategy ``default`` always drops the tower's first token, as v1's ``patch``
+    does, so SigLIP loses its first patch in both (729 -> 728). The processor writes one ``<image>`` for each visual
+    token. ``<image>`` takes a spare row of the embeddings, or a new one.
 
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
-        output_dir: a folder that is empty or does not exist; it appears whole or not at all.
+        output_dir: an empty folder, or one that does not exist yet; written completely or not at all.
         template: conversation template; the checkpoint's own if None.
         dtype: of the weights; None keeps the checkpoint's own.
-        verify: ask both the same before the folder takes its place, see `verify_export`.
+        verify: compare the two models before the folder gets its name, see `verify_export`.
 
     Returns:
         the largest difference between two logits; None without `verify`.
 
     Raises:
-        ValueError: LLaVA cannot express the model, its conversation template or its image processing, or what was
-            written computes something else.
+        ValueError: LLaVA cannot represent the model, its conversation template or its image processing, or the export
+            computes something else.
     """
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=dtype)
@@ -96,30 +96,30 @@ def to_hf_llava(
         save_image_processor(processor.image_processor, folder)
         read_by_older_versions(folder)
         if verify:
-            del model, tensors  # the room for them is needed again
+            del model, tensors  # `verify_export` needs the memory
             return verify_export(source, folder)
     return None
 
 
 def why_not_llava(model: TinyLlava) -> str | None:
-    """Why transformers' LLaVA cannot compute what a model computes, in one sentence; None if it can."""
+    """Why transformers' LLaVA cannot represent a model, in one sentence; None if it can."""
     config = model.config
     if config.vision_config.model_type not in TOWERS or not hasattr(model.vision_tower.vision_tower, "vision_model"):
         return f"LLaVA's vision tower is one SigLIP or CLIP, not a {type(model.vision_tower).__name__}."
     if config.connector_type.lower() not in CONNECTORS:
-        return f"LLaVA's projector is a perceptron of two layers, which {config.connector_type!r} is not."
+        return f"LLaVA's projector is an MLP with two layers, which {config.connector_type!r} is not."
     if hasattr(model.get_input_embeddings(), "embed_scale"):
         return (
-            f"{config.text_config.model_type!r} scales its embeddings, and what reads LLaVA is not agreed on whether "
-            f"that goes for visual tokens too."
+            f"{config.text_config.model_type!r} scales its embeddings, and implementations of LLaVA do not agree on "
+            f"whether to scale visual tokens, too."
         )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        return f"LLaVA's output head has no bias, and the one of {config.text_config.model_type!r} has."
+        return f"LLaVA's output head has no bias, but that of {config.text_config.model_type!r} has one."
     return None
 
 
 def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> JsonObject:
-    """What the TinyLLaVA's configuration and tokenizer say and LLaVA's do not."""
+    """The settings of TinyLLaVA's configuration and tokenizer that LLaVA's do not have."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
         fields.pop(name, None)
@@ -142,10 +142,10 @@ def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def _processor(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, chat_template: str
 ) -> LlavaProcessor:
-    """The processor, held against our own preparation of images on one of them.
+    """The processor, after comparing it on one image with `ImagePreprocess`.
 
     Raises:
-        ValueError: pixels or the number of image tokens differ.
+        ValueError: the pixels or the number of image tokens differ.
     """
     config = model.config
     processor = LlavaProcessor(
@@ -171,10 +171,10 @@ def _processor(
 
 
 def _image_processor(image_processor: BaseImageProcessor, config: TinyLlavaConfig) -> BaseImageProcessor:
-    """The image processor that also fills up to a square where the model wants it, which LLaVA's own does."""
+    """The image processor; for ``pad`` it is LLaVA's own, which can pad to a square."""
     settings = image_processor.to_dict() | {"do_convert_rgb": True}
     settings.pop("image_processor_type", None)
-    if not settings.get("crop_size"):  # SigLIP crops nothing; LlavaProcessor still reads the size of its input here
+    if not settings.get("crop_size"):  # SigLIP does not crop, but LlavaProcessor reads the image size here
         settings |= {"crop_size": settings["size"], "do_center_crop": False}
     if config.image_aspect_ratio == "pad":
         return LlavaImageProcessorPil(**settings, do_pad=True)
@@ -182,7 +182,7 @@ def _image_processor(image_processor: BaseImageProcessor, config: TinyLlavaConfi
 
 
 def _tensors(model: TinyLlava, image_token: int) -> dict[str, Tensor]:
-    """The weights under LLaVA's names, with a row for the image token."""
+    """The weights under LLaVA's names, with an embedding row for the image token."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("connector."):
@@ -197,10 +197,10 @@ def _tensors(model: TinyLlava, image_token: int) -> dict[str, Tensor]:
 
 
 def _with_row(weight: Tensor, index: int) -> Tensor:
-    """[V, D] -> [max(V, index + 1), D], new rows being the mean of all.
+    """[V, D] -> [max(V, index + 1), D]; new rows are the mean of all rows.
 
-    As an output head, the mean row's logit is the mean of all logits: never the largest, and its probability at most
-    1 / (V + 1).
+    In an output head, a mean row's logit is the mean of all logits, so it is never the largest and its probability is
+    at most 1 / (V + 1).
     """
     missing = index + 1 - len(weight)
     if missing <= 0:
@@ -210,7 +210,7 @@ def _with_row(weight: Tensor, index: int) -> Tensor:
 
 
 def _projector(model: TinyLlava) -> dict[str, Tensor]:
-    """The connector as two linear layers; after a single one comes the identity."""
+    """The connector as two linear layers; a single one is followed by the identity."""
     own = [parameter.detach() for parameter in model.connector.parameters()]
     if len(own) == 2:
         weight, bias = own
@@ -245,7 +245,7 @@ def _config(model: TinyLlava, image_token: int, rows: int) -> JsonObject:
 def _generation_config(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str, image_token: int, rows: int
 ) -> GenerationConfig:
-    """Greedy; stops where the model stopped and where the conversation template ends an answer."""
+    """Greedy decoding that stops at the model's end tokens and at the conversation template's."""
     eos = model.language_model.generation_config.eos_token_id
     stops = {eos} if isinstance(eos, int) else set(eos or ())
     written = TemplateFactory(template)().for_tokenizer(tokenizer)
@@ -256,6 +256,6 @@ def _generation_config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted(stops) or None,
         pad_token_id=tokenizer.pad_token_id,
-        # Only a row that the model never had is kept out; the logits of all others are the model's.
+        # Suppress only a row that the model did not have; all other logits are the model's.
         suppress_tokens=[image_token] if rows > model.config.vocab_size else None,
     )

@@ -1,8 +1,8 @@
-"""``--to onnx``: three graphs and their files in transformers.js's layout.
+"""``--to onnx``: three graphs and their files in transformers.js's layout, for onnxruntime and browsers.
 
-``onnx/vision_encoder`` (pixels -> visual tokens, the connector included), ``onnx/embed_tokens`` and
-``onnx/decoder_model_merged`` (with a key-value cache), each with the suffix of its precision, run in onnxruntime and in
-a browser. Any tower, connector and language model of the registries goes through: a graph holds what they compute.
+The graphs are ``onnx/vision_encoder`` (pixels -> visual tokens, connector included), ``onnx/embed_tokens`` and
+``onnx/decoder_model_merged`` (with a key-value cache), each with the suffix of its precision. All registered towers,
+connectors and language models can be exported, because the graphs are traced.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ logger = logging.getLogger(__name__)
 
 
 INLINE_BYTES = 1_800_000_000
-"""Weights of more bytes go into a file of their own: one of protobuf's holds 2 GiB."""
+"""Larger weights go into a separate file, because a protobuf file holds at most 2 GiB."""
 MEASURED = "measured.json"
-"""File of an export that says how it compares with its checkpoint."""
+"""File of an export with the results of the comparison with its checkpoint."""
 TOLERANCE = 1e-4
-"""Largest difference between two logits in float32, for logits of up to 10; relative to the largest beyond."""
+"""Allowed difference between logits in float32 if they are at most 10; scaled with the largest logit beyond that."""
 MAX_NEW_TOKENS = 32
 
 
@@ -71,23 +71,23 @@ def to_onnx(
     questions: Sequence[Question] | None = None,
     inline_bytes: int = INLINE_BYTES,
 ) -> JsonObject:
-    """Write a TinyLLaVA checkpoint as ONNX graphs.
+    """Export a TinyLLaVA checkpoint to ONNX graphs.
 
     Args:
         source: a TinyLLaVA checkpoint of any layout, or its name on the hub.
-        output_dir: a folder that is empty or does not exist; it appears whole or not at all.
+        output_dir: an empty folder, or one that does not exist yet; written completely or not at all.
         dtypes: of `ONNX_DTYPES`.
         template: conversation template; the checkpoint's own if None.
-        allow_approximate: write also what no graph can hold exactly.
+        allow_approximate: also export a model that a graph cannot represent exactly.
         verify: compare the graphs with the checkpoint.
-        questions: what both are asked; drawings of our own if None.
+        questions: questions for the comparison; `default_questions` if None.
         inline_bytes: see `INLINE_BYTES`.
 
     Returns:
-        what was measured, by dtype; empty without `verify`.
+        dtype -> results of the comparison; empty without `verify`.
 
     Raises:
-        ValueError: a part of the model does not fit into a graph, or what was written computes something else.
+        ValueError: a graph cannot represent the model, or the graphs compute something else.
         ImportError: the packages of the extra ``export`` are not installed.
     """
     require("onnx", "onnxscript", "onnxruntime")
@@ -101,7 +101,7 @@ def to_onnx(
     if approximate and not allow_approximate:
         raise ValueError(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
-            f"nevertheless and see by how much the two disagree."
+            f"anyway and see how much the results differ."
         )
     for part in approximate:
         logger.warning("Approximate: %s", part)
@@ -121,11 +121,11 @@ def to_onnx(
         outside = _write_graphs(model, folder / "onnx", dtypes, inline_bytes)
         config = _config(model, image_token, dtypes, outside) | {RECORD: record}
         write_json(folder / "config.json", config, sort_keys=True)
-        rows = model.config.vocab_size  # the graphs' logits have no column for the image's token
+        rows = model.config.vocab_size  # the graphs' logits have no column for the image token
         _generation_config(model, tokenizer, template, image_token, rows).save_pretrained(folder)
         _write_tokenizer(tokenizer, folder)
         save_image_processor(image_processor, folder)
-        file = folder / "preprocessor_config.json"  # transformers.js's AutoProcessor asks this file for the processor
+        file = folder / "preprocessor_config.json"  # where transformers.js's AutoProcessor looks up the processor
         write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"}, sort_keys=True)
         write_json(folder / "processor_config.json", _processor_config(model), sort_keys=True)
         measured = {}
@@ -138,7 +138,7 @@ def to_onnx(
 
 
 def sentence(found: JsonObject) -> str:
-    """What `to_onnx` measured of one precision, for people."""
+    """The results of `to_onnx` for one precision, in words."""
     return (
         f"{found['bytes'] / 1e6:.1f} MB, {found['equal']} of {found['questions']} answers equal, "
         f"logits within {found['logits']:.2g}"
@@ -146,32 +146,32 @@ def sentence(found: JsonObject) -> str:
 
 
 def approximate_parts(model: TinyLlava) -> list[str]:
-    """What a graph cannot compute exactly, a sentence a part."""
+    """The parts of a model that a graph cannot compute exactly, one sentence each."""
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type", "default")} | {
         value.get("rope_type", "default") for value in rope.values() if isinstance(value, dict)
     }
     return [
-        f"The language model's positions ({kind!r}) turn by other angles in longer sequences, and a graph has one set."
+        f"The language model's position angles ({kind!r}) depend on the sequence length, but a graph has fixed ones."
         for kind in sorted(kinds)
         if kind == "longrope" or "dynamic" in kind
     ]
 
 
 def _make_static(model: TinyLlava) -> None:
-    """Fix the angles of the positions, in place, at those of short sequences."""
+    """Fix the position angles, in place, at those of short sequences."""
     for module in model.language_model.modules():
         kinds = getattr(module, "rope_type", None)
         if kinds is None:
             continue
         module.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")
         for name, angles in dict(module.named_buffers(recurse=False)).items():
-            if name.endswith("original_inv_freq"):  # the module still has those of the last sequence that was asked
+            if name.endswith("original_inv_freq"):  # the current ones are those of the last sequence
                 setattr(module, name.replace("original_", ""), angles.clone())
 
 
 def size_of(folder: Path, dtype: str) -> int:
-    """Bytes of the three graphs of a precision, with their weights."""
+    """Bytes of the three graphs of one precision, weights included."""
     return sum(
         file.stat().st_size for name in GRAPHS for file in (folder / "onnx").glob(f"{name}{suffix(dtype)}.onnx*")
     )
@@ -181,7 +181,7 @@ def _write_graphs(model: TinyLlava, folder: Path, dtypes: Sequence[str], inline_
     """Write every graph in every precision.
 
     Returns:
-        ``{file: 1}`` for each whose weights are in a file of their own.
+        ``{file: 1}`` for each graph with its weights in a separate file.
     """
     folder.mkdir()
     traces = {VISION_ENCODER: trace_vision_encoder, EMBED_TOKENS: trace_embed_tokens, DECODER: trace_decoder}
@@ -193,7 +193,7 @@ def _write_graphs(model: TinyLlava, folder: Path, dtypes: Sequence[str], inline_
             for dtype in set(dtypes) - {"fp32", "fp16"}:
                 file = folder / f"{name}{suffix(dtype)}.onnx"
                 outside[file.name] = quantise(source, file, dtype, inline_bytes)
-            if "fp32" not in dtypes:  # it was only what the others are made from
+            if "fp32" not in dtypes:  # it was only needed to quantise
                 source.unlink()
                 (folder / f"{source.name}_data").unlink(missing_ok=True)
     if "fp16" in dtypes:
@@ -205,7 +205,7 @@ def _write_graphs(model: TinyLlava, folder: Path, dtypes: Sequence[str], inline_
 
 
 def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: dict[str, int]) -> JsonObject:
-    """``config.json``: a LLaVA's to transformers.js, which runs whatever the graphs hold."""
+    """``config.json``, as a LLaVA's for transformers.js, which runs any graphs."""
     config = model.config
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
     for part in (text, vision):
@@ -227,7 +227,7 @@ def _config(model: TinyLlava, image_token: int, dtypes: Sequence[str], outside: 
 
 
 def _processor_config(model: TinyLlava) -> JsonObject:
-    """``processor_config.json``. LLaVA's processors count patches; the difference to our tokens is "additional"."""
+    """``processor_config.json``. LLaVA's processors count patches; the rest of our tokens are "additional" ones."""
     patch = getattr(model.config.vision_config, "patch_size", None) or model.image_size
     return {
         "processor_class": "LlavaProcessor",
@@ -239,7 +239,7 @@ def _processor_config(model: TinyLlava) -> JsonObject:
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The tokenizer, with its chat template in the one file that every version of transformers.js reads, too."""
+    """Write the tokenizer, and its chat template also to the file that all versions of transformers.js read."""
     tokenizer.save_pretrained(folder)
     fields = tokenizer_settings(folder) | {"chat_template": tokenizer.chat_template}
     fields.pop("processor_class", None)
@@ -247,7 +247,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 class _Original:
-    """What the checkpoint answers, asked before its weights are changed for the graphs."""
+    """The checkpoint's answers, computed before its weights are changed for the graphs."""
 
     def __init__(
         self,
@@ -283,11 +283,10 @@ class _Original:
                 self.answers.append(answer)
 
     def compare(self, student: OnnxStudent, dtype: str, exact: bool) -> JsonObject:
-        """Ask an export the same.
+        """Compare the answers of an export.
 
         Raises:
-            ValueError: it reads other tokens or pixels, its logits are no numbers, or it is meant to be exact and is
-                not.
+            ValueError: its tokens or pixels differ, its logits are not finite, or it should be exact and is not.
         """
         token, count = student.config["image_token_index"], student.config["image_seq_length"]
         equal = 0
@@ -298,15 +297,15 @@ class _Original:
             ids = student.prompt_ids(question.text)
             ours = [i for piece in prompt for i in ([token] * count if piece == IMAGE_TOKEN_INDEX else [piece])]
             if ids != ours:
-                raise ValueError(f"The export reads the prompt {question.text!r} as other tokens.")
+                raise ValueError(f"The export tokenises the prompt {question.text!r} differently.")
             if not np.array_equal(student.pixels([question.open()]), pixels):
-                raise ValueError(f"The export reads the image of {question.text!r} as other pixels.")
+                raise ValueError(f"The export makes other pixels of the image of {question.text!r}.")
             if index == 0:
                 logits = student.logits([ids], pixels)[0]
                 if not np.isfinite(logits).all():
                     raise ValueError(
-                        f"The model computes numbers that {dtype} cannot hold: its logits are NaN or infinite; leave "
-                        f"{dtype} out of --dtype."
+                        f"The model computes numbers that {dtype} cannot represent: its logits are NaN or infinite; "
+                        f"leave {dtype} out of --dtype."
                     )
                 difference = float(np.abs(logits - self.logits).max())
             found = student.generate([ids], pixels, MAX_NEW_TOKENS)[0]

@@ -1,4 +1,4 @@
-"""Smaller weights for the graphs of an ONNX export, by onnxruntime's own quantisers."""
+"""Quantise the graphs of an ONNX export with onnxruntime's quantisers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,36 @@ from .onnx_graphs import EMBED_TOKENS
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava
-
 Q4_BLOCK = 32
-"""Weights that share a scale in q4."""
+"""Number of weights per scale in q4."""
 
 
 def suffix(dtype: str) -> str:
-    """``""`` for fp32, else ``_DTYPE``: transformers.js's rule."""
+    """The suffix of a graph's file in transformers.js: ``""`` for fp32, otherwise ``_DTYPE``."""
     return "" if dtype == "fp32" else f"_{dtype}"
 
 
 def quantise(source: Path, file: Path, dtype: str, inline_bytes: int) -> bool:
     """Write a float32 graph with weights of 8 or 4 bits.
 
-    int8: matrices and the embedding table in 8 bits with a scale for each output, activations in 8 bits as they come.
-    q4: matrices and the embedding table in blocks of 32 weights of 4 bits with a scale each, activations untouched.
+    int8: matrices and the embedding table in 8 bits with a scale per output; activations quantised dynamically.
+    q4: matrices and the embedding table in 4 bits with a scale per block of 32 weights; activations not quantised.
 
     Args:
         source: the float32 graph.
-        file: where to.
+        file: file to write.
         dtype: ``int8`` or ``q4``.
-        inline_bytes: more than that goes into ``FILE_data``.
+        inline_bytes: a graph with more bytes is saved with its weights in ``FILE_data``.
 
     Returns:
-        whether it did.
+        whether the weights are in ``FILE_data``.
     """
     import onnx
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _int8(source) if dtype == "int8" else _q4(source)
-    outside = model.ByteSize() > inline_bytes if _fits_in_memory(model) else True
+    outside = not _has_size(model) or model.ByteSize() > inline_bytes
     data = f"{file.name}_data"
     onnx.save(
         model,
@@ -54,8 +52,8 @@ def quantise(source: Path, file: Path, dtype: str, inline_bytes: int) -> bool:
     return outside
 
 
-def _fits_in_memory(model: TinyLlava) -> bool:
-    """Whether protobuf can count the model's bytes: not beyond 2 GiB."""
+def _has_size(model: ModelProto) -> bool:
+    """Whether a model has less than 2 GiB; protobuf cannot compute the size of a larger one."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 1 << 31
 
 
@@ -70,7 +68,7 @@ def _int8(source: Path) -> ModelProto:
         kinds = ["MatMul", "Gemm"] + (["Gather"] if source.stem == EMBED_TOKENS else [])
         root = logging.getLogger()
         level = root.level
-        root.setLevel(logging.ERROR)  # it advises a step of its own that has no effect here, and names every node
+        root.setLevel(logging.ERROR)  # it recommends a step that has no effect here, and lists every node
         try:
             quantize_dynamic(
                 source,

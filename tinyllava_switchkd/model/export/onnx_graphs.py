@@ -1,6 +1,6 @@
 """The three graphs of an ONNX export, traced with torch's exporter: vision encoder, token embeddings, decoder.
 
-Names, inputs and outputs are those that transformers.js and optimum use, so that both run the files as they are.
+Names, inputs and outputs are those of transformers.js and optimum, so that both can run the files unchanged.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 VISION_ENCODER, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION_ENCODER, EMBED_TOKENS, DECODER)
 OPSET = 20
-"""Of the graphs' operators; what onnxruntime-web and onnxruntime have both known for years."""
+"""Version of the operators; onnxruntime and onnxruntime-web have both supported it for years."""
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-"""Names of the free axes. transformers.js makes its first, empty cache by them: the batch's size at the first, 0 at
-every name that it does not know."""
+"""Names of the dynamic axes. transformers.js uses them to create the empty cache: ``batch_size`` is the batch's size,
+and unknown names are 0."""
 
 
 class VisionEncoder(nn.Module):
-    """Pixels [I, 3, H, W] -> visual tokens as the decoder reads them [I, K, D], in float32."""
+    """Pixels [I, 3, H, W] -> visual tokens [I, K, D] for the decoder, in float32."""
 
     def __init__(self, model: TinyLlava) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model.encode_images(pixel_values)  # [I, K, D]
         scale = getattr(self.model.get_input_embeddings(), "embed_scale", None)
-        if scale is not None:  # Gemma's, which `splice` puts on visual tokens too
+        if scale is not None:  # Gemma's, which `splice` also applies to visual tokens
             features = features * torch.as_tensor(scale, dtype=features.dtype)
         return features.float()
 
@@ -56,7 +56,7 @@ class VisionEncoder(nn.Module):
 class EmbedTokens(nn.Module):
     """Token ids [B, L] -> embeddings [B, L, D], in float32.
 
-    Visual tokens take the place of the image token's embedding, so an id beyond the table may give any.
+    The image token's id may be beyond the table; any embedding will do, because visual tokens replace it.
     """
 
     def __init__(self, embeddings: nn.Embedding) -> None:
@@ -68,7 +68,7 @@ class EmbedTokens(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings and the cache of what came before -> logits and the cache with what is new."""
+    """Embeddings and the past cache -> logits and the extended cache."""
 
     def __init__(self, language_model: nn.Module) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class Decoder(nn.Module):
         num_logits_to_keep: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One step of any length.
+        """Process L tokens after P cached ones.
 
         Args:
             inputs_embeds: [B, L, D].
             attention_mask: [B, P + L], 1 at tokens.
             position_ids: [B, L].
-            num_logits_to_keep: scalar; logits of so many last positions, of all if 0.
+            num_logits_to_keep: scalar; number of last positions whose logits are returned, 0 for all.
             past: keys and values of each layer in turn, [B, H, P, d] each.
 
         Returns:
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
             logits_to_keep=torch.arange(count) + (length - count),
         )
         grown = cache_of(outputs)
-        assert grown is not None, "it was asked for"
+        assert grown is not None  # because of use_cache
         present = [tensor for layer in grown.layers for tensor in (layer.keys, layer.values)]
         return (outputs.logits.float(), *present)
 
@@ -122,9 +122,9 @@ class Decoder(nn.Module):
 def attention_masks(
     config: PretrainedConfig, attention_mask: Tensor, past: int, length: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """What is added to the attention scores, [B, 1, L, P + L]; by kind of layer where layers differ.
+    """Masks that are added to the attention scores, [B, 1, L, P + L]; by kind of layer if layers differ.
 
-    transformers' own masks ask for the numbers in the batch and leave masks out where they can, which a graph cannot.
+    transformers' own masks depend on the values in the batch and are omitted where possible, which a graph cannot do.
     """
     query = torch.arange(length)[:, None] + past  # [L, 1]
     key = torch.arange(past + length)[None]  # [1, P + L]
@@ -146,7 +146,7 @@ def attention_masks(
 
 
 def cache_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """(heads, width of a head) of a language model's keys and values."""
+    """(heads, head width) of a language model's keys and values."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -157,9 +157,9 @@ def cache_names(config: PretrainedConfig, prefix: str) -> list[str]:
 
 
 def to_half(model: nn.Module) -> None:
-    """Make a model's weights float16, in place, as transformers loads them: what is computed at load stays float32.
+    """Cast a model's weights to float16, in place; buffers that are computed at load stay float32, as in transformers.
 
-    The angles of rotary positions are such; in 16 bits they would be wrong by whole turns.
+    The angles of rotary positions are such buffers; in 16 bits they would be wrong by whole turns.
     """
     computed = [
         (module, name, module._buffers[name])
@@ -173,10 +173,10 @@ def to_half(model: nn.Module) -> None:
 
 
 def freeze_positions(model: TinyLlava) -> None:
-    """Compute once, in place, what a tower's position embeddings are at its image size.
+    """Replace a tower's position embeddings by those for its image size, in place.
 
-    DINOv2 and NaFlex SigLIP 2 interpolate them anew for every image, the latter image by image in Python; the images of
-    an export have one size.
+    DINOv2 and NaFlex SigLIP 2 interpolate them for every image, the latter in a Python loop. The images of an export
+    all have the same size.
     """
     tower = model.vision_tower
     encoder = tower.vision_tower
@@ -193,7 +193,7 @@ def freeze_positions(model: TinyLlava) -> None:
             def embed(pixels: Tensor) -> Tensor:
                 return embeddings.patch_embedding(tower.patches(pixels)) + positions.to(pixels.dtype)
 
-            vars(tower)["embed"] = embed  # in the method's place
+            vars(tower)["embed"] = embed  # replaces the method
         for module in encoder.modules():
             if hasattr(module, "interpolate_pos_encoding") and isinstance(
                 getattr(module, "position_embeddings", None), nn.Parameter
@@ -217,7 +217,7 @@ def trace_embed_tokens(model: TinyLlava) -> ONNXProgram:
 
 
 def trace_decoder(model: TinyLlava) -> ONNXProgram:
-    """The graph ``decoder_model_merged``; its cache has the weights' precision, everything else is float32."""
+    """The graph ``decoder_model_merged``; its cache has the weights' dtype, everything else is float32."""
     language_model = model.language_model
     config = language_model.config
     heads, width = cache_shape(config)
@@ -253,10 +253,10 @@ def trace(
     output_names: Sequence[str],
     axes: Sequence[object],
 ) -> ONNXProgram:
-    """A module as an `onnx_ir.Model`, whose weights are the module's own memory until it is written.
+    """A module as an `onnx_ir.Model`, which shares the module's weights until it is written.
 
     Raises:
-        ValueError: torch's exporter cannot follow the module.
+        ValueError: torch's exporter cannot trace the module.
     """
     with torch.no_grad(), _quiet():
         try:
@@ -272,19 +272,19 @@ def trace(
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = first_line(error.__cause__ or error)
-            raise ValueError(f"torch's ONNX exporter cannot follow the {type(module).__name__}: {reason}") from error
+            raise ValueError(f"torch's ONNX exporter cannot trace the {type(module).__name__}: {reason}") from error
     return program.model
 
 
 def write_graph(graph: ONNXProgram, file: Path, inline_bytes: int) -> bool:
-    """Write a graph; weights of more than `inline_bytes` go into ``FILE_data`` beside it.
+    """Write a graph; if its weights have more than `inline_bytes`, they go into ``FILE_data`` beside it.
 
     Returns:
-        whether they did.
+        whether the weights are in ``FILE_data``.
     """
     import onnx_ir
 
-    for node in graph.graph.all_nodes():  # where in whose Python file each came from: larger than a small graph
+    for node in graph.graph.all_nodes():  # drop the source locations, which can outweigh a small graph
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -298,7 +298,7 @@ def write_graph(graph: ONNXProgram, file: Path, inline_bytes: int) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its steps, and warns of the names of axes, for developers of exporters."""
+    """Silence the exporter's progress reports and its warnings about names of axes."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

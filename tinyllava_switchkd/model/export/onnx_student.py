@@ -1,4 +1,4 @@
-"""A student that was exported to ONNX, answering in onnxruntime; torch takes no part in its answers."""
+"""Run an ONNX export in onnxruntime, without torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Array = np.ndarray
 
 
 class OnnxStudent:
-    """The three graphs of an export as one model.
+    """A model made of the three graphs of an export.
 
     Args:
-        folder: what ``--to onnx`` wrote.
-        dtype: which of its graphs: fp32, fp16, int8 or q4.
-        threads: of a graph's run; None leaves the number to onnxruntime.
+        folder: a folder written by ``--to onnx``.
+        dtype: precision of the graphs: fp32, fp16, int8 or q4.
+        threads: number of threads; None means onnxruntime's default.
 
     Raises:
         FileNotFoundError: the folder has no such graphs.
-        ValueError: it brings code of its own, see `refuse_code`.
+        ValueError: it asks to run code of its own, see `refuse_code`.
         ImportError: onnxruntime is not installed.
     """
 
@@ -74,7 +74,7 @@ class OnnxStudent:
         return np.stack([self._preprocess(image).numpy() for image in images])
 
     def prompt_ids(self, question: str, num_images: int = 1, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-        """Ids of a prompt as the folder's chat template writes it, each image's token once for every visual token."""
+        """Ids of a prompt in the folder's chat template, with each image's token repeated for its visual tokens."""
         count = self.config["image_seq_length"]
         (first, answer), *rest = [*history, (question, None)]
         messages = messages_of([(f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + first, answer), *rest])
@@ -84,14 +84,14 @@ class OnnxStudent:
         ).input_ids
 
     def embed(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> tuple[Array, Array]:
-        """Embeddings [B, L, D] and attention mask [B, L] of prompts, padded on the left, images put in.
+        """Embeddings [B, L, D] and attention mask [B, L] of prompts with their images, padded on the left.
 
         Args:
             rows: ids of each prompt.
-            pixels: [I, 3, H, W] in reading order of the prompts' images.
+            pixels: [I, 3, H, W] in the order of the prompts' images.
 
         Raises:
-            ValueError: as many visual tokens as places for them are not there.
+            ValueError: the numbers of visual tokens and of their placeholders differ.
         """
         longest = max(map(len, rows))
         ids = np.zeros((len(rows), longest), np.int64)
@@ -111,12 +111,12 @@ class OnnxStudent:
         return embeds, mask
 
     def logits(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> Array:
-        """Logits [B, L, V] at every position of the prompts (padding on the left included)."""
+        """Logits [B, L, V] at every position of the prompts (left padding included)."""
         embeds, mask = self.embed(rows, pixels)
         return self._step(embeds, mask, _positions(mask), self._empty(len(rows)), 0)[0]
 
     def steps(self, rows: Sequence[Sequence[int]], pixels: Array | None = None) -> Iterator[Array]:
-        """Greedy decoding without end: the next token of each prompt [B], again and again."""
+        """Decode greedily and endlessly, yielding the next token of each prompt [B]."""
         embeds, mask = self.embed(rows, pixels)
         cache, positions = self._empty(len(rows)), _positions(mask)
         while True:
@@ -150,7 +150,7 @@ class OnnxStudent:
         history: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = 512,
     ) -> str:
-        """Answer a question about an image (PIL), several, or none; as `TinyLlavaForConditionalGeneration.chat`."""
+        """Answer a question about one or several PIL images or none, like `TinyLlavaForConditionalGeneration.chat`."""
         images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         ids = self.prompt_ids(prompt, len(images), history)
         pixels = self.pixels(images) if images else None

@@ -1,4 +1,4 @@
-"""Questions about images on which an export is held against its checkpoint."""
+"""Questions about images, on which an export is compared with its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyllava_switchkd.io import read_json, read_text
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its image: a file's path, or the image itself."""
+    """A question and its image, a path or a PIL image."""
 
     text: str
     image: Path | Image.Image
@@ -33,16 +33,16 @@ class Question:
 def read_questions(
     file: str | os.PathLike, image_folder: str | os.PathLike | None, limit: int | None = None
 ) -> list[Question]:
-    """Read questions about images: LLaVA's question files (JSON lines), or a JSON list of such objects.
+    """Read questions from a file in LLaVA's format (JSON lines) or a JSON list.
 
     Args:
-        file: of objects with ``image`` and ``text`` (or ``question``).
-        image_folder: where the images are; the file's own folder if None.
-        limit: so many questions, drawn the same each time; None takes all.
+        file: has objects with ``image`` and ``text`` (or ``question``).
+        image_folder: folder with the images; the file's own folder if None.
+        limit: draw this many questions with a fixed seed; None takes all.
 
     Raises:
         FileNotFoundError: there is no such file, or an image is missing.
-        ValueError: an entry has no image or text, or an image that lies elsewhere.
+        ValueError: an entry has no image or text, or its image is outside the folder.
     """
     file = Path(file)
     folder = ImageFolder(str(file.parent if image_folder is None else image_folder))
@@ -66,13 +66,13 @@ def read_questions(
         questions.append(Question(asked, image))
     if not questions:
         raise ValueError(f"{file} holds no question.")
-    if limit is not None and limit < len(questions):  # drawn, not every n-th: kinds of questions often take turns
+    if limit is not None and limit < len(questions):  # at random, because kinds of questions often alternate
         questions = random.Random(0).sample(questions, limit)
     return questions
 
 
 def default_questions() -> Sequence[Question]:
-    """Four questions about images of noise and of colours, of several shapes, drawn the same each time."""
+    """Four questions about images of noise and colours in several shapes, the same each time."""
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     ramp = np.linspace(0, 255, 97).astype(np.uint8)
     colours = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, ::-1], ramp[48]), axis=-1)

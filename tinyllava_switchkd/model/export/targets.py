@@ -1,6 +1,6 @@
-"""Our export targets, chosen by ``--to name``.
+"""The built-in export targets, chosen by ``--to NAME``.
 
-Each imports the file that does its work when it is run, so that the command line answers at once.
+Each imports its implementation only when it runs, so that the command line answers at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @register_export_target("gguf")
 class GgufTarget(ExportTarget):
-    summary = "GGUF files of language model and vision tower, for llama.cpp"
+    summary = "GGUF files of the language model and the vision tower, for llama.cpp"
     dtypes = GGUF_DTYPES
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--dtype", choices=self.dtypes, default="f16", help="of the language model's matrices (default: f16)"
+            "--dtype", choices=self.dtypes, default="f16", help="type of the language model's matrices (default: f16)"
         )
 
     def export(self, args: argparse.Namespace) -> None:
@@ -63,13 +63,13 @@ class OnnxTarget(ExportTarget):
             nargs="+",
             choices=self.dtypes,
             default=["fp32"],
-            help="one or more, a set of files each",
+            help="one or more precisions; each is a set of files",
         )
         parser.add_argument(
-            "--questions", help="JSON lines of image and text (LLaVA's question files) to measure the agreement on"
+            "--questions", help="question file (JSON lines with image and text, as LLaVA's) to compare the answers on"
         )
-        parser.add_argument("--image_folder", help="where the images of --questions are")
-        parser.add_argument("--max_questions", type=int, help="so many of them, drawn at random, the same each time")
+        parser.add_argument("--image_folder", help="folder with the images of --questions")
+        parser.add_argument("--max_questions", type=int, help="use this many of the questions, drawn with a fixed seed")
 
     def export(self, args: argparse.Namespace) -> None:
         from .onnx import sentence, to_onnx

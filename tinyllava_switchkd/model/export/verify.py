@@ -1,4 +1,4 @@
-"""Does an export compute what its original does? Asked of the files, through transformers' own classes."""
+"""Check that an export to transformers' LLaVA computes the same as its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .questions import default_questions
 
 @torch.no_grad()
 def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_new_tokens: int = 8) -> float:
-    """Ask both models the first of our questions, about an image of noise, on the CPU.
+    """Ask both models the first default question, about an image of noise, on the CPU.
 
     Args:
         source: the TinyLLaVA checkpoint.
-        exported: what `to_hf_llava` made of it.
+        exported: the folder that `to_hf_llava` wrote.
         max_new_tokens: length of the greedy answers.
 
     Returns:
         the largest difference between two logits.
 
     Raises:
-        ValueError: other prompts, other answers, or logits that differ by more than 1e-4 (of logits beyond 10: a
-            hundred-thousandth of the largest; in 16 bits: a hundredth).
+        ValueError: prompts or answers differ, or logits differ by more than 1e-4 (if the largest logit is above 10: by
+            more than 1e-5 of it; in 16 bits: by more than 1e-2 of it).
     """
     question = default_questions()[0]
     image = question.open()
@@ -58,7 +58,7 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
         for token in ([image_token] * ours.num_image_tokens if piece == IMAGE_TOKEN_INDEX else [piece])
     ]
     if inputs["input_ids"][0].tolist() != expanded:
-        raise ValueError(f"The export reads the prompt as other tokens than {source}; do not use it.")
+        raise ValueError(f"The export tokenises the prompt differently than {source}; do not use it.")
     expected = ours(prompt, images=pixels).logits[0]  # [L, V]
     logits = theirs(**inputs).logits[0, :, : expected.shape[-1]]  # [L, V]
     difference = float((logits.float() - expected.float()).abs().max())

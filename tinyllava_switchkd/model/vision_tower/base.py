@@ -1,4 +1,4 @@
-"""VisionTower: what every vision tower offers, TinyLLaVA v1's choice of features, and the towers' factory."""
+"""VisionTower: the base class of vision towers, with TinyLLaVA v1's feature selection, and their factory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ class VisionTower(nn.Module):
     """Images -> visual tokens.
 
     A subclass builds the encoder in ``self._vision_tower`` and implements the methods that raise NotImplementedError.
-    Its parameters' names are the checkpoint's keys (``vision_tower._vision_tower.*``), so that a state dict read from
-    disk, a Trainer's resume and `from_pretrained` all agree without a renaming.
+    The parameters' names are the checkpoint's keys (``vision_tower._vision_tower.*``), so nothing is ever renamed.
 
     Args:
         cfg: configuration of the encoder.
     """
 
     model_types: tuple[str, ...] = ()
-    """``model_type`` of the configurations that this tower takes."""
+    """``model_type`` of the configurations that this tower accepts."""
 
     def __init__(self, cfg: PretrainedConfig) -> None:
         super().__init__()
@@ -39,41 +38,41 @@ class VisionTower(nn.Module):
 
     @classmethod
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
-        """Configuration of the encoder called `name` (prefix included), from its folder, library or the hub."""
+        """Configuration of the encoder `name` (prefix included), from its folder, its library or the hub."""
         raise NotImplementedError
 
     @classmethod
     def is_complete(cls, config: PretrainedConfig) -> bool:
-        """Whether a configuration suffices to build the tower, without `complete_config`."""
+        """Whether the tower can be built from a configuration without `complete_config`."""
         return True
 
     @classmethod
     def complete_config(cls, config: PretrainedConfig, folder: Path | None, tensors: dict[str, Tensor]) -> None:
-        """Fill in what a checkpoint's nested configuration leaves out, from its folder or its weights, in place.
+        """Complete a checkpoint's nested configuration from its folder or its weights, in place.
 
         Args:
             config: the tower's configuration.
-            folder: the checkpoint; None for a fresh model.
+            folder: the checkpoint; None for a new model.
             tensors: the checkpoint's weights under v1's names.
         """
 
     @property
     def vision_tower(self) -> Any:
-        """The encoder itself (v1's name), a module of some library."""
+        """The encoder (v1's name), a module of transformers, timm or open_clip."""
         return self._vision_tower
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens that the strategy ``patch`` drops.
+        """Number of tokens that the strategy ``patch`` drops.
 
-        v1 drops one whatever the encoder, so SigLIP, which has no class token, loses its first patch (729 -> 728
-        tokens); every released checkpoint was trained so.
+        v1 always drops one, so SigLIP, which has no class token, loses its first patch (729 -> 728 tokens). Every
+        released checkpoint was trained this way.
         """
         return 1
 
     @property
     def num_layers(self) -> int:
-        """Layers of the encoder; it has one hidden state more (the embeddings)."""
+        """Layers of the encoder; there is one more hidden state (the embeddings)."""
         return self.config.num_hidden_layers
 
     @property
@@ -83,7 +82,7 @@ class VisionTower(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Height and width of an input image in pixels."""
+        """Height and width of the input in pixels."""
         return int(self.config.image_size)
 
     @property
@@ -93,16 +92,15 @@ class VisionTower(nn.Module):
 
     @property
     def image_processor(self) -> BaseImageProcessor:
-        """The encoder's image processor (PIL resampling: bit-exact with v1), built when first asked for."""
+        """The encoder's image processor (PIL resampling, bit-exact with v1), built on first use."""
         if self._image_processor is None:
             self._image_processor = self.build_image_processor()
         return self._image_processor
 
     def build_image_processor(self) -> BaseImageProcessor:
-        """The image processor beside the base model's files, on PIL, else that of the encoder's family.
+        """The base model's image processor (PIL backend), or the default one if its folder does not exist here.
 
-        Checkpoints name their base models by paths that may not exist on this machine: those are passed over in
-        silence, because the configuration suffices to build the latter.
+        Checkpoints may name base models by paths of another machine, so a missing folder is not an error.
         """
         name = strip_prefix(getattr(self.config, "model_name_or_path", "") or "")
         if name and (Path(name) / "preprocessor_config.json").is_file():
@@ -110,7 +108,7 @@ class VisionTower(nn.Module):
         return self.default_image_processor()
 
     def default_image_processor(self) -> BaseImageProcessor:
-        """The processor of this encoder's family at the configuration's image size."""
+        """The default processor of this kind of encoder, at the configuration's image size."""
         raise NotImplementedError
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
@@ -118,22 +116,22 @@ class VisionTower(nn.Module):
         raise NotImplementedError
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        """Pretrained weights, under the names of ``self.vision_tower``.
+        """Pretrained weights under the names of ``self.vision_tower``.
 
         Args:
-            source: the base model (prefix included), or a folder that the pre-training stage wrote.
+            source: the base model (prefix included), or a folder written by the pre-training stage.
             source2: the second base model of ``mof``.
         """
         raise NotImplementedError
 
     def restore_buffers(self) -> None:
-        """Set buffers that no checkpoint stores, after the tower was built without memory (on the meta device).
+        """Set the buffers that no checkpoint stores, after the tower was built on the meta device.
 
-        transformers does that for its own models; towers of other libraries take them from a newly built one.
+        transformers does this for its own models; towers of other libraries copy them from a newly built tower.
         """
 
     def layer_count(self, vision_feature_layer: int) -> int:
-        """Number of layers to run for ``hidden_states[vision_feature_layer]``.
+        """Number of layers to run to get ``hidden_states[vision_feature_layer]``.
 
         Raises:
             ValueError: there is no such hidden state.
@@ -147,7 +145,7 @@ class VisionTower(nn.Module):
         return vision_feature_layer % states
 
     def num_tokens(self, vision_feature_select_strategy: str = "patch") -> int:
-        """Visual tokens of an image under a strategy."""
+        """Visual tokens per image with the given strategy."""
         return self.total_tokens - self._num_dropped(vision_feature_select_strategy)
 
     def _num_dropped(self, strategy: str) -> int:
@@ -160,11 +158,11 @@ class VisionTower(nn.Module):
     def forward(
         self, x: Tensor, vision_feature_layer: int = -2, vision_feature_select_strategy: str = "patch"
     ) -> Tensor:
-        """Visual tokens of images.
+        """Compute the visual tokens of images.
 
         Args:
             x: [I, 3, H, W] preprocessed images.
-            vision_feature_layer: index into the hidden states; layers after it are not computed.
+            vision_feature_layer: index into the hidden states; later layers are not computed.
             vision_feature_select_strategy: ``patch`` or ``cls_patch``.
 
         Returns:
@@ -176,15 +174,15 @@ class VisionTower(nn.Module):
     def freeze_unused(self, vision_feature_layer: int) -> int:
         """Freeze the parameters that no loss can reach (layers after the feature layer, pooling heads, mask tokens).
 
-        Distributed data parallel refuses trainable parameters without a gradient; they stay in checkpoints. Which they
-        are is read off the autograd graph of a twin without memory, so it holds for towers of any library.
+        Distributed data parallel refuses trainable parameters without a gradient. They stay in checkpoints. They are
+        found by autograd on a copy of the tower on the meta device, which works for any library.
 
         Returns:
             the number of parameters frozen.
         """
         try:
             unused = self._unused_parameters(vision_feature_layer, "meta")
-        except (RuntimeError, NotImplementedError):  # an encoder that reads its own numbers needs some
+        except (RuntimeError, NotImplementedError):  # an encoder that reads values of its tensors
             unused = self._unused_parameters(vision_feature_layer, "cpu")
         frozen = 0
         for name, parameter in self.named_parameters():
@@ -202,11 +200,11 @@ class VisionTower(nn.Module):
         return {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Switch checkpointing of encoders that transformers does not manage; nothing to do for the others."""
+        """Switch gradient checkpointing of encoders that transformers does not manage."""
 
 
 class _TowerRegistry(Registry[type[VisionTower]]):
-    """A prefix before ``:`` names the tower (``timm:vit_small_patch14_dinov2``); without one, the base name does."""
+    """Looks a tower up by its prefix before ``:`` (``timm:vit_small_patch14_dinov2``), otherwise by its base name."""
 
     def name_of(self, name: str | None) -> str:
         prefix = name.split(":", 1)[0] if isinstance(name, str) else ""
@@ -219,7 +217,7 @@ def _tower_of_model_type(name: str) -> str | None:
 
 
 def tower_name_of_type(model_type: str) -> str | None:
-    """Registered name of the tower that takes configurations of this ``model_type``."""
+    """Registered name of the tower that accepts configurations of this ``model_type``."""
     for name in VisionTowerFactory.list():
         types = getattr(VisionTowerFactory(name), "model_types", ())
         if model_type in types or f"{model_type}_vision_model" in types:
@@ -232,10 +230,10 @@ register_vision_tower = VisionTowerFactory.register
 
 
 def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> type[VisionTower]:
-    """The tower class for a checkpoint: by its name, unless the configuration is of another kind than that tower's."""
+    """The tower class for a name, or for the type of `vision_config` if the named tower does not accept that."""
     error: ValueError | None = None
     known = (name_or_path.split(":", 1)[0] if ":" in name_or_path else base_name(name_or_path)).lower()
-    # A name that says nothing would be looked up on the hub, in vain: the configuration is here.
+    # Use the name only if it contains a registered one; otherwise the registry would ask the hub, in vain.
     if any(entry in known for entry in VisionTowerFactory.list()):
         try:
             tower = VisionTowerFactory(name_or_path)
@@ -253,15 +251,15 @@ def resolve_vision_tower(name_or_path: str, vision_config: PretrainedConfig) -> 
 
 
 def strip_prefix(name: str) -> str:
-    """``"mof:openai/clip"`` -> ``"openai/clip"``; a name without a prefix is returned as it is."""
+    """``"mof:openai/clip"`` -> ``"openai/clip"``; a name without a prefix is unchanged."""
     return name.rsplit(":", 1)[-1]
 
 
 def flatten_images(images: Tensor | list[Tensor]) -> Tensor:
-    """[I, 3, H, W] from a tensor of 4 or 5 dimensions (samples x images) or a list of images or of stacks of images.
+    """[I, 3, H, W] from a 4- or 5-dimensional tensor (samples x images), or a list of images or stacks of images.
 
     Raises:
-        ValueError: images of different sizes, or not images at all.
+        ValueError: the images differ in size, or are not images.
     """
     if isinstance(images, Tensor):
         flat = images.flatten(0, 1) if images.dim() == 5 else images
@@ -269,7 +267,7 @@ def flatten_images(images: Tensor | list[Tensor]) -> Tensor:
         stacks = [image[None] if image.dim() == 3 else image for image in images]
         sizes = {tuple(stack.shape[-2:]) for stack in stacks}
         if len(sizes) != 1:
-            raise ValueError(f"The images of a batch must have one size, got {sorted(sizes)}.")
+            raise ValueError(f"The images of a batch must have the same size, got {sorted(sizes)}.")
         flat = torch.cat(stacks)
     if flat.dim() == 3:
         flat = flat[None]

@@ -1,4 +1,4 @@
-"""Mixture of features: CLIP's and DINOv2's tokens of one image, interleaved."""
+"""Mixture of features: interleaved tokens of CLIP and DINOv2."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class MoF(nn.Module):
 class MoFVisionTower(VisionTower):
     """v1's ``mof``: `vision_tower` is ``mof:`` and a CLIP, `vision_tower2` is ``mof:`` and a DINOv2 (CLIP's processor).
 
-    v1 hands two tensors to its connector ``mof_mlp``; here they are one, CLIP at even places, so that any connector
-    takes them. The second configuration is stored as `dinov2_config` inside the first; v1 did not store it.
+    v1 passes two tensors to its connector ``mof_mlp``. Here they are one, with CLIP at even positions, so that any
+    connector works. The second configuration is stored as `dinov2_config` in the first; v1 does not store it.
     """
 
     model_types = ("clip_vision_model",)
@@ -52,8 +52,8 @@ class MoFVisionTower(VisionTower):
         dinov2 = Dinov2Config(**{k: v for k, v in cfg.dinov2_config.items() if k != "model_type"})
         if dinov2.hidden_size != cfg.hidden_size or dinov2.patch_size != cfg.patch_size:
             raise ValueError(
-                f"The tower 'mof' interleaves tokens of one width and one grid, but CLIP has width {cfg.hidden_size} "
-                f"and patches of {cfg.patch_size}, DINOv2 {dinov2.hidden_size} and {dinov2.patch_size}."
+                f"The tower 'mof' needs two encoders of the same width and patch size, but CLIP has {cfg.hidden_size} "
+                f"and {cfg.patch_size}, DINOv2 {dinov2.hidden_size} and {dinov2.patch_size}."
             )
         dinov2._attn_implementation = cfg._attn_implementation
         self._vision_tower = MoF(cfg, dinov2)
@@ -83,13 +83,13 @@ class MoFVisionTower(VisionTower):
         config.dinov2_config = dinov2_config_of(tensors, config.num_attention_heads)
         if config.dinov2_config is None:
             raise ValueError(
-                f"The configuration of the second vision tower {name!r} is not in the checkpoint and cannot be told "
-                f"from its weights; put its folder beside the checkpoint."
+                f"The configuration of the second vision tower {name!r} is not in the checkpoint and cannot be "
+                f"derived from its weights; put its folder beside the checkpoint."
             )
 
     @property
     def total_tokens(self) -> int:
-        return (self.image_size // self.config.patch_size) ** 2 + 1  # of each of the two
+        return (self.image_size // self.config.patch_size) ** 2 + 1  # of each encoder
 
     def num_tokens(self, vision_feature_select_strategy: str = "patch") -> int:
         return 2 * super().num_tokens(vision_feature_select_strategy)
@@ -101,7 +101,7 @@ class MoFVisionTower(VisionTower):
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
         from ..weights import read_weights, resolve_folder
 
-        if not source2 or not source.startswith("mof:"):  # a folder of the pre-training stage holds both encoders
+        if not source2 or not source.startswith("mof:"):  # a folder written by the pre-training stage has both
             tensors = read_weights(resolve_folder(strip_prefix(source))) or {}
             if any(name.startswith("dinov2.") for name in tensors):
                 return tensors
@@ -112,7 +112,7 @@ class MoFVisionTower(VisionTower):
     def forward(
         self, x: Tensor, vision_feature_layer: int = -2, vision_feature_select_strategy: str = "patch"
     ) -> Tensor:
-        """[I, 3, H, W] -> [I, 2 * tokens, width], CLIP's tokens at even places and DINOv2's at odd ones."""
+        """[I, 3, H, W] -> [I, 2 * tokens, width], CLIP's tokens at even positions and DINOv2's at odd ones."""
         dropped = self._num_dropped(vision_feature_select_strategy)
         towers = self._vision_tower
         clip_model = towers.clip.vision_model
@@ -123,10 +123,10 @@ class MoFVisionTower(VisionTower):
 
 
 def dinov2_config_of(tensors: dict[str, Tensor], num_heads: int) -> JsonObject | None:
-    """DINOv2's configuration read off its weights; None where there are none.
+    """DINOv2's configuration, derived from its weights; None if there are none.
 
-    The number of heads leaves no trace in the weights. The towers have one width, so it is taken to be CLIP's, which
-    holds for every published pair (64 channels a head).
+    The weights do not show the number of heads. The towers have the same width, so CLIP's number is used, which is
+    right for every published pair (64 channels per head).
     """
     prefix = "vision_tower._vision_tower.dinov2."
     positions = tensors.get(f"{prefix}embeddings.position_embeddings")

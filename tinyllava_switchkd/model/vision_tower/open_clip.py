@@ -19,12 +19,12 @@ from .timm import LibraryTower, LibraryVisionConfig, forward_by, geometry, inter
 
 
 class OpenClipVisionConfig(LibraryVisionConfig):
-    """What rebuilds the vision half of an open_clip model.
+    """Configuration of the vision half of an open_clip model.
 
     Args:
         vision_cfg: open_clip's own ``vision_cfg``.
-        embed_dim: width of CLIP's joint space (of a projection that is not used, but stored).
-        quick_gelu: OpenAI's approximation of GELU.
+        embed_dim: width of CLIP's joint space (of a projection that is stored but not used).
+        quick_gelu: whether to use OpenAI's approximation of GELU.
     """
 
     model_type = "open_clip_vision_tower"
@@ -45,7 +45,7 @@ AutoConfig.register(OpenClipVisionConfig.model_type, OpenClipVisionConfig, exist
 
 @register_vision_tower("open_clip")
 class OpenClipVisionTower(LibraryTower):
-    """open_clip's vision transformer, or the timm trunk that many of its models have."""
+    """open_clip's vision transformer, or a timm trunk, which many of its models have."""
 
     model_types = (OpenClipVisionConfig.model_type,)
 
@@ -85,14 +85,14 @@ class OpenClipVisionTower(LibraryTower):
     def layer_count(self, vision_feature_layer: int) -> int:
         layers = super().layer_count(vision_feature_layer)
         if layers == 0:
-            raise ValueError("vision_feature_layer 0 (the embeddings) is not offered by open_clip's towers.")
+            raise ValueError("open_clip's towers do not support vision_feature_layer 0 (the embeddings).")
         return layers
 
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
         return getattr(self._vision_tower, "trunk", self._vision_tower)(pixels, num_layers)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        if Path(source).is_dir():  # the folder of the pre-training stage
+        if Path(source).is_dir():  # written by the pre-training stage
             from ..weights import read_weights
 
             return read_weights(Path(source)) or {}
@@ -109,7 +109,7 @@ class OpenClipVisionTower(LibraryTower):
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
-    """``open_clip:ViT-L-14/openai`` -> (``ViT-L-14``, ``openai``); a hub or local name has no tag."""
+    """``open_clip:ViT-L-14/openai`` -> (``ViT-L-14``, ``openai``); hub and local names have no tag."""
     name = name.split(":", 1)[-1]
     if ":" in name:
         return name, None
@@ -121,7 +121,7 @@ def read_model_cfg(model_name: str) -> JsonObject:
     """open_clip's configuration of a model.
 
     Raises:
-        ValueError: open_clip has none of this name.
+        ValueError: open_clip does not know the model.
     """
     import open_clip
 
@@ -135,7 +135,7 @@ def read_model_cfg(model_name: str) -> JsonObject:
 
 
 def preprocess_cfg_of(model_name: str) -> JsonObject:
-    """The preprocessing that a local folder of open_clip's stores; {} where there is none to read."""
+    """The preprocessing stored in a local folder of open_clip; {} for other models."""
     if not model_name.startswith("local-dir:"):
         return {}
     file = Path(model_name.removeprefix("local-dir:")) / "open_clip_config.json"
@@ -170,7 +170,7 @@ def vit_intermediate(visual: Any, pixels: Tensor, num_layers: int) -> Tensor:
 
 
 def vit_geometry(visual: Any) -> dict[str, int]:
-    """Fields of a configuration that open_clip's own vision transformer tells about itself."""
+    """Configuration fields of open_clip's own vision transformer."""
     return {
         "hidden_size": visual.conv1.out_channels,
         "patch_size": visual.patch_size[0],

@@ -1,4 +1,4 @@
-"""Vision towers from timm: ``timm:NAME``, where NAME is whatever `timm.create_model` takes.
+"""Vision towers from timm: ``timm:NAME`` with any NAME that `timm.create_model` takes.
 
 Examples: ``timm:vit_small_patch14_dinov2.lvd142m``, ``timm:hf-hub:org/name``, ``timm:local-dir:folder``.
 """
@@ -25,11 +25,11 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 class LibraryVisionConfig(PretrainedConfig):
-    """What is known of a vision tower of timm or open_clip, beside what rebuilds it.
+    """Configuration fields that towers of timm and open_clip share.
 
     Args:
-        image_size: pixels of a side.
-        patch_size: pixels of a token's side.
+        image_size: height and width in pixels.
+        patch_size: height and width of a token in pixels.
         hidden_size: width of the last layer's tokens.
         num_hidden_layers: blocks of a transformer, stages of a convolutional network.
         num_prefix_tokens: class and register tokens before the patches.
@@ -55,10 +55,10 @@ class LibraryVisionConfig(PretrainedConfig):
 
 
 class TimmVisionConfig(LibraryVisionConfig):
-    """What rebuilds a timm model without timm's hub.
+    """Configuration of a timm model, from which it is built without the hub.
 
     Args:
-        architecture: timm's name of it, without a pretrained tag.
+        architecture: timm's name, without a pretrained tag.
         model_args: arguments for `timm.create_model`.
     """
 
@@ -75,7 +75,7 @@ AutoConfig.register(TimmVisionConfig.model_type, TimmVisionConfig, exist_ok=True
 
 
 class LibraryTower(VisionTower):
-    """What towers of timm and open_clip share. Their strategy ``patch`` drops the class and register tokens, if any."""
+    """Base class of timm's and open_clip's towers. Strategy ``patch`` drops the class and register tokens, if any."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -86,7 +86,7 @@ class LibraryTower(VisionTower):
         return (self.image_size // self.config.patch_size) ** 2 + self.config.num_prefix_tokens
 
     def default_image_processor(self) -> BaseImageProcessor:
-        """Shortest side to the image size, centre crop: without timm's margin, for the answer may lie at the edge."""
+        """Shortest side to the image size, then centre crop. timm's margin would cut off answers at the edge."""
         cfg = self.config
         return clip_image_processor(
             self.image_size,
@@ -113,7 +113,7 @@ class LibraryTower(VisionTower):
 
 @register_vision_tower("timm")
 class TimmVisionTower(LibraryTower):
-    """A timm model; any with `forward_intermediates`: vision transformers, but also convolutional networks' stages."""
+    """Any timm model with `forward_intermediates`: a vision transformer, or a convolutional network and its stages."""
 
     model_types = (TimmVisionConfig.model_type,)
 
@@ -156,7 +156,7 @@ class TimmVisionTower(LibraryTower):
         return self._vision_tower(pixels, num_layers)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        if Path(source).is_dir():  # the folder of the pre-training stage
+        if Path(source).is_dir():  # written by the pre-training stage
             from ..weights import read_weights
 
             return read_weights(Path(source)) or {}
@@ -170,12 +170,12 @@ def create(name: str, model_args: JsonObject) -> Any:
     """timm's model with random weights and no classifier.
 
     Raises:
-        ValueError: timm does not know it, or it cannot hand out intermediate features.
+        ValueError: timm does not know it, or it has no intermediate features.
     """
     import timm
 
     try:
-        # A folder or repository brings its arguments itself; given again they are the same.
+        # For a folder or repository, timm reads the same arguments itself.
         model = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
     except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"timm has no model {name!r}: {error}.") from error
@@ -185,7 +185,7 @@ def create(name: str, model_args: JsonObject) -> Any:
 
 
 def model_args_of(name: str) -> JsonObject:
-    """The arguments that a repository or folder of timm's stores beside the architecture's name."""
+    """The model arguments stored in a repository or folder of timm."""
     if name.startswith("local-dir:"):
         file = Path(name.removeprefix("local-dir:")) / "config.json"
         if not file.is_file():
@@ -200,7 +200,7 @@ def model_args_of(name: str) -> JsonObject:
 
 
 def geometry(model: Any) -> dict[str, int]:
-    """Fields of a configuration that a timm model tells about itself."""
+    """Configuration fields of a timm model."""
     last = model.feature_info[-1]
     return {
         "hidden_size": last["num_chs"],
@@ -225,13 +225,13 @@ def intermediate(model: Any, pixels: Tensor, num_layers: int) -> Tensor:
 def forward_by(model: Any, function: Callable[[Any, Tensor, int], Tensor]) -> None:
     """Make ``model(pixels, num_layers)`` run `function`.
 
-    Called past the module, its hooks would not fire, and under ZeRO-3 its own parameters (class token, positions) would
-    not be gathered.
+    Without calling the module itself, its hooks would not run, and ZeRO-3 would not gather its own parameters (class
+    token, positions).
     """
     model.forward = partial(function, model)
 
 
 def keep_initialisation(model: Any) -> None:
-    """Tell transformers that the library has initialised its modules (by rules of its own)."""
+    """Tell transformers not to initialise modules that their library has already initialised."""
     for module in model.modules():
         module._is_hf_initialized = True

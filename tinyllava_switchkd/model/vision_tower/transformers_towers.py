@@ -1,4 +1,4 @@
-"""Vision towers through transformers: SigLIP, SigLIP 2, CLIP, DINOv2."""
+"""Vision towers from transformers: SigLIP, SigLIP 2, CLIP, DINOv2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BICUBIC = 3
 
 
 class VisionModelHolder(nn.Module):
-    """Keeps v1's key level ``vision_model.``, which transformers 5 removed from its SigLIP and CLIP vision models."""
+    """Keeps v1's key level ``vision_model.``, which transformers 5 removed from SigLIP and CLIP vision models."""
 
     def __init__(self, vision_model: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class VisionModelHolder(nn.Module):
 
 
 class TransformersTower(VisionTower):
-    """A tower whose encoder is a transformers model; subclasses say which."""
+    """Base class of towers whose encoder is a transformers model."""
 
     class_tokens = 0
     """1 for an encoder with a class token."""
@@ -52,7 +52,7 @@ class TransformersTower(VisionTower):
     @classmethod
     def load_config(cls, name: str, name2: str = "", cache_dir: str | None = None) -> PretrainedConfig:
         config = read_base_config(strip_prefix(name), cache_dir)
-        # A CLIP or SigLIP repository holds both towers; ours is the vision half.
+        # CLIP and SigLIP repositories hold a text tower, too; take the vision half.
         return getattr(config, "vision_config", config)
 
     @property
@@ -61,7 +61,7 @@ class TransformersTower(VisionTower):
 
 
 class HoldsVisionModel(TransformersTower):
-    """SigLIP and CLIP: an encoder of embeddings and layers under ``vision_model``."""
+    """Base class of SigLIP and CLIP, whose embeddings and layers are under ``vision_model``."""
 
     encoder_class: type = SiglipVisionModel
 
@@ -77,7 +77,7 @@ class HoldsVisionModel(TransformersTower):
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"The vision tower takes images of {self.image_size} x {self.image_size} pixels, not of "
-                f"{' x '.join(map(str, pixels.shape[-2:]))}; ImagePreprocess with its image processor makes them so."
+                f"{' x '.join(map(str, pixels.shape[-2:]))}; prepare them by ImagePreprocess with its image processor."
             )
         return run_vision_model(self._vision_tower.vision_model, self.embed(pixels), num_layers)
 
@@ -86,14 +86,14 @@ class HoldsVisionModel(TransformersTower):
 
 
 def run_vision_model(model: PreTrainedModel, hidden: Tensor, num_layers: int) -> Tensor:
-    """The first `num_layers` layers of a SigLIP or CLIP vision model on its embeddings [I, N, D]."""
+    """Run the first `num_layers` layers of a SigLIP or CLIP vision model on its embeddings [I, N, D]."""
     for layer in model.encoder.layers[:num_layers]:
         hidden = layer(hidden, attention_mask=None)
     return hidden
 
 
 def read_vision_model(source: str) -> dict[str, Tensor]:
-    """The vision half of a CLIP or SigLIP folder (both towers, the vision model alone, or v1's split folder).
+    """The vision weights in a CLIP or SigLIP folder (of both towers, of the vision model alone, or v1's split folder).
 
     Returns:
         tensors whose names start with ``vision_model.``.
@@ -103,13 +103,13 @@ def read_vision_model(source: str) -> dict[str, Tensor]:
     if tensors is None:
         raise FileNotFoundError(f"{folder} holds no weights of a vision tower.")
     held = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
-    # transformers 5 saves a vision model of its own without the level that everybody else writes.
+    # transformers 5 saves a vision model without this level, which all others write.
     return held or {f"vision_model.{name}": tensor for name, tensor in tensors.items()}
 
 
 @register_vision_tower("siglip")
 class SiglipVisionTower(HoldsVisionModel):
-    """SigLIP, and SigLIP 2 at a fixed resolution (whose repositories say ``siglip``). It has no class token."""
+    """SigLIP, and SigLIP 2 at a fixed resolution (model type ``siglip``). It has no class token."""
 
     model_types: tuple[str, ...] = ("siglip_vision_model",)
 
@@ -119,10 +119,10 @@ class SiglipVisionTower(HoldsVisionModel):
 
 @register_vision_tower("siglip2")
 class Siglip2VisionTower(SiglipVisionTower):
-    """SigLIP 2: the fixed-resolution models are SigLIP's architecture, the NaFlex ones are fed one square size.
+    """SigLIP 2: fixed-resolution models, which have SigLIP's architecture, and NaFlex models at one square size.
 
-    A NaFlex encoder reads patches and their grid; here every image is a square of `num_patches` patches, so a batch
-    needs no padding and no mask.
+    A NaFlex encoder takes patches and the shape of their grid. Here every image is a square of `num_patches` patches,
+    so a batch needs no padding and no mask.
     """
 
     model_types = ("siglip2_vision_model", "siglip_vision_model")
@@ -149,24 +149,24 @@ class Siglip2VisionTower(SiglipVisionTower):
         if not self.is_naflex:
             return embeddings(pixels)
         side = self.image_size // self.config.patch_size
-        # On the CPU: the embeddings read the numbers of rows and columns one by one.
+        # On the CPU, because the embeddings read the numbers of rows and columns one by one.
         shapes = torch.tensor([[side, side]] * len(pixels), device="cpu")  # [I, 2]
         return embeddings(self.patches(pixels), shapes)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """[I, 3, H, W] -> [I, patches, p * p * 3], row by row: what a NaFlex encoder reads."""
+        """[I, 3, H, W] -> [I, patches, p * p * 3], row by row: the input of a NaFlex encoder."""
         size = self.config.patch_size
         grid = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [I, 3, r, p, c, p]
         return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def build_image_processor(self) -> BaseImageProcessor:
-        # NaFlex's own processor emits patches of any aspect ratio, which the square path above does not read.
+        # NaFlex's own processor keeps the aspect ratio, but `embed` takes square images.
         return self.default_image_processor() if self.is_naflex else super().build_image_processor()
 
 
 @register_vision_tower("clip")
 class CLIPVisionTower(HoldsVisionModel):
-    """CLIP: a class token, then the patches."""
+    """CLIP; its class token comes before the patches."""
 
     model_types = ("clip_vision_model",)
     encoder_class = CLIPVisionModel
@@ -193,9 +193,9 @@ def clip_image_processor(size: int, **kwargs: object) -> BaseImageProcessor:
 
 @register_vision_tower("dinov2")
 class DINOv2VisionTower(TransformersTower):
-    """DINOv2: a class token, then the patches.
+    """DINOv2; its class token comes before the patches.
 
-    The published models know 518 x 518 pixels but their processors crop 224, which is what v1 fed them.
+    The published models were trained at 518 x 518 pixels, but their processors crop to 224, the size that v1 uses.
     """
 
     model_types = ("dinov2",)
@@ -231,7 +231,7 @@ class V1Dinov2Embeddings(Dinov2Embeddings):
 def build_dinov2(cfg: PretrainedConfig) -> nn.Module:
     """DINOv2 with random weights, and v1's position embeddings."""
     model = Dinov2Model(cfg)
-    # The library names the class it builds, so it is exchanged afterwards; the parameters are the same.
+    # transformers fixes the class of the embeddings, so it is replaced afterwards; the parameters are the same.
     model.embeddings.__class__ = V1Dinov2Embeddings
     return model
 
@@ -248,8 +248,8 @@ def run_dinov2(model: PreTrainedModel, pixels: Tensor, num_layers: int) -> Tenso
 def dinov2_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
     """Position embeddings [1, 1 + P, D] for a grid of rows x columns patches.
 
-    Where the grid is not the trained one, they are interpolated as transformers 4.40 did (and so v1): by a scale factor
-    with 0.1 patch added. Later versions interpolate to the exact size, which moves every embedding a little.
+    For a grid other than the trained one they are interpolated as in transformers 4.40, and so in v1: by a scale factor
+    with 0.1 patch added. Later versions interpolate to the exact size, which changes every embedding a little.
     """
     side = int((positions.shape[1] - 1) ** 0.5)
     if (rows, columns) == (side, side):
@@ -261,7 +261,7 @@ def dinov2_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def read_dinov2(source: str, config: PretrainedConfig) -> dict[str, Tensor]:
-    """DINOv2's weights from its folder, under the names of this transformers' module tree."""
+    """DINOv2's weights from its folder, under the names of the installed transformers."""
     folder = resolve_folder(strip_prefix(source))
     with outside_zero_init():
         model, info = Dinov2Model.from_pretrained(folder, config=config, output_loading_info=True)
