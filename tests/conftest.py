@@ -1,4 +1,4 @@
-"""For all tests."""
+"""Fixtures and hooks for all tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def disks_that_answer_at_once() -> Generator[None, None, None]:
-    """No test cuts the power: what a process writes need not be on the disk before it goes on."""
+    """Disable fsync, which is slow and which no test needs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
@@ -21,7 +21,7 @@ def disks_that_answer_at_once() -> Generator[None, None, None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Imports and items are no garbage: nothing is looked for meanwhile."""
+    """Disable garbage collection during test collection, which only creates objects that stay."""
     gc.disable()
     try:
         return (yield)
@@ -30,15 +30,15 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that one worker runs one after another come first, so that the other is not idle at the end."""
+    """Run tests of an xdist group first: one worker runs them in turn, and the other should not be idle at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays until the end: the garbage collector need not look at it again.
+    """Exempt everything imported and collected from garbage collection.
 
-    Every training asks accelerate for a full collection, which takes as long as a tenth of a tiny one: Python's own
-    collections are enough here.
+    Every training also asks accelerate for a full collection, which takes a tenth of the time of a tiny training and is
+    not needed here.
     """
     gc.collect()
     gc.freeze()

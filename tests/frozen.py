@@ -1,6 +1,6 @@
-"""Imported last by the server that processes are forked from: garbage collectors of these pass over what it imported.
+"""Imported last by the fork server, so that garbage collection in its child processes skips everything imported before.
 
-Every training asks for a full collection, which would otherwise take a third of a short one.
+Every training runs a full collection, which would otherwise take a third of the time of a short training.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""benchmarks/inference.py: what is measured runs, and its ratios are those of its figures."""
+"""benchmarks/inference.py: the measurement runs, and its ratios follow from its figures."""
 
 import argparse
 

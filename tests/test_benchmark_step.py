@@ -1,4 +1,4 @@
-"""benchmarks.step and benchmarks.loss: their commands run, on the smallest models, and say what they measured."""
+"""benchmarks.step and benchmarks.loss: the commands run on the smallest models and print their measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks import loss, step
 
 @pytest.fixture
 def sections(monkeypatch):
-    """What would be written: key -> tables. No process is started to measure memory in."""
+    """The tables that would be written: key -> tables; memory is not measured in a separate process."""
     found = {}
     for module in (step, loss):
         monkeypatch.setattr(module, "write_section", lambda key, title, tables, *_, **__: found.update({key: tables}))
@@ -53,7 +53,7 @@ def test_growth_is_told_in_slopes(sections, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["SFT", "align only", "align + switch", "+ checkpointing"])
 def test_the_estimate_is_what_torch_allocates(variant):
-    """Also where the vocabulary is small, and the logits do not outweigh everything else."""
+    """Also with a small vocabulary, where logits do not dominate."""
     shape = step.Shape("small", "cpu", vocab=4096)
     assert step.predicted(variant, shape) == pytest.approx(step.Bench(shape).peak(variant), rel=0.15)
 

@@ -1,4 +1,4 @@
-"""benchmarks/: sections of docs/benchmarks.md, and the evaluation's measurement on a handful of questions."""
+"""benchmarks/: sections of docs/benchmarks.md, and the measurement of the evaluation on a few questions."""
 
 from __future__ import annotations
 

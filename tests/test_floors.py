@@ -1,4 +1,4 @@
-"""The house: an import never goes up a floor, and modules do not import one another in a circle."""
+"""The package's layers: imports only go down, and no modules import one another in a circle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def room(module: str) -> str:
 
 @cache
 def imports(module: str) -> frozenset[tuple[str, bool]]:
-    """The package's modules that a module imports, each with whether it does so when it is itself imported."""
+    """The package's modules that a module imports, each with whether this happens when the module is imported."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
@@ -87,7 +87,7 @@ def test_every_room_has_its_floor():
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room(module)])
 def test_imports_go_down(module):
-    """Also those inside functions, and those for the type checker."""
+    """Including imports inside functions and for the type checker."""
     here = room(module)
     wrong = {
         imported
@@ -98,7 +98,7 @@ def test_imports_go_down(module):
 
 
 def test_modules_do_not_import_one_another_in_a_circle():
-    """Of all imports, wherever they stand; a package stands for its own __init__, not for its modules."""
+    """For all imports, wherever they are; a package means its own __init__, not its modules."""
     state: dict[str, str] = {}
     trail: list[str] = []
 
@@ -119,7 +119,7 @@ def test_modules_do_not_import_one_another_in_a_circle():
 
 
 def test_scoring_and_the_launcher_know_nothing_of_torch():
-    """What `eval/score` and `launch` import at once, and what that imports in turn."""
+    """The modules that `eval/score` and `launch` import on import, directly or indirectly."""
     for start in ("eval.score", "launch.__main__", "train.command_line.argv", "train.check_data"):
         todo, seen = [f"{NAME}.{start}"], set()
         while todo:

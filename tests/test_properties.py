@@ -1,4 +1,4 @@
-"""Properties that hold for any input, tried on inputs that hypothesis makes up (the same ones in every run)."""
+"""Properties that hold for any input, tested on inputs from hypothesis (the same in every run)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TestTemplates:
     @few
     @given(rounds=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), images=st.integers(0, 2))
     def test_ids_are_the_prompt_and_labels_the_answers(self, template, rounds, images):
-        """Whatever is asked and answered: nothing is lost, and exactly the answers and their ends are learned."""
+        """For any conversation, nothing is lost, and exactly the answers and their ends are learned."""
         tokenizer, end = FAMILIES[template], ENDS[template]
         turns = [text for pair in rounds for text in pair]
         turns[0] = "<image>\n" * images + turns[0].replace("<image>", "")
@@ -85,7 +85,7 @@ def test_splice_is_the_loop(data):
 @few
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=4), st.integers(1, 30))
 def test_a_batch_is_never_longer_than_the_model_takes(samples, limit):
-    """Spliced, a batch keeps to the length, and every image that is left has its place."""
+    """A spliced batch keeps to the maximum length, and every remaining image has its placeholder."""
     made = []
     for text, images in samples:
         ids = torch.tensor([IMAGE_TOKEN_INDEX] * images + [5] * text)

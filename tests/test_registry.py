@@ -83,7 +83,7 @@ def test_list_takes_a_pattern(towers):
 
 
 def test_an_installed_entry_point_is_found(tmp_path: Path):
-    """A third party's package registers its judge (which needs no torch) by being installed."""
+    """An installed third-party package registers its judge (which needs no torch)."""
     (tmp_path / "my_plugin.py").write_text(
         "from tinyllava_switchkd.eval.benchmarks import register_judge\n"
         "@register_judge('from_plugin')\n"

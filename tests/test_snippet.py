@@ -1,4 +1,4 @@
-"""What the README, docs/python.md and docs/export.md show runs as it stands there."""
+"""The code in the README, docs/python.md and docs/export.md runs as written."""
 
 import re
 import shlex
@@ -33,7 +33,7 @@ def write_picture(file):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_runs_as_written(page, tmp_path, monkeypatch):
-    """One block after another, in a folder that holds the checkpoints and pictures they name."""
+    """All blocks in turn, in a folder with the checkpoints and pictures that they name."""
     monkeypatch.chdir(tmp_path)
     code = blocks(page)
     for name in set(re.findall(r'(?:from_pretrained|load_pretrained_model)\("([^"]+)"', "".join(code))):
@@ -46,7 +46,7 @@ def test_runs_as_written(page, tmp_path, monkeypatch):
 
 
 def test_the_short_one_is_short():
-    """Five lines, the README's promise."""
+    """The README promises five lines."""
     assert len(blocks(ROOT / "docs" / "python.md")[0].splitlines()) == 5
 
 

@@ -1,4 +1,4 @@
-"""Standard errors and tests, against brute force, closed forms and scipy."""
+"""Standard errors and tests, compared with brute force, closed forms and scipy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_one_question_a_picture_gives_the_usual_standard_error():
 
 
 def test_questions_of_one_picture_are_one_cluster():
-    """Every question asked four times over about its picture tells no more than once."""
+    """Asking every question four times gives the same standard error as asking it once."""
     values = [1, 0, 0, 1, 1, 0, 1, 0]
     four = [value for value in values for _ in range(4)]
     once = standard_error(units(values), MEAN)
@@ -56,7 +56,7 @@ def test_questions_of_one_picture_are_one_cluster():
 
 
 def test_a_picture_may_be_number_zero():
-    """VQAv2's rows carry numbers of pictures; without one, a question stands alone."""
+    """VQAv2's rows have picture numbers; a question without one is its own cluster."""
     rows = [{"question_id": str(n), "value": 1.0, "cluster": c} for n, c in enumerate([0, 0, 7, None, ""])]
     clusters = [cluster for cluster, *_ in BenchmarkFactory("vqav2").units(rows)]
     assert clusters == [0, 0, 7, "3", "4"]
@@ -88,12 +88,12 @@ def test_mcnemar_is_the_binomial_test_and_the_chi_square(gained, lost):
 
 
 def test_clusters_count_once_in_mcnemar():
-    """Changes that come in pictures of ten are a tenth of the evidence."""
+    """Changes in clusters of ten are a tenth of the evidence."""
     assert mcnemar_clustered([10, 10, 10, -10]) == pytest.approx(mcnemar_clustered([1, 1, 1, -1]))
 
 
 def test_the_interval_is_that_of_all_resamples():
-    """Four pictures have 4^4 resamples, which can all be listed."""
+    """Four pictures have only 4^4 resamples, so all can be enumerated."""
     a, b = [1, 0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0, 1, 1, 1]
     found = compare(units(a, 2), units(b, 2), MEAN)
     changes = [sum(b[2 * c : 2 * c + 2]) - sum(a[2 * c : 2 * c + 2]) for c in range(4)]

@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and base folders: the tests' workhorses (a model has about 50,000 parameters)."""
+"""Tiny random models, tokenizers and base folders for tests (a model has about 50,000 parameters)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny_tokenizer(style: str = "qwen2", model_max_length: int = 512) -> PreTrai
     """A byte-level tokenizer without merges: 256 bytes, then `SPECIAL_TOKENS`; every style has the same ids.
 
     Args:
-        style: a key of `TOKENIZERS`; llama and gemma put their begin token in front, as their real tokenizers do.
+        style: a key of `TOKENIZERS`; llama and gemma add their BOS token, as their real tokenizers do.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))

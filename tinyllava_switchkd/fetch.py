@@ -85,7 +85,8 @@ def download(url: str, path: str | os.PathLike) -> Path:
 
 def _download_once(url: str, part: Path) -> bool:
     """Make one request; return whether the file is complete."""
-    have, tag = _size(part), _read_tag(part)
+    have, tag_file = _size(part), _tag_file(part)
+    tag = tag_file.read_text() if tag_file.is_file() else ""
     headers = {"User-Agent": "tinyllava-switchkd", "Accept-Encoding": "identity"}
     if have and tag:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
@@ -95,7 +96,7 @@ def _download_once(url: str, part: Path) -> bool:
             etag = response.headers.get("ETag", "")
             # A weak ETag does not promise the same bytes.
             tag = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-            _tag_file(part).write_text(tag)
+            tag_file.write_text(tag)
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with (
@@ -116,10 +117,6 @@ def _size(path: Path) -> int:
 
 def _tag_file(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
-
-
-def _read_tag(part: Path) -> str:
-    return _tag_file(part).read_text() if _tag_file(part).is_file() else ""
 
 
 # ------------------------------------------------------------------------------------------------------- archives

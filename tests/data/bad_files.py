@@ -1,4 +1,4 @@
-"""Files that are no good images, as they turn up in real data sets."""
+"""Bad image files, as they occur in real data sets."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def encoded(format: str, **kwargs: object) -> bytes:
 
 
 def of_many_passes(count: int) -> bytes:
-    """A progressive JPEG whose last pass is repeated."""
+    """A progressive JPEG with its last pass repeated."""
     data = encoded("JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
 def png_of(width: int, height: int, text: int = 0) -> bytes:
-    """A PNG whose header claims that size, with a compressed text of so many bytes."""
+    """A PNG whose header claims a size, with a compressed text of the given number of bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Data files that cannot be meant: refused in one sentence with the record, before training and not in its middle."""
+"""Bad data files are refused before training, in one sentence that names the record."""
 
 from __future__ import annotations
 

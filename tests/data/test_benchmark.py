@@ -1,4 +1,4 @@
-"""The measurement of the data runs, and what it measures is there."""
+"""The benchmark of data loading runs and measures what it should."""
 
 import json
 import multiprocessing

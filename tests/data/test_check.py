@@ -1,4 +1,4 @@
-"""The look at a data file, by function, by command, and before training."""
+"""Checking a data file, by the function, by the command, and before training."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The collator: padding, masks, images in order, and a cut that counts image tokens."""
+"""The collator: padding, masks, order of images, and truncation that counts image tokens."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_a_batch_without_images_gets_one_blank():
 
 
 def splice(sample, num_image_tokens):
-    """What the model makes of a sample: every image a run of tokens."""
+    """A sample as spliced by the model: every image becomes a run of tokens."""
     ids, labels = [], []
     for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
         ids += [token] * (num_image_tokens if token == IMAGE_TOKEN_INDEX else 1)

@@ -1,4 +1,4 @@
-"""The data set: samples, what their images do, and errors that name the sample."""
+"""The data set: samples, their images, and errors that name the sample."""
 
 import copy
 import logging
@@ -170,7 +170,7 @@ def test_skipping_ends_where_most_images_are_bad(folder, caplog):
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_count_into_one_place(folder, method):
-    """A worker of the server is handed data set and collator in writing, as one that is spawned."""
+    """A worker of the fork server gets the data set and the collator pickled, like a spawned one."""
     context = {"fork": multiprocessing.get_context("fork"), "forkserver": forked.CONTEXT}[method]
     (folder / "b.jpg").write_bytes(b"")
     data = dataset(folder, on_bad_image="skip")

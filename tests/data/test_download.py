@@ -1,4 +1,4 @@
-"""The training sets are downloaded from a stand-in server, unpacked and verified."""
+"""The training sets are downloaded from a fake server, unpacked and verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files: every mode comes out as it is seen, every bad file is refused with its reason, none from outside."""
+"""Image files: every mode is converted correctly, and bad files and files outside the folder are refused."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_which_images_are_decoded(folder, monkeypatch):
 class TestOutside:
     @pytest.fixture
     def two(self, folder):
-        """An image folder beside one that is none of its business."""
+        """An image folder, and another folder beside it that must not be read."""
         root = folder / "images"
         (root / "in").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / "in" / "a.png")
@@ -217,7 +217,7 @@ class TestOutside:
 
 class TestShape:
     def test_thirds_of_a_wide_picture(self, caplog, monkeypatch):
-        """The picture of the issue: red, green and blue thirds, of which CLIP's processor shows the green one."""
+        """The picture of the issue, with red, green and blue thirds; CLIP's processor shows only the green one."""
         monkeypatch.setattr(ImagePreprocess, "_warned_about_crop", False)
         image = Image.new("RGB", (90, 30), "lime")
         image.paste("red", (0, 0, 30, 30))
@@ -239,7 +239,7 @@ class TestShape:
 
     @pytest.mark.parametrize("size", [(224, 224), (336, 224), (225, 224), (100, 1000)])
     def test_share_is_what_the_processor_leaves(self, size):
-        """Counted: how many of the columns (each of a colour of its own) arrive."""
+        """Every column has its own colour; count how many remain."""
         clip = CLIPImageProcessor(
             size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, do_normalize=False, resample=0
         )
@@ -286,7 +286,7 @@ DOORS = {
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "dark.pgm", "float.tif"])
 def test_wide_grey_values_are_seen_at_every_door(tmp_path, door, name):
-    """Also dark ones of 16 bits, whose range a file's format tells and their values do not."""
+    """Including dark 16-bit images, whose range follows from the file format and not from the values."""
     levels = GREY.astype(np.uint16) * (1 if name == "dark.pgm" else 257)
     if name.endswith(".pgm"):
         (tmp_path / name).write_bytes(b"P5\n64 48\n65535\n" + levels.astype(">u2").tobytes())
@@ -298,7 +298,7 @@ def test_wide_grey_values_are_seen_at_every_door(tmp_path, door, name):
 
 
 def test_a_page_of_mistakes_shows_them_too(tmp_path):
-    """A reader of these wants to see what the model saw."""
+    """The page must show what the model saw."""
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "16.png")
     _, _, data = thumbnail(tmp_path / "16.png").partition("base64,")
     shown = Image.open(io.BytesIO(base64.b64decode(data))).convert("L")

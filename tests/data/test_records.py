@@ -1,4 +1,4 @@
-"""Records: the same as json.load, without its memory; malformed files are named with the place."""
+"""Records: the same as json.load, without its memory; errors name the place in a malformed file."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""The order of the samples: complete, seeded, one modality and like lengths a step."""
+"""The sampling order: complete, seeded, with one modality and similar lengths in each step."""
 
 import random
 from collections import Counter

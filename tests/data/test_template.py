@@ -1,4 +1,4 @@
-"""Templates: v1's ids and labels to the letter, and the conversations that v1 gets wrong."""
+"""Templates: exactly v1's ids and labels, and conversations that v1 gets wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def talk(*texts: str | None) -> list[dict[str, str | None]]:
 
 
 def learned(encoded: dict, tokenizer) -> list[str]:
-    """The runs of labels, as texts."""
+    """The runs of labels, decoded."""
     runs, labels = [[]], encoded["labels"].tolist()
     for token in labels:
         if token == IGNORE_INDEX:

@@ -1,4 +1,4 @@
-"""Every template with every kind of tokenizer: the ids, decoded, are the prompt, and nothing of it is lost."""
+"""Every template with every kind of tokenizer: the decoded ids are the whole prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def family(request):
 
 
 def decoded(ids: list[int], tokenizer) -> str:
-    """Ids back to a text; images are written out, and what the tokenizer itself puts in front is taken away."""
+    """Decode ids, with images written out and without the tokens that the tokenizer adds at the start."""
     begin = begin_tokens(tokenizer)
     assert ids[: len(begin)] == begin
     runs = [[]]
@@ -44,9 +44,9 @@ def decoded(ids: list[int], tokenizer) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Without spaces: older sentencepiece tokenizers put one behind a special token.
+    """Without spaces, because older sentencepiece tokenizers add one after a special token.
 
-    Those from a GGUF are of that kind in transformers 5.17.
+    Those from a GGUF are of this kind in transformers 5.17.
     """
     return "".join(text.split())
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that the templates meet, see `FAMILIES`."""
+"""Small tokenizers of all kinds that templates must work with, see `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def qwen2(eos: str = "<|endoftext|>", chat_template: str | None = None) -> Any:
 
 @cache
 def _pieces(special: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE over "▁" pieces with bytes to fall back on, learned from the fixtures' texts."""
+    """Vocabulary and merges of a BPE over "▁" pieces with byte fallback, learned from the fixtures' texts."""
     cases = json.loads((FIXTURES / "v1" / "templates.json").read_text())
     texts = [turn["value"] or "" for case in cases for turn in case["messages"]]
     texts += [case["prompt"] for case in cases if "prompt" in case] * 3
@@ -52,7 +52,7 @@ def _pieces(special: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def _with_bos(tokenizer: Any, eos: bool = False) -> Any:
-    """A tokenizer that puts its BOS in front of every text and, if asked, its EOS behind it."""
+    """A tokenizer that adds its BOS at the start of every text and, if asked, its EOS at the end."""
     ends = [tokenizer.bos_token, tokenizer.eos_token]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{ends[0]} $A {ends[1]}" if eos else f"{ends[0]} $A",
@@ -62,14 +62,14 @@ def _with_bos(tokenizer: Any, eos: bool = False) -> Any:
 
 
 def llama(legacy: bool) -> Any:
-    """Llama's: BOS, every text begins with a space; `legacy` also puts one behind a special token."""
+    """Llama's: BOS, every text begins with a space; `legacy` also adds one after a special token."""
     vocab, merges = _pieces(("<unk>", "<s>", "</s>"))
     tokenizer = LlamaTokenizer(dict(vocab), list(merges), legacy=legacy, pad_token="<unk>", model_max_length=2048)
     return _with_bos(tokenizer)
 
 
 def gemma() -> Any:
-    """Gemma's: BOS, no space that is not in the text, a padding id of its own."""
+    """Gemma's: BOS, no additional spaces, a separate padding id."""
     vocab, merges = _pieces(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"))
     return _with_bos(GemmaTokenizer(dict(vocab), list(merges), model_max_length=2048))
 
@@ -89,14 +89,14 @@ def bos_is_eos() -> Any:
 
 
 def llama3(eos: bool = False) -> Any:
-    """Llama 3's: byte-level, with a BOS in front of every text; `eos` puts an EOS behind it (as "add_eos_token")."""
+    """Llama 3's: byte-level, with a BOS at the start of every text; `eos` adds an EOS at the end ("add_eos_token")."""
     tokenizer = qwen2("<|im_end|>", "{{ bos_token }}" + QWEN2_CHAT_TEMPLATE)
     tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})
     return _with_bos(tokenizer, eos)
 
 
 def opt() -> Any:
-    """OPT's: byte-level, with a BOS in front of every text that is its EOS as well."""
+    """OPT's: byte-level, with a BOS at the start of every text that is also its EOS."""
     return _with_bos(bos_is_eos())
 
 
@@ -131,7 +131,7 @@ def from_sentencepiece(add_bos_token: bool) -> Any:
 
 
 def with_eos_alone() -> Any:
-    """T5's habit: no BOS, and an EOS behind every text."""
+    """T5's kind: no BOS, and an EOS at the end of every text."""
     tokenizer = from_sentencepiece(False)
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -1,4 +1,4 @@
-"""TinyLLaVA v1's way to labels, as its specification tells it: tokenise every round anew and count.
+"""TinyLLaVA v1's computation of labels, from its specification: tokenise every round again and count.
 
 An oracle for what is right in it, and a witness of where it is not.
 """
@@ -11,14 +11,14 @@ from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 def _length(text: str, tokenizer: Any) -> int:
-    """Tokens of a text, every ``<image>`` counting as one and a BOS counting once."""
+    """Number of tokens of a text; every ``<image>`` counts as one, and a BOS counts once."""
     pieces = [tokenizer(piece).input_ids for piece in text.split("<image>")]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     return sum(len(piece) - has_bos for piece in pieces) + has_bos + len(pieces) - 1
 
 
 def v1_labels(input_ids: list[int], prompt: str, tokenizer: Any, eos: str, style: str) -> list[int] | None:
-    """Labels by v1's counting; None where its count goes wrong (it then ignores the sample).
+    """Labels by v1's counting; None if its count is wrong (v1 then ignores the sample).
 
     Args:
         style: "plain" (phi, qwen2_*), "llama" or "gemma": what a round is corrected by.

@@ -1,4 +1,4 @@
-"""A template as TinyLLaVA v1's users write one: plain formatters for defaults, and a hook that is not called here."""
+"""A template as written for TinyLLaVA v1: plain formatters as defaults, and a hook that is not called here."""
 # ruff: noqa: RUF009
 
 from dataclasses import dataclass

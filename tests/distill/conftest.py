@@ -8,7 +8,7 @@ from tinyllava_switchkd.distill import LossFactory
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    """A loss that a test registers is gone after it."""
+    """Remove losses that a test has registered."""
     with LossFactory.scope():
         yield
 
@@ -50,11 +50,11 @@ def make_batch(*samples: str, seed: int = 0, image_size: int = 28) -> dict[str, 
 
 
 def set_recompute(monkeypatch, distiller, recompute: bool) -> None:
-    """Have a distiller recompute its chunks in the backward pass (as under ZeRO-3), or not."""
+    """Make a distiller recompute its chunks in the backward pass (as under ZeRO-3), or not."""
     monkeypatch.setattr(distiller, "recompute", recompute)
 
 
 @pytest.fixture
 def batch():
-    """Images at different places, two in one sample, a text-only sample, unequal lengths."""
+    """Images at different positions, two in one sample, a text-only sample, different lengths."""
     return make_batch("ippaaa", "pipppaapaaa", "pppaa", "iipaaaa")

@@ -31,7 +31,7 @@ def compare_orders(z: torch.Tensor, programs: int) -> None:
 
 
 def compare_with_pairs(name: str, student: torch.Tensor, teacher: torch.Tensor, atol: float = 1e-10) -> None:
-    """Value and gradient of clean tokens against all pairs, enumerated; of all tokens against torch's operations."""
+    """Compare value and gradient of finite tokens with enumerated pairs, and of all tokens with torch's operations."""
     leaf, same, theirs = (student.clone().requires_grad_() for _ in range(3))
     knee_module.BACKEND = "triton"
     by_kernels = LossFactory(name)(temperature=0.7)(leaf, teacher)
@@ -51,7 +51,7 @@ def compare_with_pairs(name: str, student: torch.Tensor, teacher: torch.Tensor, 
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations for which the host would wait for the GPU."""
+    """Counts operations that would make the host wait for the GPU."""
 
     number = 0
 

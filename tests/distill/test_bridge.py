@@ -1,4 +1,4 @@
-"""Unequal vision towers: what the bridge computes, and every tower against every other."""
+"""Different vision towers: what the bridge computes, and every tower with every other."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ TOWERS = {
 
 @functools.cache
 def student_of(name):
-    """Made once: a test leaves no gradients, and changes no weights."""
+    """Cached, because tests leave no gradients and change no weights."""
     model = tiny_llava(seed=1, **TOWERS[name]).train().requires_grad_(True)
     model.freeze_unused_parameters()
     return model
@@ -63,7 +63,7 @@ def test_equal_towers_have_none(student, teacher):
 
 
 def test_the_least_squares_map_is_found():
-    """A teacher whose features are a linear map of the student's is matched exactly."""
+    """The bridge is exact if the teacher's features are a linear map of the student's."""
     student, teacher = tiny_llava(seed=1), tiny_llava(seed=2, vision={"hidden": 48})
     distiller = build_distiller(student, teacher)
     matrix, offset = torch.randn(32, 48), torch.randn(48)
@@ -77,7 +77,7 @@ def test_the_least_squares_map_is_found():
 
 
 def test_resampling_a_grid():
-    """Against torch's own interpolation, and by hand at the borders."""
+    """Compared with torch's interpolation, and checked by hand at the borders."""
     full = Layout(6, 1, 0, 0)
     picture = torch.randn(1, 1, 6, 6)
     for side, how in ((3, {"mode": "area"}), (12, {"mode": "bilinear", "align_corners": False}), (2, {"mode": "area"})):

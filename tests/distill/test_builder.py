@@ -55,7 +55,7 @@ def test_other_templates_are_refused(student, teacher):
 
 
 def prepared_differently(distiller, batch, *words):
-    """The pair is accepted, says how it differs, and wants every picture prepared for both."""
+    """The pair is accepted, describes its difference, and needs every image preprocessed for both models."""
     assert all(word in distiller.pixel_difference for word in words), distiller.pixel_difference
     with pytest.raises(ValueError, match="teacher_images"):
         distiller(batch)

@@ -18,13 +18,13 @@ CASES = json.loads((FIXTURES / "cases.json").read_text())
 
 @pytest.fixture(params=["full sort", "histogram"])
 def route(request, monkeypatch):
-    """Both ways to the knee must give the same answer on every input."""
+    """Both implementations of the knee must give the same result on every input."""
     monkeypatch.setattr(knee_module, "FULL_SORT_BELOW", 10**9 if request.param == "full sort" else 0)
     return request.param
 
 
 def language_model_like(tokens: int, vocab: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    """A bulk and a few hot tokens."""
+    """Most logits in a bulk, and a few far above it."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(tokens, vocab, generator=generator)
     logits[:, : vocab // 500 + 1] += 15 * torch.rand(tokens, vocab // 500 + 1, generator=generator)
@@ -128,7 +128,7 @@ def test_leading_pads_ragged_rows(route):
 
 
 def hard_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """A row of each kind that may go wrong, side by side."""
+    """One row of each kind that may go wrong."""
     z = language_model_like(11, vocab, dtype=torch.float64)
     z[1] = (4 * z[1]).round() / 4  # ties
     z[2] = -3.25  # constant

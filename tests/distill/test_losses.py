@@ -114,7 +114,7 @@ def test_a_window_of_the_vocabulary_is_the_vocabulary():
 
 @pytest.mark.parametrize("settings", [{}, *SETTINGS], ids=str)
 def test_pair_losses_bear_what_models_give(settings):
-    """Constant, infinite and extreme logits, a real vocabulary in bfloat16, NaN, no tokens."""
+    """Constant, infinite and extreme logits, a real vocabulary in bfloat16, NaN, and no tokens."""
     student, teacher = random_logits(tokens=7, vocab=5000)
     teacher[0] = 2.0
     student[1] = -1.0
@@ -145,7 +145,7 @@ def test_pair_losses_bear_what_models_give(settings):
     ids=str,
 )
 def test_vocabulary_losses_equal_their_definition(name, settings):
-    """Values by loops over probabilities; gradients by central differences of the same, in float64."""
+    """Values by loops over probabilities, gradients by their central differences, in float64."""
     share = next(iter(settings.values()), 0.0)
     student, teacher = random_logits(tokens=3, vocab=11)
     loss = LossFactory(name)(temperature=2.0, **settings)
@@ -279,7 +279,7 @@ def test_constant_infinite_and_extreme_logits_are_defined(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("vocab", [64, 5000])
 def test_a_broken_model_is_seen(name, vocab):
-    """NaN anywhere in a token's logits makes its loss NaN, and no other's."""
+    """A NaN in a token's logits makes its loss NaN, and only its loss."""
     student, teacher = random_logits(tokens=4, vocab=vocab)
     student[1, 7] = torch.nan
     teacher[2, vocab - 1] = torch.nan
@@ -324,7 +324,7 @@ def test_no_tokens_give_no_losses(name):
 
 
 def test_no_python_loop_over_tokens():
-    """Time and calls must not grow with the number of tokens: count operator calls instead of seconds."""
+    """The number of operator calls must not grow with the number of tokens."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):

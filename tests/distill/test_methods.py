@@ -1,4 +1,4 @@
-"""Each method against its equations, written with loops over whole models in float64."""
+"""Each method compared with its equations, written as loops over whole models in float64."""
 
 import copy
 
@@ -193,7 +193,7 @@ def test_align_kd_packed_is_align_kd(pair):
 
 
 class TestAlignKDWithoutTheMistakesOfItsReleasedCode:
-    """One test for each of the six (rivals.md, section 2)."""
+    """One test for each of the six."""
 
     @pytest.fixture
     def task(self, pair):
@@ -208,7 +208,7 @@ class TestAlignKDWithoutTheMistakesOfItsReleasedCode:
         assert grads[f"{layer}.q_proj.weight"].abs().max() > 0 and grads[f"{layer}.k_proj.weight"].abs().max() > 0
 
     def test_2_the_image_may_stand_anywhere(self, task):
-        """Behind a prompt, visual tokens are those of the image, not positions 1 to N."""
+        """After a prompt, visual tokens are those of the image, not positions 1 to N."""
         seen = []
         task.adapters["features"].register_forward_hook(lambda module, args, out: seen.append(args[0]))
         batch = double(make_batch("pppppippaa"))
@@ -216,7 +216,7 @@ class TestAlignKDWithoutTheMistakesOfItsReleasedCode:
         torch.testing.assert_close(seen[0], task.teacher.encode_images(batch["images"]))
 
     def test_3_the_top_tokens_are_those_that_text_attends_to(self, task, pair):
-        """A token that only other visual tokens, or no one, attend to is never chosen for it."""
+        """A token that only visual tokens, or no tokens, attend to is never chosen."""
         student, teacher = pair
         batch = double(make_batch("pppippaa"))
         out, _ = whole(teacher, batch)
@@ -248,7 +248,7 @@ class TestAlignKDWithoutTheMistakesOfItsReleasedCode:
         )
 
     def test_6_only_the_first_layer_is_recorded_and_no_kernel_changes(self, task, monkeypatch):
-        """The released code needs eager attention everywhere; here one layer notes queries and keys."""
+        """The released code needs eager attention everywhere; here one layer records queries and keys."""
         from tinyllava_switchkd.distill import trace
 
         layers = []

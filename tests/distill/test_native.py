@@ -1,4 +1,4 @@
-"""The C kernels against torch's operations, on what a model gives and on what may go wrong."""
+"""The C kernels compared with torch's operations, on typical and on difficult logits."""
 
 import importlib
 import logging
@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which(native.COMPILER.split()[0])
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """Kernels for logits of any number, and no fall-back unseen."""
+    """Use the kernels for any number of logits, and fail if they fall back to torch."""
     monkeypatch.setattr(knee_module, "NATIVE_FROM", 0)
     monkeypatch.setattr(knee_module, "BACKEND", "triton")
     yield

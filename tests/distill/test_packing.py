@@ -1,4 +1,4 @@
-"""Samples laid end to end learn what padded ones do."""
+"""Packed samples give the same losses as padded ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A quantised teacher: it is left where it was loaded, and gradients pass through it (bitsandbytes' CPU kernels)."""
+"""A quantised teacher is not moved or cast, and gradients pass through it (bitsandbytes' CPU kernels)."""
 
 import copy
 import gc
@@ -63,7 +63,7 @@ def dequantised(model, like):
 
 
 def difference(ours, theirs, part="vision_tower"):
-    """Norm of the difference of two gradients over the norm of the second."""
+    """Norm of the difference of two gradients, divided by the norm of the second."""
     names = [name for name in theirs if part in name]
     return math.sqrt(
         sum(float((ours[n] - theirs[n]).norm()) ** 2 for n in names) / sum(float(theirs[n].norm()) ** 2 for n in names)
@@ -73,7 +73,7 @@ def difference(ours, theirs, part="vision_tower"):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("bits", "rounding"), [(4, 1e-5), (8, 0.03)])
 def test_the_switch_pass_has_the_gradient_of_the_dequantised_teacher(student, batch, bits, rounding, checkpointing):
-    """4-bit weights are multiplied as what they stand for; 8 bits round the activations, too."""
+    """4-bit weights are dequantised before multiplication; in 8 bits activations are rounded, too."""
     pytest.importorskip("bitsandbytes")
     teacher = tiny_llava(seed=2, text=TEXT)
     held = quantised(teacher, bits)
@@ -109,7 +109,7 @@ def test_the_whole_loss_with_a_quantised_teacher(student, batch, bits):
 
 
 def live_bytes():
-    """Bytes of tensors that Python can reach: bitsandbytes keeps some outside what autograd's hooks see."""
+    """Bytes of all tensors that Python can reach, because bitsandbytes keeps some that autograd's hooks do not see."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided}.values())

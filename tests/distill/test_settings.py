@@ -1,4 +1,4 @@
-"""The chunked pass under the settings of real runs: mixed precision, adapters, heads of every kind."""
+"""The chunked pass with the settings of real runs: mixed precision, adapters, all kinds of heads."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def dense_gradients(distiller, batch):
 def test_mixed_precision_computes_the_loss_in_float32(student, teacher, batch, recompute, checkpointing, monkeypatch):
     """A float32 student under bfloat16 autocast and a bfloat16 teacher.
 
-    Against the dense computation under the same rounding, and against float32 throughout: no further off than that.
+    The result is at least as close to float32 throughout as the dense computation with the same rounding.
     """
     expected = gradients(build_distiller(student, teacher), batch)
     seen = []
@@ -55,7 +55,7 @@ def test_mixed_precision_computes_the_loss_in_float32(student, teacher, batch, r
 
 @pytest.mark.parametrize("chunk_size", [3, 1000])
 def test_adapters_have_the_gradient_of_the_dense_computation(student, teacher, batch, chunk_size):
-    """The head is frozen: chunks keep gradients of hidden states alone."""
+    """The head is frozen, so chunks keep only gradients of hidden states."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
     torch.manual_seed(0)

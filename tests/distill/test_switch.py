@@ -29,7 +29,7 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_chunks_of_another_ranks_tokens_change_nothing(student, teacher, batch, trains, monkeypatch):
-    """Under ZeRO-3 every rank runs its heads as often as the one with the most tokens, on nothing if it has no more."""
+    """Under ZeRO-3 all ranks run their heads equally often, on empty chunks if they have fewer tokens."""
     head = student.language_model.get_output_embeddings()
     head.requires_grad_(trains)
     distiller = build_distiller(student, teacher, chunk_size=4)
@@ -47,7 +47,7 @@ def test_chunks_of_another_ranks_tokens_change_nothing(student, teacher, batch, 
 
 
 def test_what_a_rank_may_call_less_often_is_not_registered(student, teacher):
-    """ZeRO-3 follows the order in which registered modules are called, and waits where ranks differ."""
+    """Under ZeRO-3 all ranks must call registered modules in the same order, or they wait forever."""
     distiller = build_distiller(student, teacher)
     assert [name for name, _ in distiller.named_children()] == ["student"]
 
@@ -64,7 +64,7 @@ def test_what_a_rank_may_call_less_often_is_not_registered(student, teacher):
 
 
 def dense(distiller, batch, dtype=torch.float64):
-    """The objective the long way: whole models, all logits, no chunks (method.md section 1)."""
+    """The objective with whole models and all logits, without chunks (method.md section 1)."""
     student, teacher = distiller.student, distiller.teacher
     features = student.vision_features(batch["images"])
     routes = {
@@ -142,7 +142,7 @@ def test_a_teacher_that_is_the_student_costs_nothing(student, batch):
 
 
 def test_the_students_eyes_in_the_teacher_are_the_teachers(student, teacher, batch):
-    """V^S := V^T makes the visual-switch logits the teacher's, whatever the student's language model."""
+    """With V^S := V^T the visual-switch logits are the teacher's, for any language model of the student."""
     student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
     distiller = build_distiller(student, teacher)
     paths = distiller.pathway_logits(batch)
@@ -151,7 +151,7 @@ def test_the_students_eyes_in_the_teacher_are_the_teachers(student, teacher, bat
 
 
 def test_one_frozen_encoder_is_run_once(student, teacher, batch):
-    """The same tower in both models (pre-training with a teacher): an image is encoded once, until they differ."""
+    """With the same tower in both models (pre-training with a teacher), images are encoded once, until they differ."""
     student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
     student.vision_tower.requires_grad_(False)
     expected = build_distiller(student, teacher)
@@ -170,7 +170,7 @@ def test_one_frozen_encoder_is_run_once(student, teacher, batch):
 
 
 def test_the_switch_trains_the_vision_tower_only(student, teacher, batch):
-    """Gradient of L_VSD: through the frozen teacher into V^S, nowhere else."""
+    """The gradient of L_VSD passes through the frozen teacher into V^S only."""
     align_only = build_distiller(student, teacher, align_weight=0.0, switch_weight=0.0)
     without = gradients(align_only, batch)
     with_switch = gradients(build_distiller(student, teacher, align_weight=0.0, switch_weight=1.0), batch)
@@ -258,7 +258,7 @@ def test_a_sample_with_an_image_but_no_supervision(student, teacher):
 
 
 def test_micro_batches_add_up_to_the_batch(student, teacher, batch):
-    """Sums divided by the step's global token count: accumulation is exact, however tokens fall into micro-batches."""
+    """Sums are divided by the step's token count, so accumulation is exact for any division into micro-batches."""
     distiller = build_distiller(student, teacher)
     whole = gradients(distiller, batch)
     tokens = int((batch["labels"] != IGNORE_INDEX).sum())
@@ -335,7 +335,7 @@ def saved_bytes(task, batch) -> int:
 
 
 def test_checkpointing_the_switch_pass_really_saves_memory(student, batch):
-    """transformers ignores checkpointing outside training mode; count what is kept rather than trust the flag."""
+    """transformers ignores checkpointing outside training mode, so count the saved bytes and do not trust the flag."""
     teacher = tiny_llava(seed=2, text={"hidden": 64, "layers": 8})
     student.requires_grad_(False)
     student.vision_tower.requires_grad_(True)
@@ -354,7 +354,7 @@ def test_a_frozen_teacher_keeps_fewer_bytes_than_a_trainable_one(student, teache
 
 
 def test_no_logits_of_the_whole_batch_ever_exist(student, teacher, batch, monkeypatch):
-    """Only supervised positions reach a head, a chunk at a time."""
+    """Only supervised positions reach a head, one chunk at a time."""
     rows = []
     for model in (student, teacher):
         model.language_model.lm_head.register_forward_hook(

@@ -1,4 +1,4 @@
-"""The teacher paid once: with its cache a training is the same, to the last bit; what has changed is never misread."""
+"""The teacher cache: a training with it is bit for bit the same, and outdated entries are never used."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_losses_and_weights_are_bitwise_those_without(tmp_path, settings, packin
 
 
 def test_another_order_and_other_batches_do_not_matter(tmp_path):
-    """Of equal length bitwise; of another only the last bits are others, as of any pass of the teacher."""
+    """Bit for bit with samples of equal length; otherwise the last bits differ, as in any pass of the teacher."""
     filled = a_distiller(cache_in(tmp_path))
     for batch in batches(range(6)):
         filled(batch)

@@ -1,4 +1,4 @@
-"""The Triton kernels where there is no GPU: interpreted, compiled ahead of time, and failing gracefully."""
+"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and failing gracefully."""
 
 import importlib
 import logging
@@ -32,7 +32,7 @@ def test_interpreted_kernels_agree_with_torch_and_with_pairs():
 @needs_triton
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path, monkeypatch):
-    """What the interpreter lets pass the compiler may refuse; ptxas comes with triton."""
+    """The compiler may refuse code that the interpreter accepts; ptxas comes with triton."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     import triton.language as tl
@@ -62,7 +62,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path,
 
 
 def test_training_goes_on_where_the_kernels_cannot_run(monkeypatch, caplog):
-    """Here for want of a GPU; on a GPU for want of a compiler, say. One warning, and torch does the work."""
+    """Without a GPU (or without a compiler) there is one warning, and torch's operations are used."""
     z = hard_rows(5003, torch.float32)
     expected = knee_module.leading(z)
     monkeypatch.setattr(knee_module, "BACKEND", "triton")

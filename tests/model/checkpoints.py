@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a sample, and writers of the layouts."""
+"""Helpers for tests of checkpoints: a sample, and writers of the layouts."""
 
 import torch
 

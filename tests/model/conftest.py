@@ -1,4 +1,4 @@
-"""No test asks a hub: names that only a hub could know must fail at once."""
+"""Tests are offline: names that only the hub could know must fail at once."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The Auto classes know TinyLLaVA after ``import tinyllava_switchkd``, whichever came first; torch stays out."""
+"""The Auto classes know TinyLLaVA after ``import tinyllava_switchkd``, in any order, without importing torch."""
 
 import subprocess
 import sys
@@ -42,6 +42,6 @@ ANSWERS = ["TinyLlavaConfig TinyLlavaForConditionalGeneration TinyLlavaConfig", 
 
 
 def test_auto_classes_after_the_package():
-    """The other order, transformers first, is asked in the process of test_hub."""
+    """The other order, transformers first, is tested in the process of test_hub."""
     imports = "import tinyllava_switchkd\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig"
     assert run(imports + QUESTIONS).splitlines() == ANSWERS

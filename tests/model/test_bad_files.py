@@ -1,4 +1,4 @@
-"""A checkpoint's files that can be read but are wrong: one sentence with the value and the file, before weights."""
+"""Readable but wrong files in a checkpoint: one sentence with the value and the file, before weights are read."""
 
 from __future__ import annotations
 
@@ -380,7 +380,7 @@ def test_a_preprocessor_config_that_is_none(folder, text):
 
 
 def test_what_is_right_still_loads(folder, adapter):
-    """The checks refuse nothing that is good: nulls, integers where numbers are meant, unknown fields."""
+    """The checks accept nulls, integers for floats, and unknown fields."""
     for path, value in {
         "text_config.rope_parameters.rope_theta": 10000,
         "text_config.eos_token_id": [1, 2],

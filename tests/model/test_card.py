@@ -1,4 +1,4 @@
-"""Model cards say what their folder knows, in a form that the hub reads, and leave other people's text alone."""
+"""Model cards have the facts of their folder, in the hub's format, and never replace other people's text."""
 
 import json
 
@@ -13,7 +13,7 @@ from tinyllava_switchkd.model.export import from_hf_llava, to_hf_llava
 
 @pytest.fixture
 def trained(tmp_path):
-    """A folder as the trainer leaves it."""
+    """A folder as the trainer writes it."""
     model = tiny_llava(llm_model_name_or_path="Qwen/Qwen2.5-0.5B", vision_model_name_or_path="google/siglip-base")
     folder = save(model, tmp_path / "student", template="qwen2_base")
     settings = {"distill_loss": "dbild", "temperature": 3.0, "learning_rate": 2e-3, "teacher_path": "f" * 64}

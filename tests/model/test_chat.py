@@ -15,7 +15,7 @@ def picture(seed):
 
 
 def expected(model, messages, images):
-    """The same by hand."""
+    """The expected answer, computed by hand."""
     tokenizer = tiny_tokenizer()
     encoded = TextPreprocess(tokenizer, "qwen2_base")(messages, mode="eval", num_images=len(images))
     preprocess = ImagePreprocess(model.vision_tower.image_processor, model.config)

@@ -61,7 +61,7 @@ def test_saved_and_loaded(parts, layout, tmp_path):
 
 
 def test_qformers_geometry_needs_no_configuration(tmp_path):
-    """v1 does not store it."""
+    """v1 does not store the geometry."""
     model = tiny_llava(**PARTS[-1])
     save(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -71,7 +71,7 @@ def test_qformers_geometry_needs_no_configuration(tmp_path):
 
 
 def test_dinov2_is_written_under_v1s_names(tmp_path):
-    """transformers 5 renamed DINOv2's attention; on disk it stays what v1 and transformers 4 wrote."""
+    """transformers 5 renamed DINOv2's attention; on disk it keeps the names of v1 and transformers 4."""
     model = tiny_llava(tower="dinov2")
     stem = "vision_tower._vision_tower.encoder.layer.0.attention."
     for folder, saved in (("fresh", model), ("again", None)):
@@ -84,7 +84,7 @@ def test_dinov2_is_written_under_v1s_names(tmp_path):
 
 @pytest.mark.parametrize("known", ["stored", "beside", "told from the weights"])
 def test_mof(known, tmp_path):
-    """v1 stores CLIP's configuration only; DINOv2's lies beside, or is read off the weights."""
+    """v1 only stores CLIP's configuration; DINOv2's is in a folder beside, or derived from the weights."""
     config = tiny_config(tower="clip", connector="mof_mlp", vision_model_name_or_path="mof:clip-tiny")
     config.vision_model_name_or_path2 = config.vision_config.model_name_or_path2 = "mof:dinov2-tiny"
     config.vision_config.dinov2_config = tiny_vision_config("dinov2").to_diff_dict()
@@ -117,7 +117,7 @@ def test_sharded_checkpoint(tmp_path):
 
 
 def test_weights_without_the_vision_model_level(tmp_path):
-    """What transformers 5 writes for a SigLIP tower that nobody guards."""
+    """As transformers 5 writes a plain SigLIP tower."""
     model = tiny_llava()
     save(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -248,7 +248,7 @@ def test_device_map(tmp_path):
 
 
 def test_written_over_itself(tmp_path):
-    """A loaded model does not live in its file: writing over that is safe."""
+    """A loaded model does not depend on its file, which may be overwritten."""
     save(tiny_llava(), tmp_path)
     model = load_pretrained_model(tmp_path, device="cpu")[0]
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -259,7 +259,7 @@ def test_written_over_itself(tmp_path):
 
 
 def test_state_dict_may_be_given(tmp_path):
-    """A partitioned model is saved from weights gathered elsewhere."""
+    """A partitioned model is saved with gathered weights."""
     model, other = tiny_llava(), tiny_llava(seed=1)
     save(model, tmp_path, state_dict=other.state_dict())
     assert torch.equal(logits(load_pretrained_model(tmp_path, device="cpu")[0]), logits(other))

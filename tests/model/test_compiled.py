@@ -32,7 +32,7 @@ def test_static_cache(llm):
 
 
 def test_compiled_steps_for_prompts_of_any_length():
-    """One graph serves them all. The step is traced as for the compiler, and run without it, which takes a minute."""
+    """One graph works for all prompts. The step is traced but not compiled, which would take a minute."""
     model, graphs = tiny_llava(), []
 
     def backend(graph, inputs):

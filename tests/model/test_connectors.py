@@ -50,7 +50,7 @@ def test_mof_mlp_treats_even_and_odd_tokens_apart():
 
 
 def test_ldpv2_is_mobilevlms():
-    """Perceptron, 2x2 mean, depth-wise convolution with a residual; parameter counts as computed for MobileVLM."""
+    """MLP, 2x2 mean, depth-wise convolution with a residual; parameter counts as computed for MobileVLM."""
     module = connector("ldpv2")
     keys = [f"_connector.mlp.mlp.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")]
     assert list(module.state_dict()) == [*keys, "_connector.peg.peg.0.weight", "_connector.peg.peg.0.bias"]
@@ -81,7 +81,7 @@ def test_ldpv2_refuses_siglips_728_tokens_with_the_remedy():
 
 
 def test_resampler_is_v1s():
-    """Attention written out: queries over media and latents, 8 heads of 64, scale 1/8."""
+    """Compared with explicit attention: queries over media and latents, 8 heads of 64, scale 1/8."""
     module = connector("resampler")
     layer = {f"0.{n}" for n in ("norm_media", "norm_latents", "to_q", "to_kv", "to_out")} | {"1.0", "1.1", "1.3"}
     stems = {key.rsplit(".", 1)[0].removeprefix("_connector.") for key in module.state_dict()} - {"_connector"}
@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def test_v1s_folder_of_a_connector(tmp_path):
-    """It starts a fresh model, or is refused before one is made."""
+    """It can be used for a new model, or is refused before the model is built."""
     parts = write_tiny_llm(tmp_path / "qwen2-llm"), write_tiny_tower(tmp_path / "siglip-tower")
     first = build_model(*parts, "mlp2x_gelu")[0].connector
     for name in ("connector", "empty"):

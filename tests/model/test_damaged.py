@@ -1,4 +1,4 @@
-"""Checkpoints as they arrive: cut off, not fetched, with nulls in their configuration, in old or sharded pickles."""
+"""Damaged and old checkpoints: truncated, not fetched, with nulls in the configuration, old or sharded pickles."""
 
 import json
 import logging
@@ -111,7 +111,7 @@ def test_a_part_without_its_folder_is_named(tmp_path):
 
 
 def test_nothing_advises_to_ignore_what_is_refused(folder, caplog):
-    """transformers logs a table of missing weights that 'can be ignored' before the error says they cannot."""
+    """transformers would log that missing weights 'can be ignored' before our error says that they cannot."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["connector._connector.2.bias"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Exports: transformers' LLaVA computes what the TinyLLaVA computed, and everything comes back as it was."""
+"""Exports: transformers' LLaVA computes the same as TinyLLaVA, and the conversion back is exact."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def ask_ours(folder, question, image, template, dtype=None):
 
 
 def ask_theirs(folder, question, image):
-    """(model, inputs) of an export, as its users make them."""
+    """(model, inputs) of an export, made as its users would."""
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
@@ -145,7 +145,7 @@ def test_against_tinyllava_v1_itself(tower, tmp_path):
 
 
 def test_pipeline_and_batches(tmp_path):
-    """The one-liner that people deploy with, and a batch of unequal prompts."""
+    """transformers' pipeline, and a batch of prompts with different lengths."""
     write(tmp_path / "ours", connector="linear")
     to_hf_llava(tmp_path / "ours", tmp_path / "theirs")
     ours, *_ = load_pretrained_model(tmp_path / "ours", device="cpu")
@@ -192,7 +192,7 @@ def with_image_token(tokenizer):
     ],
 )
 def test_chat_template_gives_the_ids_of_training(version, make):
-    """Held against `TextPreprocess`, image marks and begin token included, for every kind of tokenizer."""
+    """Compared with `TextPreprocess`, image marks and BOS token included, for every kind of tokenizer."""
     plain, tokenizer = make(), with_image_token(make())
     jinja = jinja_template(version, tokenizer)
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -211,7 +211,7 @@ def test_chat_template_gives_the_ids_of_training(version, make):
 
 
 def test_chat_template_writes_v1s_text():
-    """The strings that v1 recorded, with the image given as text, as a part, and after the question."""
+    """The strings recorded from v1, with the image given as text, as a part, and after the question."""
     tokenizer = with_image_token(tiny_tokenizer())
     jinja = jinja_template("qwen2_base", tokenizer)
 
@@ -239,7 +239,7 @@ def test_chat_template_writes_v1s_text():
 
 
 def test_generation_stops_where_the_template_ends_an_answer(tmp_path):
-    """The language model's own end and the template's, which agree in a sound checkpoint."""
+    """At the language model's end token and at the template's, which are the same in a correct checkpoint."""
     write(tmp_path / "base", text={"eos_token_id": None})
     to_hf_llava(tmp_path / "base", tmp_path / "a")
     stops = json.loads((tmp_path / "a" / "generation_config.json").read_text())
@@ -290,7 +290,7 @@ def test_a_new_row_is_never_chosen_and_a_spare_one_is_left_alone(llm, tmp_path):
     ids=str,
 )
 def test_back_again(arguments, tmp_path):
-    """Weights, configuration, tokenizer and image processor return; so they do from what transformers saves itself."""
+    """Weights, configuration, tokenizer and image processor are restored, also after transformers has saved them."""
     write(tmp_path / "ours", **arguments)
     to_hf_llava(tmp_path / "ours", tmp_path / "theirs")
     main(["--to", "v1", str(tmp_path / "theirs"), str(tmp_path / "back")])
@@ -314,7 +314,7 @@ def test_back_again(arguments, tmp_path):
 
 
 def test_a_llava_from_elsewhere(tmp_path):
-    """Without our record: the template is recognised by what it renders, or has to be named."""
+    """Without our record, the template is recognised by its text, or must be given."""
     write(tmp_path / "ours", "llama", "clip", template="llama")
     to_hf_llava(tmp_path / "ours", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())

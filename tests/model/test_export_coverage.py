@@ -1,8 +1,8 @@
-"""The table of docs/export.md: which part runs in which target, made here.
+"""Makes the table in docs/export.md of the parts that each target supports.
 
-A cell says "yes (tested)" only where a test of this folder exports a student with that part and compares its answers;
-"refused" is asked of the target itself. ``python -m tests.model.test_export_coverage`` writes the table. A further
-target adds a column: a function from (kind, name, arguments) to a cell.
+A cell says "yes (tested)" only if a test in this folder exports a student with that part and compares its answers;
+"refused" is the target's own error. ``python -m tests.model.test_export_coverage`` writes the table. To add a target,
+add a column: a function from (kind, name, arguments) to a cell.
 """
 
 from pathlib import Path

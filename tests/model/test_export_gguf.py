@@ -1,6 +1,6 @@
-"""The GGUF export: every weight under llama.cpp's name, the metadata, and what is refused.
+"""The GGUF export: weights under llama.cpp's names, metadata, and refused models.
 
-llama.cpp itself is asked by scripts/export/check_gguf.sh.
+scripts/export/check_gguf.sh tests llama.cpp itself.
 """
 
 import re

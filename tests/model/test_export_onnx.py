@@ -1,4 +1,4 @@
-"""The ONNX export: onnxruntime computes what torch does, alone and in batches, and what does not fit is refused."""
+"""The ONNX export: onnxruntime computes the same as torch, alone and in batches; unsupported models are refused."""
 
 import json
 import re
@@ -27,7 +27,7 @@ NEW_TOKENS = 12
 
 
 def ours(folder, template):
-    """(model, prompts with -200, images, pixels): two questions of unequal length about two images."""
+    """(model, prompts with -200, images, pixels): two questions of different lengths about two images."""
     model, tokenizer, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
     text, preprocess = TextPreprocess(tokenizer, template), ImagePreprocess(processor, model.config)
     images = [picture(50, 30), picture(31, 64, seed=1)]
@@ -39,7 +39,7 @@ def ours(folder, template):
 
 
 def assert_same(source, folder, template="qwen2_base"):
-    """Pixels, logits at every position, and greedy answers, one by one and as a batch padded on the left."""
+    """Compare pixels, logits at every position, and greedy answers, one by one and as a left-padded batch."""
     model, prompts, images, pixels = ours(source, template)
     student = OnnxStudent(folder, threads=1)
     rows = [student.prompt_ids(question) for question in QUESTIONS]
@@ -193,7 +193,7 @@ def test_every_part(case, tmp_path):
 
 
 def test_masks_are_transformers_own():
-    """With padding, a window and a cache: what may be seen, held against transformers' masks."""
+    """Compared with transformers' masks, with padding, a window and a cache."""
     from transformers import Qwen2Config
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, reas
 
 @pytest.mark.slow
 def test_approximate_positions_are_measured(tmp_path, caplog):
-    """Exact in a sequence as short as those of the first training; beyond, the command says by how much it is not."""
+    """Exact for sequences up to the original length; for longer ones the command prints the difference."""
     caplog.set_level("INFO", logger="tinyllava_switchkd")
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     text = {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": rope}
@@ -262,7 +262,7 @@ def test_approximate_positions_are_measured(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_wrong_graph_is_noticed_and_not_written(tmp_path, monkeypatch):
-    """An export that computes something else never takes its place."""
+    """An export that computes something else never gets its name."""
     from tinyllava_switchkd.model.export import onnx
 
     write(tmp_path / "ours")

@@ -102,7 +102,7 @@ def test_connector_by_name(name, expected):
 
 
 def test_override_reaches_every_name_that_meant_the_old_entry():
-    """v1 knows Qwen2.5 by qwen2 alone; an alias beside it would keep a plugin from taking its place."""
+    """In v1 Qwen2.5 matches only qwen2; with another alias, a plugin could not replace it."""
     with LLMFactory.scope():
         register_llm("qwen2", override=True)(lambda: ("mine", ()))
         for name in ("qwen2", "Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-3B-Instruct"):

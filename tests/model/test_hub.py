@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def hub(root):
-    """A hub whose repositories are the folders ``<root>/<owner>/<name>``; yields its address and what was asked."""
+    """A hub whose repositories are the folders ``<root>/<owner>/<name>``; yields its address and the requests."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):

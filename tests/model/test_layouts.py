@@ -1,4 +1,4 @@
-"""Checkpoints that are not one folder of ours: LoRA, TinyLLaVABench, the hub, and loading under ZeRO-3."""
+"""Checkpoints in other layouts: LoRA, TinyLLaVABench, the hub, and loading under ZeRO-3."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_adapter_that_does_not_fit(tmp_path):
 
 
 def test_legacy_checkpoint(tmp_path, monkeypatch):
-    """Names and configuration of the code before v1; the released models' SigLIP is known by heart."""
+    """Names and configuration of the code before v1, with the built-in configuration of its SigLIP."""
     from tinyllava_switchkd.model import legacy
 
     model = tiny_llava("phi", llm_model_name_or_path="microsoft/phi-2")
@@ -112,7 +112,7 @@ def test_legacy_checkpoint(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub in a folder: what is uploaded appears in the cache that downloads are answered from."""
+    """A hub in a folder: uploads appear in the cache that downloads are served from."""
     from huggingface_hub import HfApi
 
     cache = tmp_path / "hub"
@@ -152,7 +152,7 @@ def test_unreachable_names_are_one_sentence():
 
 
 def test_models_are_whole_under_zero_3(tmp_path):
-    """While ZeRO-3 is configured transformers would partition what it builds; a teacher could never be gathered."""
+    """With ZeRO-3 configured, transformers would partition the model, and a teacher could never be gathered."""
     pytest.importorskip("deepspeed")
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 

@@ -95,7 +95,7 @@ def test_injected_features_equal_images():
 
 
 def test_text_only_and_mixed_batches():
-    """A text-only sample says the same alone, without images, with a dummy, and beside a sample with an image."""
+    """A text-only sample gives the same alone, without images, with a dummy, and in a batch with an image."""
     model = tiny_llava()
     text = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
     alone = model(input_ids=text).logits
@@ -184,7 +184,7 @@ def test_batched_generation_equals_one_by_one(llm, side, settings):
 
 
 def test_repetition_penalty_spares_nothing_new():
-    """transformers would spare as many new tokens as the row has padding; by argument and by configuration alike."""
+    """transformers would exempt as many new tokens as the row has padding; by argument and by configuration."""
     model, ids = tiny_llava("qwen3", seed=2), torch.tensor([[5, 6, 7, 8, 9], [0, 0, 0, 0, 6]])
     mask = (ids > 0).long()
     asked = GenerationConfig(max_new_tokens=6, do_sample=False, repetition_penalty=100.0)
@@ -245,7 +245,7 @@ def test_generation_works_in_training_configuration():
 
 
 def saved_bytes(model, data):
-    """Bytes that autograd keeps from the forward pass for the backward pass, parameters not counted."""
+    """Bytes that autograd saves for the backward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Quantisation: what is refused, what is counted, and (where bitsandbytes is installed) what is quantised."""
+"""Quantisation: refusals, counted bytes, and (if bitsandbytes is installed) the quantised modules."""
 
 import sys
 import types
@@ -63,7 +63,7 @@ def test_a_repacked_model_is_refused_for_distillation():
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and of what bitsandbytes keeps beside them."""
+    """Bytes of a model's parameters and of bitsandbytes' additional tensors."""
     tensors: list[torch.Tensor | None] = []
     for module in model.modules():
         for parameter in module._parameters.values():

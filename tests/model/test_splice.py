@@ -1,4 +1,4 @@
-"""Splicing against a loop over samples that follows TinyLLaVA v1's rules one by one."""
+"""Splicing compared with a loop over samples that follows TinyLLaVA v1's rules one by one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EMBEDDING = torch.nn.Embedding(50, WIDTH)
 
 
 def oracle(input_ids, attention_mask, labels, features, max_length, padding_side):
-    """One sample after the other: drop padding, put features at placeholders, cut, pad."""
+    """For each sample: drop padding, put features at placeholders, truncate, pad."""
     placeholders = int(((input_ids == IMAGE_TOKEN_INDEX) & attention_mask.bool()).sum())
     dummies = 0 if features is None else len(features) - placeholders
     rows, next_image = [], 0

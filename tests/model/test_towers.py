@@ -1,4 +1,4 @@
-"""Vision towers against the libraries' own hidden states, for every layer and strategy."""
+"""Vision towers compared with the libraries' own hidden states, for every layer and strategy."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_siglip2_at_fixed_resolution_is_siglip():
 
 
 def test_dinov2_interpolates_positions_as_v1_did():
-    """transformers 4.40: a scale factor with 0.1 patch added; the published models are fed 224 pixels, not 518."""
+    """transformers 4.40: a scale factor with 0.1 patch added; the published models get 224 pixels, not 518."""
     positions = torch.randn(1, 17, 8)
     assert dinov2_positions(positions, 4, 4) is positions
     got = dinov2_positions(positions, 6, 6)
@@ -277,7 +277,7 @@ def test_open_clip_names():
 
 
 def test_freeze_unused_in_a_tower_that_reads_its_own_numbers():
-    """Such an encoder cannot be built without memory."""
+    """Such an encoder cannot run on the meta device."""
 
     class Reader(VisionTowerFactory("siglip")):
         def hidden_state(self, pixels, num_layers):
@@ -289,7 +289,7 @@ def test_freeze_unused_in_a_tower_that_reads_its_own_numbers():
 
 @pytest.mark.parametrize("kind", ["timm", "open_clip"])
 def test_library_towers_in_a_saved_model(kind, timm_folder, open_clip_folder, tmp_path):
-    """Saved, loaded without the library's folder, checkpointed: same features; no buffer lost on the way."""
+    """Saved, loaded without the library's folder, and checkpointed: the features are the same and no buffer is lost."""
     folder = (timm_folder if kind == "timm" else open_clip_folder)[0]
     name = f"{kind}:local-dir:{folder}"
     config = VisionTowerFactory(name).load_config(name)
@@ -308,7 +308,7 @@ def test_library_towers_in_a_saved_model(kind, timm_folder, open_clip_folder, tm
 
 
 def test_rotary_buffers_survive_loading(tmp_path):
-    """EVA's rotary embedding is a buffer that no checkpoint holds."""
+    """EVA's rotary embedding is a buffer that no checkpoint stores."""
     from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
 
     args = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -1,4 +1,4 @@
-"""Folders of somebody else's: code in them is neither run, nor asked about, nor waited for."""
+"""Code in untrusted folders is never run, without any prompt or waiting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(source, tmp_path):
 
 
 def plant(folder: Path, file: str, value="evil.Evil", *, key="auto_map", within: str | None = None, **more) -> None:
-    """Name a class of the folder's own in one of its files."""
+    """Name a class in the folder in one of its files."""
     (folder / "evil.py").write_text(CODE)
     path = folder / file
     fields = json.loads(path.read_text()) if path.is_file() else {}
@@ -102,7 +102,7 @@ def test_a_generation_loop(folder):
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
 def test_an_exported_student(folder, file):
-    """Somebody else's ONNX folder: refused before a graph of it is looked for."""
+    """An untrusted ONNX folder is refused before its graphs are read."""
     plant(folder, file)
     refused(lambda: OnnxStudent(folder), folder, file)
 
@@ -138,7 +138,7 @@ def test_a_tokenizer_of_another_folder(tmp_path):
 
 
 def test_folders_that_a_checkpoint_only_names(folder, tmp_path):
-    """A checkpoint without files of its own is completed from the base models that it names."""
+    """A checkpoint without its own files is completed from the base models that it names."""
     llm, tower = write_tiny_llm(tmp_path / "llm-qwen2"), write_tiny_tower(tmp_path / "siglip-tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (folder / name).unlink()
@@ -178,7 +178,7 @@ def test_an_adapter_imports_nothing(folder, tmp_path, monkeypatch):
 
 
 class TestNeeded:
-    """An auto_map that names classes which are installed is not needed, and is left alone: published models have it."""
+    """An auto_map that names only installed classes, as in published models, is ignored."""
 
     @pytest.mark.parametrize("module", ["modeling_tinyllava_phi", "modeling_tinyllava_gemma"])
     def test_v1_s_published_checkpoints_load(self, folder, module):
@@ -206,7 +206,7 @@ class TestNeeded:
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
 def test_the_command_line_neither_asks_nor_waits(folder, file, monkeypatch, capsys):
-    """Answers that would be given are still there afterwards."""
+    """Input on stdin is still unread afterwards."""
     plant(folder, file)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
     assert chat.main(["--model_path", str(folder), "--question", "What?"]) == 1

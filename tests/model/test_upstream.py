@@ -59,7 +59,7 @@ def test_parity(name, beside, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_written_again_it_is_the_same(name, tmp_path):
-    """Saved by us: v1's keys in safetensors, everything inside, same outputs. Saved and loaded twice: same bytes."""
+    """Saved again: v1's keys in safetensors, self-contained, same outputs. Saved and loaded twice: same bytes."""
     model, tokenizer, image_processor = check(UPSTREAM / name, expectation(name))
     save_pretrained_model(model, tokenizer, image_processor, tmp_path / "once", template="qwen2_base")
     names = {path.name for path in (tmp_path / "once").iterdir()}

@@ -1,7 +1,7 @@
-/* The CPU's kernels of knee.py and pairs.py, compiled on their first use and called by native.py.
+/* CPU kernels for knee.py and pairs.py, compiled on first use and called by native.py.
 
-   Each takes a job, whose rows several threads may share, and needs nothing but the C library. Compile with
-   -ffp-contract=off: a fused multiply-add would round otherwise than torch does, and the knee is compared bit by bit. */
+   Each takes a job, whose rows may be distributed over threads, and needs only the C library. Compile with
+   -ffp-contract=off: a fused multiply-add rounds differently than torch, and the knee must be equal bit for bit. */
 
 #include <math.h>
 #include <stdint.h>
@@ -10,10 +10,10 @@
 
 #define BINS 2048
 #define LANES 32      /* independent extremes, so that the compiler can use vector instructions */
-#define DIGITS 2048   /* a radix sort's; three of them hold a float */
-#define LINE 16       /* floats to a line of the cache */
+#define DIGITS 2048   /* of the radix sort; three digits represent a float */
+#define LINE 16       /* floats per cache line */
 #define NO_MEMORY 1
-#define NOT_MINE 2    /* torch's operations have to do it */
+#define NOT_MINE 2    /* must be computed by torch's operations */
 
 typedef struct {
     int64_t next, rows, failed; /* the next row that no thread has taken */
@@ -50,7 +50,7 @@ static float logit_of(Entry entry) {
     return logit;
 }
 
-/* A radix sort of three digits: by descending logit, equal logits as they came. `spare` holds the result. */
+/* Stable radix sort with three digits, by descending logit. The result is in `spare`. */
 static void sort(Entry *entries, Entry *spare, long count) {
     uint32_t places[3][DIGITS] = {0};
     for (long i = 0; i < count; i++)
@@ -67,8 +67,8 @@ static void sort(Entry *entries, Entry *spare, long count) {
     }
 }
 
-/* Columns [rows, vocab] of the logits up to the knee, in order (only the first k of a row are written), and of every row
-   k, the smallest logit that counts, and the smallest and the largest finite logit. */
+/* Columns [rows, vocab] of the logits up to the knee, in order (only the first k of a row are written), and for every
+   row k, the smallest logit that counts, and the smallest and the largest finite logit. */
 void leading(Leading *job) {
     const long vocab = job->vocab;
     uint16_t *bins = malloc(vocab * sizeof(uint16_t));
@@ -120,7 +120,7 @@ void leading(Leading *job) {
             continue;
         }
 
-        /* Bin 0 holds the largest logits. Whatever the rounding, bins ascend as logits descend. */
+        /* Bin 0 has the largest logits. Despite rounding, bins ascend as logits descend. */
         double spread = (double)high - (double)low;
         float scale = spread > 1e-30 && spread < 1e38 ? (float)(4 * (BINS - 1) / spread) : 0;
         for (long i = 0; i < vocab; i++) bins[i] = (uint16_t)(int)((high * 0.25f - z[i] * 0.25f) * scale);
@@ -129,7 +129,7 @@ void leading(Leading *job) {
         for (long i = 0; i + 1 < vocab; i += 2) counts[bins[i]]++, others[bins[i + 1]]++; /* neighbours don't wait */
         if (vocab % 2) counts[bins[vocab - 1]]++;
 
-        /* The last bin that can hold the knee; knee.py has the argument. 1.5: half a bin absorbs the rounding. */
+        /* The last bin that can contain the knee, see knee.py. 1.5 includes half a bin for rounding. */
         const double a_bin = 1.0 / (BINS - 1), a_rank = 1.0 / vocab;
         double best = -INFINITY;
         long above = 0, last = BINS - 1;
@@ -143,7 +143,7 @@ void leading(Leading *job) {
 
         long total = 0;
         for (long i = 0; i < vocab; i++) {
-            entries[total].column = (int32_t)i; /* without a branch, which would be guessed wrong too often */
+            entries[total].column = (int32_t)i; /* without a branch, which would be mispredicted too often */
             total += bins[i] <= last;
         }
         for (long i = 0; i < total; i++) entries[i] = as_entry(z[entries[i].column], entries[i].column);
@@ -164,9 +164,9 @@ void leading(Leading *job) {
     free(bins), free(finite), free(entries), free(sorted), free(heights);
 }
 
-/* exp of numbers from -700 to 0, to some units in the last place; so written that vector instructions can do it. */
+/* exp of numbers from -700 to 0, up to some units in the last place; written for vectorisation. */
 static void exponentials(const double *restrict values, double *restrict out, long count) {
-    const double round = 0x1.8p52; /* added to a small number, leaves the nearest integer in the last bits */
+    const double round = 0x1.8p52; /* adding it to a small number leaves the nearest integer in the last bits */
     for (long i = 0; i < count; i++) {
         double shifted = values[i] * 1.4426950408889634 + round, n = shifted - round;
         double r = (values[i] - n * 0x1.62e42fefap-1) - n * 0x1.cf79abc9e3b398p-40, power = 1.0 / 479001600; /* 12! */
@@ -186,21 +186,21 @@ static void exponentials(const double *restrict values, double *restrict out, lo
 typedef struct {
     int64_t width;
     const int64_t *indices, *ks;
-    float *gradient; /* NULL: none wanted */
+    float *gradient; /* NULL if not needed */
 } Lead;
 
 typedef struct {
     Rows rows;
     int64_t vocab, reverse;
     int64_t strides[2];
-    const float *logits[2]; /* the student's, the teacher's */
+    const float *logits[2]; /* of the student and the teacher */
     Lead leads[2];
     const float *bounds; /* [rows, 4]: the smallest and the largest finite logit of the student's and the teacher's */
     double tau, most;
     double *losses;
 } Pairs;
 
-/* One side's scaled logits less their largest; false if they lie further apart than `most`. */
+/* One side's scaled logits minus their largest; false if they differ by more than `most`. */
 static int scale(const float *raw, double *a, double *up, double *down, long k, double tau, double most) {
     float top = raw[0], low = raw[0];
     for (long i = 1; i < k; i++) top = raw[i] > top ? raw[i] : top, low = raw[i] < low ? raw[i] : low;
@@ -211,8 +211,8 @@ static int scale(const float *raw, double *a, double *up, double *down, long k, 
     return 1;
 }
 
-/* Loss [rows] in float64: the pair KLs of both orders; and of each order its gradient [rows, width] by the student's
-   logits at `indices`. pairs.py has the equations. */
+/* Loss [rows] in float64, the pair KLs of both orders, and for each order its gradient [rows, width] by the student's
+   logits at `indices`. The equations are in pairs.py. */
 void pairs(Pairs *job) {
     const long width = job->leads[0].width > job->leads[1].width ? job->leads[0].width : job->leads[1].width;
     float *raw = malloc(4 * width * sizeof(float));
@@ -226,7 +226,7 @@ void pairs(Pairs *job) {
         if (bound[0] != bound[0] || bound[2] != bound[2]) job->rows.failed = NOT_MINE;
         for (int side = 0; side < 2; side++) {
             const float *z = job->logits[side] + row * job->strides[side], low = bound[2 * side], high = bound[2 * side + 1];
-            /* Read in order, a row comes from memory several times faster than by the indices. */
+            /* Reading a row in order is several times faster than reading it by indices. */
             for (long i = 0; i < job->vocab; i += LINE) __builtin_prefetch(z + i);
             for (int order = 0; order < 2; order++) {
                 const Lead *lead = &job->leads[order];
@@ -297,7 +297,7 @@ typedef struct {
     float *out;
 } Spread;
 
-/* Fill `out` [rows, vocab] with the gradients of both orders, each at its place and times the row's factor. */
+/* Fill `out` [rows, vocab] with the gradients of both orders at their indices, times the row's factor. */
 void spread(Spread *job) {
     for (long row; (row = take(&job->rows)) < job->rows.rows;) {
         float *out = job->out + row * job->vocab;

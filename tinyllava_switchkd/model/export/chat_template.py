@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.template import Template, TemplateFactory
-from tinyllava_switchkd.data.template.base import exchange
+from tinyllava_switchkd.data.template.base import begin_tokens, exchange
 from tinyllava_switchkd.io import read_text
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     plain = TemplateFactory(template)()
     written = plain.for_tokenizer(tokenizer)
     fitted = written is not plain
-    bos = tokenizer.bos_token if _puts_bos(tokenizer) else ""
+    bos = tokenizer.bos_token if begin_tokens(tokenizer)[-1:] == [tokenizer.bos_token_id] else ""
     jinja = _fill(written, bos, "", system_is_text=not fitted)
     if jinja is None or any(_render(tokenizer, jinja, probe) != bos + _text(written, probe) for probe in PROBES):
         raise ValueError(
@@ -124,10 +124,6 @@ def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str |
     }
     settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
     return settings + read_text(_JINJA)
-
-
-def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, jinja: str, turns: Turns) -> str:

@@ -41,7 +41,9 @@ def quantise(source: Path, file: Path, dtype: str, inline_bytes: int) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _int8(source) if dtype == "int8" else _q4(source)
-    outside = not _has_size(model) or model.ByteSize() > inline_bytes
+    # protobuf cannot compute the size of a model of 2 GiB or more.
+    outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= 1 << 31
+    outside = outside or model.ByteSize() > inline_bytes
     data = f"{file.name}_data"
     onnx.save(
         model,
@@ -50,11 +52,6 @@ def quantise(source: Path, file: Path, dtype: str, inline_bytes: int) -> bool:
         **({"location": data, "all_tensors_to_one_file": True} if outside else {}),
     )
     return outside
-
-
-def _has_size(model: ModelProto) -> bool:
-    """Whether a model has less than 2 GiB; protobuf cannot compute the size of a larger one."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 1 << 31
 
 
 def _int8(source: Path) -> ModelProto:
