@@ -55,9 +55,9 @@ def score_file(
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"The data folder {data_dir} does not exist; --data_dir is the benchmark's own folder.")
     run = run_beside(answers_file, benchmark.name)
-    if split is not None and split not in (benchmark.splits or (benchmark.paper_split,)):
-        known = ", ".join(benchmark.splits or (benchmark.paper_split,))
-        raise ValueError(f"{benchmark.title} has no split {split!r}, only {known}.")
+    splits = benchmark.splits or (benchmark.paper_split,)
+    if split is not None and split not in splits:
+        raise ValueError(f"{benchmark.title} has no split {split!r}, only {', '.join(splits)}.")
     if split is None and run is not None and run.get("split") in benchmark.splits:
         split = run["split"]
     benchmark.answered_split = split

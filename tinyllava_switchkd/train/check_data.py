@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        lines, ready = _look(args)
+        lines, ready = _report(args)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ready else 1
 
 
-def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
+def _report(args: argparse.Namespace) -> tuple[list[str], bool]:
     """The report's lines, and whether the data has no problems."""
     for name in ("num_image_tokens", "model_max_length", "num_queries"):
         value = getattr(args, name)
@@ -64,7 +64,7 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
     lines = []
     settings: dict[str, Any] = {}
     if args.model_path or args.vision_tower:
-        settings = _of_model(args)
+        settings = _model_settings(args)
         tokens, name = settings["num_image_tokens"], args.model_path or args.vision_tower
         lines.append(f"{tokens:>12,}  visual tokens per image ({name})")
     if args.tokenizer:
@@ -84,7 +84,7 @@ def _look(args: argparse.Namespace) -> tuple[list[str], bool]:
     return [*lines, str(report)], report.ok
 
 
-def _of_model(args: argparse.Namespace) -> dict[str, Any]:
+def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for `check_data` from the model on the command line, without reading its weights."""
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.vision_tower import resolve_vision_tower

@@ -71,7 +71,7 @@ class Filling:
     def release(self) -> None:
         """Does nothing: filling holds no output folder."""
 
-    def left(self) -> str:
+    def resume_hint(self) -> str:
         """What the user can continue from if the filling ends now."""
         return f"the same command continues with what {self.cache.folder} holds"
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run is None:
             raise
         if is_main_process():
-            print(f"error: Interrupted; {run.left()}.", file=sys.stderr)
+            print(f"error: Interrupted; {run.resume_hint()}.", file=sys.stderr)
         return 130
     finally:
         if run is not None:
@@ -141,7 +141,7 @@ class Run:
         """Release the output folder."""
         self.lock.release()
 
-    def left(self) -> str:
+    def resume_hint(self) -> str:
         """What the user can continue from if the run ends now."""
         output = self.trainer.args.output_dir
         return f"the same command continues from {checkpoints.latest_name(output)} in {output}"
@@ -212,7 +212,7 @@ def prepare(arguments: Arguments) -> Run | Filling | None:
 
 def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     training = arguments.training
-    checkpoint, chosen = on_main(lambda: _begin(arguments, plan, lock))
+    checkpoint, chosen = on_main(lambda: _lock_and_find_checkpoint(arguments, plan, lock))
     recipe = plan.recipe
     cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a new connector is the same on every rank and in every run
@@ -298,7 +298,7 @@ def on_main(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def _begin(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, JsonObject]:
+def _lock_and_find_checkpoint(arguments: Arguments, plan: Plan, lock: OutputLock) -> tuple[str | None, JsonObject]:
     """Lock the output folder (main process); returns the checkpoint to resume from, if any, and the fingerprint.
 
     Raises:

@@ -80,7 +80,7 @@ class LLaVATrainer(ReliableTrainer):
         if args.torch_compile:
             compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole task
-        self.add_callback(_Moments(self))
+        self.add_callback(_TrainingHooks(self))
 
     @property
     def student(self) -> TinyLlava:
@@ -242,7 +242,7 @@ class LLaVATrainer(ReliableTrainer):
         self.write_arguments(output_dir)
 
 
-class _Moments(TrainerCallback):
+class _TrainingHooks(TrainerCallback):
     """Opens the logging window at the start, tells the sampler the epoch, and writes the teacher cache.
 
     accelerate does not reach the sampler through the nested batch samplers of a resumed run. The cache is written at

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.data.dataset import LazySupervisedDataset, Samples
 
 
-class _Around(Dataset):
+class _Wrapper(Dataset):
     """A data set that wraps another one and forwards other attributes to it."""
 
     def __init__(self, whole: Samples) -> None:
@@ -35,7 +35,7 @@ class _Around(Dataset):
         return getattr(self.whole, name)
 
 
-class Subset(_Around):
+class Subset(_Wrapper):
     """The samples of a data set at some indices, with their lengths."""
 
     def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class Subset(_Around):
         return [lengths[index] for index in self.indices]
 
 
-class WithFillers(_Around):
+class WithFillers(_Wrapper):
     """A data set that, beyond its end, repeats its samples without labels, to give all ranks equally many."""
 
     def __getitem__(self, index: int) -> Sample:

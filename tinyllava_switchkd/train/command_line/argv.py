@@ -36,7 +36,7 @@ RENAMED = {
 }
 """Old name -> new name with the same meaning."""
 
-NEVER_WERE = {"connector_lr": "mm_projector_lr"}
+GUESSED = {"connector_lr": "mm_projector_lr"}
 """Names that users might guess -> the argument's name."""
 
 TEMPLATE = dict.fromkeys(("conv_version", "conv_mode"), "template")
@@ -108,9 +108,9 @@ def translate_argv(argv: Sequence[str]) -> list[str]:
     for name, values in split:
         value = " ".join(values) or "True"
         name = TEMPLATE.get(name.replace("-", "_"), name)
-        if name in NEVER_WERE and name not in known:
-            _warn("--%s is called --%s.", name, NEVER_WERE[name])
-            name = NEVER_WERE[name]
+        if name in GUESSED and name not in known:
+            _warn("--%s is called --%s.", name, GUESSED[name])
+            name = GUESSED[name]
         if name in known or name not in RENAMED | IGNORED | TRANSLATED:
             translated += [f"--{name}", *values]
             continue

@@ -115,9 +115,8 @@ def estimate(
         activations = sum(run(checkpointing) for _, run in passes)
         layers = [model.config.text_config.num_hidden_layers for model, _ in passes]
         again = [run(False) // count for (_, run), count in zip(passes, layers, strict=True)] if checkpointing else [0]
-    supervised = supervised_tokens if supervised_tokens is not None else text_tokens // 2
+    supervised = batch_size * (text_tokens // 2 if supervised_tokens is None else supervised_tokens)
     head = student.get_output_embeddings().weight
-    supervised *= batch_size
     chunk = min(chunk_size or max(64, CHUNK_ELEMENTS // head.shape[0]), supervised)
     terms = 0 if teacher is None else 1 + switch
     # The head's gradient is kept until the backward pass; it is float32 if summed over chunks.
@@ -173,11 +172,10 @@ def estimate_run(arguments: Arguments) -> str:
 
 def _remedy(result: Estimate, training: TrainingArguments, distill: TeacherArguments) -> str:
     """The flag that reduces the largest item most."""
+    smaller_batch = f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}"
     parts = {
-        "activations": "--gradient_checkpointing True"
-        if not training.gradient_checkpointing
-        else f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}",
-        "recomputed": f"--per_device_train_batch_size {max(training.per_device_train_batch_size // 2, 1)}",
+        "activations": smaller_batch if training.gradient_checkpointing else "--gradient_checkpointing True",
+        "recomputed": smaller_batch,
         "head_gradient": "--training_recipe lora",
         "logits": f"--chunk_size {(distill.chunk_size or 256) // 2}",
         "optimizer": "--deepspeed zero2_offload.json, or --training_recipe lora",

@@ -222,7 +222,7 @@ class ReliableTrainer(Trainer):
         if checkpoint is None:
             return
         if universal.is_universal(checkpoint):
-            universal.complete(self.optimizer, self.group_settings, self.lr_scheduler.get_last_lr())
+            universal.correct(self.optimizer, self.group_settings, self.lr_scheduler.get_last_lr())
         if not self.is_deepspeed_enabled and any(
             set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups
         ):

@@ -44,7 +44,7 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
         the folder to resume from.
 
     Raises:
-        ResumeError: the optimiser has not Adam's states, a name in it is no parameter's, or it holds an object.
+        ResumeError: the optimiser is not of Adam's kind, or the files hold an object or a name that no parameter has.
         CheckpointError: there is no room.
     """
     from deepspeed.checkpoint import ds_to_universal
@@ -76,7 +76,7 @@ def convert(checkpoint: str | Path, output_dir: str | Path) -> Path:
     return view
 
 
-def complete(optimizer: Optimizer, before: list[dict[str, object]], rates: list[float]) -> None:
+def correct(optimizer: Optimizer, before: list[dict[str, object]], rates: list[float]) -> None:
     """Correct two errors of DeepSpeed's reader of the universal form under ZeRO-3.
 
     It gives all parameter groups the settings of the first one, and one shared step counter, which then counts each
