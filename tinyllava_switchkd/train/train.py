@@ -229,7 +229,9 @@ def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     if training.deepspeed is not None:
         warn_of_builds()
     if universal.is_universal(checkpoint):
-        training.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True  # is read so
+        training.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = (
+            True  # where DeepSpeed looks
+        )
     trainer = LLaVATrainer(
         task,
         training,

@@ -270,4 +270,4 @@ def _question(image: str, text: str) -> dict[str, str | int]:
 def _check_pairs(pairs: Mapping[str, list[str]]) -> None:
     odd = [image for image, lines in pairs.items() if len(lines) != 2]
     if odd:
-        raise ValueError(f"MME asks two questions an image, but {len(pairs[odd[0]])} on {odd[0]} ({len(odd)} images).")
+        raise ValueError(f"MME asks two questions per image, but {len(pairs[odd[0]])} on {odd[0]} ({len(odd)} images).")

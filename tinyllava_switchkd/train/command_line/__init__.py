@@ -1,1 +1,1 @@
-"""What a training may be told: arguments, their values, and how a command line is read."""
+"""The arguments of a training, their allowed values, and the parsing of command lines."""

@@ -117,7 +117,7 @@ def _value(values: object, name: str, absent: object = None) -> object:
 
 def _check_named(where: str, section: str, values: JsonObject) -> None:
     if not isinstance(values.get("type"), str):
-        raise ValueError(f"{where}: '{section}.type' is {values.get('type')!r}; it must be the name of an {section}.")
+        raise ValueError(f"{where}: '{section}.type' is {values.get('type')!r}; it must be a name.")
     if not isinstance(values.get("params", {}), dict):
         raise ValueError(f"{where}: '{section}.params' is {values['params']!r}; it must be an object of settings.")
 

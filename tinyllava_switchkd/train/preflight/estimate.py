@@ -95,7 +95,7 @@ def estimate(
         switch: whether the switch pass runs.
         chunk_size: as in `build_distiller`.
         half_teacher: whether the teacher is in bfloat16 or float16; None means as the student. Under torch's autocast
-            only the student's weights are in float32. Its activations are then all counted as float32, although
+            only the student's weights are in float32. All of its activations are then counted as float32, although
             autocast keeps only some of them so.
         teacher_bits: 8 or 4 if the teacher's language model is quantised.
     """

@@ -1,1 +1,1 @@
-"""What keeps a run from being lost or silently ruined: checkpoints, resuming, locks, signals, and what is watched."""
+"""Keeps a run from being lost or silently ruined: checkpoints, resuming, locks, signals, checks for NaN."""

@@ -27,7 +27,7 @@ OF_THE_MACHINE = (
     "estimate",
     "fill_teacher_cache",
 )
-"""Flags that depend on the machine and do not change the result."""
+"""Flags that say how a run is computed, not what; they differ between machines."""
 
 _COMPUTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
 

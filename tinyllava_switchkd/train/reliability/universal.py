@@ -20,7 +20,6 @@ from . import checkpoints
 from .resume import ResumeError, reading
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,8 @@ def _check(shards: Path) -> None:
     for file in sorted(shards.glob("*_optim_states.pt")):
         state = torch.load(file, map_location="cpu", mmap=True)["optimizer_state_dict"]
         inner = state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
-        kinds = [set(each) for each in _values(inner.get("state"))]
+        states = inner.get("state") or []
+        kinds = [set(each) for each in (states.values() if isinstance(states, dict) else states)]
         if not kinds or not all(kind >= _STATES for kind in kinds):
             raise ResumeError(
                 f"The checkpoint {shards.parent} was written by another number of processes with an optimiser that "
@@ -113,10 +113,6 @@ def _check(shards: Path) -> None:
         state = torch.load(file, map_location="cpu", mmap=True)
         _check_names(shards, (name for group in state.get("param_shapes") or () for name in group))
         _check_names(shards, state.get("module") or ())
-
-
-def _values(state: dict[int, dict[str, Tensor]] | list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]]:
-    return list(state.values()) if isinstance(state, dict) else list(state or ())
 
 
 def _check_names(shards: Path, names: Iterable[object]) -> None:
