@@ -43,13 +43,7 @@ from .compiling import check_compile
 from .filling import Filling
 from .preflight import checks
 from .preflight.estimate import estimate_run
-from .preflight.skeleton import (
-    apply_run_settings,
-    checkpoint_skeleton,
-    model_settings,
-    student_skeleton,
-    visual_tokens,
-)
+from .preflight.skeleton import apply_run_settings, checkpoint_skeleton, model_settings, student_skeleton, visual_tokens
 from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .reliability import checkpoints, fingerprint, resume, signals, universal
 from .reliability.guard import NON_FINITE, NonFiniteError

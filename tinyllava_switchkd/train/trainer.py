@@ -104,11 +104,7 @@ class LLaVATrainer(ReliableTrainer):
         return batches, self._step_counts["supervised"]
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The task's loss; its other losses and measures go into the logging window."""
         counts = self._step_counts if num_items_in_batch is not None else None

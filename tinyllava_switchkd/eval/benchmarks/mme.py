@@ -26,18 +26,7 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build
     from tinyllava_switchkd.statistics import Figure, Sums
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 RELEASE = "MME_Benchmark_release_version"

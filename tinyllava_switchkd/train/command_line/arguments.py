@@ -46,8 +46,7 @@ class ModelArguments:
     connector_type: str = field(default="linear", metadata={"help": "The connector, e.g. mlp2x_gelu or ldpv2."})
     mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden state of the tower to use."})
     mm_vision_select_feature: str = field(
-        default="patch",
-        metadata={"help": "patch drops the first visual token (as in TinyLLaVA), cls_patch keeps it."},
+        default="patch", metadata={"help": "patch drops the first visual token (as in TinyLLaVA), cls_patch keeps it."}
     )
     resampler_hidden_size: int = field(default=768, metadata={"help": "Width of the resampler connector."})
     num_queries: int = field(default=128, metadata={"help": "Visual tokens of the resampler and qformer connectors."})
@@ -88,8 +87,7 @@ class DataArguments:
     )
 
     keep_in_memory: bool = field(
-        default=False,
-        metadata={"help": "Keep every prepared sample in memory, for a small data set with many epochs."},
+        default=False, metadata={"help": "Keep every prepared sample in memory, for a small data set with many epochs."}
     )
     allow_outside_images: bool = field(
         default=False,
