@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tests.train.ranks import codes_on_ranks
 from tests.train.test_checkpoints import Planted
 from tests.train.world import command_line, write_world
+from tinyllava_switchkd.launch.launcher import DEEPSPEED
 from tinyllava_switchkd.train.reliability import checkpoints, resume, universal
 from tinyllava_switchkd.train.reliability.resume import ResumeError
 from tinyllava_switchkd.train.train import main
 
-STAGES = Path(universal.__file__).parents[2] / "launch" / "deepspeed"
 SETTINGS = {"max_steps": 4, "save_steps": 1, "weight_decay": 0.1, "vision_tower_lr": 1e-3, "adam_epsilon": 1e-3}
 """Parameter groups with different settings, and an optimiser whose steps follow the size of the gradient."""
 
@@ -65,7 +65,7 @@ def alone(world, tmp_path_factory):
 def test_a_bad_step_is_left_out_on_all_ranks_and_another_number_goes_on(world, alone, tmp_path, zero):
     """Two ranks, one with a NaN at step 3; then one process resumes from the checkpoint before, without the NaN."""
     run, log = tmp_path / "run", tmp_path / "log"
-    settings = {**SETTINGS, "deepspeed": STAGES / f"zero{zero}.json"}
+    settings = {**SETTINGS, "deepspeed": DEEPSPEED / f"zero{zero}.json"}
     line = command_line(world, run, per_device_train_batch_size=2, on_nan="skip", **settings)
     assert codes_on_ranks(2, line, log, functools.partial(spoil, 1, 3)) == [0, 0], Path(f"{log}.0").read_text()[-3000:]
     stored = [load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3, 4)]
