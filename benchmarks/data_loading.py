@@ -120,10 +120,10 @@ def opening(path: Path, workers: int) -> list[list[object]]:
     ]
 
 
-def photograph(rng: np.random.Generator, size: tuple[int, int] = (640, 480)) -> bytes:
+def photograph(rng: np.random.Generator) -> bytes:
     """A JPEG of COCO's image size that takes about as long to decode as a photograph."""
     coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    pixels = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
+    pixels = np.asarray(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
     pixels += rng.integers(-12, 13, pixels.shape, dtype=np.int16)
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)

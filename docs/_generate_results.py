@@ -64,7 +64,7 @@ def paper_scores(table: str) -> dict[str, float]:
     from tinyllava_switchkd.visualize.paper import paper_tables
 
     published = paper_tables()
-    first, switch, align = (row["Avg10"] for row in (published["table3"][i] for i in (0, 2, 1)))
+    first, align, switch = (row["Avg10"] for row in published["table3"][:3])
     if table == "switch":
         return {"sft": first, "align": align, "switch_kd": switch}
     if table == "losses":
@@ -105,11 +105,9 @@ def table_block(stored: Mapping[str, Any], name: str) -> str:
             value, reference = published.get(key), published[table.reference(key)]
             row += ["–" if value is None else f"{value:.1f}"]
             row += ["" if value is None or key == table.reference(key) else f"{value - reference:+.1f}"]
-    head, *rest = rows
-    lines = [" | ".join(["", *row, ""]).strip() for row in (head, ["---", *["---:"] * (len(head) - 1)], *rest)]
     said = [f"- {line}" for line in summary.sentences(stored, table)]
     count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" + ("" if len(seeds) >= 5 else " instead of the default five")
-    return "\n".join([f"{count}.", "", *lines, "", *said, "", _command(table.script)])
+    return "\n".join([f"{count}.", "", summary.markdown_of(rows), "", *said, "", _command(table.script)])
 
 
 def _command(script: str) -> str:
@@ -118,27 +116,20 @@ def _command(script: str) -> str:
 
 def search_block(stored: Mapping[str, Any]) -> str:
     """The results of the search on validation scenes."""
+    from tinyllava_switchkd.ablations.summary import markdown_of
     from tinyllava_switchkd.ablations.tables import GRID, TABLES, WAYS, grid
 
     points = [(rate, weight) for rate in GRID["rate"] for weight in GRID["weight"]]
-    lines = ["| | " + " | ".join(f"rate x{rate:g}, weights x{weight:g}" for rate, weight in points) + " |"]
-    lines.append("|---|" + "---:|" * len(points))
+    rows = [["", *(f"rate x{rate:g}, weights x{weight:g}" for rate, weight in points)]]
     for key in TABLES["methods"].ways:
         found = stored["search"].get(key, {})
         cells = dict.fromkeys(points, "–")
-        for candidate, point in zip(grid(WAYS[key]), _points(key), strict=True):
+        for point, candidate in grid(WAYS[key]).items():
             if candidate.key in found.get("scores", {}):
                 mark = "**" if candidate.key == found.get("chosen") else ""
                 cells[point] = f"{mark}{found['scores'][candidate.key]:.1f}{mark}"
-        lines.append(f"| {WAYS[key].label} | {' | '.join(cells.values())} |")
-    return "\n".join(lines)
-
-
-def _points(key: str) -> list[tuple[float, float]]:
-    from tinyllava_switchkd.ablations.tables import GRID, WAYS
-
-    weights = GRID["weight"] if WAYS[key].tuning is not None else (1.0,)
-    return [(rate, weight) for rate in GRID["rate"] for weight in weights]
+        rows.append([WAYS[key].label, *cells.values()])
+    return markdown_of(rows)
 
 
 def attention_block(stored: Mapping[str, Any]) -> str:

@@ -118,11 +118,12 @@ def _cells(at: JsonObject) -> list[str]:
     return [means, norms, cosine, f"{100 * at['top_1']:.1f} % / {100 * at['top_100']:.0f} %"]
 
 
-def history_lines(stored: JsonObject, key: str = "switch_kd/1", most: int = 8) -> list[list[str]]:
-    """Cells of a run's log on training batches, at `most` evenly spread steps."""
+def history_lines(stored: JsonObject) -> list[list[str]]:
+    """Cells of the log of Switch-KD's first seed on training batches, at up to eight evenly spread steps."""
+    key = "switch_kd/1"
     history = stored["runs"].get(key, stored.get("unfinished", {}).get(key, {})).get("history", [])
     rows = [["step", "ce", "align", "switch", "k, teacher leads", "k, student leads", "overlap"]]
-    count = min(most, len(history))
+    count = min(8, len(history))
     for line in [history[round(at * (len(history) - 1) / max(count - 1, 1))] for at in range(count)]:
         terms = [f"{line[name]:.3g}" for name in ("ce", "align", "visual_switch")]
         knees = [f"{line[name]:,.0f}" for name in ("knee_teacher", "knee_student")]

@@ -204,10 +204,10 @@ GRID: Mapping[str, tuple[float, ...]] = {"rate": (1.0, 2.0), "weight": (1.0, 2.0
 and of all the method's weights together. SFT has no weights."""
 
 
-def grid(way: Way) -> list[Way]:
-    """The candidates of a way; the first is the way itself."""
+def grid(way: Way) -> dict[tuple[float, float], Way]:
+    """Factors of learning rate and weights -> candidate; the first candidate is the way itself."""
     weights = GRID["weight"] if way.tuning is not None else (1.0,)
-    return [tuned(way, rate, weight) for rate in GRID["rate"] for weight in weights]
+    return {(rate, weight): tuned(way, rate, weight) for rate in GRID["rate"] for weight in weights}
 
 
 def tuned(way: Way, rate: float, weight: float) -> Way:

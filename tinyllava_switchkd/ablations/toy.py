@@ -164,7 +164,7 @@ class Toy:
 
     def search(self, way: Way) -> Way:
         """The way with the learning rate and weights of the grid that score best on validation scenes."""
-        candidates = grid(way)
+        candidates = grid(way).values()
         scores = {}
         for candidate in candidates:
             checkpoint = self.train(candidate, TUNING_SEED)

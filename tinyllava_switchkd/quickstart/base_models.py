@@ -68,14 +68,13 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int = 0, padding: int = 0) -> None:
+def write_llm(folder: Path, width: int, layers: int, seed: int = 0, padding: int = 0) -> None:
     """Write a random Qwen2 with its tokenizer, as a Hugging Face folder.
 
     Args:
         folder: output folder; its name should contain "qwen2", from which the LLM factory chooses the class.
         width: hidden size.
         layers: decoder layers.
-        heads: attention heads, each with its own keys.
         seed: seed of the weights.
         padding: vocabulary rows beyond the tokenizer's, as in larger Qwen2.5 models.
     """
@@ -85,8 +84,8 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=512,
         # As in Qwen2.5. With few, slowly rotating dimensions, a question finds its cell by content. With theta 10,000
         # and four heads of a quarter of the width, base training took twice as long or failed.
@@ -102,14 +101,13 @@ def write_llm(folder: Path, width: int, layers: int, heads: int = 2, seed: int =
     tokenizer.save_pretrained(folder)
 
 
-def write_vision_tower(folder: Path, width: int = 64, layers: int = 2, heads: int = 4, seed: int = 0) -> None:
+def write_vision_tower(folder: Path, width: int = 64, layers: int = 2, seed: int = 0) -> None:
     """Write a random SigLIP vision tower (one token per cell) and its image processor, as a Hugging Face folder.
 
     Args:
         folder: output folder; its name should contain "siglip", from which the factory chooses the class.
         width: hidden size.
         layers: encoder layers.
-        heads: attention heads.
         seed: seed of the weights.
     """
     config = SiglipVisionConfig(
@@ -118,7 +116,7 @@ def write_vision_tower(folder: Path, width: int = 64, layers: int = 2, heads: in
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=4,
         vision_use_head=False,  # a VLM does not use the pooling head
     )
     torch.manual_seed(seed)

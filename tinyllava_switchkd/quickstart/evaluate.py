@@ -22,16 +22,8 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 """Inverse regularisation strengths of the probe; the best one on validation scenes is used."""
 
 
-def answer_questions(
-    answerer: Answerer, question_set: QuestionSet, progress: Callable[[int], None] = lambda count: None
-) -> list[str]:
-    """Greedy answers to all questions in order, each asked in its own conversation.
-
-    Args:
-        answerer: a loaded checkpoint.
-        question_set: the questions.
-        progress: called with the number of questions answered since the last call.
-    """
+def answer_questions(answerer: Answerer, question_set: QuestionSet) -> list[str]:
+    """Greedy answers to all questions in order, each asked in its own conversation."""
     features = _in_batches(question_set.scenes, answerer.encode_images, answerer)
     answers: list[str] = []
     for start in range(0, len(question_set.questions), BATCH_SIZE):
@@ -39,7 +31,6 @@ def answer_questions(
         prompts = [answerer.prompt_ids(question_set.questions[row]["question"]) for row in rows]
         images = [features[question_set.scene_of[row]][None] for row in rows]
         answers += answerer.answer(prompts, images, max_new_tokens=MAX_NEW_TOKENS)
-        progress(len(rows))
     return answers
 
 

@@ -135,10 +135,10 @@ def draw_scores(results: JsonObject, path: Path) -> None:
     draw_bars(bars, path, spread, titles, note=note)
 
 
-def shown_rows(asked: scenes.QuestionSet, number: int = 12) -> list[int]:
-    """The questions to show: type i about scene i, so that the choice does not depend on the answers."""
+def shown_rows(asked: scenes.QuestionSet) -> list[int]:
+    """The twelve questions to show: type i about scene i, so that the choice does not depend on the answers."""
     kinds = len(scenes.QUESTION_TYPES)
-    return [index * kinds + index % kinds for index in range(min(number, len(asked.scenes)))]
+    return [index * kinds + index % kinds for index in range(min(12, len(asked.scenes)))]
 
 
 def draw_answers(

@@ -208,14 +208,9 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def conversation_samples(
-    scenes: list[Scene],
-    image_names: list[str],
-    seed: int,
-    turns: int = 6,
-    kinds: tuple[str, ...] = QUESTION_TYPES,
-    caption_share: float = 0.1,
+    scenes: list[Scene], image_names: list[str], seed: int, caption_share: float = 0.1
 ) -> list[dict]:
-    """LLaVA's fine-tuning JSON: per scene a conversation of `turns` questions, or its description (`caption_share`).
+    """LLaVA's fine-tuning JSON: per scene one question of every type, or for a share of the scenes a description.
 
     Returns:
         Samples ``{"id", "image", "conversations": [{"from", "value"}, ...]}``; ``<image>`` is in the first turn.
@@ -226,8 +221,8 @@ def conversation_samples(
         if rng.random() < caption_share:
             pairs = [(CAPTION_REQUEST, describe(scene, rng))]
         else:
-            chosen = rng.permutation(np.resize(rng.permutation(len(kinds)), turns))
-            pairs = [ask(scene, kinds[index], rng) for index in chosen]
+            order = rng.permutation(rng.permutation(len(QUESTION_TYPES)))  # twice, or published results would change
+            pairs = [ask(scene, QUESTION_TYPES[index], rng) for index in order]
         samples.append(_sample(name, pairs))
     return samples
 
@@ -246,9 +241,7 @@ def description_samples(scenes: list[Scene], image_names: list[str], seed: int) 
     ]
 
 
-def test_questions(
-    scenes: list[Scene], image_names: list[str], seed: int, kinds: tuple[str, ...] = QUESTION_TYPES
-) -> list[dict]:
+def test_questions(scenes: list[Scene], image_names: list[str], seed: int) -> list[dict]:
     """One question of every type per scene, each in its own conversation.
 
     Returns:
@@ -257,7 +250,7 @@ def test_questions(
     rng = np.random.default_rng([seed, 202])
     questions: list[JsonObject] = []
     for scene, name in zip(scenes, image_names, strict=True):
-        for kind in kinds:
+        for kind in QUESTION_TYPES:
             question, answer = ask(scene, kind, rng)
             questions.append(
                 {
