@@ -1,4 +1,4 @@
-"""The tables of runs: what is shared, resumed, planned and concluded."""
+"""The tables of runs: shared runs, resuming, plans and verdicts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = Plan(teacher_scenes=4, student_scenes=4, teacher_pt_steps=2, teacher_ste
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Trainings that were made, as their flags; scores follow from the flags."""
+    """Flags of the trainings made; scores depend on the flags."""
     made: list[dict[str, str]] = []
 
     def main(words: list[str]) -> int:
@@ -53,7 +53,7 @@ def trained(monkeypatch):
     return made
 
 
-def test_shared_runs_are_trained_once_and_found_again(tmp_path, trained):
+def test_shared_runs_are_trained_once(tmp_path, trained):
     names = ["switch", "losses", "schemes"]
     toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), names, [1, 2], lambda line: None)
     ways = {key for name in names for key in tables.TABLES[name].ways}
@@ -64,13 +64,13 @@ def test_shared_runs_are_trained_once_and_found_again(tmp_path, trained):
 
     number = len(trained)
     toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), [*names, "knee"], [1], lambda line: None)
-    assert len(trained) == number + 3  # those of the knee's table alone
+    assert len(trained) == number + 3  # those only in the table `knee`
     again = read_json(tmp_path / toy.RESULTS)["runs"]
     assert again.items() >= first["runs"].items() and again["row_pairs/1"]["knee_teacher"] == 7.0
 
 
-def test_bases_drawn_anew_are_those_of_their_seed(tmp_path, trained, monkeypatch):
-    """Tower, language models and teacher of a seed; no two seeds, nor the shipped ones, begin with the same weights."""
+def test_new_bases_differ_between_seeds(tmp_path, trained, monkeypatch):
+    """Each seed has its own tower, language models and teacher; seeds and shipped bases start from other weights."""
     starts = []
 
     def make_bases(root, plan, say):
@@ -80,7 +80,7 @@ def test_bases_drawn_anew_are_those_of_their_seed(tmp_path, trained, monkeypatch
 
     monkeypatch.setattr("tinyllava_switchkd.ablations.toy.make_bases", make_bases)
     toy.run_tables(toy.Toy(Experiment(tmp_path, SMALL)), ["bases"], [1, 2], lambda line: None)
-    assert len(trained) == 2 * (2 + 1 + 3)  # a teacher's two stages, the students' start and three students a seed
+    assert len(trained) == 2 * (2 + 1 + 3)  # per seed: the teacher's two stages, the students' start, three students
     for flags in trained:
         own = tmp_path / f"bases{1 if trained.index(flags) < 6 else 2}"
         for name in ("model_name_or_path", "vision_tower", "teacher_path", "output_dir"):
@@ -97,7 +97,7 @@ def test_a_distilled_start_and_its_student(tmp_path, trained):
     assert last["pretrained_model_path"] == dpt["output_dir"] and "teacher_path" not in last
 
 
-def test_the_search_is_on_validation_and_the_same_for_all(tmp_path, trained):
+def test_search_uses_validation_and_is_the_same_for_all(tmp_path, trained):
     machine = toy.Toy(Experiment(tmp_path, SMALL))
     toy.run_tables(machine, ["methods"], [1], lambda line: None)
     seeds = [int(flags["seed"]) for flags in trained if "seed100" in flags["output_dir"]]
@@ -106,7 +106,7 @@ def test_the_search_is_on_validation_and_the_same_for_all(tmp_path, trained):
     rivals = [key for key in tables.TABLES["methods"].ways if key != "sft"]
     assert {len(search[key]["scores"]) for key in rivals} == {4} and len(search["sft"]["scores"]) == 2
     chosen = tables.tuned(tables.WAYS["llava_kd"], 2.0, 1.0)
-    assert search["llava_kd"]["chosen"] == chosen.key  # the larger learning rate scores here
+    assert search["llava_kd"]["chosen"] == chosen.key  # the larger learning rate scores best here
     (run,) = [flags for flags in trained if flags["output_dir"].endswith(f"seed1-{chosen.key}")]
     assert float(run["learning_rate"]) == 4e-3 and float(run["vision_tower_lr"]) == 2e-3
     assert summary.chosen(machine.stored, tables.TABLES["methods"])["llava_kd"] == chosen.key
@@ -119,7 +119,7 @@ def test_all_weights_of_a_method_are_scaled_together():
     assert tables.tuned(tables.WAYS["sft"], 1.0, 1.0) is tables.WAYS["sft"]
 
 
-def test_interval_is_students():
+def test_interval_is_students_t():
     rng = np.random.default_rng(0)
     for count in (2, 3, 5, 30):
         a, b = rng.normal(size=(2, count))
@@ -148,7 +148,7 @@ def test_verdicts_of_a_table():
     assert "no seed is complete" in summary.text_of({"runs": {}}, table)
 
 
-def test_every_row_has_a_reference_and_papers_rows_are_there():
+def test_rows_have_references_and_papers_rows_exist():
     for table in tables.TABLES.values():
         for key in table.ways:
             assert not tables.WAYS[table.reference(key)].distils
@@ -158,8 +158,8 @@ def test_every_row_has_a_reference_and_papers_rows_are_there():
     assert {losses.label(key) for key in losses.ways} - {"SFT"} == published
 
 
-def test_maps_of_the_figure_are_those_of_each_model(tmp_path, monkeypatch):
-    """Each model's answer and cells are kept under its name, for the same few scenes."""
+def test_figure_stores_the_maps_of_each_model(tmp_path, monkeypatch):
+    """Each model's answers and maps are stored under its name, for the same few scenes."""
     monkeypatch.setattr(Experiment, "train", lambda self, title, name, flags: Path(name))
     monkeypatch.setattr(toy, "load_pretrained_model", lambda path, device: (path.name, None, None, None))
 
@@ -181,7 +181,7 @@ def test_maps_of_the_figure_are_those_of_each_model(tmp_path, monkeypatch):
         assert scene["maps"]["Switch-KD"]["cells"] == [[float(len(name))] * 2] * 2
 
 
-def test_what_goes_on_inside_is_kept(tmp_path, monkeypatch):
+def test_inside_stores_knees_and_gradient_shares(tmp_path, monkeypatch):
     asked = []
 
     def train(self, title, name, flags):
@@ -206,7 +206,7 @@ SCRIPTS = {table.script: table.key for table in tables.TABLES.values()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_each_script_calls_the_one_command(script, tmp_path):
+def test_scripts_call_the_command(script, tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
@@ -226,8 +226,8 @@ def test_a_dry_run_at_quickstart_scale_builds_everything(capsys, monkeypatch, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_counts_with_stored_seconds(tmp_path, trained):
-    """All stages of the methods' table, tuned or not, from runs of seed 2: 8 trainings of 1 s for 1 seed."""
+def test_dry_run_uses_stored_seconds(tmp_path, trained):
+    """All stages of the table `methods`, tuned or not, with times from runs of seed 2: 8 trainings of 1 s."""
     machine = toy.Toy(Experiment(tmp_path / "made", SMALL))
     toy.run_tables(machine, ["methods"], [2], lambda line: None)
     for stage in machine.stored["stages"].values():
@@ -251,7 +251,7 @@ TINY_QWEN = {
 
 @pytest.fixture
 def tiny_configs(monkeypatch):
-    """The paper's names with tiny models behind them: the small tower has another width and grid."""
+    """Tiny models under the paper's names; the small tower has another width and grid."""
     tower = {
         "model_type": "siglip_vision_model",
         "hidden_size": 16,
@@ -284,15 +284,15 @@ def test_a_dry_run_at_the_papers_scale(capsys, monkeypatch, tiny_configs):
     assert out.count("larger-teacher: finetune") == 1  # shared by two rows
 
 
-def test_bases_are_not_drawn_anew_at_the_papers_scale(capsys, monkeypatch):
+def test_new_bases_are_refused_at_the_papers_scale(capsys, monkeypatch):
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.setenv("SCALE", "paper")
     assert command.main(["bases"]) == 1
     assert "Qwen2.5 and SigLIP are already trained" in capsys.readouterr().err
 
 
-def test_hours_are_operations_over_a_rate(tiny_configs):
-    """Of a frozen tower and a trained language model without a teacher, by hand."""
+def test_hours_are_operations_divided_by_rate(tiny_configs):
+    """Computed by hand for a frozen tower and a trained language model without a teacher."""
     models = (paper.MODELS["student"], paper.MODELS["tower"])
     flags = {"connector_type": "linear", "mm_vision_select_layer": -1, "model_max_length": 64}
     flags["tune_type_vision_tower"] = "frozen"
@@ -317,7 +317,7 @@ def test_the_papers_settings_reach_the_commands():
     assert switch["learning_rate"] == "2e-5" and switch["tune_type_vision_tower"] == "full"
 
 
-def test_a_run_at_the_papers_scale_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_run_at_the_papers_scale_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "out"))
     ran, fail_at = [], [4]
@@ -339,14 +339,14 @@ def test_a_run_at_the_papers_scale_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seeds", ["0", "many", "-1"])
-def test_a_wrong_number_of_seeds_is_said(seeds, capsys):
+def test_wrong_number_of_seeds(seeds, capsys):
     with pytest.raises(SystemExit):
         command.main(["switch", "--seeds", seeds])
     assert "must be at least 1" in capsys.readouterr().err
 
 
-def test_runs_share_a_teacher_cache_where_it_serves_them(tmp_path, trained, monkeypatch):
-    """It changes no run's mark: with and without it a training is the same one."""
+def test_runs_share_a_teacher_cache_if_the_method_can_use_it(tmp_path, trained, monkeypatch):
+    """A cache does not change a run's mark, so a training with it is not made again without it."""
     machine = toy.Toy(Experiment(tmp_path, SMALL), str(tmp_path / "cache"))
     for key in ("switch_kd", "fkl", "llava_kd", "align_kd", "dpt_sft"):
         machine.train(tables.WAYS[key], 1)

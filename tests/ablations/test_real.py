@@ -1,4 +1,4 @@
-"""Real pretrained weights, on tiny stand-ins: packages to folders, questions, runs, and what is measured."""
+"""Real pretrained weights, with tiny models in their place: packages, questions, runs and measures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyllava_switchkd.distill.losses.knee import leading
 
 
 def made_pictures(of_each: int) -> list[parts.Picture]:
-    """Pictures of every kind, whose things have names of their own."""
+    """Pictures of every kind; all their things have different names."""
     names = [(kind, f"{kind} {number}") for kind in parts.KINDS for number in range(of_each)]
     return [parts.picture(f"{thing.replace(' ', '-')}.png", kind, f"A {thing}. It is nice!") for kind, thing in names]
 
@@ -36,7 +36,7 @@ def test_captions_and_things():
     assert parts.picture("x.png", "animals", "Some 2.5 m tall birds").caption == "Some 2.5 m tall birds"
 
 
-def test_held_out_pictures_are_balanced_and_unread():
+def test_held_out_pictures_are_balanced_and_have_unseen_captions():
     pictures = [*made_pictures(5), parts.picture("copy.png", "food", "A food 0.")]
     train, held = parts.split(pictures, 3)
     assert Counter(one.kind for one in held) == dict.fromkeys(parts.KINDS, 3)
@@ -44,11 +44,11 @@ def test_held_out_pictures_are_balanced_and_unread():
     assert not {one.caption for one in train} & {one.caption for one in held}
 
 
-def test_absent_things_tell_nothing_by_their_names():
+def test_absent_things_reveal_no_answer():
     pictures = made_pictures(4)
     kind_of = {one.thing: one.kind for one in pictures}
     absent = parts.absent_things(pictures, 0)
-    assert sorted(absent) == sorted(kind_of)  # each is asked for once where it is not, as once where it is
+    assert sorted(absent) == sorted(kind_of)  # each is asked about once absent and once present
     assert all(kind_of[thing] != one.kind for thing, one in zip(absent, pictures, strict=True))
     samples = parts.conversations(pictures, 3)
     answers = Counter(turn["value"] for one in samples for turn in one["conversations"][1::2])
@@ -61,7 +61,7 @@ def test_absent_things_tell_nothing_by_their_names():
 # Models
 
 
-def test_layers_are_spread_from_the_first_to_the_last(tmp_path, monkeypatch):
+def test_kept_layers_are_evenly_spread(tmp_path, monkeypatch):
     kept = parts.spread(30, 11)
     assert kept[0] == 0 and kept[-1] == 29 and set(np.diff(kept)) <= {2, 3, 4} and len(kept) == 11
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_layers_are_spread_from_the_first_to_the_last(tmp_path, monkeypatch):
 
 
 def _message(field: int, data: bytes | str | int) -> bytes:
-    """A protobuf field, by the format's description."""
+    """A protobuf field in its wire format."""
 
     def varint(value: int) -> bytes:
         low, rest = value & 127, value >> 7
@@ -90,7 +90,7 @@ def _message(field: int, data: bytes | str | int) -> bytes:
     return varint(field << 3 | 2) + varint(len(data)) + data
 
 
-def test_a_tower_comes_out_of_its_onnx_file(tmp_path):
+def test_tower_is_read_from_onnx(tmp_path):
     torch.manual_seed(0)
     size = {"image_size": 28, "patch_size": 14, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
     model = Dinov2Model(Dinov2Config(**size)).eval()
@@ -134,7 +134,7 @@ def test_a_tower_comes_out_of_its_onnx_file(tmp_path):
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A function that makes one over the same folder of stand-ins."""
+    """A function that makes an experiment in the same folder with tiny models."""
     pictures = made_pictures(3)
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -155,7 +155,7 @@ def experiment(tmp_path):
     return make
 
 
-def test_runs_are_made_measured_and_found_again(experiment):
+def test_runs_are_measured_and_reused(experiment):
     ways = [WAYS["sft"], WAYS["switch_kd"]]
     first = experiment()
     real_runs.run_all(first, ways, [1])
@@ -167,13 +167,13 @@ def test_runs_are_made_measured_and_found_again(experiment):
     assert {"before", "during", "after sft", "after switch_kd", "before, adapted teacher"} == states.keys()
     assert states["during"]["step"] == 2
     before = states["before"]["temperatures"]["3"]
-    # one tower, untouched: the switch's pathway is the teacher's own
+    # both have the same untrained tower, so the switch pathway equals the teacher's
     assert before["means"]["visual_switch"] == pytest.approx(0, abs=1e-6) and before["norms"]["visual_switch"] < 1e-3
     assert states["after switch_kd"]["temperatures"]["3"]["means"]["visual_switch"] > 0
     assert states["before, adapted teacher"]["temperatures"]["3"]["norms"]["visual_switch"] > 0
 
     lines = len(experiment.said)
-    late = experiment(until=float("-inf"))  # no time at all, and nothing left to do
+    late = experiment(until=float("-inf"))  # no time left, but nothing to do either
     real_runs.run_all(late, ways, [1])
     assert len(experiment.said) == lines and late.stored["runs"] == first.stored["runs"]
     with pytest.raises(real_plan.OutOfTimeError, match="Student 2"):
@@ -183,7 +183,7 @@ def test_runs_are_made_measured_and_found_again(experiment):
     assert all(word in text for word in ("Switch-KD", "minus SFT", "before, adapted teacher", "POPE"))
 
 
-def test_pair_shares_are_those_of_the_pairs():
+def test_pair_shares_equal_enumeration():
     logits = 4 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     order = leading(logits)
     found = real_runs.pair_shares(logits, order, 3.0, (1, 4))
@@ -196,22 +196,20 @@ def test_pair_shares_are_those_of_the_pairs():
             assert float(found[row, column]) == pytest.approx(float(wanted))
 
 
-def test_words_in_common():
+def test_words_f1():
     assert real_runs.words_f1("A red apple.", "an apple") == pytest.approx(200 / 3)
     assert real_runs.words_f1("", "An apple.") == real_runs.words_f1("pear", "An apple.") == 0
 
 
-def test_a_plan_fits_its_minutes_and_stays(tmp_path):
+def test_plan_fits_its_minutes_and_is_kept(tmp_path):
     for seeds in (1, 3):
         plan = real_plan.Plan.within(90, seeds)
         assert sum(plan.seconds(seeds)) == pytest.approx(5400, rel=0.05)
     assert real_plan.plan_of(tmp_path, plan, hub=False) == plan
-    assert (
-        real_plan.plan_of(tmp_path, real_plan.Plan(), hub=False) == plan
-    )  # a second call goes on with the first one's
+    assert real_plan.plan_of(tmp_path, real_plan.Plan(), hub=False) == plan  # a second call keeps the first one's plan
 
 
-def test_what_the_command_refuses(capsys, tmp_path):
+def test_command_refuses_invalid_arguments(capsys, tmp_path):
     for words, said in ((["--ways", "nonsense"], "nonsense"), (["--minutes", "0"], "above 0")):
         with pytest.raises(SystemExit) as caught:
             command.main(["real", *words])

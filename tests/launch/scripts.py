@@ -23,7 +23,7 @@ SOURCED = '. "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"'
 
 
 def words_of(script: Path) -> list[str]:
-    """What a script says to the command in front of its own arguments, all of which it hands on as they are."""
+    """The words that a script passes to the command before its own arguments."""
     code = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     assert code[0] == SOURCED and len(code) == 2 and code[1].endswith(' "$@"'), script
     called, *words, _ = shlex.split(code[1])
@@ -32,7 +32,7 @@ def words_of(script: Path) -> list[str]:
 
 
 def run_here(script: Path, *arguments: object, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """What running the script in that environment says and ends with, without a process of its own."""
+    """Run a script's command with that environment in this process; returns its output and exit code."""
     out, err = io.StringIO(), io.StringIO()
     words = [*words_of(script), *map(str, arguments)]
     with (
@@ -45,7 +45,7 @@ def run_here(script: Path, *arguments: object, environment: Mapping[str, str]) -
 
 
 def installed(folder: Path, code: str) -> str:
-    """A ``PYTHONPATH`` on which a plugin is installed that runs `code` in every process that looks plugins up."""
+    """A ``PYTHONPATH`` with an installed plugin that runs `code` in every process that looks up plugins."""
     information = folder / "plugin" / "of_a_test-1.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: of-a-test\nVersion: 1\n")

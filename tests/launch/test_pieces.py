@@ -1,4 +1,4 @@
-"""Devices, launchers and the batch: pure functions of what is asked for."""
+"""Devices, launchers and batch sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_gpus(environment, gpus):
         ({"CUDA_VISIBLE_DEVICES": "-1", "GPUS": "2"}, 2),
     ],
 )
-def test_the_cpu(environment, processes):
+def test_processes_on_the_cpu(environment, processes):
     assert devices(**environment) == Devices((), processes)
 
 
@@ -72,7 +72,7 @@ def test_wrong_devices(environment, words):
         devices(**environment)
 
 
-def test_a_driver_that_lists_its_gpus(tmp_path):
+def test_gpus_listed_by_the_driver(tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
     tool.chmod(0o755)
@@ -81,18 +81,18 @@ def test_a_driver_that_lists_its_gpus(tmp_path):
     assert find_devices({"PATH": f"{tmp_path}:/usr/bin:/bin"}, "python").gpus == ()
 
 
-def test_the_batch_is_kept_wherever_it_can_be():
+def test_global_batch_is_kept_if_possible():
     for total in (64, 128, 256):
         for processes in range(1, 33):
             batch = batch_of(total, 8, processes)
             assert 1 <= batch.per_device <= 8 and batch.accumulate >= 1
             if total % processes == 0:
                 assert batch.total == total
-            else:  # the nearest that steps of so many processes come to
+            else:  # the nearest possible with this number of processes
                 assert abs(batch.total - total) <= batch.per_device * processes / 2 or batch.accumulate == 1
 
 
-def test_batches_that_are_given():
+def test_given_batch_sizes():
     assert batch_of(128, 8, 4, per_device=2) == Batch(2, 16, 4)
     assert batch_of(128, 8, 4, accumulate=2) == Batch(16, 2, 4)
     assert batch_of(128, 8, 4, per_device=3, accumulate=5) == Batch(3, 5, 4)
@@ -100,7 +100,7 @@ def test_batches_that_are_given():
     assert str(Batch(8, 4, 4)) == "Batch: 8 per device x 4 accumulated x 4 processes = 128 per step"
 
 
-def test_launchers_by_default():
+def test_default_launchers():
     assert find_launcher({}, Devices((), 1)).kind == "python"
     assert find_launcher({}, Devices((), 2)).kind == "deepspeed"
     assert find_launcher({}, Devices(("0",), 1)).kind == "deepspeed"
@@ -128,7 +128,7 @@ def test_several_nodes(tmp_path):
     assert find_launcher(nodes | {"NODE_RANK": "1"}, four).processes == 8
 
 
-def test_a_script_names_an_interpreter_that_is_not_there():
+def test_missing_interpreter():
     script = Path(__file__).parents[2] / "scripts" / "train" / "finetune.sh"
     done = subprocess.run(
         ["bash", script], env={**os.environ, "PYTHON": "/gone/python"}, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Recipes: what they resolve to, in which order settings overrule each other, and what is no recipe."""
+"""Recipes: what they resolve to, the precedence of settings, and invalid recipes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_papers_recipes():
 
 
 def test_llava_kds_three_stages():
-    """DPT, SFT, DFT (rivals' facts: seeds, learning rates, a frozen tower, what each stage starts from)."""
+    """DPT, SFT, DFT: seeds, learning rates, the frozen tower and the start of each stage, as in its scripts."""
     pretrain, finetune, dpt, sft, dft = resolved("llava_kd", DATA_ROOT="/d")
     assert dpt["teacher_path"] == dft["teacher_path"] == finetune["output_dir"]
     assert "teacher_path" not in sft and "distill_method" not in sft
@@ -91,13 +91,13 @@ def test_every_setting_has_its_comment(name):
             assert key in ("extends", "teacher", "student", "model", "image_folder", "data_path", "stage"), line
 
 
-def test_a_teacher_that_is_there_leaves_its_stages_out():
+def test_given_teacher_skips_its_stages():
     stages = resolved("llava_kd", TEACHER_PATH="/teacher")
     assert len(stages) == 3 and stages[0]["teacher_path"] == stages[2]["teacher_path"] == "/teacher"
     assert "teacher_path" not in stages[1]
 
 
-def test_what_overrules_what(tmp_path):
+def test_precedence_of_settings(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text(
         "extends: switchkd_qwen2.5_0.5b_from_3b\nsettings: {learning_rate: 3e-4, seed: 7}\n"
@@ -112,7 +112,7 @@ def test_what_overrules_what(tmp_path):
     assert rates(LEARNING_RATE="1e-6", DISTILL_LEARNING_RATE="") == ["1e-6", "4e-4"]
     assert rates(LEARNING_RATE="1e-6", EXTRA_ARGS="--learning_rate 5e-6") == ["5e-6", "5e-6"]
     assert rates(EIGHT, ["--learning-rate", "9e-6"], EXTRA_ARGS="--learning_rate 5e-6") == ["9e-6", "9e-6"]
-    assert rates(TRAIN_RECIPE="lora") == ["3e-4", "2e-4"]  # adapters are for the stage that ends the recipe
+    assert rates(TRAIN_RECIPE="lora") == ["3e-4", "2e-4"]  # adapters are trained only in the last stage
     distill = resolved(str(mine))[-1]
     assert (distill["seed"], distill["weight_decay"], distill["teacher_path"]) == ("7", "0.1", "/t")
     assert "num_train_epochs" not in resolved(str(mine), EXTRA_ARGS="--num_train_epochs null")[0]
@@ -122,7 +122,7 @@ NINE = ["d.json", "images", "Qwen/Qwen2.5-0.5B", "g/siglip", "", "mlp2x_gelu", "
 
 
 @pytest.mark.parametrize("older", ["conv_version", "conv-version", "conv_mode"])
-def test_older_names_of_the_template(older, tmp_path):
+def test_old_names_of_the_template(older, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(f"extends: align_kd\ndefaults:\n  distill: {{{older}: phi}}\n")
     distill = resolved(str(file))[-1]
@@ -132,7 +132,7 @@ def test_older_names_of_the_template(older, tmp_path):
 
 
 def test_one_stage_with_a_teacher():
-    """DPT by pretrain.sh; settings of distillation reach a stage that has a teacher, and no other."""
+    """DPT by pretrain.sh; settings of distillation reach only stages with a teacher."""
     plain = flags_of(one_stage("pretrain", NINE, request(DISTILL_METHOD="llava_kd", TEMPERATURE="2")))
     assert not {"teacher_path", "distill_method", "temperature"} & plain.keys()
     distilled = flags_of(one_stage("pretrain", NINE, request(DISTILL_METHOD="llava_kd", TEACHER_PATH="/t")))
@@ -149,7 +149,7 @@ def test_validation():
 
 
 @pytest.mark.parametrize("version", ["../../x", "..", "a/b", "", "-x", "x\n"])
-def test_a_version_stays_in_its_folder(version):
+def test_version_is_one_folder_name(version):
     with pytest.raises(ValueError, match="VERSION is"):
         one_stage("pretrain", [*NINE[:6], version, *NINE[7:]], request())
     with pytest.raises(ValueError, match="VERSION is"):
@@ -216,7 +216,7 @@ def test_wrong_recipes(text, tmp_path, capsys, monkeypatch):
     assert WRONG_RECIPES[text] in err and err.count("\n") == 1 and MODULE not in out
 
 
-def test_several_stages_have_no_one_folder():
+def test_output_dir_is_refused_for_several_stages():
     with pytest.raises(ValueError, match="OUTPUT_ROOT"):
         whole_recipe(read_recipe("debug"), request(flags=["--output_dir", "x"]))
 
@@ -251,7 +251,7 @@ def test_wrong_command_lines(words, sentence, capsys, monkeypatch):
     assert sentence in capsys.readouterr().err
 
 
-def test_it_answers_without_torch():
+def test_commands_do_not_import_torch():
     code = (
         "import sys, os; os.environ.update(DRY_RUN='1', DEVICE='cpu')\n"
         "from tinyllava_switchkd.launch.__main__ import main\n"
@@ -263,7 +263,7 @@ def test_it_answers_without_torch():
 
 @pytest.mark.parametrize("words", [("recipes",), ("train", "--recipe", "llava_kd"), ("--help",)])
 def test_a_closed_pipe_ends_quietly(words):
-    """As `| head -1` closes it."""
+    """Like `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "DRY_RUN": "1", "DEVICE": "cpu"}

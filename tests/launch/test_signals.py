@@ -1,4 +1,4 @@
-"""Signals to the command: those that ask for an end reach the ranks below a launcher, again until they are heard."""
+"""Signals to the command: those that end a run reach the ranks below a launcher, and are repeated until received."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ import os, pathlib, signal, sys, time
 heard = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 heard.with_name("new").write_text(os.environ["TINYLLAVA_LAUNCHER"])
-heard.with_name("new").rename(heard)  # whoever sees it sees all of it
+heard.with_name("new").rename(heard)  # atomic: readers see the whole file
 time.sleep(float(sys.argv[2]))
 signal.signal(signal.SIGUSR1, lambda *_: (heard.write_text("heard"), sys.exit(75)))
 time.sleep(60)
@@ -40,8 +40,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("deaf", [0.0, 1.0], ids=["", "while it still starts"])
-def test_a_signal_reaches_the_rank_and_its_meaning_the_caller(tmp_path, name, deaf):
-    """The launcher lives on until its rank has ended, and the exit code is the one that asks to be run again."""
+def test_signal_reaches_the_rank_and_sets_the_exit_code(tmp_path, name, deaf):
+    """The launcher stays alive until its rank has ended, and the exit code asks for the run to be resumed."""
     package = tmp_path / "tinyllava_switchkd" / "train"
     package.mkdir(parents=True)
     for folder in (package.parent, package):
@@ -66,7 +66,7 @@ def test_a_signal_reaches_the_rank_and_its_meaning_the_caller(tmp_path, name, de
     assert run.returncode == processes.INTERRUPTED and output.strip() == "True"
 
 
-def test_launchers_are_told_from_ranks():
+def test_launchers_are_distinguished_from_ranks():
     assert processes.is_rank(["python", "-m", processes.MODULE, "--seed", "1"])
     assert not processes.is_rank(["python", "-m", "torch.distributed.run", "-m", processes.MODULE])
     assert not processes.is_rank(["python", "-m", "deepspeed.launcher.runner", "--module", processes.MODULE])
@@ -79,12 +79,12 @@ echo ready "$@" > "$MARK"
 kill -USR1 $PPID
 while true; do sleep 0.1; done
 """
-"""A run that is signalled as early as it can be: its script has just started it."""
+"""A run that is signalled as early as possible, right after its script has started it."""
 
 
 @pytest.mark.parametrize(("code", "is_queued"), [(75, True), (3, False), (0, False)])
-def test_the_slurm_script_puts_the_job_back_only_after_a_checkpoint(tmp_path, code, is_queued):
-    """Slurm's signal reaches the run; its exit code decides; the command's words arrive as they were."""
+def test_slurm_script_requeues_only_after_a_checkpoint(tmp_path, code, is_queued):
+    """Slurm's signal reaches the run, its exit code decides, and the command's words arrive unchanged."""
     stage, mark, queue = tmp_path / "stage.sh", tmp_path / "mark", tmp_path / "queue"
     stage.write_text(STAGE)
     scontrol = tmp_path / "scontrol"

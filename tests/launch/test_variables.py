@@ -1,4 +1,4 @@
-"""What the environment may say: wrong values and misspelt names are errors that name the remedy."""
+"""Environment variables: wrong values and misspelt names are errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ WRONG_VALUES = [
 
 WRONG_NAMES = [
     ("PRETRAIN_LERNING_RATE", "PRETRAIN_LEARNING_RATE"),
-    ("PRETRAIN_LR", "PRETRAIN_SEED"),  # no name is near; the message still names one of its prefix
+    ("PRETRAIN_LR", "PRETRAIN_SEED"),  # no similar name; the message still names one with its prefix
     ("FINETUNE_EPOCH", "FINETUNE_EPOCHS"),
     ("FINETUNE_IMAGE", "FINETUNE_IMAGES"),
     ("DISTILL_LOS", "DISTILL_LOSS"),
@@ -167,12 +167,12 @@ def test_wrong_names_of_an_evaluation(name, meant):
         read({name: "1"}, training=False)
 
 
-def test_what_a_machine_has_in_its_environment_is_no_mistake():
+def test_usual_environment_is_accepted():
     assert read(dict.fromkeys(USUAL.split(), "1"), training=True) == {}
     assert read(dict.fromkeys(USUAL.split(), "1"), training=False) == {}
 
 
-def test_an_evaluations_variables_are_no_mistake_in_a_training_nor_the_other_way_round():
+def test_training_accepts_variables_of_evaluation_and_vice_versa():
     assert read(dict.fromkeys(EVALUATION.keys() - {"BATCH_SIZE"}, "1"), training=True) == {}
     assert read(dict.fromkeys(TRAINING, "1"), training=False) == {}
     for name, value in (
@@ -204,6 +204,6 @@ def test_right_values():
     assert read({"DISTILL_MAX_STEPS": ""}, training=True) == {"DISTILL_MAX_STEPS": ""}
 
 
-def test_no_known_name_is_taken_for_another():
+def test_known_names_are_not_mistaken_for_each_other():
     for name in {**MACHINE, **TRAINING}:
         assert nearest(name, [name]) in (name, None)

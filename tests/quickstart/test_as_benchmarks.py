@@ -31,7 +31,7 @@ def answers(root, name, folder, text_of) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_right_answers_score_all(written, tmp_path, name):
+def test_right_answers_score_100(written, tmp_path, name):
     root, questions = written
     truth = {str(row["question_id"]): row["answer"] for row in questions}
 
@@ -49,7 +49,7 @@ def test_right_answers_score_all(written, tmp_path, name):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_prompts_are_those_of_the_quickstart(written, name):
-    """What the benchmark's runner puts together is what the models were trained on, to the letter."""
+    """The benchmark's prompts are exactly those on which the models were trained."""
     root, questions = written
     known = {row["question"] for row in questions}
     asked = list(BenchmarkFactory(name).questions(root / name))

@@ -1,4 +1,4 @@
-"""Tiny base folders: what the training scripts find in them."""
+"""Folders of tiny base models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_word_of_the_scenes_is_one_token(folders):
         assert type(tokenizer).__name__ == "Qwen2Tokenizer"
         spelled = set(range(1, 257)) - set(tokenizer(".,?AB").input_ids)
         for text in all_texts():
-            # In a conversation an answer stands behind "ASSISTANT: ", a question behind "USER: "
+            # In a conversation an answer follows "ASSISTANT: ", a question "USER: "
             assert not spelled & set(tokenizer("USER: " + text).input_ids), text
         assert tokenizer.decode(tokenizer("Is there a zebra?").input_ids) == "Is there a zebra?"  # byte by byte
 
@@ -52,7 +52,7 @@ def test_answers_survive_the_tokenizer():
             assert len(ids) == len(answer.split()) and tokenizer.decode(ids).strip() == answer
 
 
-def test_prompts_are_short_and_answers_alone_are_learned():
+def test_prompts_are_short_and_only_answers_are_labels():
     tokenizer = build_tokenizer()
     check_template(tokenizer, CONV_VERSION)
     scene = scenes.make_scenes("font", "val", 1, seed=0)[0]
@@ -70,7 +70,7 @@ def test_prompts_are_short_and_answers_alone_are_learned():
     assert tokenizer.convert_ids_to_tokens(learned) == [f" {scene.digits[0]}", "<|endoftext|>", "B", "<|endoftext|>"]
 
 
-def test_folders_make_a_model_of_one_token_a_cell(folders):
+def test_model_has_one_token_per_cell(folders):
     model, tokenizer, image_processor = build_model(
         str(folders[0]), str(folders[1]), vision_feature_layer=-1, vision_feature_select_strategy="cls_patch"
     )
@@ -79,13 +79,13 @@ def test_folders_make_a_model_of_one_token_a_cell(folders):
     assert len(tokenizer) == model.config.text_config.vocab_size
     embedding = model.get_input_embeddings().weight
     assert embedding.std().item() == pytest.approx(24**-0.5, rel=0.1)
-    # The image passes as it is: no resizing, values to -1..1
+    # The image is not resized, and its values are scaled to -1..1
     pixels = scenes.make_scenes("font", "val", 1, seed=0)[0].pixels
     values = image_processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(values, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, atol=1e-5)
 
 
-def test_weights_are_the_seeds(tmp_path, folders):
+def test_weights_depend_on_the_seed(tmp_path, folders):
     from safetensors.torch import load_file
 
     write_llm(tmp_path / "same-qwen2", width=24, layers=1)

@@ -1,4 +1,4 @@
-"""Runs that are made once: what is reused, what is made anew, and how failures are told."""
+"""Runs that are made once: what is reused, what is made again, and how failures are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinyllava_switchkd.quickstart.experiment import (
 
 
 class Calls:
-    """A stand-in for the training entry point: notes its flags and leaves what a run leaves."""
+    """A fake training entry point: records its flags and writes the files of a run."""
 
     def __init__(self, monkeypatch) -> None:
         self.flags: list[dict[str, str]] = []
@@ -44,11 +44,11 @@ def calls(monkeypatch):
 SMALL = Plan(teacher_scenes=4, student_scenes=4, teacher_pt_steps=2, teacher_steps=2, student_pt_steps=2)
 
 
-def test_a_folder_is_made_once_from_the_same(tmp_path):
+def test_folder_is_made_once_per_source(tmp_path):
     made = []
 
     def make(folder):
-        assert not list(folder.iterdir())  # nothing of a half-finished one
+        assert not list(folder.iterdir())  # no files of an unfinished one
         made.append(folder)
         (folder / "content").write_text("")
         return {"seconds": 1.5}
@@ -64,7 +64,7 @@ def test_a_folder_is_made_once_from_the_same(tmp_path):
     assert len(made) == 3
 
 
-def test_a_half_made_folder_is_not_taken(tmp_path):
+def test_unfinished_folder_is_made_again(tmp_path):
     def fail(folder):
         (folder / "left-over").write_text("")
         raise OSError("full")
@@ -75,7 +75,7 @@ def test_a_half_made_folder_is_not_taken(tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [MADE]
 
 
-def test_what_a_run_reads_decides_whether_it_is_run_again(tmp_path, calls):
+def test_run_is_repeated_if_its_inputs_change(tmp_path, calls):
     bases = tmp_path / "bases"
     for name in ("base-siglip", "base-qwen2-student"):
         (bases / name).mkdir(parents=True)
@@ -93,13 +93,13 @@ def test_what_a_run_reads_decides_whether_it_is_run_again(tmp_path, calls):
     Experiment(tmp_path / "out", SMALL, bases).student("finetune", 1)
     start_of_1 = read_json(tmp_path / "out" / "checkpoints" / calls.flags[-1]["pretrained_model_path"] / MADE)["mark"]
     (bases / "base-siglip" / "model.safetensors").write_bytes(b"third")
-    Experiment(tmp_path / "out", SMALL, bases).student("finetune", 1)  # its start is made anew, and so it is
+    Experiment(tmp_path / "out", SMALL, bases).student("finetune", 1)  # its start is made again, so it is, too
     assert len(calls.flags) == 6
     again = read_json(tmp_path / "out" / "checkpoints" / calls.flags[-1]["pretrained_model_path"] / MADE)["mark"]
     assert again != start_of_1
 
 
-def test_students_of_a_seed_differ_in_what_is_compared_and_nothing_else(tmp_path, calls):
+def test_students_of_a_seed_differ_only_in_the_compared_flags(tmp_path, calls):
     experiment = Experiment(tmp_path, SMALL)
     ways = report.ways(experiment)
     flags = {}
@@ -108,7 +108,7 @@ def test_students_of_a_seed_differ_in_what_is_compared_and_nothing_else(tmp_path
         flags[way] = {
             key: value for key, value in calls.flags[-1].items() if key not in ("output_dir", "logging_steps")
         }
-        assert folder.name.endswith(f"-seed1-{stage}")  # scripts/demo.sh finds them by it
+        assert folder.name.endswith(f"-seed1-{stage}")  # scripts/demo.sh looks for this ending
     sft = flags["sft"]
     longer = {key for key, value in flags["sft_equal_time"].items() if sft.get(key) != value}
     assert longer == {"max_steps"} and int(flags["sft_equal_time"]["max_steps"]) == 2 * int(sft["max_steps"])
@@ -117,7 +117,7 @@ def test_students_of_a_seed_differ_in_what_is_compared_and_nothing_else(tmp_path
 
 
 def test_flags_are_those_of_the_entry_point(tmp_path, calls):
-    """What the scripts of full size pass under a name is passed under that name here."""
+    """Flags have the same names as in the scripts at full size."""
     from tinyllava_switchkd.train.command_line.argv import parse_arguments
 
     experiment = Experiment(tmp_path, SMALL)
@@ -131,7 +131,7 @@ def test_flags_are_those_of_the_entry_point(tmp_path, calls):
     assert {**COMMON, **PRETRAIN}["tune_type_llm"] == "frozen" and FINETUNE["tune_type_vision_tower"] == "full"
 
 
-def test_a_failure_is_told_with_the_end_of_its_log(tmp_path, capsys):
+def test_failure_shows_the_end_of_the_log(tmp_path, capsys):
     log = tmp_path / "logs" / "run.log"
     logger = logging.getLogger("tinyllava_switchkd")
     before = logger.handlers
@@ -157,8 +157,8 @@ def test_a_failure_is_told_with_the_end_of_its_log(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_shipped_bases_fit_the_project():
-    """They are what `bases` makes: its tokenizer, its shapes, the size that is promised."""
+def test_shipped_bases_match_the_code():
+    """They have the tokenizer and shapes that `bases` makes, and the promised size."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tinyllava_switchkd.quickstart.bases import BasePlan
@@ -173,7 +173,7 @@ def test_the_shipped_bases_fit_the_project():
     assert 900_000 < total < 1_300_000
 
 
-def test_loading_a_model_draws_no_bar_between_the_lines(monkeypatch):
+def test_loading_a_model_shows_no_progress_bar(monkeypatch):
     from transformers.utils import logging as transformers_logging
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

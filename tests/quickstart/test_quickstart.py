@@ -42,7 +42,7 @@ METHODS = ("teacher", "sft", "sft_equal_time", "switch_kd")
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_table_and_again(tmp_path, monkeypatch):
+def test_whole_quickstart_and_resuming(tmp_path, monkeypatch):
     trained = []
     train = Experiment.train
 
@@ -82,7 +82,7 @@ def test_from_nothing_to_a_table_and_again(tmp_path, monkeypatch):
 
 
 def check_results(results: dict, out, seeds: list[int]) -> None:
-    """What the table says, the file says, and the runs said."""
+    """Table, file and runs agree."""
     stored = json.loads((out / "results.json").read_text())
     assert stored == {name: value for name, value in results.items() if name != "text"}
     assert (out / "results.txt").read_text() == results["text"] + "\n"
@@ -107,8 +107,8 @@ def check_results(results: dict, out, seeds: list[int]) -> None:
         assert (out / "benchmarks" / "switch_kd" / f"{name}.json").is_file()
 
 
-def test_a_base_that_has_missed_a_question_begins_anew_a_few_times(tmp_path, monkeypatch):
-    """No training here: what is asked of a checkpoint, and what follows from the answers."""
+def test_base_that_did_not_learn_starts_again(tmp_path, monkeypatch):
+    """Without training: rounds and starts follow from the scores of each checkpoint."""
     answers = iter([{"digits": 99.0}, {"where": 99.0, "read": 10.0}, {"where": 20.0, "read": 90.0}])
 
     def train(self, title, name, flags):
@@ -134,8 +134,8 @@ def test_a_base_that_has_missed_a_question_begins_anew_a_few_times(tmp_path, mon
     assert set(LEARNED) == {"digits", *QUESTION_TYPES}
 
 
-def test_command_refuses_what_cannot_be(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "quickstart", None)  # nothing may begin
+def test_command_refuses_invalid_arguments(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "quickstart", None)  # nothing may start
     (tmp_path / "file").write_text("")
     assert command.main(["--output", str(tmp_path / "file" / "out")]) == 1
     assert "set QUICKSTART_OUT" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_output_comes_from_the_environment(tmp_path, monkeypatch):
     assert seen == [(out, [1, 2, 3], None), (out, [1], out / "own")]
 
 
-def test_a_failed_stage_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_failed_stage_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise StageError("Teacher: SFT failed; its log is here")
 

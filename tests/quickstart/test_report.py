@@ -18,8 +18,8 @@ def test_accuracy_is_exact_match_by_type():
     assert score == pytest.approx(100 / 3) and by_type == {"a": 50.0, "b": 0.0}
 
 
-def test_probe_reads_what_the_tower_shows():
-    """A tower whose tokens are the digits scores 100, one that shows noise scores chance."""
+def test_probe_of_informed_and_random_towers():
+    """A tower whose tokens are the digits scores 100; a tower of noise scores at chance."""
     splits = [scenes.make_scenes("handwriting", name, 40, seed=0) for name in ("train", "val", "test")]
     digits_of = {scene.pixels.tobytes(): scene.digits for split in splits for scene in split}
     noise = torch.Generator().manual_seed(0)
@@ -37,7 +37,7 @@ def test_probe_reads_what_the_tower_shows():
     assert evaluate.probe(answerer(False), *splits) < 30
 
 
-def test_probe_wants_one_token_a_cell():
+def test_probe_needs_one_token_per_cell():
     made = scenes.make_scenes("font", "val", 2, seed=0)
     model = SimpleNamespace(vision_features=lambda pixels: torch.zeros(len(pixels), 3, 8))
     answerer = SimpleNamespace(model=model, pixels_of=lambda image: torch.zeros(3, 2, 2))
@@ -51,7 +51,7 @@ def test_differences_are_paired():
     assert difference(left[:1], right[:1])["std"] is None
 
 
-def test_table_has_a_row_a_method_and_aligned_columns():
+def test_table_has_a_row_per_method_and_aligned_columns():
     row = {"score": 51.26, "by_type": {"where": 100.0, "other": 7.0}, "probe": 80.0, "seconds": 33.4, "steps": 800}
     results = {method: dict(row) for method in METHODS}
     results["sft"]["std"] = {"score": 1.04, "by_type": {"where": 0.0, "other": 2.0}, "probe": 0.5}
@@ -62,7 +62,7 @@ def test_table_has_a_row_a_method_and_aligned_columns():
     assert "51.3 +-1.0" in lines[3]
 
 
-def test_papers_rows_are_those_of_its_half_billion_students():
+def test_papers_rows_of_the_half_billion_students():
     text = "\n".join(paper_lines())
     assert "Switch-KD    Qwen2.5-0.5B  Avg7  57.8  Avg10  60.1" in text
     assert "TinyLLaVA    Qwen2.5-0.5B  Avg7  52.9  Avg10  56.5" in text

@@ -1,4 +1,4 @@
-"""Scenes: split by digit image, the same every time, and every question has the answer that the cells say."""
+"""Scenes: splits by digit image, reproducibility, and correct answers to every question."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RNG = np.random.default_rng
 def test_handwriting_is_split_by_digit_image():
     split = scenes.handwriting_split()
     everything = np.concatenate(list(split.values()))
-    assert sorted(everything.tolist()) == list(range(1797))  # a partition: no stroke on two sides
+    assert sorted(everything.tolist()) == list(range(1797))  # a partition: no digit image in two splits
     assert {name: len(indices) for name, indices in split.items()} == {"train": 1200, "val": 250, "test": 347}
 
 
-def test_strokes_are_those_of_the_split():
+def test_digit_images_come_from_the_split():
     from sklearn.datasets import load_digits
 
     values = load_digits().target
@@ -46,10 +46,10 @@ def test_unknown_pool():
         digit_pool("photos", "train")
 
 
-def test_scenes_depend_on_seed_and_split_alone():
+def test_scenes_depend_only_on_seed_and_split():
     first, again = make_scenes("handwriting", "train", 5, seed=3), make_scenes("handwriting", "train", 5, seed=3)
     assert all((a.pixels == b.pixels).all() and a.digits == b.digits for a, b in zip(first, again, strict=True))
-    assert make_scenes("handwriting", "train", 3, seed=3)[2].digits == first[2].digits  # a prefix is a prefix
+    assert make_scenes("handwriting", "train", 3, seed=3)[2].digits == first[2].digits  # a prefix of more scenes
     others = [make_scenes("handwriting", "train", 5, seed=4), make_scenes("handwriting", "val", 5, seed=3)]
     assert all(other[0].pixels.tolist() != first[0].pixels.tolist() for other in others)
 
@@ -67,7 +67,7 @@ def test_a_scene_shows_its_digits_in_their_colours():
 
 
 @pytest.mark.parametrize("kind", QUESTION_TYPES)
-def test_answers_are_true(kind):
+def test_answers_are_correct(kind):
     rng = RNG(0)
     answers = []
     for scene in make_scenes("handwriting", "test", 100, seed=1):
@@ -93,7 +93,7 @@ def test_answers_are_true(kind):
             else:
                 options = dict(re.findall(r"([AB])\. (.+)", question))
                 assert [letter for letter, option in options.items() if option in present] == [answer]
-    if kind in ("yes_no", "choice"):  # no constant answer scores
+    if kind in ("yes_no", "choice"):  # no constant answer scores above chance
         assert 35 <= answers.count(answers[0]) <= 65
 
 
@@ -102,16 +102,16 @@ def test_unknown_question_type():
         ask(make_scenes("font", "val", 1, 0)[0], "rhyme", RNG(0))
 
 
-def test_descriptions_name_every_cell_rightly():
+def test_descriptions_are_correct_for_every_cell():
     for scene in make_scenes("font", "val", 30, seed=0):
         cells = {frozenset(cell) for cell in zip(map(str, scene.digits), scene.colours, POSITIONS, strict=True)}
         clauses = describe(scene, RNG(scene.digits[0])).removesuffix(".").split(", ")
         assert {frozenset(clause.split()) for clause in clauses} == cells
-        assert not any(clause.split()[0].isdigit() for clause in clauses)  # a digit may be there twice
+        assert not any(clause.split()[0].isdigit() for clause in clauses)  # because a digit may occur twice
         assert scene.caption == f"The digits {' '.join(map(str, scene.digits))} are {' '.join(scene.colours)}."
 
 
-def test_training_json_is_llavas(tmp_path):
+def test_training_json_has_llavas_format(tmp_path):
     made = make_scenes("handwriting", "train", 12, seed=0)
     names = scenes.save_images(made, tmp_path / "images", "x")
     samples = scenes.conversation_samples(made, names, seed=0, caption_share=0.5)
@@ -133,7 +133,7 @@ def test_training_json_is_llavas(tmp_path):
     ]
 
 
-def test_test_questions_ask_every_type_of_every_scene():
+def test_test_questions_have_every_type_for_every_scene():
     made = make_scenes("handwriting", "test", 3, seed=0)
     questions = scenes.test_questions(made, ["a.png", "b.png", "c.png"], seed=0)
     assert [row["type"] for row in questions] == list(QUESTION_TYPES) * 3

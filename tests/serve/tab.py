@@ -1,4 +1,4 @@
-"""A browser tab without a browser: speaks Gradio's queue protocol to a running demo."""
+"""A browser tab without a browser: uses Gradio's queue protocol with a running demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradio_client.utils import apply_diff
 
 from tinyllava_switchkd.serve.page import Page, launch
 
-# An output that stays as it is.
+# Updates that leave an output unchanged.
 _LEFT = (
     {"__type__": "update"},
     {"__type__": "update", "props": {"__type__": "update"}},
@@ -24,12 +24,12 @@ SETTINGS = [0.0, 1.0, 0, 1.0]  # temperature, top-p, top-k, repetition penalty
 
 @contextlib.contextmanager
 def serving(page: Page, **kwargs: Any) -> Iterator[str]:
-    """Serve a page for a while; gives its address."""
+    """Serve a page within the block; yields its URL."""
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True, **kwargs)
     try:
         yield url.rstrip("/")
     finally:
-        page.blocks.server.force_exit = True  # uvicorn would wait for streams that nobody reads any more
+        page.blocks.server.force_exit = True  # uvicorn would wait for abandoned streams
         page.blocks.close(verbose=False)
 
 
@@ -37,8 +37,8 @@ class Tab:
     """One user.
 
     Args:
-        url: address of the demo.
-        page: what is served there, to find the handlers by.
+        url: URL of the demo.
+        page: the served page, to find its handlers.
     """
 
     def __init__(self, url: str, page: Page) -> None:
@@ -47,7 +47,7 @@ class Tab:
         self.client = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
     def upload(self, path: Path) -> dict[str, Any]:
-        """Upload a file as the page does; gives what the image component then sends."""
+        """Upload a file as the page does; returns what the image component then sends."""
         with open(path, "rb") as file:
             reply = self.client.post("/gradio_api/upload", files={"files": (path.name, file)})
         reply.raise_for_status()
@@ -58,7 +58,7 @@ class Tab:
         return self.client.post("/gradio_api/queue/join", json=self._body(handler, data))
 
     def run(self, handler: Any, data: list[Any]) -> list[Any]:
-        """Outputs of a request that does not queue, such as the stop button's."""
+        """Outputs of a request without queue, such as that of the Stop button."""
         reply = self.client.post("/gradio_api/run/predict", json=self._body(handler, data))
         reply.raise_for_status()
         return reply.json()["data"]
@@ -68,14 +68,14 @@ class Tab:
         return {"data": data, "fn_index": number, "session_hash": self.hash, "event_data": None, "trigger_id": 0}
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What the server says about this tab's requests."""
+        """The server's messages about this tab's requests."""
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.hash}) as stream:
             for line in stream.iter_lines():
                 if line.startswith("data:"):
                     yield json.loads(line[5:])
 
     def call(self, handler: Any, data: list[Any]) -> list[Any]:
-        """A request and what the page shows after it, in the order of the handler's outputs.
+        """Send a request; returns what the page shows afterwards, in the order of the handler's outputs.
 
         Raises:
             RuntimeError: the server reports an error.
@@ -108,5 +108,5 @@ class Tab:
 
 
 def file_data(path: str, **more: Any) -> dict[str, Any]:
-    """What a client says of a file."""
+    """A client's description of a file."""
     return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}

@@ -1,4 +1,4 @@
-"""Tiny models that talk: random weights, but only letters and spaces come out, and as slowly as a test wants."""
+"""Tiny chat models with random weights that generate only letters and spaces, at a chosen speed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ CONTEXT = 512
 
 def talker(name: str = "tiny", seed: int = 0, seconds_per_token: float = 0.0, **kwargs) -> ChatModel:
     """A `ChatModel` that never ends an answer by itself."""
-    kwargs = {
-        "llm": "llama",
-        "text": {"initializer_range": 0.4},
-        **kwargs,
-    }  # large weights: every prompt its own answer
+    # Large weights give every prompt a different answer.
+    kwargs = {"llm": "llama", "text": {"initializer_range": 0.4}, **kwargs}
     model, tokenizer = tiny_llava(seed=seed, vision={"image_size": 56}, **kwargs), tiny_tokenizer()
     spoken = set(tokenizer(string.ascii_lowercase + " ", add_special_tokens=False).input_ids)
     model.language_model.generation_config.suppress_tokens = sorted(set(range(len(tokenizer))) - spoken)
@@ -32,11 +29,11 @@ def talker(name: str = "tiny", seed: int = 0, seconds_per_token: float = 0.0, **
 
 
 def pool_of(models: Iterable[ChatModel]) -> ModelPool:
-    """A pool of models that are there already."""
+    """A pool of loaded models."""
     return ModelPool([Slot(model.name, model=model) for model in models])
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    """An image of its own for every seed."""
+    """A different image for every seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""The web demo over HTTP: what it serves, what it refuses, and users who stay apart."""
+"""The web demo over HTTP: what it serves, what it refuses, and separation of users."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class TestAnswers:
             with pytest.raises(RuntimeError):
                 tab.call(page.ask, [None, upload, "What?", *settings])
 
-    def test_a_conversation_that_is_too_long_says_so_and_goes_on(self, tab, upload):
+    def test_too_long_conversation_is_reported_and_can_continue(self, tab, upload):
         for _ in range(3):
             transcript, _ = tab.ask("W" * 150, upload, tokens=100)
         assert transcript.count("start a new conversation") >= 2
@@ -124,7 +124,7 @@ class TestAnswers:
 
 
 class TestApart:
-    def test_users_at_once_get_what_they_would_get_alone(self, url, page, tmp_path):
+    def test_concurrent_users_get_the_same_answers_as_alone(self, url, page, tmp_path):
         def talk(user: int) -> list[str]:
             tab = Tab(url, page)
             picture(user).save(tmp_path / f"{user}.png")
@@ -152,7 +152,7 @@ class TestApart:
             first, second = Tab(url, page), Tab(url, page)
             image = first.upload(tmp_path / "photo.png")
             results = {}
-            first.run(page.begin, [None])  # as the page does: the session is there before its turn comes
+            first.run(page.begin, [None])  # as the page does: the session exists before its turn
             asking = [
                 threading.Thread(target=lambda t=t, n=n, k=k: results.update({n: t.ask("Go on.", image, tokens=k)}))
                 for n, t, k in (("first", first, 290), ("second", second, 60))
@@ -241,7 +241,7 @@ class TestFiles:
         for route in (f"/gradio_api/file={path}", f"/file={path}", f"/gradio_api/file={FOLDER}/../../{path}"):
             assert tab.client.get(route).status_code in (403, 404)
 
-    def test_examples_are(self, tab, page):
+    def test_examples_are_served(self, tab, page):
         for index, (name, question) in enumerate(EXAMPLES):
             chosen = page.pick(None, type("Event", (), {"index": index}))
             assert chosen[page.question] == question and read_image(chosen[page.image]).width >= 32
@@ -263,13 +263,13 @@ class TestFiles:
         with pytest.raises(RuntimeError, match=message):
             tab.call(page.ask, [None, image, "What?", 0.0, 1.0, 0, 1.0, 5])
 
-    def test_nor_after_a_good_upload(self, tab, page, upload):
-        tab.call(page.check_image, [None, upload])  # leaves the image as it is: Gradio makes its component anew
+    def test_a_client_cannot_name_a_file_after_a_good_upload(self, tab, page, upload):
+        tab.call(page.check_image, [None, upload])  # does not change the image, so Gradio recreates its component
         self.test_a_client_cannot_name_a_file_or_an_address(
             tab, page, file_data("http://127.0.0.1:1/image.png"), "Images are uploaded, not fetched"
         )
 
-    def test_an_upload_is_opened_by_our_own_reader_alone(self, tab, page, upload, monkeypatch):
+    def test_uploads_are_opened_only_by_our_reader(self, tab, page, upload, monkeypatch):
         monkeypatch.setattr("gradio.image_utils.preprocess_image", None)
         tab.call(page.check_image, [None, upload])
         assert tab.ask("What is it?", upload)[1] == ""
@@ -282,7 +282,7 @@ class TestFiles:
 class TestEscaping:
     EVIL = "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}'\"`\\ & <b>bold</b>"
 
-    def test_everything_people_and_models_write(self):
+    def test_text_of_users_and_models_is_escaped(self):
         reply = Reply(self.EVIL, (1,), "length", 0.1, 2.0, None, ())
         exchange = render.Exchange(
             self.EVIL, (), [render.Cell(0, self.EVIL, reply), render.Cell(1, "b", error=self.EVIL)]
@@ -299,7 +299,7 @@ class TestEscaping:
             for bad in ("<img src=x", "<b>bold", "${", "{{", "`", "\\", 'onerror=alert(1)>"'):
                 assert bad not in page
 
-    def test_escape_shows_the_same_text(self):
+    def test_escaped_text_shows_the_same(self):
         import html
 
         assert html.unescape(render.escape(self.EVIL)) == self.EVIL
@@ -332,7 +332,7 @@ class TestPool:
         assert list(pool.ready) == [0]
         assert "could not be loaded: no such checkpoint" in render.header(pool.slots)
 
-    def test_a_failing_model_does_not_take_the_others_with_it(self, monkeypatch):
+    def test_failing_model_does_not_affect_the_others(self, monkeypatch):
         good, bad = talker("Good"), talker("Bad")
         monkeypatch.setattr(bad.model, "generate", lambda *args, **kwargs: 1 / 0)
         demo = Demo(pool_of([bad, good]))
@@ -356,7 +356,7 @@ class TestCommandLine:
         assert seen["max_file_size"] == 10 * 2**20
         assert page.blocks._queue.max_size == 16
 
-    def test_uploads_go_with_the_server(self, monkeypatch, tmp_path):
+    def test_uploads_are_deleted_with_the_server(self, monkeypatch, tmp_path):
         (tmp_path / "config.json").touch()
         seen = []
 

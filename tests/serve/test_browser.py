@@ -22,7 +22,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 playwright_api = pytest.importorskip("playwright.sync_api", reason="no browser tests: playwright is not installed")
 expect = playwright_api.expect
-PATIENCE = 180_000  # milliseconds: on a busy machine Chromium alone takes half a minute; what passes waits for nothing
+PATIENCE = 180_000  # milliseconds; on a busy machine Chromium takes half a minute to start
 expect.set_options(timeout=PATIENCE)
 
 pytestmark = [
@@ -61,13 +61,13 @@ def url():
 
 @pytest.fixture
 def photo(tmp_path, request):
-    seed = zlib.crc32(request.node.name.encode())  # another file for each test: servers share a folder by content
+    seed = zlib.crc32(request.node.name.encode())  # a different file for each test: servers share a folder by content
     picture(seed % 1000, (400, 300)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
 class User:
-    """What a person does on the page."""
+    """A user of the page."""
 
     def __init__(self, browser, url: str, **context) -> None:
         self.url, self.problems, self.elsewhere = url, [], []
@@ -96,7 +96,7 @@ class User:
         self.at("#tl-send").click()
 
     def wait(self, answers: int) -> None:
-        """Until so many answers are complete."""
+        """Wait until this many answers are complete."""
         expect(self.at(".tl-answer footer span:last-child")).to_have_count(answers)
         expect(self.at(".tl-caret")).to_have_count(0)
         expect(self.at("#tl-send")).to_be_enabled()
@@ -105,7 +105,7 @@ class User:
         return self.at(".tl-text").all_inner_texts()
 
     def shot(self, name: str) -> None:
-        """A screenshot, where somebody asked for them."""
+        """Take a screenshot if they are requested."""
         if folder := os.environ.get("TINYLLAVA_SCREENSHOTS"):
             self.page.wait_for_timeout(400)
             self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
@@ -197,7 +197,7 @@ def test_stop(browser, photo):
         user.leave()
 
 
-def test_asked_once_however_often_it_is_clicked(user, photo):
+def test_repeated_clicks_ask_once(user, photo):
     user.upload(photo)
     user.at("#tl-question textarea").fill("Once?")
     user.at("#tl-send").dblclick(delay=60)
@@ -282,7 +282,7 @@ def test_attention_map(user, photo):
     user.at("#tl-which label").nth(1).click()  # the teacher's
     expect(caption).to_contain_text("the whole answer")
     expect(image).not_to_have_attribute("src", whole)
-    user.ask("And now?")  # the map was of the answer before
+    user.ask("And now?")  # the map belonged to the previous answer
     expect(user.at("#tl-picture")).to_have_count(0)
     user.wait(4)
 
@@ -303,7 +303,7 @@ def test_phone(browser, url, photo):
         box = user.at(selector).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] and box["height"] >= 36
     cards = [card.bounding_box() for card in user.at(".tl-answer").all()]
-    assert cards[0]["y"] + cards[0]["height"] <= cards[1]["y"]  # one below the other
+    assert cards[0]["y"] + cards[0]["height"] <= cards[1]["y"]  # cards are stacked
     user.leave()
 
 

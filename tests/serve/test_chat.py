@@ -1,4 +1,4 @@
-"""The terminal chat: in a process of its own through its standard input, and its parts."""
+"""The terminal chat: as a process with standard input, and its parts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ finally:
 
 
 def test_a_session_through_stdin(folder):
-    """A whole session in a process of its own, which must not have imported training or the web."""
+    """A whole session in a separate process, which must not import training or the web demo."""
     lines = [
         "What is this?",
         f"/image {folder}/nowhere.png",
@@ -99,20 +99,20 @@ def test_commands(session, folder, capsys):
     assert not session.command("/quit") and not session.command("/exit")
 
 
-def test_figures_on_request(session, capsys):
+def test_timings_on_request(session, capsys):
     session.command("/stats")
     session.ask("One?")
     error = capsys.readouterr().err
     assert "cut at --max_new_tokens" in error and "first token after" in error and "6 tokens" in error
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys):
+def test_ctrl_c_stops_the_answer_but_not_the_chat(capsys):
     session = chat.Chat(talker(seconds_per_token=0.05), Sampling(max_new_tokens=200))
     before, passes = signal.getsignal(signal.SIGINT), []
 
     def interrupt(*_):
         passes.append(1)
-        if len(passes) == 4:  # three tokens are there
+        if len(passes) == 4:  # after three tokens
             signal.raise_signal(signal.SIGINT)
 
     session.model.model.language_model.register_forward_pre_hook(interrupt)

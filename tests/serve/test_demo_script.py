@@ -1,4 +1,4 @@
-"""scripts/demo.sh: what it starts, and what it says when there is nothing to start."""
+"""scripts/demo.sh: what it starts, and its message if there is nothing to start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEACHER = "tiny-llava-base-qwen2-teacher-base-siglip-teacher-handwriting-finetun
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the script with a stand-in for Python that prints its arguments, one a line."""
+    """Runs the script with a fake Python that prints its arguments, one per line."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nfor argument in "$@"; do echo "$argument"; done\n')
     python.chmod(0o755)
@@ -37,7 +37,7 @@ def checkpoints(tmp_path, *names):
     return tmp_path / "quick start" / "checkpoints"
 
 
-def test_nothing_there(run):
+def test_without_a_quickstart(run):
     done = run()
     assert done.returncode == 1 and done.stdout == ""
     assert "bash scripts/quickstart.sh" in done.stderr and "STUDENT=FOLDER" in done.stderr
@@ -56,7 +56,7 @@ def test_the_quickstart_s_models(run, tmp_path):
     ]
 
 
-def test_half_a_quickstart(run, tmp_path):
+def test_with_an_unfinished_quickstart(run, tmp_path):
     folder = checkpoints(tmp_path, f"{STUDENT}-distill")
     assert run().stdout.splitlines()[2:] == [
         *("--model_path", f"{folder}/{STUDENT}-distill", "--names", "Switch-KD student"),

@@ -1,4 +1,4 @@
-"""The engine: prompts, streaming, stopping, time, and conversations that stay apart."""
+"""The engine: prompts, streaming, stopping, timings, and separate conversations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model():
 
 
 class TestStream:
-    def test_is_what_generate_says(self, model):
+    def test_stream_equals_generate(self, model):
         image = picture()
         reply = ask(model, "What is it?", image)
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": None}]
@@ -47,7 +47,7 @@ class TestStream:
         assert reply.prompt_ids.tolist() == ids[0].tolist()
         assert reply.text == model.tokenizer.decode(expected).strip()
 
-    def test_grows_to_the_whole(self, model):
+    def test_text_grows_to_the_whole_answer(self, model):
         replies = finish(model.stream(Conversation(), "Tell me.", SHORT))
         assert len(replies) >= 12
         for before, after in itertools.pairwise(replies):
@@ -55,10 +55,10 @@ class TestStream:
         assert [reply.finish for reply in replies[:-1]] == [None] * (len(replies) - 1)
         assert replies[-1].finish == "length"
 
-    def test_figures(self):
+    def test_timings(self):
         replies = finish(talker(seconds_per_token=0.05).stream(Conversation(), "Tell me.", SHORT))
         assert replies[0].first_token >= 0.05 and replies[0].rate is None
-        assert 2 < replies[-1].rate < 20  # 50 ms and some a token
+        assert 2 < replies[-1].rate < 20  # a little over 50 ms per token
         assert len({reply.first_token for reply in replies}) == 1
 
     def test_history_is_kept(self, model):
@@ -70,7 +70,7 @@ class TestStream:
         assert (second.prompt_ids == -200).sum() == 2 and len(second.images) == 2
         assert [turn.question for turn in conversation.turns] == ["One?", "Two?"]
         assert conversation.pending == []
-        assert second.text != ask(model, "Two?", picture(2)).text  # it was really read
+        assert second.text != ask(model, "Two?", picture(2)).text  # so the history was read
 
     def test_a_typed_placeholder_is_text(self, model):
         reply = ask(model, "What does <image> mean, or <ima<image>ge>?", picture())
@@ -110,7 +110,7 @@ class TestStream:
         reply = ask(model, "W" * 300, sampling=Sampling(max_new_tokens=CONTEXT))
         assert reply.finish == "length" and len(reply.token_ids) + len(reply.prompt_ids) == CONTEXT
 
-    def test_an_error_in_the_model_is_raised_here(self, monkeypatch):
+    def test_errors_of_the_model_are_raised_by_the_stream(self, monkeypatch):
         model = talker()
 
         def fail(*args, **kwargs):
@@ -120,7 +120,7 @@ class TestStream:
         with pytest.raises(RuntimeError, match="broken"):
             ask(model, "What?")
         monkeypatch.undo()
-        assert ask(model, "What?").finish == "length"  # and the model is free again
+        assert ask(model, "What?").finish == "length"  # and the lock is released
 
     def test_features_are_kept_for_follow_ups(self, model, monkeypatch):
         encoded = []
@@ -133,7 +133,7 @@ class TestStream:
         for seed in range(100, 110):
             ask(model, "One?", picture(seed))
         ask(model, "One?", picture(77))
-        assert len(encoded) == 12  # forgotten meanwhile
+        assert len(encoded) == 12  # no longer cached
 
 
 class TestStop:
@@ -150,7 +150,7 @@ class TestStop:
         stop.set()
         conversation.attach(picture())
         busy = threading.Event()
-        with model._lock:  # somebody else is being answered
+        with model._lock:  # another request is being answered
             stream = model.stream(conversation, "Tell me.", SHORT, stop)
             replies = []
             waiter = threading.Thread(target=lambda: (replies.extend(stream), busy.set()))
@@ -162,7 +162,7 @@ class TestStop:
     def test_time_limit(self):
         model = talker(seconds_per_token=0.02)
         reply = finish(model.stream(Conversation(), "Go.", Sampling(max_new_tokens=300), time_limit=0.6))[-1]
-        assert reply.finish == "time" and 0 < len(reply.token_ids) < 40  # of 300, each of which takes 0.02 s at least
+        assert reply.finish == "time" and 0 < len(reply.token_ids) < 40  # of 300, each of at least 0.02 s
 
     def test_closing_the_iterator_stops_the_work(self):
         model = talker(seconds_per_token=0.02)
@@ -176,7 +176,7 @@ class TestStop:
 
 
 def test_users_in_threads_do_not_mix(model):
-    """Six users with an image each ask two questions at once; each gets what it would get alone."""
+    """Six users, each with an image, ask two questions at the same time; each gets the same answers as alone."""
 
     def talk(user: int) -> list[str]:
         conversation = Conversation()
@@ -197,7 +197,7 @@ def test_users_in_threads_do_not_mix(model):
     assert [together[user] for user in range(6)] == alone
 
 
-def test_attention_and_answers_can_be_asked_for_at_once(model):
+def test_attention_and_answers_at_the_same_time(model):
     reply = ask(model, "What?", picture(3))
     expected = model.attend(reply)
     assert expected.weights.shape == (len(expected.tokens), 1, 8, 8)
@@ -218,7 +218,7 @@ class TestLoad:
     def test_from_a_folder(self, tmp_path):
         made = tiny_llava()
         save_pretrained_model(made, tiny_tokenizer(), made.vision_tower.image_processor, tmp_path / "mine")
-        assert ChatModel.load(str(tmp_path / "mine"), device="cpu").template == "qwen2_base"  # of its LLM
+        assert ChatModel.load(str(tmp_path / "mine"), device="cpu").template == "qwen2_base"  # of its language model
         model = ChatModel.load(str(tmp_path / "mine"), device="cpu", template="phi")
         assert (model.name, model.template, model.context_len) == ("mine", "phi", 512)
         assert model.num_parameters == sum(parameter.numel() for parameter in made.parameters())

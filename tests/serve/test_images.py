@@ -1,4 +1,4 @@
-"""Uploads: what is taken, what is refused, and that refusing costs nothing."""
+"""Uploads: what is accepted, what is refused, and that refusing is cheap."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_pixels_are_exact_without_a_reduction(tmp_path):
     assert read_image(tmp_path / "a.png").tobytes() == picture().tobytes()
 
 
-def test_turned_as_the_camera_noted(tmp_path):
+def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     picture().save(tmp_path / "phone.jpg", exif=exif)
@@ -52,7 +52,7 @@ def test_turned_as_the_camera_noted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_large_ones_are_reduced(tmp_path, kind):
+def test_large_images_are_reduced(tmp_path, kind):
     picture(size=(1200, 600)).save(tmp_path / "large", format=kind)
     assert read_image(tmp_path / "large", LIMITS).size == (400, 200)
 
@@ -75,7 +75,7 @@ def test_too_many_bytes(tmp_path):
         read_image(tmp_path / "big.png", LIMITS)
 
 
-def test_no_image(tmp_path):
+def test_files_that_are_not_images(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ValueError, match="not an image in a supported format"):
         read_image(tmp_path / "text.png")

@@ -1,4 +1,4 @@
-"""What a stranger tries on the demo: other people's files, other names, other routes, more than there is room for."""
+"""Attacks on the demo: files of others, other host names, other routes, too much data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tinyllava_switchkd.serve.upload import REFUSED
 LIMITS = DemoLimits(ImageLimits(300_000, 1_000_000, 400), seconds=20, upload_bytes=500_000)
 ASK = [0.0, 1.0, 0, 1.0, 5]
 NUMBERS = itertools.count(10)
-"""Of pictures, so that each test uploads one of its own."""
+"""Seeds of pictures, so that each test uploads a different one."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def uploaded(tab, tmp_path):
 
 
 def answer(tab, handler, data) -> str:
-    """Everything that comes back for a request, as text."""
+    """The whole response to a request as text."""
     try:
         return json.dumps(tab.call(handler, data))
     except RuntimeError as error:
@@ -106,7 +106,7 @@ def test_no_request_opens_a_file_of_the_server_or_tells_whether_it_is_there(tab,
     assert ask(Path("/root/nothing.png")) == there
 
 
-def test_neither_a_link_nor_a_file_beside_an_upload_is_an_upload(tab, page, secret, uploaded):
+def test_links_and_files_next_to_an_upload_are_not_uploads(tab, page, secret, uploaded):
     folder = Path(uploaded["path"]).parent
     (folder / "link.png").symlink_to(secret)
     picture(4).save(folder / "beside.png")
@@ -152,11 +152,11 @@ def test_a_file_in_another_field_is_not_copied(tab, page, secret):
     assert set(Path(page.room.folder).rglob("*")) == before
 
 
-def test_a_state_is_the_server_s_own(tab, page, secret):
+def test_clients_cannot_set_the_state(tab, page, secret):
     assert "There is no image yet" in answer(tab, page.ask, [{"attached": str(secret)}, None, "What?", *ASK])
 
 
-def test_the_page_s_own_images_are_taken(tab, page, uploaded):
+def test_own_images_are_accepted(tab, page, uploaded):
     assert tab.ask("What is it?", uploaded, tokens=5)[1] == ""
     for index in range(len(EXAMPLES)):
         chosen = page.pick(None, type("Event", (), {"index": index}))[page.image]
@@ -182,16 +182,16 @@ OTHER_HOSTS = re.split(r"[|\n]", OTHER_HOSTS.strip())
 
 class TestHost:
     @pytest.mark.parametrize("host", [*OTHER_HOSTS, ""])
-    def test_other_names_are_refused(self, tab, host):
+    def test_other_host_names_are_refused(self, tab, host):
         for method, route in (("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/queue/join"), ("HEAD", "/")):
             reply = tab.client.request(method, route, headers={"Host": host})
             assert reply.status_code in (400, 421), (method, route)
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:1234", "localhost", "LOCALHOST:80", "[::1]:7860"])
-    def test_the_bound_one_is_not(self, tab, host):
+    def test_bound_host_name_is_accepted(self, tab, host):
         assert tab.client.get("/theme.css", headers={"Host": host}).status_code == 200
 
-    def test_two_or_none(self, url):
+    def test_two_host_headers_or_none(self, url):
         import socket
 
         host, port = url.removeprefix("http://").split(":")
@@ -201,7 +201,7 @@ class TestHost:
                 assert connection.recv(100).split()[1] in (b"400", b"421")
 
     def test_nor_does_a_proxys_header_name_another(self, tab):
-        """Gradio would make the page's addresses of it."""
+        """Gradio would build the page's URLs from it."""
         for name, status in (("evil.example", 421), ("127.0.0.1, evil.example", 421), ("localhost:80", 200)):
             assert tab.client.get("/config", headers={"X-Forwarded-Host": name}).status_code == status
 
@@ -222,17 +222,17 @@ class TestHost:
         assert Hosts("my-pc.lan").know("MY-PC.lan:80")
 
     @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1.evil.example", "file://"])
-    def test_pages_of_other_sites_send_nothing(self, tab, origin):
+    def test_requests_from_other_sites_are_refused(self, tab, origin):
         for route in ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"):
             assert tab.client.post(route, headers={"Origin": origin}).status_code == 403
 
-    def test_the_page_itself_does(self, tab, url):
+    def test_requests_from_the_page_are_accepted(self, tab, url):
         reply = tab.client.post("/gradio_api/upload", files={"files": b"x"}, headers={"Origin": url})
         assert reply.status_code == 200
 
 
 class TestRoutes:
-    def test_what_gradio_trips_over_is_a_refusal(self, tab, page, uploaded, caplog):
+    def test_requests_that_crash_gradio_are_refused(self, tab, page, uploaded, caplog):
         file = tab.client.get(f"/gradio_api/file={uploaded['path']}", headers={"Range": "bytes=0-1,0-1"})
         join = tab.client.post("/gradio_api/queue/join", json={"data": [], "fn_index": -1, "session_hash": "x"})
         for reply in (file, join):
@@ -298,14 +298,14 @@ class TestRoom:
             ]
             assert codes == [200, 200, 200, 507]
             many = [("files", (f"{n}.png", os.urandom(10))) for n in range(20)]
-            assert tab.client.post("/gradio_api/upload", files=many).status_code == 200  # a block of the disk each
+            assert tab.client.post("/gradio_api/upload", files=many).status_code == 200  # one disk block each
             assert tab.client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 507
             assert "fill their" in tab.client.post("/gradio_api/upload", files={"files": b"x"}).text
             for file in list(page.blocks.upload_file_set):
                 Path(file).unlink()
             assert tab.client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 200
 
-    def test_under_way_and_broken_off(self, tmp_path):
+    def test_uploads_in_progress_and_abandoned_ones_count(self, tmp_path):
         room = Room(tmp_path, lambda: [], 100_000)
         assert room.enter(60_000) and not room.enter(60_000)
         room.leave(60_000)
@@ -317,7 +317,7 @@ class TestRoom:
         assert room.enter(60_000) and not (tmp_path / "tmpabc").exists()
 
     def test_a_sender_that_never_ends_keeps_no_room(self, tmp_path):
-        """Its upload is given up after a while, and the room is there for others."""
+        """The upload is abandoned after a while, and others can use its space."""
         room, sent, ended = Room(tmp_path, lambda: [], 100_000), [], []
 
         async def app(scope, receive, send):
@@ -338,7 +338,7 @@ class TestRoom:
         asyncio.run(asyncio.wait_for(gate(scope, drip, send), 20))
         assert ended and room.enter(90_000)
 
-    def test_a_refused_or_broken_upload_gives_its_room_back(self, tab, page):
+    def test_refused_or_failed_upload_releases_its_space(self, tab, page):
         for content in (b"no form", b"--x\r\nnothing"):
             tab.client.post("/gradio_api/upload", content=content, headers={"Content-Type": "multipart/form-data"})
         wait_until(lambda: page.room._under_way == 0)
@@ -353,12 +353,12 @@ class TestCost:
             read_image(tmp_path / "large.png", DemoLimits().image)
 
     @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])
-    def test_whatever_the_format(self, tmp_path, kind):
+    def test_formats_of_large_images(self, tmp_path, kind):
         Image.new("RGB" if kind == "WEBP" else "1", (5000, 4100)).save(tmp_path / "large", format=kind)
         with pytest.raises(ValueError, match=r"20\.5 million pixels; at most 20\.0"):
             read_image(tmp_path / "large", DemoLimits().image)
 
-    def test_a_jpeg_of_a_thousand_passes(self, tmp_path):
+    def test_a_jpeg_with_a_thousand_scans(self, tmp_path):
         buffer = io.BytesIO()
         picture(1, (64, 64)).save(buffer, format="JPEG", progressive=True)
         data = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Attention maps: the numbers against a plain forward pass, the places against the image processors themselves."""
+"""Attention maps: values compared with a plain forward pass, positions with the image processors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def letters(tokenizer, text: str) -> list[int]:
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """Red grows from 0 to 255 with x, green with y: a pixel tells where it comes from."""
+    """Red grows from 0 to 255 with x, green with y, so that a pixel's colour gives its position."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).round().astype(np.uint8))
 
@@ -56,7 +56,7 @@ class TestAttentionMap:
         with torch.no_grad():
             output = other.language_model(inputs_embeds=spliced.inputs_embeds, output_attentions=True)
         attention = torch.stack(output.attentions).mean(dim=(0, 2))[0]  # [L, L]
-        # The prediction of a token is made one position before it.
+        # A token is predicted one position before it.
         expected = attention[-len(answer) - 1 : -1][:, spliced.image_mask[0]].reshape(3, 2, -1).numpy()  # [A, I, K]
         assert result.tokens == ("c", "a", "b")
         assert result.weights.shape == (3, 2, 4, 4)
@@ -75,7 +75,7 @@ class TestAttentionMap:
         with pytest.raises(ValueError, match="2 layers"):
             attention_map(model, tokenizer, input_ids, features, LETTERS, slice(7, 9))
 
-    def test_the_model_is_left_as_it_was(self, setup, monkeypatch):
+    def test_model_is_unchanged(self, setup, monkeypatch):
         model, tokenizer, input_ids, features = setup
         assert model.language_model.config._attn_implementation == "sdpa"
         attention_map(model, tokenizer, input_ids, features, LETTERS)
@@ -84,7 +84,7 @@ class TestAttentionMap:
             attention_map(model, tokenizer, input_ids, features, LETTERS, slice(7, 9))
         assert model.language_model.config._attn_implementation == "sdpa"
 
-    def test_tokens_of_one_character_are_one(self, setup):
+    def test_tokens_of_one_character_are_merged(self, setup):
         model, tokenizer, input_ids, features = setup
         answer = [*letters(tokenizer, "a é"), tokenizer.eos_token_id]
         result = attention_map(model, tokenizer, input_ids, features, answer)
@@ -131,14 +131,14 @@ class TestGrid:
         grid = token_grid(model)
         assert (grid.side, len(grid.cells)) == (2, model.num_image_tokens)
 
-    def test_two_tokens_a_cell_are_summed(self):
+    def test_two_tokens_per_cell_are_summed(self):
         grid = TokenGrid(2, np.array([-1, -1, 0, 0, 1, 1, 2, 2, 3, 3]))
         assert grid.spread(np.arange(10.0)).tolist() == [[5.0, 9.0], [13.0, 17.0]]
 
     @pytest.mark.parametrize("tower", ["siglip", "clip"])
     @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
     @pytest.mark.parametrize("size", [(300, 200), (120, 200)])
-    def test_visible_box_is_what_the_processor_shows(self, tower, aspect_ratio, size):
+    def test_visible_box_matches_the_processor(self, tower, aspect_ratio, size):
         model = tiny_llava(tower=tower, image_aspect_ratio=aspect_ratio, vision={"image_size": 56})
         processor = model.vision_tower.image_processor
         image = gradient(*size)
@@ -154,7 +154,7 @@ class TestGrid:
 
 
 class TestOverlay:
-    def test_heat_is_drawn_where_it_belongs(self):
+    def test_heat_is_drawn_at_its_position(self):
         heat = np.zeros((4, 4))
         heat[1, 2] = 1.0
         picture = np.asarray(overlay(Image.new("RGB", (800, 800), "grey"), heat), dtype=float)
@@ -172,7 +172,7 @@ class TestOverlay:
         y, x = np.unravel_index(redness.argmax(), redness.shape)
         assert y < 200 and x < 200
 
-    def test_what_was_cropped_away_has_no_colour(self):
+    def test_cropped_area_has_no_colour(self):
         picture = np.asarray(overlay(Image.new("RGB", (800, 400), "grey"), np.eye(4), (200, 0, 600, 400)))
         assert np.ptp(picture[:, :190].reshape(-1, 3), axis=1).max() == 0
         assert np.ptp(picture[:, 210:590].reshape(-1, 3), axis=1).max() > 50
@@ -183,7 +183,7 @@ class TestOverlay:
         overlay(Image.new("L", (30, 20)), np.full((3, 3), value))
 
 
-def test_text_groups_are_the_text():
+def test_text_groups_join_to_the_text():
     tokenizer = tiny_tokenizer()
     text = "né 🦊 日本!"
     ids = [tokenizer.eos_token_id, *letters(tokenizer, text)]
@@ -192,7 +192,7 @@ def test_text_groups_are_the_text():
     assert [index for _, indices in groups for index in indices] == list(range(1, len(ids)))
     assert "".join(piece for piece, _ in text_groups(tokenizer, ids[:-1])) == text[:-1]
     broken = [*letters(tokenizer, "🦊")[:2]] * 20
-    assert len(text_groups(tokenizer, broken)) > 1  # broken bytes do not hold back the rest for ever
+    assert len(text_groups(tokenizer, broken)) > 1  # invalid bytes do not hold back the rest
 
 
 class TestCommand:
@@ -217,8 +217,8 @@ class TestCommand:
             assert figure.width > 800 and np.asarray(figure.convert("RGB")).std() > 10
         assert "switch_kd:" in capsys.readouterr().out
 
-    def test_likeness_over_a_set_of_images(self, paths, tmp_path, capsys):
-        """A model beside itself is wholly alike; the printed mean is that of the maps, computed here."""
+    def test_correlations_over_a_set_of_images(self, paths, tmp_path, capsys):
+        """A model correlates perfectly with itself; the printed mean equals that of the maps, computed here."""
         gradient(40, 60).save(paths / "second.png")
         questions = [{"image": "image.png", "question": "What?"}, {"image": "second.png", "text": "Where?"}]
         (tmp_path / "set.json").write_text(json.dumps(questions))
@@ -279,8 +279,8 @@ def _finite(a, b):
     return a[both], b[both]
 
 
-def test_maps_of_unequal_grids_and_flat_maps():
-    """A map laid out finer is like itself; one without any contrast has no likeness."""
+def test_maps_with_different_grids_and_constant_maps():
+    """A map on a finer grid correlates with itself; a constant map has no correlation."""
     coarse = np.array([[0.1, 0.4], [0.2, 0.3]])
     reference, finer = (
         AttentionMap(("x",), weights[None, None]) for weights in (coarse, np.kron(coarse, np.ones((2, 2))))
@@ -289,7 +289,7 @@ def test_maps_of_unequal_grids_and_flat_maps():
     assert correlation(AttentionMap(("x",), np.ones((1, 1, 2, 2))), reference) is None
 
 
-def test_look_asks_in_the_checkpoint_s_own_format():
+def test_look_uses_the_checkpoints_template():
     model, tokenizer = tiny_llava(), tiny_tokenizer()
     processor, image = model.vision_tower.image_processor, gradient(40, 40)
     result = look(model, tokenizer, processor, image, "What?", name="mine", max_new_tokens=6)
@@ -299,8 +299,8 @@ def test_look_asks_in_the_checkpoint_s_own_format():
         look(model, tokenizer, processor, image, "What?", name="mine", template="nonsense")
 
 
-def test_a_trained_model_s_map_points_at_what_it_names():
-    """A model learns to name the one bright patch; its attention is then on that patch, and not on a neighbour's cell.
+def test_map_of_a_trained_model_points_at_the_named_patch():
+    """A model learns to name the single bright patch; its attention is then on that patch, not on a neighbouring cell.
 
     This is the whole chain at once: v1's dropped first patch, the raster order, and where an answer token looks from.
     """
@@ -323,7 +323,7 @@ def test_a_trained_model_s_map_points_at_what_it_names():
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1, step / 30) * (1 - step / steps))
     for _ in range(steps):
-        cells = rng.integers(1, 16, 32)  # the first patch is not seen at all
+        cells = rng.integers(1, 16, 32)  # the model does not see the first patch
         batch = {key: torch.stack([samples[cell][key] for cell in cells]) for key in ("input_ids", "labels")}
         loss = model(**batch, images=torch.stack([preprocess(scene(cell)) for cell in cells])).loss
         optimiser.zero_grad()
@@ -335,4 +335,4 @@ def test_a_trained_model_s_map_points_at_what_it_names():
     for cell in range(1, 16):
         seen = look(model, tokenizer, processor, scene(cell), "?", template="pretrain", max_new_tokens=1)
         hits += seen.attention is not None and int(np.nan_to_num(seen.attention.of(0)).argmax()) == cell
-    assert hits >= 10  # 13 to 14 of 15 where this was written; a map that is off by one cell has none
+    assert hits >= 10  # usually 13 to 14 of 15; none if the map is off by one cell

@@ -1,4 +1,4 @@
-"""Curves of runs: what is read, how it is smoothed, and that pictures come out."""
+"""Curves of runs: reading logs, smoothing, and drawing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyllava_switchkd.visualize.curves import (
 
 
 def history(steps: int, distilled: bool) -> list[dict[str, float]]:
-    """A log as the trainer writes it, with the summary that has no loss at its end."""
+    """A log as the trainer writes it; the summary at its end has no loss."""
     rows = []
     for step in range(1, steps + 1):
         row = {"step": step, "loss": 2.0 / step, "ce": 1.0 / step, "learning_rate": 1e-3}
@@ -35,7 +35,7 @@ def state(folder, rows) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": len(rows), "log_history": rows}))
 
 
-def test_history_of_a_run_and_of_one_that_still_trains(tmp_path):
+def test_history_of_finished_and_running_runs(tmp_path):
     state(tmp_path / "done", history(5, False))
     state(tmp_path / "going" / "checkpoint-3", history(3, False))
     assert len(read_history(tmp_path / "done")) == 6
@@ -43,8 +43,8 @@ def test_history_of_a_run_and_of_one_that_still_trains(tmp_path):
     assert len(read_history(tmp_path / "going")) == 4
 
 
-def test_held_out_values_and_shares_of_the_gradient_are_drawn(tmp_path):
-    """Two terms of norms 3 and 1 have 75 and 25 %; held-out values change the picture of the losses."""
+def test_held_out_losses_and_gradient_shares_are_drawn(tmp_path):
+    """Two terms with norms 3 and 1 have 75 and 25 %; held-out losses change the picture of the losses."""
     plain = history(4, True)
     rows = [*plain, {"step": 2, "eval_ce": 0.9, "eval_align": 0.1}, {"step": 4, "eval_ce": 0.7, "eval_align": 0.2}]
     with_eval, without = (
@@ -69,7 +69,7 @@ def test_held_out_values_and_shares_of_the_gradient_are_drawn(tmp_path):
     assert (tmp_path / "out" / "inside_run.png").is_file()
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_folders_without_a_run_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="output folder of a training run"):
         read_history(tmp_path)
     (tmp_path / "trainer_state.json").write_text("{}")
@@ -77,18 +77,18 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_history(tmp_path)
 
 
-def test_series_leaves_out_what_was_not_logged():
+def test_series_skips_missing_values():
     steps, values = series(history(4, True), "knee_student")
     assert steps.tolist() == [1, 2, 3, 4] and values.tolist() == [8, 9, 10, 11]
     assert len(series(history(4, False), "align")[0]) == 0
 
 
-def test_smoothing_is_a_centred_mean_that_keeps_the_ends():
+def test_smoothing_is_a_centred_mean_and_keeps_the_ends():
     values = np.array([0.0, 3.0, 0.0, 3.0, 9.0])
     assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 4.0, 9.0]
     assert smooth(values, 1).tolist() == values.tolist()
     line = np.arange(100.0)
-    assert np.allclose(smooth(line), line)  # a straight line stays one
+    assert np.allclose(smooth(line), line)  # a straight line does not change
 
 
 def test_pictures(tmp_path):
@@ -101,7 +101,7 @@ def test_pictures(tmp_path):
         assert knees.width > knees.height
 
 
-def test_nothing_to_draw_is_said():
+def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match="no knee and no gradient"):
         draw_inside(history(3, False), "never.png")
     with pytest.raises(ValueError, match="None of the runs"):

@@ -1,4 +1,4 @@
-"""The radar chart: its numbers are the paper's groups, its files are whole and the same every time."""
+"""The radar chart: the paper's groups, complete and reproducible files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SFT = TABLE1["TinyLLaVA Qwen2.5-0.5B"]["scores"]
 
 @pytest.mark.parametrize("row", TABLE1.values(), ids=TABLE1)
 @pytest.mark.parametrize("name", AVERAGES)
-def test_averages_of_table_1_are_the_printed_ones(row: dict, name: str) -> None:
-    """The cells are rounded and the averages were taken before; they may differ by 0.1."""
+def test_averages_of_table_1_match_the_paper(row: dict, name: str) -> None:
+    """The paper averages before it rounds, so averages of the printed cells may differ by 0.1."""
     mean = average(row["scores"], AVERAGES[name])
     if row[name] is None:
         assert mean is None
@@ -41,13 +41,13 @@ def test_axes_are_means_of_their_columns() -> None:
     assert axis_values({"TextVQA": 1.0})["Hallucination"] is None
 
 
-def test_axes_that_some_model_lacks_are_cut() -> None:
+def test_axes_missing_for_a_model_are_left_out() -> None:
     axes = common_axes([SWITCH_KD, {"MME": 1.0, "MMB": 2.0, "POPE": 3.0}])
     assert axes == {"Perception & Understanding": ("MME", "MMB"), "Hallucination": ("POPE",)}
 
 
 @pytest.mark.parametrize("values", [[28.9, 41.5, 44.9], [86.1, 86.1], [0.0, 100.0], [100.0], [0.0], [50.0, 80.04]])
-def test_the_scale_starts_at_zero_and_holds_its_values(values: list[float]) -> None:
+def test_scale_starts_at_zero_and_contains_all_values(values: list[float]) -> None:
     top = scale_end(values)
     assert max(values) <= top <= 100 and (top / RINGS).is_integer()
     assert all(RINGS * step < max(values) for step in (1, 2, 5, 10, 15, 20, 25) if RINGS * step < top)
@@ -55,7 +55,7 @@ def test_the_scale_starts_at_zero_and_holds_its_values(values: list[float]) -> N
         scale_end([3, 101])
 
 
-def test_a_missing_axis_says_why(tmp_path: Path) -> None:
+def test_missing_axis_gives_the_reason(tmp_path: Path) -> None:
     part = {column: score for column, score in SFT.items() if column not in ("POPE", "MMB")}
     models = {"Switch-KD": SWITCH_KD, "SFT": part}
     sentences = absences(models, {("SFT", "POPE"): "not yet scored"})
@@ -97,7 +97,7 @@ def test_chart_is_written_as_png_and_svg(tmp_path: Path) -> None:
         ({"a": {"POPE": 1.0}}, r"three axes that every model has, and there is 1 \(Hallucination\)"),
     ],
 )
-def test_chart_that_makes_no_sense(models: dict, message: str, tmp_path: Path) -> None:
+def test_invalid_charts_are_refused(models: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         draw_radar(models, tmp_path / "radar")
     with pytest.raises(ValueError, match="a has no score for the axis 'y'"):

@@ -16,18 +16,18 @@ def rgb(colour: str) -> tuple[int, ...]:
     return tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5))
 
 
-def test_bars_are_as_high_as_the_scores(tmp_path):
+def test_height_of_bars(tmp_path):
     path = draw_bars(SCORES, tmp_path / "deep" / "bars.png", spread={"SFT": {"overall": 2.0}}, note="a note")
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     heights = []
-    for colour in ("#0072B2", "#D55E00"):  # the two models' first bars, taken in the column where each is highest
+    for colour in ("#0072B2", "#D55E00"):  # the first bar of each model, in the column where it is highest
         columns = (np.abs(pixels - rgb(colour)).sum(axis=2) < 12).sum(axis=0)
         heights.append(columns[: pixels.shape[1] // 2].max())
     assert heights[1] / heights[0] == pytest.approx(60 / 90, abs=0.03)
 
 
-def test_a_card_says_what_is_right_in_words_and_colour():
+def test_card_marks_right_answers_in_text_and_colour():
     prediction = Prediction(
         Image.new("RGB", (8, 8)), "What is in the image?\nA. 3\nB. 5", "A", {"x": "A", "y": ""}, {"x": True, "y": False}
     )
