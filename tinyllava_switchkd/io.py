@@ -109,10 +109,10 @@ def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
         where = f"{path}, line {error.lineno}"
         raise ValueError(f"{where}: not valid JSON ({error.msg}); it may be cut off, fetch it again.") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read; mend it or fetch it again.") from None
+        raise ValueError(f"{path} is nested too deeply to be read; correct it or fetch it again.") from None
     if not isinstance(value, kind):
         found, expected = type(value).__name__, "a list" if kind is list else "an object of fields"
-        raise ValueError(f"{path} holds a JSON {found} where {expected} is expected; mend it or fetch it again.")
+        raise ValueError(f"{path} holds a JSON {found} where {expected} is expected; correct it or fetch it again.")
     return value
 
 

@@ -9,6 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -114,8 +115,7 @@ def opened(image: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
 def scans(image: str | os.PathLike[str] | bytes) -> int:
     """Number of passes that a JPEG file (or its bytes) claims to have, including those of a preview."""
     if not isinstance(image, bytes):
-        with open(image, "rb") as file:
-            image = file.read()
+        image = Path(image).read_bytes()
     return image.count(b"\xff\xda")
 
 

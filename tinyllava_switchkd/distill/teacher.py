@@ -81,8 +81,7 @@ class FrozenTeacher(Held):
             self.module.language_model.gradient_checkpointing_disable()
             return
         if getattr(self.module, "is_loaded_in_8bit", False):
-            # bitsandbytes' 8-bit layers keep their inputs outside the hooks that non-reentrant checkpointing frees them
-            # by.
+            # bitsandbytes' 8-bit layers keep their inputs outside the hooks that non-reentrant checkpointing uses.
             given = kwargs.get("gradient_checkpointing_kwargs")
             chosen = {**(given if isinstance(given, dict) else {}), "use_reentrant": True}
             kwargs = {**kwargs, "gradient_checkpointing_kwargs": chosen}

@@ -147,7 +147,7 @@ def check_config(fields: JsonObject, file: Path) -> None:
             f"for load_4bit or load_8bit."
         )
     if not isinstance(fields.get("connector_type"), str):
-        raise ValueError(f"{file}: connector_type is {fields.get('connector_type')!r}; it names the connector.")
+        raise ValueError(f"{file}: connector_type is {fields.get('connector_type')!r}, not the name of a connector.")
     _check(fields, {**PART, **OWN}, file, "")
     for name in ("text_config", "vision_config", "qformer_config"):
         _check_nested(fields.get(name) or {}, file, f"{name}.")

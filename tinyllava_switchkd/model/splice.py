@@ -56,9 +56,9 @@ def splice(
         ValueError: the numbers of placeholders and images do not match, or there are no tokens.
     """
     if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+        raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
     if input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids are [batch, tokens] with at least one token, not {list(input_ids.shape)}.")
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, not {list(input_ids.shape)}.")
     device = input_ids.device
     is_token = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()  # [B, T]
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & is_token  # [B, T]

@@ -34,7 +34,7 @@ from ..checkpoint import load_pretrained_model
 from .base import GGUF_DTYPES
 from .chat_template import jinja_template
 from .files import empty_folder, require, whole_folder
-from .hf_llava import _add_image_token, _generation_config, _record
+from .hf_llava import add_image_token, generation_config_of, record_of
 from .questions import default_questions
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def to_gguf(
     """
     require("gguf")
     if dtype not in GGUF_DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(GGUF_DTYPES)}, not {dtype!r}.")
+        raise ValueError(f"--dtype must be one of {', '.join(GGUF_DTYPES)}, not {dtype!r}.")
     empty_folder(output_dir)
     model, tokenizer, image_processor, _ = load_pretrained_model(source, device="cpu", dtype=torch.float32)
     reason = why_not_gguf(model, tokenizer, image_processor)
@@ -124,7 +124,7 @@ def to_gguf(
             f"{source} cannot be exported exactly: {' '.join(approximate)} Pass --allow_approximate to export it "
             f"anyway."
         )
-    record = _record(model, tokenizer, template) | {"dtype": dtype, "images": image_note(model, image_processor)}
+    record = record_of(model, tokenizer, template) | {"dtype": dtype, "images": image_note(model, image_processor)}
     if approximate:
         record["approximate"] = approximate
     if model.config.vision_feature_select_strategy == "patch":
@@ -298,9 +298,9 @@ class _Vocabulary:
         # llama.cpp refuses a vocabulary without merges; a merge that makes no token has no effect.
         self.merges = merges or ["! !"]
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        _add_image_token(tokenizer)
+        add_image_token(tokenizer)
         self.chat_template = jinja_template(template, tokenizer).replace(DEFAULT_IMAGE_TOKEN, MARKER)
-        stops = _generation_config(model, tokenizer, template, 0, 0).eos_token_id
+        stops = generation_config_of(model, tokenizer, template, 0, 0).eos_token_id
         self.stops = [stops] if isinstance(stops, int) else list(stops or [])
         if tokenizer.eos_token_id in self.stops:  # GGUF's eos token comes first
             self.stops.sort(key=lambda index: index != tokenizer.eos_token_id)

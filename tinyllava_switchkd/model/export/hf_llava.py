@@ -82,8 +82,8 @@ def to_hf_llava(
     if reason is not None:
         raise ValueError(f"{source} cannot be exported: {reason}")
     template = template or conversation_template(model, tokenizer)
-    record = _record(model, tokenizer, template)  # before the tokenizer changes
-    image_token = _add_image_token(tokenizer)
+    record = record_of(model, tokenizer, template)  # before the tokenizer changes
+    image_token = add_image_token(tokenizer)
     processor = _processor(model, tokenizer, image_processor, jinja_template(template, tokenizer))
     tensors = _tensors(model, image_token)
     rows = len(tensors["language_model.model.embed_tokens.weight"])
@@ -91,7 +91,7 @@ def to_hf_llava(
     with whole_folder(source, output_dir) as folder:
         save_torch_state_dict(tensors, folder)
         write_json(folder / "config.json", _config(model, image_token, rows) | {RECORD: record}, sort_keys=True)
-        _generation_config(model, tokenizer, template, image_token, rows).save_pretrained(folder)
+        generation_config_of(model, tokenizer, template, image_token, rows).save_pretrained(folder)
         processor.save_pretrained(folder)
         save_image_processor(processor.image_processor, folder)
         read_by_older_versions(folder)
@@ -118,7 +118,7 @@ def why_not_llava(model: TinyLlava) -> str | None:
     return None
 
 
-def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> JsonObject:
+def record_of(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str) -> JsonObject:
     """The settings of TinyLLaVA's configuration and tokenizer that LLaVA's do not have."""
     fields = model.config.to_diff_dict()
     for name in ("text_config", "vision_config", "architectures", "dtype", "transformers_version", "model_type"):
@@ -131,7 +131,7 @@ def _record(model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str)
     }
 
 
-def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Make ``<image>`` one special token of the tokenizer and return its id; batches are padded on the left."""
     token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
@@ -242,7 +242,7 @@ def _config(model: TinyLlava, image_token: int, rows: int) -> JsonObject:
     return llava.to_diff_dict()
 
 
-def _generation_config(
+def generation_config_of(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str, image_token: int, rows: int
 ) -> GenerationConfig:
     """Greedy decoding that stops at the model's end tokens and at the conversation template's."""

@@ -26,7 +26,7 @@ from ..saving import save_image_processor
 from .base import ONNX_DTYPES
 from .chat_template import jinja_template
 from .files import empty_folder, require, tokenizer_settings, whole_folder
-from .hf_llava import RECORD, _add_image_token, _generation_config, _record
+from .hf_llava import RECORD, add_image_token, generation_config_of, record_of
 from .onnx_dtypes import quantise, suffix
 from .onnx_graphs import (
     DECODER,
@@ -106,12 +106,12 @@ def to_onnx(
     for part in approximate:
         logger.warning("Approximate: %s", part)
     record = (
-        _record(model, tokenizer, template)
+        record_of(model, tokenizer, template)
         | {"dtypes": list(dtypes)}
         | ({"approximate": approximate} if approximate else {})
     )
     expected = _Original(model, tokenizer, image_processor, template, questions) if verify else None
-    image_token = _add_image_token(tokenizer)
+    image_token = add_image_token(tokenizer)
     tokenizer.chat_template = jinja_template(template, tokenizer)
 
     if approximate:
@@ -122,7 +122,7 @@ def to_onnx(
         config = _config(model, image_token, dtypes, outside) | {RECORD: record}
         write_json(folder / "config.json", config, sort_keys=True)
         rows = model.config.vocab_size  # the graphs' logits have no column for the image token
-        _generation_config(model, tokenizer, template, image_token, rows).save_pretrained(folder)
+        generation_config_of(model, tokenizer, template, image_token, rows).save_pretrained(folder)
         _write_tokenizer(tokenizer, folder)
         save_image_processor(image_processor, folder)
         file = folder / "preprocessor_config.json"  # where transformers.js's AutoProcessor looks up the processor

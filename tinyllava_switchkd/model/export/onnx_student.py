@@ -1,4 +1,4 @@
-"""Run an ONNX export in onnxruntime, without torch."""
+"""Run an ONNX export in onnxruntime; torch takes no part in its answers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class OnnxStudent:
             (found,) = self.sessions[VISION_ENCODER].run(None, {"pixel_values": pixels})  # [I, K, D]
             features = found.reshape(-1, found.shape[-1])
         if places.sum() != len(features):
-            raise ValueError(f"The prompts have places for {places.sum()} visual tokens, the images {len(features)}.")
+            raise ValueError(f"The prompts have {places.sum()} placeholders for {len(features)} visual tokens.")
         embeds[places] = features
         return embeds, mask
 

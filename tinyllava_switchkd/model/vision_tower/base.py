@@ -151,7 +151,7 @@ class VisionTower(nn.Module):
     def _num_dropped(self, strategy: str) -> int:
         if strategy not in SELECT_STRATEGIES:
             raise ValueError(
-                f"vision_feature_select_strategy is one of {', '.join(SELECT_STRATEGIES)}, not {strategy!r}."
+                f"vision_feature_select_strategy must be one of {', '.join(SELECT_STRATEGIES)}, not {strategy!r}."
             )
         return self.prefix_tokens if strategy == "patch" else 0
 
@@ -272,5 +272,5 @@ def flatten_images(images: Tensor | list[Tensor]) -> Tensor:
     if flat.dim() == 3:
         flat = flat[None]
     if flat.dim() != 4 or flat.shape[1] != 3:
-        raise ValueError(f"Images are tensors of shape [images, 3, height, width], got {tuple(flat.shape)}.")
+        raise ValueError(f"Images must be tensors of shape [images, 3, height, width], got {tuple(flat.shape)}.")
     return flat

@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor, CLIPVisionModel, Dinov2Config, Pret
 from tinyllava_switchkd.io import JsonObject
 
 from ..llm import read_base_config
+from ..weights import read_weights, resolve_folder
 from .base import VisionTower, register_vision_tower, strip_prefix
 from .transformers_towers import (
     CLIPVisionTower,
@@ -99,8 +100,6 @@ class MoFVisionTower(VisionTower):
         return clip_image_processor(self.image_size)
 
     def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        from ..weights import read_weights, resolve_folder
-
         if not source2 or not source.startswith("mof:"):  # a folder written by the pre-training stage has both
             tensors = read_weights(resolve_folder(strip_prefix(source))) or {}
             if any(name.startswith("dinov2.") for name in tensors):

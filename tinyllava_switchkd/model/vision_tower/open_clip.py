@@ -91,11 +91,7 @@ class OpenClipVisionTower(LibraryTower):
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
         return getattr(self._vision_tower, "trunk", self._vision_tower)(pixels, num_layers)
 
-    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        if Path(source).is_dir():  # written by the pre-training stage
-            from ..weights import read_weights
-
-            return read_weights(Path(source)) or {}
+    def pretrained_state_dict(self, source: str) -> dict[str, Tensor]:
         import open_clip
 
         model_name, tag = split_tag(source)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 from tinyllava_switchkd.io import JsonObject, read_json
 
 from ..trust import refuse_code
+from ..weights import read_weights
 from .base import VisionTower, register_vision_tower
 from .transformers_towers import clip_image_processor
 
@@ -95,6 +96,15 @@ class LibraryTower(VisionTower):
             resample=RESAMPLE.get(cfg.interpolation, RESAMPLE["bicubic"]),
         )
 
+    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
+        if Path(source).is_dir():  # written by the pre-training stage
+            return read_weights(Path(source)) or {}
+        return self.pretrained_state_dict(source)
+
+    def pretrained_state_dict(self, source: str) -> dict[str, Tensor]:
+        """The library's pretrained weights."""
+        raise NotImplementedError
+
     def restore_buffers(self) -> None:
         named = {
             f"{name}.{buffer}" if name else buffer
@@ -155,11 +165,7 @@ class TimmVisionTower(LibraryTower):
     def hidden_state(self, pixels: Tensor, num_layers: int) -> Tensor:
         return self._vision_tower(pixels, num_layers)
 
-    def base_state_dict(self, source: str, source2: str = "") -> dict[str, Tensor]:
-        if Path(source).is_dir():  # written by the pre-training stage
-            from ..weights import read_weights
-
-            return read_weights(Path(source)) or {}
+    def pretrained_state_dict(self, source: str) -> dict[str, Tensor]:
         import timm
 
         model = timm.create_model(source.split(":", 1)[-1], pretrained=True, num_classes=0, **self.config.model_args)
