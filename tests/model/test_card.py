@@ -71,7 +71,7 @@ def test_the_card_of_a_gguf_folder_knows_the_bases(trained, tmp_path):
     assert card.data.base_model == ["Qwen/Qwen2.5-0.5B", "google/siglip-base"] and card.data.library_name == "gguf"
     assert "# export\n" in card.text and "`qwen2_base`" in card.text and "--mmproj mmproj.gguf" in card.text
     assert "Approximate: llama.cpp's graph uses all" in card.text and "Images: square ones are read" in card.text
-    assert "of 4 answers are the checkpoint's" in card.text
+    assert "of 4 answers equal the checkpoint's" in card.text
 
 
 def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):

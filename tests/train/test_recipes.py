@@ -127,7 +127,7 @@ def test_lora_folder_has_v1s_layout(tmp_path):
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in adapter
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert "# Made of" in (tmp_path / "README.md").read_text()
+    assert "# Components" in (tmp_path / "README.md").read_text()
     llm = torch.load(tmp_path / "language_model" / "pytorch_model.bin", weights_only=True)
     assert "model.layers.0.self_attn.q_proj.base_layer.weight" in llm and "model.embed_tokens.weight" in llm
     assert "lm_head.weight" not in llm  # tied, and not written, as in v1

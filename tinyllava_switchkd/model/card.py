@@ -38,12 +38,12 @@ SETTINGS = {
     "vision_tower_lr": "learning rate of the vision tower",
     "lr_scheduler_type": "schedule",
     "warmup_steps": "warm-up",
-    "per_device_train_batch_size": "batch of a device",
+    "per_device_train_batch_size": "batch size per device",
     "gradient_accumulation_steps": "gradient accumulation",
     "world_size": "devices",
     "global_step": "optimiser steps",
     "num_train_epochs": "epochs",
-    "max_steps": "steps at most",
+    "max_steps": "maximum steps",
     "optim": "optimiser",
     "weight_decay": "weight decay",
     "max_grad_norm": "gradient clipping",
@@ -119,7 +119,7 @@ def model_card(folder: str | os.PathLike) -> str:
         f"A small vision-language model ({KINDS[kind][0]}), "
         + ("distilled from a larger one" if distilled else "trained")
         + " with [tinyllava_switchkd](https://arxiv.org/abs/2604.14629).",
-        "## Made of",
+        "## Components",
         _table(("part", ""), [(part, _code(value)) for part, value in bases.items() if value]),
     ]
     if facts.get("source"):
@@ -153,8 +153,8 @@ def _cautions(record: JsonObject) -> list[str]:
     found = [f"Approximate: {part}" for part in record.get("approximate") or ()]
     if measured := record.get("every_patch"):
         found.append(
-            f"With every patch, {measured['equal']} of {measured['questions']} answers are the checkpoint's; the first "
-            f"token's logits differ by up to {measured['logits']:.2g}."
+            f"With every patch, {measured['equal']} of {measured['questions']} answers equal the checkpoint's; the "
+            f"first token's logits differ by up to {measured['logits']:.2g}."
         )
     if record.get("images"):
         found.append(f"Images: {record['images']}")
@@ -237,7 +237,7 @@ def _licence(facts: JsonObject, bases: JsonObject) -> str:
         return f"The weights: {facts['license']}. The software: Apache-2.0."
     names = " and ".join(str(bases[part]) for part in ("language model", "vision tower") if bases.get(part))
     return (
-        f"The weights derive from {names or 'the base models'}, whose licences hold for them. The software: Apache-2.0."
+        f"The weights derive from {names or 'the base models'}, whose licences apply to them. The software: Apache-2.0."
     )
 
 

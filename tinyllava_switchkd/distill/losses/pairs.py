@@ -39,8 +39,8 @@ class LogitDifferenceKL(LogitLoss):
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
         top_k: A fixed number of leading logits for every token (BiLD), or None for each token's knee (DBiLD).
-        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
-        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        knee_window: The number of largest logits among which the knee is searched, 0 for the whole vocabulary.
+        knee_on: Whether the knee is that of the logits or of their softmax at tau.
         pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
     """
 
@@ -91,7 +91,7 @@ class BiLD(LogitDifferenceKL):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+        top_k: The number of the largest logits of each leader whose differences are compared, at least 2.
     """
 
     def __init__(self, temperature: float = 3.0, top_k: int = 8) -> None:
@@ -104,7 +104,7 @@ class BiLDForwardKL(BiLD):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+        top_k: The number of the largest logits of each leader whose differences are compared, at least 2.
     """
 
     reverse = False
@@ -116,7 +116,7 @@ class BiLDReverseKL(BiLD):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        top_k: The number of largest logits of each leader whose differences are compared, at least 2.
+        top_k: The number of the largest logits of each leader whose differences are compared, at least 2.
     """
 
     reverse = True
@@ -127,8 +127,8 @@ class DBiLD(LogitDifferenceKL):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
-        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        knee_window: The number of largest logits among which the knee is searched, 0 for the whole vocabulary.
+        knee_on: Whether the knee is that of the logits or of their softmax at tau.
         pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
     """
 
@@ -148,8 +148,8 @@ class DBiLDForwardKL(DBiLD):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
-        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        knee_window: The number of largest logits among which the knee is searched, 0 for the whole vocabulary.
+        knee_on: Whether the knee is that of the logits or of their softmax at tau.
         pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
     """
 
@@ -162,8 +162,8 @@ class DBiLDReverseKL(DBiLD):
 
     Args:
         temperature: Tau, by which logit differences are divided; a positive number.
-        knee_window: The number of largest logits among which the knee is looked for, 0 for the whole vocabulary.
-        knee_on: Whether the knee is looked for on the logits or on their softmax at tau.
+        knee_window: The number of largest logits among which the knee is searched, 0 for the whole vocabulary.
+        knee_on: Whether the knee is that of the logits or of their softmax at tau.
         pairs: Whether one softmax runs over all pairs (triangle) or one over the pairs of each leading logit (row).
     """
 
