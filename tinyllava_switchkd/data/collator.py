@@ -27,7 +27,7 @@ class SampleError(ValueError):
     """A sample or a batch cannot be made; the message is one sentence.
 
     A data loader re-raises a worker's exception in the main process with the whole traceback as its message. The
-    constructor keeps only the last sentence.
+    constructor keeps only the original message.
     """
 
     def __init__(self, message: str) -> None:

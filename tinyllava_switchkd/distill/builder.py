@@ -152,22 +152,11 @@ def _check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrain
         return
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
-        token, index = next(
-            (
-                (token, index)
-                for token, index in sorted(ours.items(), key=lambda item: item[1])
-                if theirs.get(token) != index
-            ),
-            (None, None),
-        )
-        if token is None:
-            token = next(token for token in theirs if token not in ours)
-            detail = f"{token!r} is id {theirs[token]} of the teacher's and missing from the student's"
-        else:
-            detail = f"{token!r} is id {index} of the student's and {theirs.get(token, 'missing')} of the teacher's"
+        token, _ = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
         raise ValueError(
-            f"Student and teacher use different vocabularies of {len(ours)} and {len(theirs)} tokens ({detail}); "
-            f"logits can only be compared over the same token ids, so choose a teacher of the same family."
+            f"Student and teacher use different vocabularies of {len(ours)} and {len(theirs)} tokens ({token!r} has id "
+            f"{ours.get(token, 'none')} for the student, {theirs.get(token, 'none')} for the teacher); logits can only "
+            f"be compared over the same token ids, so choose a teacher of the same family."
         )
     for name in ("bos_token", "eos_token"):
         mine, other = getattr(student, name, None), getattr(teacher, name, None)

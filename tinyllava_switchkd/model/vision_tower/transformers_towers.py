@@ -195,7 +195,7 @@ def clip_image_processor(size: int, **kwargs: object) -> BaseImageProcessor:
 class DINOv2VisionTower(TransformersTower):
     """DINOv2; its class token comes before the patches.
 
-    The published models were trained at 518 x 518 pixels, but their processors crop to 224, the size that v1 uses.
+    The published configurations say 518 x 518 pixels, but the processors crop to 224, the size that v1 uses.
     """
 
     model_types = ("dinov2",)
