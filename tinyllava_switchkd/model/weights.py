@@ -75,8 +75,7 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
 
     Tensors are memory-mapped on the CPU. Pickles may hold only tensors (`weights_only`).
     """
-    for stem in ("model", "pytorch_model"):
-        suffix = ".safetensors" if stem == "model" else ".bin"
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
             names = shard_names(index)
@@ -238,12 +237,9 @@ def read_connector(source: str | Path) -> dict[str, Tensor]:
         tensors = read_file(path)
     else:
         folder = resolve_folder(source)
-        found = read_weights(folder)
-        if found is None and (folder / "connector").is_dir():
-            found = read_weights(folder / "connector")
-        if found is None:
+        tensors = read_weights(folder) or read_weights(folder / "connector") or {}
+        if not tensors:
             raise FileNotFoundError(f"{folder} holds no connector (model.safetensors or pytorch_model.bin).")
-        tensors = found
     named = normalise_keys(tensors)
     # As in v1, everything before "_connector." is cut, for both a connector's own file and a whole checkpoint.
     return {name[name.index("_connector.") :]: tensor for name, tensor in named.items() if "_connector." in name}
