@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_ends_the_filling_and_not_a_training(world, tmp_pat
     said = capsys.readouterr().err
     assert "No space left on device" in said and "it holds 2 samples. Make room" in said and "Traceback" not in said
     assert main(line(world, tmp_path / "run", **cache, num_train_epochs=1)) == 0
-    assert "no longer written to" in capsys.readouterr().err
+    assert "Nothing more is written to the teacher cache" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(line(world, tmp_path / "run", **cache, fill_teacher_cache=True, overwrite_output_dir=True)) == 0
     assert "holds 6 samples" in capsys.readouterr().err
