@@ -217,7 +217,7 @@ def test_answers_of_another_folder_are_not_generated_again(checkpoint, tmp_path,
     assert "3 of 6 answers are taken from" in caplog.text
 
 
-def test_a_response_cache_that_has_no_room_costs_no_evaluation(checkpoint, tmp_path, monkeypatch, caplog, capsys):
+def test_a_response_cache_without_room_does_not_end_the_evaluation(checkpoint, tmp_path, monkeypatch, caplog, capsys):
     data = write_pope(tmp_path / "pope", images=2)
     cache = ("--response_cache", str(tmp_path / "cache"))
     connect = sqlite3.connect

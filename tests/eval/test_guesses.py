@@ -114,7 +114,7 @@ def test_a_window_that_is_too_small_is_left_alone():
     assert len(answerer.answer_ids(*mixed_prompts(answerer, 4), 4)) == 4
 
 
-def test_what_is_guessed():
+def test_guesses_are_the_common_answers():
     guesses = Guesses()
     assert guesses.tokens() == []
     guesses.learn([[7], [7], [5], [1, 2], []])

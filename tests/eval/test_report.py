@@ -66,7 +66,7 @@ def test_averages_are_taken_over_unrounded_scores(student: Path, capsys: pytest.
     assert found[12] != f"{sum(round(score, 1) for score in scores) / 10:.1f}"
 
 
-def test_average_that_lacks_a_score_is_no_number(student: Path, capsys: pytest.CaptureFixture) -> None:
+def test_average_without_all_scores_has_no_value(student: Path, capsys: pytest.CaptureFixture) -> None:
     (student / "pope.json").unlink()
     text = run(capsys, student)
     assert cells(text, "student")[-2:] == ["52.8", "– (9/10)"]
@@ -86,14 +86,14 @@ def test_val_scores_enter_averages_only_with_the_flag(student: Path, capsys: pyt
     assert "--include_val: they are in the averages here" in text
 
 
-def test_test_score_takes_the_place_of_val(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_test_score_replaces_val(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_score(tmp_path / "more", "vizwiz", split="val", score=99.0, total=4_319, answered=4_319)
     for sources in ([f"S={tmp_path / 'more'}", f"S={student}"], [f"S={student}", f"S={tmp_path / 'more'}"]):
         text = run(capsys, *sources)
         assert "28.8" in text and "99.0" not in text and cells(text, "S")[-2] == "52.8"
 
 
-def test_what_sets_a_score_apart_is_said(student: Path, capsys: pytest.CaptureFixture) -> None:
+def test_marks_of_scores_are_explained(student: Path, capsys: pytest.CaptureFixture) -> None:
     write_score(student, "pope", answered=8_907, missing=3, fallback=7)
     write_score(student, "gqa", total=75, answered=75)
     text = run(capsys, student)
@@ -104,7 +104,7 @@ def test_what_sets_a_score_apart_is_said(student: Path, capsys: pytest.CaptureFi
     assert "no rule of the protocol could read (student, POPE: 7)" in text
 
 
-def test_scores_of_different_checkpoints_are_no_model(student: Path, capsys: pytest.CaptureFixture) -> None:
+def test_scores_of_different_checkpoints_are_noted(student: Path, capsys: pytest.CaptureFixture) -> None:
     write_score(student, "pope", run={"model": "student", "checkpoint_digest": "sha256:aa"})
     write_score(student, "gqa", run={"model": "student", "checkpoint_digest": "sha256:bb"})
     assert "student: the scores come from different checkpoints (sha256:bb, sha256:aa)" in run(capsys, student)
@@ -167,7 +167,7 @@ def test_files_of_a_report(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert "<!-- VizWiz: val split -->" in (out / "radar.svg").read_text(encoding="utf-8")
 
 
-def test_what_runs_share_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_runs_share_is_listed_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shared = {"model_name": "vlm", "checkpoint_digest": "sha256:1", "limit": None}
     for name, split, tokens in (("gqa", "testdev", 128), ("mmmu", "val", 1024)):
         run_of = shared | {"split": split, "decoding": {"num_beams": 1, "max_new_tokens": tokens}}
@@ -253,7 +253,7 @@ def test_bad_arguments(student: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert twice.count("pope.json") == 2 and "both student's score on pope (test)" in twice
 
 
-def test_score_that_is_with_the_server_is_passed_over(student: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_score_file_without_a_score_is_skipped(student: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_score(student, "vizwiz", score=None)
     [row] = read_results([str(student)])
     assert "VizWiz" not in row.scores and "is not public" in caplog.text

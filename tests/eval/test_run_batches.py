@@ -55,7 +55,7 @@ def test_a_batch_answers_token_for_token_like_single_questions(dtype, seed):
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "qwen3", "llama", "gemma", "phi3", "stablelm"])
-def test_every_language_model_bears_padding_and_shared_pictures(llm):
+def test_every_language_model_supports_padding_and_shared_pictures(llm):
     model = tiny_llava(llm, text={"eos_token_id": 256, "initializer_range": 0.3}).double()
     answerer = Answerer(model, tiny_tokenizer("qwen2"), model.vision_tower.image_processor, "qwen2_base")
     for prompts, images in (mixed_prompts(answerer, 6), shared_pictures(answerer, 9, 2)):
@@ -73,7 +73,7 @@ def shared_pictures(answerer: Answerer, count: int, pictures: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_precedes_the_questions_is_computed_once_a_picture(dtype, monkeypatch):
+def test_the_prefix_is_computed_once_per_picture(dtype, monkeypatch):
     answerer = make_answerer(dtype)
     prompts, images = shared_pictures(answerer, 16, 3)
     alone = [answerer.answer_ids([prompt], [visual], 16)[0] for prompt, visual in zip(prompts, images, strict=True)]
@@ -97,7 +97,7 @@ def test_what_precedes_the_questions_is_computed_once_a_picture(dtype, monkeypat
     assert positions[0] > 3 * (head + images[0].shape[1])
 
 
-def test_when_the_beginning_is_not_shared():
+def test_when_the_prefix_is_not_shared():
     answerer = make_answerer()
     prompts, images = shared_pictures(answerer, 4, 2)
     config = answerer.model.config.text_config
@@ -165,7 +165,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, caplog):
         answerer.answer(prompts[:1], images[:1], 8)
 
 
-def test_what_ends_an_answer():
+def test_stop_tokens_of_an_answer():
     model = tiny_llava(text={"eos_token_id": 257})
     tokenizer = tiny_tokenizer("qwen2")
     ids = stop_token_ids(model, tokenizer, TextPreprocess(tokenizer, "qwen2_instruct").template)

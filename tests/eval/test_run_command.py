@@ -271,7 +271,7 @@ def test_one_clear_sentence(change, message, checkpoint, pope, tmp_path, capsys)
     assert "\n" not in error
 
 
-def test_memory_that_does_not_suffice_for_one_question(checkpoint, pope, tmp_path, capsys, monkeypatch):
+def test_too_little_memory_for_one_question(checkpoint, pope, tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 

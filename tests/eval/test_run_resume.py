@@ -65,7 +65,7 @@ def test_the_answers_are_in_order_and_an_equal_pair_is_generated_once(setting, t
 
 
 @pytest.mark.parametrize("sabotage", ["kill", "kill in a line"])
-def test_a_killed_run_goes_on_where_it_was(setting, tmp_path, generated, sabotage):
+def test_a_killed_run_continues_where_it_stopped(setting, tmp_path, generated, sabotage):
     checkpoint, data, texts = setting
     out = tmp_path / "out"
     process = forked.start(arguments(checkpoint, data, out), tmp_path / "log", sabotage=sabotage, after=2)
@@ -94,7 +94,7 @@ def test_a_killed_run_with_workers_can_be_resumed_at_once(setting, tmp_path):
     assert texts_of(read_lines(out / "answers.jsonl")) == texts
 
 
-def test_a_terminated_run_says_what_is_missing(setting, tmp_path):
+def test_a_terminated_run_names_what_is_missing(setting, tmp_path):
     checkpoint, data, _ = setting
     process = forked.start(
         arguments(checkpoint, data, tmp_path / "out"), tmp_path / "log", sabotage="terminate", after=3
@@ -131,7 +131,7 @@ def test_a_limited_run_is_continued(setting, tmp_path, generated):
     assert run["counts"]["answered"] == QUESTIONS
 
 
-def test_death_between_merging_and_tidying_up_leaves_nothing_twice(setting, tmp_path, generated):
+def test_a_kill_between_merging_and_cleaning_up_duplicates_nothing(setting, tmp_path, generated):
     checkpoint, data, texts = setting
     out = tmp_path / "out"
     assert main(arguments(checkpoint, data, out)) == 0
@@ -143,7 +143,7 @@ def test_death_between_merging_and_tidying_up_leaves_nothing_twice(setting, tmp_
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40])
-def test_a_cut_file_of_a_complete_run_is_made_whole(setting, tmp_path, generated, cut):
+def test_a_truncated_file_of_a_complete_run_is_repaired(setting, tmp_path, generated, cut):
     checkpoint, data, texts = setting
     out = tmp_path / "out"
     assert main(arguments(checkpoint, data, out)) == 0
@@ -226,7 +226,7 @@ def test_one_run_at_a_time(setting, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
-def test_a_full_disk_is_told_and_costs_no_answer(setting, tmp_path, capsys):
+def test_a_full_disk_is_reported_and_loses_no_answer(setting, tmp_path, capsys):
     checkpoint, data, texts = setting
     out = tmp_path / "out"
     assert main(arguments(checkpoint, data, out, "--limit", "3")) == 0

@@ -273,7 +273,7 @@ def test_textvqa_takes_the_annotations_id_and_other_instructions(tmp_path):
     assert score.score == score_file("textvqa", data_dir("textvqa"), data_dir("textvqa") / "answers.jsonl").score
 
 
-def test_equal_textvqa_questions_may_be_answered_as_often_as_they_are_asked(copy_of):
+def test_equal_textvqa_questions_may_each_have_an_answer(copy_of):
     folder = copy_of("textvqa")
     path = folder / "TextVQA_0.5.1_val.json"
     data = json.loads(path.read_text(encoding="utf-8"))

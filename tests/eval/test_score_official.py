@@ -262,7 +262,7 @@ def test_benchmarks_without_a_server_say_so(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "mmmu", "mmbench"])
-def test_a_submission_with_holes_is_refused(name, tmp_path):
+def test_an_incomplete_submission_is_refused(name, tmp_path):
     answers = write_rows(tmp_path / "answers.jsonl", answer_rows(name)[:-2])
     path = tmp_path / ("upload.xlsx" if name == "mmbench" else "upload.json")
     with pytest.raises(ValueError, match=r"2 of \d+ questions have no answer .*--allow_missing"):

@@ -88,7 +88,7 @@ def test_mmbench_prefers_the_papers_table_among_versions(tmp_path):
     assert score_file("mmbench", folder, few).details["table"] == newer
 
 
-def test_a_score_carries_the_run_that_stands_beside_its_answers(tmp_path, capsys):
+def test_a_score_has_the_run_beside_its_answers(tmp_path, capsys):
     folder = tmp_path / "answers"
     folder.mkdir()
     shutil.copy(data_dir("gqa") / "answers.jsonl", folder)

@@ -99,7 +99,7 @@ def flags_of(call: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", ["bash", "here"])
-def test_a_script_and_what_is_looked_at_here_are_the_same(way, bash, here):
+def test_bash_and_the_stand_in_run_the_same(way, bash, here):
     """The other tests skip bash; here the arguments arrive unchanged."""
     run = {"bash": bash, "here": here}[way]
     done, [call] = run("sqa", "models/my vlm", '"x" $HOME', GPUS="1,2", DEVICE="", CUDA_VISIBLE_DEVICES="0,1,2")
@@ -186,7 +186,7 @@ def test_the_servers_split_alone_is_asked_and_gets_its_upload_file(script, split
     assert "--split" not in flags
 
 
-def test_several_processes_are_asked_for(here):
+def test_several_processes_are_requested(here):
     _, [call] = here("pope", "vlm", GPUS="2")
     assert flags_of(call)["--processes"] == "2"
     assert flags_of(call)["--device"] == "cpu"
@@ -226,7 +226,7 @@ def test_wrong_arguments(script, args, here):
 
 
 @pytest.mark.parametrize("script", ["gqa", "eval_all"])
-def test_a_checkpoint_that_is_not_there_is_told_once(script, bash):
+def test_a_missing_checkpoint_is_reported_once(script, bash):
     done, calls = bash(script, "/no such/model")
     assert (done.returncode, calls) == (1, [])
     assert done.stderr == f"{script}.sh: there is no checkpoint folder /no such/model.\n"
@@ -266,7 +266,7 @@ def test_all_that_have_data_then_the_report(bash, tmp_path):
     assert "nothing was evaluated" in done.stderr
 
 
-def test_an_interruption_stops_all_that_was_to_come(tmp_path):
+def test_an_interruption_stops_all_later_benchmarks(tmp_path):
     """Ctrl-C reaches every process of the terminal; the run saves its answers and ends itself with 130."""
     for name in ("pope", "mme"):
         write_benchmark(name, tmp_path / "eval")
@@ -353,7 +353,7 @@ def test_the_exit_status_of_several_processes(argument, status, capfd):
 
 
 @pytest.mark.parametrize("how", ["", "killed"])
-def test_what_went_wrong_in_several_processes_is_said_last(how, capfd, monkeypatch):
+def test_errors_of_several_processes_are_printed_last(how, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert spawn("tests.eval.teller", [how], 2) == 1
     *noise, first, second = capfd.readouterr().err.splitlines()

@@ -48,7 +48,7 @@ def test_flash_is_chosen_for_packing_where_it_runs_and_sdpa_otherwise(installed,
         ("cpu", torch.bfloat16, True, "needs a CUDA GPU and this run is on cpu"),
     ],
 )
-def test_flash_that_cannot_be_had_is_refused(installed, device, dtype, there, words):
+def test_unavailable_flash_attention_is_refused(installed, device, dtype, there, words):
     installed(there)
     with pytest.raises(ValueError, match=f"--attn_implementation flash_attention_2 {words}"):
         choose("flash_attention_2", device=device, dtype=dtype)

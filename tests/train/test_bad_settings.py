@@ -68,7 +68,7 @@ def test_a_setting_out_of_range_is_refused_with_its_value(name, value):
     assert any(spelling in message for spelling in spellings)
 
 
-def test_a_build_that_was_killed_is_named(tmp_path, monkeypatch, caplog):
+def test_the_lock_of_a_killed_build_causes_a_warning(tmp_path, monkeypatch, caplog):
     """torch would wait for its lock for ever."""
     for variable, value, inner in (("TORCH_EXTENSIONS_DIR", tmp_path / "own", "cpu_adam"), ("HOME", tmp_path, None)):
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
@@ -225,7 +225,7 @@ def test_wrong_deepspeed_configurations(training, config, words, tmp_path):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_files_that_are_no_configuration(content, words, tmp_path):
+def test_files_that_are_not_a_configuration(content, words, tmp_path):
     path = tmp_path / "ds.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=words):

@@ -25,7 +25,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_rotation_goes_by_steps_whatever_the_clock_says(tmp_path, limit):
+def test_rotation_uses_steps_and_not_dates(tmp_path, limit):
     """With checkpoints dated in the future, damaged ones, and one of a step that the run has not reached."""
     for step in (1, 2):
         toy_trainer(toy_arguments(tmp_path, max_steps=step, **SAVING)).train(
@@ -80,7 +80,7 @@ FILES = [
 
 @pytest.mark.parametrize("damaged", FILES)
 @pytest.mark.parametrize("how", ["zeros", "cut", "gone", "added"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, damaged, how):
+def test_a_damaged_checkpoint_is_skipped_and_named(begun, tmp_path, caplog, damaged, how):
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "run" / "checkpoint-2" / damaged
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(begun, tmp_path, caplog, da
 
 
 @pytest.mark.parametrize("claimed", [2**62, 2**40])
-def test_a_header_that_claims_more_than_there_is_takes_no_memory(begun, tmp_path, caplog, claimed):
+def test_a_header_that_claims_too_much_takes_no_memory(begun, tmp_path, caplog, claimed):
     """The checkpoint is sealed, but not by this run."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
@@ -124,7 +124,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("kind", STRANGE)
-def test_what_a_stranger_has_sealed_is_passed_over(begun, tmp_path, caplog, kind):
+def test_a_sealed_checkpoint_of_another_origin_is_skipped(begun, tmp_path, caplog, kind):
     """Complete by its manifest, but not in the run's record: copied from elsewhere."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
@@ -137,7 +137,7 @@ def test_what_a_stranger_has_sealed_is_passed_over(begun, tmp_path, caplog, kind
     assert "checkpoint-2 is incomplete" in caplog.text
 
 
-def test_a_fingerprint_that_says_nothing_and_a_pipe_are_one_sentence(begun, tmp_path, capsys):
+def test_an_invalid_fingerprint_and_a_pipe_are_refused_in_one_sentence(begun, tmp_path, capsys):
     world, run, settings = begun
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / checkpoints.RECORD).unlink()
@@ -151,7 +151,7 @@ def test_a_fingerprint_that_says_nothing_and_a_pipe_are_one_sentence(begun, tmp_
     assert "holds trainer_state.json, a pipe or a device; remove it" in capsys.readouterr().err
 
 
-def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
+def test_nothing_is_written_through_a_link(begun, tmp_path, capsys):
     """Neither a checkpoint, through a link in place of its temporary folder, nor the lock."""
     world, run, settings = begun
     shutil.copytree(run, tmp_path / "run")
@@ -181,7 +181,7 @@ def test_nothing_is_written_where_a_link_leads(begun, tmp_path, capsys):
     assert seen == [[]] and not (tmp_path / "run" / checkpoints.WRITING).exists()
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(begun, tmp_path, caplog):
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(begun, tmp_path, caplog):
     """Also with a pickle as written by older versions."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
@@ -191,7 +191,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(begun, tmp_path, caplog):
     assert "manifest.json is missing" in caplog.text
 
 
-def test_new_weights_among_old_files_are_no_checkpoint(begun, tmp_path):
+def test_new_weights_among_old_files_are_not_a_checkpoint(begun, tmp_path):
     """An interrupted save under an old name: the files of one step beside those of another."""
     _, run, _ = begun
     shutil.copytree(run, tmp_path / "run")
@@ -225,7 +225,7 @@ PICKLED = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "connector/pytorch_m
 
 @pytest.mark.parametrize("resealed", [False, True])
 @pytest.mark.parametrize("name", PICKLED)
-def test_a_planted_object_is_never_made(begun, tmp_path, capsys, name, resealed):
+def test_a_planted_object_is_never_created(begun, tmp_path, capsys, name, resealed):
     """Planted by someone who can write into the checkpoint, or, if `resealed`, into the run's whole folder."""
     world, run, settings = begun
     shutil.copytree(run, tmp_path / "run")
@@ -244,7 +244,7 @@ def test_a_planted_object_is_never_made(begun, tmp_path, capsys, name, resealed)
         assert code == 0 and "manifest.json is not the one that this run wrote" in said
 
 
-def test_deepspeeds_reader_is_held_to_tensors_too(tmp_path):
+def test_deepspeeds_reader_is_restricted_to_tensors(tmp_path):
     """DeepSpeed reads its files without restrictions, but inside `weights_only` only its own classes are allowed."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -278,7 +278,7 @@ def test_no_secret_and_no_pickled_arguments_are_written(tmp_path):
     assert written["learning_rate"] == 1e-2 and "hub_token" not in written
 
 
-def test_an_old_runs_folder_is_still_known_as_one(tmp_path):
+def test_the_folder_of_an_old_run_is_recognised(tmp_path):
     """Recognised by a file of older versions, so that the folder may be written to again."""
     world = write_world(tmp_path / "world", samples=4)
     run = tmp_path / "run"
@@ -291,7 +291,7 @@ def test_an_old_runs_folder_is_still_known_as_one(tmp_path):
 # Room
 
 
-def test_room_is_looked_at_before_a_save(tmp_path, monkeypatch):
+def test_free_space_is_checked_before_a_save(tmp_path, monkeypatch):
     trainer = toy_trainer(toy_arguments(tmp_path, max_steps=3, save_total_limit=1, **SAVING))
     usage = shutil.disk_usage(tmp_path)
 
@@ -305,7 +305,7 @@ def test_room_is_looked_at_before_a_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["torch", "the operating system"])
-def test_a_disk_that_fills_up_meanwhile(tmp_path, capsys, monkeypatch, library):
+def test_a_disk_that_fills_up_during_a_save(tmp_path, capsys, monkeypatch, library):
     """One sentence, an intact earlier checkpoint, nothing half written, and the same command continues."""
     world = write_world(tmp_path / "world", samples=4)
     line = command_line(world, tmp_path / "run", save_steps=1, max_steps=3, save_total_limit=1)

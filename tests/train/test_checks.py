@@ -22,20 +22,20 @@ def refused(capsys, argv):
 
 @pytest.mark.parametrize("read", ["model_name_or_path", "vision_tower"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_the_run_reads_is_not_written_over(world, capsys, read, overwrite):
+def test_inputs_of_the_run_are_not_overwritten(world, capsys, read, overwrite):
     folder = world["llm" if read == "model_name_or_path" else "tower"]
     line = refused(capsys, command_line(world, folder + "/", overwrite_output_dir=overwrite))
     assert f"--{read}" in line and "choose another" in line
 
 
-def test_a_base_model_is_not_written_over_where_a_checkpoint_is_started_from(world, tmp_path, capsys):
+def test_a_base_model_is_not_overwritten_when_starting_from_a_checkpoint(world, tmp_path, capsys):
     """The base model is named but not read, as in the scripts."""
     assert main(command_line(world, tmp_path / "first", max_steps=1)) == 0
     line = command_line(world, world["llm"], pretrained_model_path=tmp_path / "first", overwrite_output_dir=True)
     assert "is also the folder of --model_name_or_path" in refused(capsys, line)
 
 
-def test_a_strangers_weights_are_not_written_over(world, tmp_path, capsys):
+def test_weights_of_another_origin_are_not_overwritten(world, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     assert "model.safetensors" in refused(capsys, command_line(world, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -49,12 +49,12 @@ def test_a_strangers_weights_are_not_written_over(world, tmp_path, capsys):
     [{"learning_rate": -1}, {"per_device_train_batch_size": 0}, {"gradient_accumulation_steps": 0}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_numbers_that_no_run_can_be_made_of(world, tmp_path, capsys, changes):
+def test_impossible_numbers_are_refused(world, tmp_path, capsys, changes):
     line = refused(capsys, command_line(world, tmp_path / "out", **changes))
     assert f"--{next(iter(changes))} is" in line and "at least" in line and not (tmp_path / "out").exists()
 
 
-def test_parts_in_each_others_place(world, tmp_path, capsys):
+def test_swapped_parts_are_refused(world, tmp_path, capsys):
     line = refused(capsys, command_line(world, tmp_path / "out", model_name_or_path=world["tower"]))
     assert world["tower"] in line and "no language model" in line
 
@@ -69,7 +69,7 @@ def test_parts_in_each_others_place(world, tmp_path, capsys):
         (6272, {}, 49),
     ],
 )
-def test_a_run_of_a_few_steps_is_told(samples, changes, steps):
+def test_a_run_of_a_few_steps_causes_a_warning(samples, changes, steps):
     """By hand: ceil(1000 / 128) = 8 steps an epoch; 49 x 128 = 6,272."""
     training = SimpleNamespace(
         **{

@@ -126,7 +126,7 @@ def test_layers_of_bitsandbytes_are_left_alone(monkeypatch):
         ({"torch_compile_mode": "default", "torch_compile_backend": "eager"}, "backend 'eager'; only inductor"),
     ],
 )
-def test_what_torch_has_not_is_refused(tmp_path, kwargs, words):
+def test_unknown_backends_and_modes_are_refused(tmp_path, kwargs, words):
     with pytest.raises(ValueError, match=words):
         check_compile(toy_arguments(tmp_path, **kwargs))
 

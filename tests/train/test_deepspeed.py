@@ -62,7 +62,7 @@ def alone(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero", [2, 3])
-def test_a_bad_step_is_left_out_on_all_ranks_and_another_number_goes_on(world, alone, tmp_path, zero):
+def test_a_bad_step_is_skipped_on_all_ranks_and_another_number_of_ranks_resumes(world, alone, tmp_path, zero):
     """Two ranks, one with a NaN at step 3; then one process resumes from the checkpoint before, without the NaN."""
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "deepspeed": DEEPSPEED / f"zero{zero}.json"}
@@ -132,7 +132,7 @@ def test_a_name_that_is_a_path_writes_nothing(tmp_path, converter, name):
 
 
 @pytest.mark.parametrize("file", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
-def test_a_planted_object_is_not_made_by_converting(tmp_path, file):
+def test_converting_creates_no_planted_object(tmp_path, file):
     """With DeepSpeed's own converter, which reads without restrictions."""
     folder, mark = shards(tmp_path), tmp_path / "was here"
     state = torch.load(folder / "global_step5" / file)
@@ -142,13 +142,13 @@ def test_a_planted_object_is_not_made_by_converting(tmp_path, file):
     assert not mark.exists()
 
 
-def test_an_optimiser_that_cannot_be_divided_anew_is_one_sentence(tmp_path, converter):
+def test_an_optimiser_that_cannot_be_resharded_is_refused_in_one_sentence(tmp_path, converter):
     with pytest.raises(ResumeError, match="as many processes as before"):
         universal.convert(shards(tmp_path, states=("momentum_buffer",)), tmp_path)
     assert not converter
 
 
-def test_room_is_looked_at_before_it_is_converted(tmp_path, converter, monkeypatch):
+def test_free_space_is_checked_before_a_conversion(tmp_path, converter, monkeypatch):
     folder = shards(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))

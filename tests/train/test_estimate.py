@@ -86,7 +86,7 @@ def test_a_quantised_teacher_takes_less_and_in_8_bits_keeps_inputs():
     assert activations[8, True] < 0.3 * activations[8, False]
 
 
-def test_what_saves_memory_is_seen_to():
+def test_settings_that_save_memory_lower_the_estimate():
     student, teacher = pair("meta")
     plain = estimate(student, teacher, batch_size=4, text_tokens=400)
     assert estimate(student, teacher, batch_size=4, text_tokens=400, checkpointing=True).peak < plain.peak

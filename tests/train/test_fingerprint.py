@@ -73,7 +73,7 @@ def test_each_difference_is_named_and_refused(begun, tmp_path, capsys, changes, 
     assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
-def test_whoever_means_it_says_so(begun, tmp_path, capsys):
+def test_differences_can_be_allowed(begun, tmp_path, capsys):
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
     changes = {"teacher_path": "other_teacher", "temperature": 2.0}
@@ -85,7 +85,7 @@ def test_whoever_means_it_says_so(begun, tmp_path, capsys):
     assert "Allowed to differ" in said and "temperature 3.0, now 2.0" in said
 
 
-def test_what_changes_no_maths_is_not_asked_about(begun, tmp_path):
+def test_arguments_that_do_not_change_the_maths_may_change(begun, tmp_path):
     """Data and teacher with the same content at other paths; other paths, intervals and length."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
@@ -106,7 +106,7 @@ def test_a_checkpoint_from_before_0_2_names_its_template(begun, tmp_path, capsys
     assert "template 'phi', now 'qwen2_base'" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_taken_for_another(begun, tmp_path, capsys):
+def test_a_finished_run_with_other_arguments_is_refused(begun, tmp_path, capsys):
     """Otherwise a chain would continue from a stage that ran with other arguments."""
     world, _ = begun
     assert main(line(world, tmp_path / "run", max_steps=1)) == 0
@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_taken_for_another(begun, tmp_path, capsys):
     assert "temperature 3.0, now 1.0" in capsys.readouterr().err
 
 
-def test_between_numbers_of_processes_the_batch_of_a_step_counts(begun, tmp_path):
+def test_with_another_number_of_processes_the_batch_of_a_step_is_compared(begun, tmp_path):
     world, _ = begun
     described = fingerprint.describe(parse_arguments(line(world, tmp_path)), 1)
     assert described["per_device_train_batch_size"] == 2

@@ -82,7 +82,7 @@ def test_the_first_one_stops_the_run(tmp_path, term, value, logging):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_where_the_disk_is_full_the_samples_are_named_on_the_screen(tmp_path, on_nan, caplog):
+def test_with_a_full_disk_the_samples_are_named_on_the_screen(tmp_path, on_nan, caplog):
     (tmp_path / EVENTS).symlink_to("/dev/full")
     trainer = spoilt_trainer(tmp_path, on_nan=on_nan)
     if on_nan == "stop":
@@ -96,7 +96,7 @@ def test_where_the_disk_is_full_the_samples_are_named_on_the_screen(tmp_path, on
     assert checkpoints.damage(checkpoints.checkpoints(tmp_path)[0]) is None
 
 
-def test_only_the_micro_batch_that_it_is_in_is_named(tmp_path):
+def test_only_the_bad_micro_batch_is_named(tmp_path):
     trainer = spoilt_trainer(tmp_path, calls=(3,), gradient_accumulation_steps=2, per_device_train_batch_size=1)
     with pytest.raises(NonFiniteError, match="step 2: align"):
         trainer.train()
@@ -116,14 +116,14 @@ def test_a_bad_step_is_left_out(tmp_path, term, value):
     assert logged(trainer, "skipped_steps")[-1] == 1
 
 
-def test_too_many_in_a_row_stop_the_run_all_the_same(tmp_path):
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     trainer = spoilt_trainer(tmp_path, calls=(2, 3, 4, 5, 6), on_nan="skip", max_nan_steps=3)
     with pytest.raises(NonFiniteError, match="step 4, the last of 3 in a row"):
         trainer.train()
     assert [event["action"] for event in events(tmp_path)] == ["skip", "skip", "stop"]
 
 
-def test_watching_changes_nothing_and_asks_the_device_once_a_step(tmp_path, monkeypatch):
+def test_the_guard_changes_nothing_and_reads_the_device_once_per_step(tmp_path, monkeypatch):
     """A run's weights equal those of transformers' own steps; nothing is read from the device in a micro-batch."""
     reads = []
     item, tolist, boolean = torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__

@@ -74,7 +74,7 @@ def test_trained_parts_beside_the_student_are_resumed(world, tmp_path, kind):
     assert ended.keys() == again.keys() and all(torch.equal(ended[name], again[name]) for name in ended)
 
 
-def test_a_next_stage_goes_on_with_the_adapters_of_the_one_before(world, tmp_path, caplog):
+def test_the_next_stage_continues_with_the_adapters_of_the_one_before(world, tmp_path, caplog):
     first, second = tmp_path / "first", tmp_path / "second"
     settings = {"teacher_path": world["teacher"], "distill_method": "align_kd", "max_steps": 1}
     assert main(command_line(world, first, "pretrain", **settings)) == 0
@@ -149,7 +149,7 @@ def test_the_best_checkpoint_by_held_out_data_is_taken(world, tmp_path):
     assert all(torch.equal(kept[name], final[name]) for name in final)
 
 
-def test_gradient_shares_are_logged_and_a_silent_term_is_warned_of_once(world, tmp_path, caplog):
+def test_gradient_shares_are_logged_and_a_tiny_term_causes_one_warning(world, tmp_path, caplog):
     arguments = command_line(
         world, tmp_path, teacher_path=world["teacher"], distill_method="logit_kd", align_weight=1e-5,
         log_gradient_shares=1, max_steps=3,

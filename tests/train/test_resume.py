@@ -175,7 +175,7 @@ def begun(tmp_path_factory):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_other_arguments_than_the_run_was_begun_with(begun, tmp_path, capsys, changes, words):
+def test_other_arguments_than_the_run_was_started_with(begun, tmp_path, capsys, changes, words):
     """One sentence with the checkpoint and the remedy; the run's weights do not change."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")

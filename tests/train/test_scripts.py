@@ -92,7 +92,7 @@ def test_wrong_number_of_arguments(script, count):
 
 
 @pytest.mark.parametrize("arguments", [NINE, ["two words", '"quoted"', "", "$HOME"]], ids=["right", "wrong"])
-def test_bash_runs_what_is_looked_at_here(arguments):
+def test_bash_and_the_stand_in_run_the_same(arguments):
     """The other tests skip bash and its interpreter; here the arguments arrive unchanged."""
     environment = {"DRY_RUN": 1, "CUDA_VISIBLE_DEVICES": "0,1", "LEARNING_RATE": "3e-4"}
     one, other = (

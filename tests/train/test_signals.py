@@ -70,7 +70,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(world, tmp_path, name):
+def test_a_signal_ends_the_run_after_a_checkpoint_and_the_same_command_continues(world, tmp_path, name):
     """Exit code 75, and no finished run; then the same weights as without a signal, to the bit."""
     settings = {"max_steps": 6, "save_steps": 1, "save_total_limit": 1}
     line = command_line(world, tmp_path / "run", **settings)
@@ -221,7 +221,7 @@ def test_any_number_of_ranks_gives_one_processs_gradient(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
     """One process writes a checkpoint after two of six steps; two resume from it and learn what one would have."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2}
     saving = {"save_strategy": "steps", "save_steps": 2}

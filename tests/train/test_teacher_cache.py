@@ -52,7 +52,7 @@ def test_a_run_is_the_same_and_the_next_runs_no_teacher(world, tmp_path, monkeyp
     assert same(tmp_path / "other", tmp_path / "other plain")
 
 
-def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world, tmp_path, monkeypatch, capsys):
+def test_a_filled_cache_lets_the_first_epoch_run_no_teacher(world, tmp_path, monkeypatch, capsys):
     """Also held-out samples; filling again computes nothing."""
     passes = []
     run, look = Distiller._run_teacher, teacher_cache.look
@@ -76,7 +76,7 @@ def test_it_is_filled_before_training_and_the_first_epoch_runs_no_teacher(world,
     assert same(tmp_path / "plain half", tmp_path / "half")
 
 
-def test_a_disk_that_fills_up_ends_the_filling_and_not_a_training(world, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_filling_but_not_a_training(world, tmp_path, monkeypatch, capsys):
     cache, write, written = {"teacher_cache": tmp_path / "cache"}, teacher_cache.write_bytes, []
 
     def full(path, data):
@@ -135,7 +135,7 @@ def test_resuming_does_not_ask_about_a_cache_that_rounds_nothing(world, tmp_path
         ({"teacher_cache": "FILE"}, ["cannot be created"]),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(world, tmp_path, capsys, changes, words):
+def test_impossible_settings_are_refused_before_anything_runs(world, tmp_path, capsys, changes, words):
     (tmp_path / "file").write_text("mine")
     changes = {"teacher_cache": tmp_path / "cache", **changes}
     if changes["teacher_cache"] == "FILE":
@@ -146,7 +146,7 @@ def test_what_cannot_be_is_said_before_anything_runs(world, tmp_path, capsys, ch
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_size_is_said_first_and_a_full_disk_is_refused(world, tmp_path, monkeypatch, capsys):
+def test_the_size_is_logged_first_and_a_full_disk_is_refused(world, tmp_path, monkeypatch, capsys):
     cache = {"teacher_cache": tmp_path / "cache"}
     assert main(line(world, tmp_path / "run", **cache, num_train_epochs=1)) == 0
     said = capsys.readouterr().err

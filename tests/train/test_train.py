@@ -43,7 +43,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_pretraining_changes_the_connector_alone_and_stands_by_itself(world):
+def test_pretraining_changes_only_the_connector_and_gives_a_complete_model(world):
     base = load_file(Path(world["llm"]) / "model.safetensors")
     state = state_of(world["student_pt"])
     for name, value in base.items():
@@ -244,7 +244,7 @@ def spoilt(world, tmp_path, name):
         "unknown argument",
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence_and_nothing_is_written(world, tmp_path, capsys, name):
+def test_mistakes_are_refused_in_one_sentence_and_nothing_is_written(world, tmp_path, capsys, name):
     changes, words = spoilt(world, tmp_path, name)
     output = tmp_path / "output"
     output.mkdir()

@@ -59,7 +59,7 @@ def test_logs_are_means_over_the_window(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_lost_is_logged(tmp_path, packing):
+def test_padding_and_waiting_are_logged(tmp_path, packing):
     """The share of padding, and of the time that went into waiting for data."""
     args = toy_arguments(tmp_path, max_steps=2, logging_steps=2, packing=packing)
     trainer = toy_trainer(args, toy_task())

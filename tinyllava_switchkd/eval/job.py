@@ -322,7 +322,7 @@ def finish(job: Job) -> None:
 
 
 def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
-    """Why the pictures of unanswered questions cannot be read; None if some question's can, or it has none."""
+    """Picture -> why it cannot be read; None if any question has no pictures or only readable ones."""
     reasons: dict[str, str] = {}
     for question in missing:
         if not question.images:

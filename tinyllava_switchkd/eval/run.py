@@ -164,10 +164,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt("terminated")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, which is 0 only if every wanted question has an answer."""
     arguments = parse_arguments(argv)
@@ -179,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, prefix = 0, ""
     handler = None
     if threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGTERM, _terminate)  # torchrun sends it to the others when one has failed
+        # as Ctrl-C; torchrun sends SIGTERM to the other processes when one has failed
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         processes = Processes.from_environment()
         rank = processes.rank

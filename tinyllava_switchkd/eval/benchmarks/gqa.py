@@ -113,8 +113,10 @@ class GQA(QuestionFileBenchmark):
             where = f"{path}, question {key}"
             require(question, {"question": str, "answer": str, "types": dict}, where)
             require(question["types"], {"structural": str, "semantic": str}, where)
-            for step in _list_of(question, "semantic", where):
-                require(step, ("operation",), where)
+            if question.get("semantic") is not None:
+                require(question, {"semantic": list}, where)
+                for step in question["semantic"]:
+                    require(step, ("operation",), where)
             if question.get("groups") is not None:
                 require(question, {"groups": dict}, where)
                 if question["groups"].get("global") is not None:
@@ -156,14 +158,6 @@ class GQA(QuestionFileBenchmark):
 def prediction(text: str) -> str:
     """The text that is compared with the answer: in lower case, without any full stops at the end."""
     return text.rstrip(".").lower()
-
-
-def _list_of(row: JsonObject, key: str, where: str) -> list:
-    """A list that may be absent."""
-    if row.get(key) is None:
-        return []
-    require(row, {key: list}, where)
-    return row[key]
 
 
 def _steps(question: JsonObject) -> int:
