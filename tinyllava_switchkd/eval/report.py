@@ -63,7 +63,7 @@ class Report:
 
     def notes(self) -> list[str]:
         """The notes below the table."""
-        results = [(row.label, result) for row in self.rows for result in row.results.values()]
+        results = [(f"{row.label}, {result.column}", result) for row in self.rows for result in row.results.values()]
         notes = []
         if any(result.stand_in for _, result in results):
             named = " and ".join(f"{COLUMNS[name]} ({split})" for name, split in SERVER_SPLITS.items())
@@ -78,25 +78,21 @@ class Report:
                 "Standard errors: over questions, clustered by picture. They do not cover the variation between "
                 "trainings."
             )
-        if missing := [
-            f"{label}, {result.column}: {result.missing:,} of {result.total:,}"
-            for label, result in results
-            if result.missing
-        ]:
+        if missing := [f"{name}: {result.missing:,} of {result.total:,}" for name, result in results if result.missing]:
             notes.append(f"*: questions without an answer counted as wrong ({_some(missing)}).")
         if part := [
-            f"{label}, {result.column}: {result.asked['questions']:,} of {result.asked['of']:,}"
-            for label, result in results
+            f"{name}: {result.asked['questions']:,} of {result.asked['of']:,}"
+            for name, result in results
             if result.asked and "part" in result.marks
         ]:
             notes.append(f"§: only the first questions were asked and scored ({_some(part)}).")
-        if own := [f"{label}, {result.column}: {result.total:,}" for label, result in results if result.own_data]:
+        if own := [f"{name}: {result.total:,}" for name, result in results if result.own_data]:
             notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
-        if unread := [f"{label}, {result.column}: {result.fallback:,}" for label, result in results if result.fallback]:
+        if unread := [f"{name}: {result.fallback:,}" for name, result in results if result.fallback]:
             notes.append(f"Answers that no rule of the protocol could read ({_some(unread)}).")
-        for label, result in results:
+        for name, result in results:
             if changed := result.changed_options:
-                notes.append(f"{label}, {result.column}: asked with {', '.join(changed)}.")
+                notes.append(f"{name}: asked with {', '.join(changed)}.")
         everything = [*self.rows, *self.paper]
         if any(row.average(name, self.include_val).value is None for row in everything for name in AVERAGES):
             notes.append("– (k/n): only k of the n benchmarks of the average have a score, so there is no average.")

@@ -58,9 +58,9 @@ class Filling:
             CheckpointError: the cache cannot be written; what was written before is kept.
             InterruptedRunError: a signal stopped the filling; what was computed is kept.
         """
-        guide = FrozenTeacher(self.teacher)
+        teacher = FrozenTeacher(self.teacher)
         for dataset in self.data:
-            self._fill(guide, dataset)
+            self._fill(teacher, dataset)
         self.cache.sync()
         self._check_written()
         if dist.is_initialized():
@@ -82,7 +82,7 @@ class Filling:
                 f"Make room and run the same command again; it continues from there."
             )
 
-    def _fill(self, guide: FrozenTeacher, dataset: Samples) -> None:
+    def _fill(self, teacher: FrozenTeacher, dataset: Samples) -> None:
         training = self.training
         lengths = dataset.lengths  # batches of similar lengths have little padding
         longest_first = sorted(range(len(dataset)), key=lambda index: -lengths[index])
@@ -103,7 +103,7 @@ class Filling:
                     f"the same command continues."
                 )
             with torch.autocast(device.type, dtype) if half else nullcontext():
-                fill(self.cache, guide, on_device(batch, device), training.packing)
+                fill(self.cache, teacher, on_device(batch, device), training.packing)
             self._check_written()
             if number * REPORTS // len(loader) != (number + 1) * REPORTS // len(loader):
                 logger.info("The teacher has read %d of %d batches.", number + 1, len(loader))

@@ -102,16 +102,19 @@ def estimate(
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in student.parameters()) - trained
     size = 2 if mixed_precision else 4
-    guide_size = size if half_teacher is None else 2 if half_teacher else 4
-    shard = lambda stage, bytes_: bytes_ // gpus if zero_stage >= stage else bytes_  # noqa: E731
+    teacher_size = size if half_teacher is None else 2 if half_teacher else 4
+
+    def shard(stage: int, total: int) -> int:
+        return total // gpus if zero_stage >= stage else total
+
     states = 12 if mixed_precision and master_weights else 2 * size
     optimizer = 0 if offload else shard(1, trained * states)
     length = text_tokens + student.num_image_tokens
     with _fused_attention(student, teacher):
         passes = [(student, lambda recompute: _student_bytes(student, batch_size, length, recompute, size))]
         if teacher is not None and switch:
-            of_teacher = (student, teacher, batch_size, length)
-            passes.append((teacher, lambda recompute: _switch_bytes(*of_teacher, recompute, guide_size, teacher_bits)))
+            inputs = (student, teacher, batch_size, length)
+            passes.append((teacher, lambda recompute: _switch_bytes(*inputs, recompute, teacher_size, teacher_bits)))
         activations = sum(run(checkpointing) for _, run in passes)
         layers = [model.config.text_config.num_hidden_layers for model, _ in passes]
         again = [run(False) // count for (_, run), count in zip(passes, layers, strict=True)] if checkpointing else [0]
@@ -125,7 +128,7 @@ def estimate(
         weights=shard(3, trained * size) + shard(3, frozen * size),
         gradients=shard(2, trained * size),
         optimizer=optimizer,
-        teacher=0 if teacher is None else weight_bytes(teacher, guide_size, teacher_bits),
+        teacher=0 if teacher is None else weight_bytes(teacher, teacher_size, teacher_bits),
         activations=activations,
         recomputed=max(again),
         logits=LOGIT_COPIES[terms] * chunk * head.shape[0] * 4,

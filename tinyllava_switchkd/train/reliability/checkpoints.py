@@ -119,14 +119,14 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | P
     earlier = [folder for folder in checkpoints(output_dir) if step_of(folder) <= newest]
     whole = [folder for folder in earlier if step_of(folder) == newest or _sizes_agree(folder)]
     kept = whole[:limit]
-    favourite = next((folder for folder in whole if best is not None and folder.name == Path(best).name), None)
-    if favourite is not None and favourite not in kept:
-        kept = [*whole[: max(limit - 1, 1)], favourite]
+    best_folder = next((folder for folder in whole if best is not None and folder.name == Path(best).name), None)
+    if best_folder is not None and best_folder not in kept:
+        kept = [*whole[: max(limit - 1, 1)], best_folder]
     for folder in (folder for folder in earlier if folder not in kept):
-        doomed = folder.with_name(f".old-{folder.name}")
+        renamed = folder.with_name(f".old-{folder.name}")
         with contextlib.suppress(OSError):
-            folder.rename(doomed)  # so that no named checkpoint is ever half removed
-            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(renamed)  # so that no named checkpoint is ever half removed
+            shutil.rmtree(renamed, ignore_errors=True)
     record = read_record(output_dir)
     there = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
     if there != record:
