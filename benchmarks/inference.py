@@ -145,7 +145,8 @@ def main() -> None:
     chosen = args.ways or [way for way in WAYS if args.device == "cuda" or way != "graphs"]
     ways = ["eager", *(way for way in chosen if way != "eager")]
     header, rows = table(measure(args, ways), ways)
-    visual = (SIZES[args.size][2].image_size // SIZES[args.size][2].patch_size) ** 2 - 1
+    vision = SIZES[args.size][2]
+    visual = (vision["image_size"] // vision["patch_size"]) ** 2 - 1
     write_section(
         f"inference-{args.size}-{args.device}",
         f"Answering a question about an image, {args.size} ({args.device})",

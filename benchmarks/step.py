@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import CONFIG_MAPPING
 
 from benchmarks._memory import allocated, peak_resident, resident
 from benchmarks._table import Table, machine, write_section
 from benchmarks.loss import slope
+from tinyllava_switchkd.ablations.dry import CONFIGS, Config, qwen2, siglip
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import Distiller, TeacherCache, build_distiller, register_loss
@@ -49,54 +49,22 @@ from tinyllava_switchkd.train.compiling import compile_layers
 from tinyllava_switchkd.train.preflight.estimate import estimate
 from tinyllava_switchkd.train.task import SupervisedTask
 
-
-@dataclass(frozen=True)
-class Language:
-    """Shape of a Qwen2 language model."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-    tied: bool
-
-
-@dataclass(frozen=True)
-class Vision:
-    """Shape of a SigLIP tower."""
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    image_size: int
-    patch_size: int
-
-
-SO400M = Vision(1152, 27, 16, 4304, 384, 14)
-QWEN2_5 = {
-    "0.5b": Language(896, 24, 14, 2, 4864, 151_936, True),
-    "1.5b": Language(1536, 28, 12, 2, 8960, 151_936, True),
-    "3b": Language(2048, 36, 16, 2, 11_008, 151_936, True),
-    "7b": Language(3584, 28, 28, 4, 18_944, 152_064, False),
-}
+SO400M = CONFIGS["google/siglip-so400m-patch14-384"]
 SIZES = {
     "tiny": (
-        Language(16, 1, 2, 1, 32, 512, True),
-        Language(32, 2, 2, 1, 64, 512, True),
-        Vision(16, 2, 2, 32, 28, 14),
+        qwen2(16, 1, 2, 1, 32, 512, True),
+        qwen2(32, 2, 2, 1, 64, 512, True),
+        siglip(16, 2, 2, 32, 28, 14),
         16,
     ),
     "small": (
-        Language(128, 4, 4, 2, 384, 151_936, True),
-        Language(256, 6, 4, 2, 768, 151_936, True),
-        Vision(128, 6, 4, 384, 112, 14),
+        qwen2(128, 4, 4, 2, 384, 151_936, True),
+        qwen2(256, 6, 4, 2, 768, 151_936, True),
+        siglip(128, 6, 4, 384, 112, 14),
         192,
     ),
-    "qwen2.5-0.5b-from-3b": (QWEN2_5["0.5b"], QWEN2_5["3b"], SO400M, 1280),
-    "qwen2.5-1.5b-from-7b": (QWEN2_5["1.5b"], QWEN2_5["7b"], SO400M, 1280),
+    "qwen2.5-0.5b-from-3b": (CONFIGS["Qwen/Qwen2.5-0.5B"], CONFIGS["Qwen/Qwen2.5-3B"], SO400M, 1280),
+    "qwen2.5-1.5b-from-7b": (CONFIGS["Qwen/Qwen2.5-1.5B"], CONFIGS["Qwen/Qwen2.5-7B"], SO400M, 1280),
 }
 """Student, teacher, vision tower, and text tokens of a sample (with the 728 visual ones about 2,000 at real size)."""
 
@@ -132,11 +100,11 @@ class Shape:
     supervised: int | None = None
 
     @property
-    def parts(self) -> tuple[Language, Language, Vision, int]:
+    def parts(self) -> tuple[Config, Config, Config, int]:
         """Student, teacher, vision tower, text tokens."""
         student, teacher, vision, text = SIZES[self.size]
         if self.vocab is not None:
-            student, teacher = replace(student, vocab=self.vocab), replace(teacher, vocab=self.vocab)
+            student, teacher = ({**llm, "vocab_size": self.vocab} for llm in (student, teacher))
         return student, teacher, vision, self.text or text
 
 
@@ -188,29 +156,13 @@ class Dense(nn.Module):
         return {"loss": out.loss + loss(z_s, z_t).mean() + loss(z_w, z_t).mean()}
 
 
-def model(language: Language, vision: Vision, seed: int, device: str, dtype: torch.dtype) -> nn.Module:
+def model(llm: Config, vision: Config, seed: int, device: str, dtype: torch.dtype) -> nn.Module:
     config = TinyLlavaConfig(
         llm_model_name_or_path="qwen2",
         vision_model_name_or_path="siglip",
         connector_type="mlp2x_gelu",
-        text_config=CONFIG_MAPPING["qwen2"](
-            vocab_size=language.vocab,
-            hidden_size=language.hidden,
-            num_hidden_layers=language.layers,
-            num_attention_heads=language.heads,
-            num_key_value_heads=language.kv_heads,
-            intermediate_size=language.intermediate,
-            tie_word_embeddings=language.tied,
-            max_position_embeddings=4096,
-        ),
-        vision_config=CONFIG_MAPPING["siglip_vision_model"](
-            hidden_size=vision.hidden,
-            num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads,
-            intermediate_size=vision.intermediate,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-        ),
+        text_config={**llm, "max_position_embeddings": 4096},
+        vision_config=vision,
         tokenizer_model_max_length=4096,
     )
     torch.manual_seed(seed)
@@ -225,14 +177,15 @@ def make_batch(shape: Shape) -> dict[str, Tensor]:
     """
     student, _, vision, text = shape.parts
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, student.vocab, (shape.samples, text), generator=generator)
+    ids = torch.randint(0, student["vocab_size"], (shape.samples, text), generator=generator)
     ids[:, : shape.images] = IMAGE_TOKEN_INDEX
     shortest = text // 4 if shape.mixed else text
     lengths = torch.linspace(text, shortest, shape.samples).long()[:, None]
     is_token = torch.arange(text) < lengths
     prompt = lengths // 2 if shape.supervised is None else lengths - shape.supervised
     labels = ids.masked_fill(~is_token | (torch.arange(text) < prompt), IGNORE_INDEX)
-    pixels = torch.randn(shape.samples * shape.images, 3, vision.image_size, vision.image_size, generator=generator)
+    side = vision["image_size"]
+    pixels = torch.randn(shape.samples * shape.images, 3, side, side, generator=generator)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": is_token.long(), "images": pixels}
     return {key: value.to(shape.device) for key, value in batch.items()}
 
@@ -535,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     shape = Shape(args.size, args.device, args.batch_size, args.text, args.vocab, args.lengths == "mixed")
     student, _, _, text = shape.parts
-    vocab = f"a vocabulary of {student.vocab:,}"
+    vocab = f"a vocabulary of {student['vocab_size']:,}"
     end = f"{args.size}-{args.device}" + (f"-{args.vocab}" if args.vocab else "")
     if args.teacher_cache:
         write_section(

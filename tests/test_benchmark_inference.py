@@ -5,12 +5,12 @@ import argparse
 import pytest
 
 from benchmarks import inference
-from benchmarks.step import Language, Vision
+from tinyllava_switchkd.ablations.dry import qwen2, siglip
 
 
 def test_every_way_on_the_cpu_is_measured(monkeypatch):
-    student, teacher = Language(16, 1, 2, 1, 32, 64, True), Language(32, 2, 2, 1, 64, 64, True)
-    monkeypatch.setitem(inference.SIZES, "tiny", (student, teacher, Vision(16, 2, 2, 32, 28, 14), 16))
+    student, teacher = qwen2(16, 1, 2, 1, 32, 64, True), qwen2(32, 2, 2, 1, 64, 64, True)
+    monkeypatch.setitem(inference.SIZES, "tiny", (student, teacher, siglip(16, 2, 2, 32, 28, 14), 16))
     args = argparse.Namespace(size="tiny", device="cpu", text=8, new_tokens=4, repeats=1)
     ways = ["eager", "static"]
     found = inference.measure(args, ways)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,12 @@ SHARE, SHARE_OF = 0.36, "align + switch in docs/benchmarks.md, `python -m benchm
 TEXT_TOKENS = {"pretrain": 32, "finetune": 300, "distill": 300}
 """Assumed mean number of text tokens per sample, not a count; used to estimate hours."""
 
-CONFIGS: dict[str, dict[str, object]] = {
-    name: {
+Config = dict[str, Any]
+
+
+def qwen2(width: int, layers: int, heads: int, groups: int, inner: int, vocabulary: int, tied: bool) -> Config:
+    """Configuration of a Qwen2 language model."""
+    return {
         "model_type": "qwen2",
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -41,14 +46,11 @@ CONFIGS: dict[str, dict[str, object]] = {
         "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
     }
-    for name, (width, layers, heads, groups, inner, vocabulary, tied) in {
-        "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151_936, True),
-        "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
-        "Qwen/Qwen2.5-3B": (2048, 36, 16, 2, 11_008, 151_936, True),
-        "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18_944, 152_064, False),
-    }.items()
-} | {
-    name: {
+
+
+def siglip(width: int, layers: int, heads: int, inner: int, image: int, patch: int) -> Config:
+    """Configuration of a SigLIP vision tower."""
+    return {
         "model_type": "siglip_vision_model",
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -57,10 +59,15 @@ CONFIGS: dict[str, dict[str, object]] = {
         "image_size": image,
         "patch_size": patch,
     }
-    for name, (width, layers, heads, inner, image, patch) in {
-        "google/siglip-so400m-patch14-384": (1152, 27, 16, 4304, 384, 14),
-        "google/siglip-base-patch16-224": (768, 12, 12, 3072, 224, 16),
-    }.items()
+
+
+CONFIGS = {
+    "Qwen/Qwen2.5-0.5B": qwen2(896, 24, 14, 2, 4864, 151_936, True),
+    "Qwen/Qwen2.5-1.5B": qwen2(1536, 28, 12, 2, 8960, 151_936, True),
+    "Qwen/Qwen2.5-3B": qwen2(2048, 36, 16, 2, 11_008, 151_936, True),
+    "Qwen/Qwen2.5-7B": qwen2(3584, 28, 28, 4, 18_944, 152_064, False),
+    "google/siglip-so400m-patch14-384": siglip(1152, 27, 16, 4304, 384, 14),
+    "google/siglip-base-patch16-224": siglip(768, 12, 12, 3072, 224, 16),
 }
 """Configurations of the paper's models, copied from the hub so that no network is needed."""
 
