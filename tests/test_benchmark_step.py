@@ -43,7 +43,7 @@ def test_a_cached_step_leaves_the_teachers_own_pass_out(sections, monkeypatch):
     assert 0 < saved["align + switch, cached"] < saved["align only, cached"] < 100
 
 
-def test_growth_is_told_in_slopes(sections, monkeypatch):
+def test_growth_is_reported_as_slopes(sections, monkeypatch):
     monkeypatch.setattr(step, "GROWN", {"images": (1, 2), "supervised tokens": (64, 128)})
     run("--growth")
     points, slopes = sections["step-growth-tiny-cpu"]

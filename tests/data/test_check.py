@@ -123,7 +123,7 @@ def test_visual_tokens_of_the_model_named(folder, capsys, model, tokens):
     assert ("samples encoded" in out) == ("--model_path" in model)
 
 
-def test_what_v1_accepts_and_means_nothing_good_is_counted(folder):
+def test_mistakes_that_v1_silently_accepts_are_counted(folder):
     image = "a/red.png"
     records = [
         {"id": 1, "conversations": [{"from": "system", "value": "Be kind."}, *talk("a", "b")]},

@@ -169,7 +169,7 @@ def test_skipping_ends_where_most_images_are_bad(folder, caplog):
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_count_into_one_place(folder, method):
+def test_workers_share_their_counts(folder, method):
     """A worker of the fork server gets the data set and the collator pickled, like a spawned one."""
     context = {"fork": multiprocessing.get_context("fork"), "forkserver": forked.CONTEXT}[method]
     (folder / "b.jpg").write_bytes(b"")

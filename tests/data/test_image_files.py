@@ -62,7 +62,7 @@ def test_grey_values_of_any_width_look_the_same(tmp_path, values, name):
     assert np.array_equal(seen, np.asarray(to_rgb(Image.open(tmp_path / name))))
 
 
-def test_floats_that_are_no_numbers_are_black(tmp_path):
+def test_nan_pixels_are_black(tmp_path):
     values = RAMP.copy()
     values[0, :3] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -107,7 +107,7 @@ def test_bad_files_are_refused_with_a_reason(tmp_path, kind):
         data[0]
 
 
-def test_a_worker_says_it_in_one_sentence(folder):
+def test_the_error_of_a_worker_is_one_sentence(folder):
     (folder / "b.jpg").write_bytes(b"")
     data = LazySupervisedDataset(str(folder / "data.json"), qwen2(), data_args(folder))
     loader = DataLoader(data, collate_fn=DataCollatorForSupervisedDataset(qwen2()), num_workers=1)
@@ -285,7 +285,7 @@ DOORS = {
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "dark.pgm", "float.tif"])
-def test_wide_grey_values_are_seen_at_every_door(tmp_path, door, name):
+def test_wide_grey_values_are_scaled_everywhere(tmp_path, door, name):
     """Including dark 16-bit images, whose range follows from the file format and not from the values."""
     levels = GREY.astype(np.uint16) * (1 if name == "dark.pgm" else 257)
     if name.endswith(".pgm"):

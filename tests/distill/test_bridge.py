@@ -58,7 +58,7 @@ def test_every_tower_learns_from_every_other(ours, theirs):
     assert all(name.startswith("student.") for name in distiller.state_dict() if "bridge" not in name)
 
 
-def test_equal_towers_have_none(student, teacher):
+def test_equal_towers_need_no_bridge(student, teacher):
     assert build_distiller(student, teacher).bridge is None
 
 

@@ -113,7 +113,7 @@ def test_a_window_of_the_vocabulary_is_the_vocabulary():
 
 
 @pytest.mark.parametrize("settings", [{}, *SETTINGS], ids=str)
-def test_pair_losses_bear_what_models_give(settings):
+def test_pair_losses_handle_extreme_logits(settings):
     """Constant, infinite and extreme logits, a real vocabulary in bfloat16, NaN, and no tokens."""
     student, teacher = random_logits(tokens=7, vocab=5000)
     teacher[0] = 2.0

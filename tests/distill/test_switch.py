@@ -141,7 +141,7 @@ def test_a_teacher_that_is_the_student_costs_nothing(student, batch):
     assert torch.allclose(paths.teacher, paths.visual_switch, atol=1e-6)
 
 
-def test_the_students_eyes_in_the_teacher_are_the_teachers(student, teacher, batch):
+def test_the_switch_with_the_teachers_tower_gives_the_teachers_logits(student, teacher, batch):
     """With V^S := V^T the visual-switch logits are the teacher's, for any language model of the student."""
     student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
     distiller = build_distiller(student, teacher)

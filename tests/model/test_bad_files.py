@@ -141,7 +141,7 @@ def test_a_field_of_config_json(folder, path, value, monkeypatch):
     "path", ["text_config.rms_norm_eps", "text_config.initializer_range", "vocab_size", "anything"]
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_none(folder, path, value):
+def test_values_that_are_not_finite(folder, path, value):
     edit(folder / "config.json", path, value)
     refused(folder, "config.json", str(value))
 
@@ -224,7 +224,7 @@ class TestWeights:
         with pytest.raises(ValueError, match="1 of 1048576 numbers in b"):
             refuse_unusable({"a": torch.zeros(3), "b": tensor}, "x")
 
-    def test_counters_and_empty_tensors_are_no_weights(self):
+    def test_counters_and_empty_tensors_are_accepted(self):
         refuse_unusable({"steps": torch.tensor(3), "none": torch.zeros(0)}, "x", parameters={"w"})
 
 
@@ -374,7 +374,7 @@ def test_a_field_of_preprocessor_config_json(folder, path, value):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "\x00"])
-def test_a_preprocessor_config_that_is_none(folder, text):
+def test_not_a_preprocessor_config(folder, text):
     (folder / "preprocessor_config.json").write_text(text)
     refused(folder, "preprocessor_config.json")
 

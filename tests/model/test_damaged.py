@@ -73,7 +73,7 @@ def test_pickles_in_shards_and_of_before_pytorch_1_6(folder):
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "tinyllava",', "[]", "\xff"])
-def test_a_configuration_that_is_no_json(content, folder):
+def test_a_configuration_that_is_not_json(content, folder):
     (folder / "config.json").write_bytes(content.encode("latin-1"))
     said = r"config\.json(, line 1: not valid JSON| holds a JSON list| is not UTF-8).*fetch it again"
     with pytest.raises(ValueError, match=said):
