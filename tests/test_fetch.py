@@ -49,7 +49,7 @@ def test_download_continues(site: FakeHub, tmp_path: Path) -> None:
 
 
 def test_download_of_an_earlier_process_continues(site: FakeHub, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tinyllava_switchkd.fetch.IDLE_ATTEMPTS", 0)  # the first process dies with the line
+    monkeypatch.setattr("tinyllava_switchkd.fetch.IDLE_ATTEMPTS", 0)  # the first process ends at once
     site.cuts["a.bin"] = 3000
     with pytest.raises(SourceError, match=r"run again to continue from a\.bin\.part"):
         download(f"{site.url}/a.bin", tmp_path / "a.bin")

@@ -184,7 +184,7 @@ class TestModule:
         (folder / "b.jpg").unlink()
         with pytest.raises(ValueError, match=r"1 image\(s\) that do not exist: .*b\.jpg"):
             make_supervised_data_module(qwen2(), data_args(folder))
-        monkeypatch.setenv("LOCAL_RANK", "1")  # one process a machine looks
+        monkeypatch.setenv("LOCAL_RANK", "1")  # one process per machine checks
         make_supervised_data_module(qwen2(), data_args(folder))
 
     def test_missing_images_that_are_to_be_skipped(self, folder, caplog):

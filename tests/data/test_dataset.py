@@ -75,7 +75,7 @@ def test_a_sample_that_is_kept_is_made_once(folder, monkeypatch):
     opened = []
     monkeypatch.setattr(Image, "open", lambda path, open=Image.open, **how: opened.append(path) or open(path, **how))
     first = data[2]
-    first["labels"] = first.pop("images")  # what a reader does to its sample is its own affair
+    first["labels"] = first.pop("images")  # changes to a returned sample do not affect the data set
     again = data[2]
     assert len(opened) == 2
     expected = fresh[2]

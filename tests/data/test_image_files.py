@@ -114,7 +114,7 @@ def test_the_error_of_a_worker_is_one_sentence(folder):
     with pytest.raises(SampleError) as error:
         list(loader)
     message = str(error.value)
-    error.value.__traceback__ = None  # it holds the loader, whose worker a later test would wait for, five seconds
+    error.value.__traceback__ = None  # it keeps the loader, for whose worker a later test would wait five seconds
     del error
     assert message == (
         f"Sample 2 (id 'two') of {folder / 'data.json'}: the image {folder / 'b.jpg'} cannot be read: it is empty "

@@ -74,13 +74,13 @@ def test_ids_are_the_prompt(family, version, texts):
 
     trained = template.encode(
         talk(*texts), tokenizer, "train", num_images=images
-    )  # the fit of the ends is another test
+    )  # ends of answers are checked in another test
     prompt = template.prompt(marked, texts[1::2])
     if version == "pretrain" and not images:
         prompt = prompt.replace(DEFAULT_IMAGE_TOKEN, "")
     ids = trained["input_ids"].tolist()
     assert exactly(decoded(ids, tokenizer)) == exactly(prompt)
-    if version != "pretrain":  # generation continues what training has seen
+    if version != "pretrain":  # generation continues the text of the training
         assert ids[: len(asked["input_ids"])] == asked["input_ids"].tolist()
     begin = len(begin_tokens(tokenizer))
     assert (trained["labels"][:begin] == IGNORE_INDEX).all()

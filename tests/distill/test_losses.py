@@ -52,7 +52,7 @@ def test_published_vectors(arithmetic, case, name):
     np.testing.assert_allclose(loss.detach().numpy(), vectors[f"{case['name']}.{name}"], rtol=0, atol=1e-8)
     loss.sum().backward()
     expected = f"{case['name']}.{name}.grad_student"
-    if expected in vectors:  # made by finite differences
+    if expected in vectors:  # computed by finite differences
         np.testing.assert_allclose(student.grad.numpy(), vectors[expected], rtol=0, atol=1e-8)
 
 

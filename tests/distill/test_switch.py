@@ -43,7 +43,7 @@ def test_chunks_of_another_ranks_tokens_change_nothing(student, teacher, batch, 
     assert len(calls) == -(-int(losses["supervised_tokens"]) // 4) + 2
     assert_same_gradients(gradients(distiller, batch), expected)
     calls.clear()
-    assert distiller(make_batch("ipp"))["loss"] == 0 and len(calls) == 2  # nothing supervised here, but elsewhere
+    assert distiller(make_batch("ipp"))["loss"] == 0 and len(calls) == 2  # supervised on another rank only
 
 
 def test_what_a_rank_may_call_less_often_is_not_registered(student, teacher):
@@ -160,7 +160,7 @@ def test_one_frozen_encoder_is_run_once(student, teacher, batch):
     calls = []
     teacher.vision_tower.register_forward_hook(lambda *_: calls.append("teacher"))
     assert torch.isclose(distiller(batch)["align"], expected(batch)["align"]) and calls == ["teacher"]  # expected's own
-    student.vision_tower.requires_grad_(True)  # it trains from now on, and will differ
+    student.vision_tower.requires_grad_(True)  # it is trained from now on and will differ
     distiller(batch)
     assert calls == ["teacher"] * 2
     next(student.vision_tower.parameters()).data.add_(0.1)

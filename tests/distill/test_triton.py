@@ -58,7 +58,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_path,
         options = {"num_warps": warps}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 1000
-        assert compiled.metadata.shared <= 48 * 1024  # what every device grants without asking
+        assert compiled.metadata.shared <= 48 * 1024  # what every device allows by default
 
 
 def test_training_goes_on_where_the_kernels_cannot_run(monkeypatch, caplog):

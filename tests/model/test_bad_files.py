@@ -132,7 +132,7 @@ def test_a_field_of_config_json(folder, path, value, monkeypatch):
     edit(folder / "config.json", path, value)
     sizes = {"hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"}
     fits_weights = isinstance(value, int) and value > 0 and path.split(".")[-1] in {*sizes, "image_size", "patch_size"}
-    if not fits_weights:  # sizes of another model are told by the weights' shapes, everything else before them
+    if not fits_weights:  # wrong sizes show in the weights' shapes; everything else is found before weights are read
         monkeypatch.setattr("tinyllava_switchkd.model.weights.load_file", lambda *_: pytest.fail("weights were read"))
     refused(folder)
 

@@ -25,7 +25,7 @@ from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
         ("Qwen/Qwen2-1.5B-Instruct", "Qwen2ForCausalLM"),
         ("Qwen/Qwen1.5-0.5B", "Qwen2ForCausalLM"),
         ("Qwen/Qwen3-0.6B", "Qwen3ForCausalLM"),
-        ("models/philip/Qwen2-0.5B", "Qwen2ForCausalLM"),  # v1: phi, by the parent folder
+        ("models/philip/Qwen2-0.5B", "Qwen2ForCausalLM"),  # v1 finds phi, because of the parent folder
         ("/data/gemma-runs/TinyLlama-1.1B-Chat-v1.0/", "LlamaForCausalLM"),
         ("microsoft/phi-2", "PhiForCausalLM"),
         ("microsoft/Phi-3-mini-4k-instruct", "Phi3ForCausalLM"),
@@ -53,7 +53,7 @@ def test_unknown_names_list_the_known(factory):
 
 
 def test_checkpoint_configuration_outweighs_a_misleading_name():
-    entry = resolve_llm("graphite-v2", tiny_text_config("qwen2"))  # holds the letters of phi
+    entry = resolve_llm("graphite-v2", tiny_text_config("qwen2"))  # contains "phi"
     assert entry[0] is Qwen2ForCausalLM
     with pytest.raises(ValueError, match="bert"):
         resolve_llm("", type("Config", (), {"model_type": "bert"})())

@@ -141,7 +141,7 @@ def test_round_trip(tmp_path):
             [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
     assert result.stdout.endswith("done\n"), (result.stderr[-3000:], requests)
-    assert result.stdout.splitlines()[: len(test_auto.ANSWERS)] == test_auto.ANSWERS  # transformers was first here
+    assert result.stdout.splitlines()[: len(test_auto.ANSWERS)] == test_auto.ANSWERS  # transformers came first
     uploaded = {file.name: file.read_bytes() for file in (tmp_path / "hub" / "someone" / "student").iterdir()}
     assert b"# someone/student" in uploaded["README.md"]
     for file in set((tmp_path / "local").iterdir()) - {tmp_path / "local" / "README.md"}:

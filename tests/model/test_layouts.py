@@ -27,7 +27,7 @@ def make_lora(tmp_path, layout):
     targets = ["q_proj", "v_proj", "down_proj"]
     torch.manual_seed(3)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
-    folder = tmp_path / "run"  # nothing in this path says what the folder holds
+    folder = tmp_path / "run"  # the name does not say what the folder contains
     adapted.save_pretrained(folder)
     expected = logits(adapted)
     model = adapted.base_model.model
