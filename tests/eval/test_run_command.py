@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.eval.miniature import picture, read_lines, write_benchmark, write_checkpoint, write_lines, write_pope
 from tests.tiny import tiny_tokenizer
@@ -219,6 +220,16 @@ def test_a_broken_image_may_be_left_out(checkpoint, broken_pope, tmp_path, caplo
     assert (result["total"], result["answered"], result["missing"]) == (27, 18, 9)
     assert result["run"]["counts"]["unreadable_images"] == 1
     assert len(json.loads((out / "missing.json").read_text())) == 9
+
+
+def test_an_image_that_is_too_narrow_for_the_tower_is_an_unreadable_one(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "tiny-vlm", image_aspect_ratio="pad")
+    data, out = write_pope(tmp_path / "pope", images=2), tmp_path / "out"
+    Image.new("L", (14_000, 1)).save(data / "val2014" / "0.png")  # decodes, but not as a square of 14,000 x 14,000
+    assert main(command(checkpoint, "pope", data, out)) == 1
+    assert "0.png (an image of 14000 x 1 pixels is too narrow" in capsys.readouterr().err
+    assert main(command(checkpoint, "pope", data, out, "--skip_bad_images")) == 0
+    assert len(read_lines(out / "answers.jsonl")) == 9
 
 
 def test_absent_images_are_noticed_before_the_model_is_loaded(checkpoint, tmp_path, capsys, monkeypatch, caplog):

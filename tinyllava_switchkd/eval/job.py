@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
+from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.io import JsonObject, digest_of_files, read_json, write_json
 from tinyllava_switchkd.runtime import versions
 
@@ -94,6 +95,11 @@ class Job:
             image_aspect_ratio=arguments.image_aspect_ratio,
             attn_implementation=arguments.attn_implementation,
         )
+
+    @cached_property
+    def pixels_of(self) -> ImagePreprocess:
+        """Picture -> pixel values; `generate` sets it where it loads the model."""
+        return Answerer.load(self.setting).pixels_of
 
     @property
     def split(self) -> str:
@@ -205,6 +211,7 @@ def generate(job: Job) -> None:
             tasks = read_cache(job, tasks, writer)
         if tasks:
             answerer = Answerer.load(job.setting)
+            job.pixels_of = answerer.pixels_of
             answerer.guesses = Guesses() if job.arguments.guess_answers else None
             ask(job, answerer, tasks, writer)
 
@@ -299,7 +306,7 @@ def finish(job: Job) -> None:
     job.answers.repair()
     rows = job.answers.read()
     _, missing = split_answered(job.wanted, rows)
-    unreadable = unreadable_images(missing)
+    unreadable = unreadable_images(job, missing)
     (job.answers.folder / MISSING_FILE).unlink(missing_ok=True)
     if missing:
         message = note_missing(job, missing, unreadable)
@@ -321,8 +328,8 @@ def finish(job: Job) -> None:
     logger.info("%s: %d answers in %s.", job.benchmark.title, len(answered), job.answers.merged)
 
 
-def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
-    """Picture -> why it cannot be read; None if any question has no pictures or only readable ones."""
+def unreadable_images(job: Job, missing: Sequence[Question]) -> dict[str, str] | None:
+    """Picture -> why it cannot be read or prepared; None if any question has no pictures or only usable ones."""
     reasons: dict[str, str] = {}
     for question in missing:
         if not question.images:
@@ -332,7 +339,7 @@ def unreadable_images(missing: Sequence[Question]) -> dict[str, str] | None:
             continue
         try:
             for image in question.images:
-                open_image(image)
+                job.pixels_of(open_image(image))
         except UNREADABLE as error:
             reasons[name] = str(error) or type(error).__name__
         else:
