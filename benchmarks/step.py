@@ -51,12 +51,7 @@ from tinyllava_switchkd.train.task import SupervisedTask
 
 SO400M = CONFIGS["google/siglip-so400m-patch14-384"]
 SIZES = {
-    "tiny": (
-        qwen2(16, 1, 2, 1, 32, 512, True),
-        qwen2(32, 2, 2, 1, 64, 512, True),
-        siglip(16, 2, 2, 32, 28, 14),
-        16,
-    ),
+    "tiny": (qwen2(16, 1, 2, 1, 32, 512, True), qwen2(32, 2, 2, 1, 64, 512, True), siglip(16, 2, 2, 32, 28, 14), 16),
     "small": (
         qwen2(128, 4, 4, 2, 384, 151_936, True),
         qwen2(256, 6, 4, 2, 768, 151_936, True),

@@ -184,12 +184,7 @@ TABLES = {
             ("bridge_sft", "bridge_align", "bridge_switch"),
             ours="bridge_switch",
         ),
-        Table(
-            "bases",
-            "New base models for each seed",
-            ("anew_sft", "anew_align", "anew_switch"),
-            ours="anew_switch",
-        ),
+        Table("bases", "New base models for each seed", ("anew_sft", "anew_align", "anew_switch"), ours="anew_switch"),
         Table(
             "sizes",
             "Two teachers and two students",

@@ -62,10 +62,7 @@ class BasePlan:
 
 
 def make_bases(
-    root: Path,
-    plan: BasePlan | None = None,
-    say: Callable[[str], object] = print,
-    vision_tower: Path | None = None,
+    root: Path, plan: BasePlan | None = None, say: Callable[[str], object] = print, vision_tower: Path | None = None
 ) -> Path:
     """Train the base tower and both base language models, unless they exist.
 

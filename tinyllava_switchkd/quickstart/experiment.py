@@ -201,12 +201,7 @@ class Experiment:
         """The teacher: base models adapted on many handwriting scenes (PT, then SFT)."""
         plan = self.plan
         data = self.data("teacher", "handwriting", plan.teacher_scenes, 0)
-        flags = {
-            **PRETRAIN,
-            **self.inputs(who, data, "descriptions"),
-            "max_steps": plan.teacher_pt_steps,
-            "seed": 0,
-        }
+        flags = {**PRETRAIN, **self.inputs(who, data, "descriptions"), "max_steps": plan.teacher_pt_steps, "seed": 0}
         start = self.train("Teacher: PT", run_name(who, "handwriting", "pretrain"), flags)
         flags = {**FINETUNE, **self.inputs(who, data, "questions"), "max_steps": plan.teacher_steps, "seed": 0}
         flags["pretrained_model_path"] = start

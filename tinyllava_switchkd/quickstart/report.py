@@ -102,11 +102,7 @@ def summary(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def draw(
-    experiment: Experiment,
-    results: JsonObject,
-    runs: Runs,
-    checkpoints: Mapping[str, Sequence[Path]],
-    folder: Path,
+    experiment: Experiment, results: JsonObject, runs: Runs, checkpoints: Mapping[str, Sequence[Path]], folder: Path
 ) -> None:
     """Draw ``losses.png``, ``knees.png``, ``scores.png`` and ``predictions.png`` of the first seed's models."""
     seed = results["seeds"][0]

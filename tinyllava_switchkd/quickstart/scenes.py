@@ -253,13 +253,7 @@ def test_questions(scenes: list[Scene], image_names: list[str], seed: int) -> li
         for kind in QUESTION_TYPES:
             question, answer = ask(scene, kind, rng)
             questions.append(
-                {
-                    "question_id": len(questions),
-                    "image": name,
-                    "type": kind,
-                    "question": question,
-                    "answer": answer,
-                }
+                {"question_id": len(questions), "image": name, "type": kind, "question": question, "answer": answer}
             )
     return questions
 

@@ -50,10 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow_host", nargs="+", default=[], metavar="NAME", help="other host names, such as a reverse proxy's"
     )
     group.add_argument(
-        "--queue_size",
-        type=number(1, 10_000, int),
-        default=16,
-        help="requests that may wait; any more are rejected",
+        "--queue_size", type=number(1, 10_000, int), default=16, help="requests that may wait; any more are rejected"
     )
     group.add_argument(
         "--time_limit", type=number(1, 86_400), default=defaults.seconds, help="seconds per answer of a model"

@@ -20,9 +20,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(*TEMPLATE_FLAGS, help="conversation template; default: the one the checkpoint names")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     group.add_argument(
-        "--dtype",
-        choices=FLOAT_DTYPES,
-        help="default: the checkpoint's own on a GPU, float32 on the CPU",
+        "--dtype", choices=FLOAT_DTYPES, help="default: the checkpoint's own on a GPU, float32 on the CPU"
     )
     group.add_argument("--attn_implementation", help="sdpa, eager or flash_attention_2; default: transformers' choice")
     quantised = group.add_mutually_exclusive_group()

@@ -273,11 +273,7 @@ class Page:
         session = session or self.demo.new_session()
         session.stop.clear()
         waits = render.notice("Others are being answered first; please wait.") if self.demo.is_busy else ""
-        return {
-            self.session: session,
-            self.notice: waits,
-            **self._buttons(busy=True),
-        }
+        return {self.session: session, self.notice: waits, **self._buttons(busy=True)}
 
     def turn_away(self) -> Updates:
         """Report a question that reached no model: the queue is full, or its image was refused or no longer exists."""

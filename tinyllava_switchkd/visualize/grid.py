@@ -106,20 +106,16 @@ def visible_box(
     Returns:
         left, top, right, bottom in pixels of the image.
     """
-    width, height = size
-    box = (0.0, 0.0, float(width), float(height))
+    left, top, right, bottom = 0.0, 0.0, float(size[0]), float(size[1])
     if aspect_ratio == "pad":
         side = max(size)
-        left, top = -((side - width) // 2), -((side - height) // 2)
-        box = (float(left), float(top), float(left + side), float(top + side))
+        left, top = (float(-((side - length) // 2)) for length in size)
+        right, bottom = left + side, top + side
     if getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None):
-        wanted = dict(image_processor.size)
-        shortest = wanted.get("shortest_edge")
-        if shortest:
-            # The shorter edge is resized to `shortest`, then the middle is cropped.
-            scale = min(box[2] - box[0], box[3] - box[1]) / shortest
-            half_width = dict(image_processor.crop_size)["width"] * scale / 2
-            half_height = dict(image_processor.crop_size)["height"] * scale / 2
-            middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-            box = (middle[0] - half_width, middle[1] - half_height, middle[0] + half_width, middle[1] + half_height)
-    return box
+        shortest, crop = dict(image_processor.size).get("shortest_edge"), dict(image_processor.crop_size)
+        if shortest:  # the shorter edge is resized to it, then the middle is cropped
+            scale = min(right - left, bottom - top) / shortest
+            x, y = (left + right) / 2, (top + bottom) / 2
+            half_width, half_height = crop["width"] * scale / 2, crop["height"] * scale / 2
+            return x - half_width, y - half_height, x + half_width, y + half_height
+    return left, top, right, bottom

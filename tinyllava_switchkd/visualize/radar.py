@@ -204,12 +204,7 @@ def _draw_grid(axis: Axes, count: int, top: float) -> None:
         axis.plot(*zip((0, 0), _point(number, count, 1), strict=True), color=FAINT, linewidth=0.7, zorder=1)
 
 
-def _draw_models(
-    axis: Axes,
-    values: Mapping[str, Sequence[float]],
-    top: float,
-    dashed: Collection[str],
-) -> None:
+def _draw_models(axis: Axes, values: Mapping[str, Sequence[float]], top: float, dashed: Collection[str]) -> None:
     for order, (label, row) in enumerate(values.items()):
         corners = [_point(number, len(row), value / top) for number, value in enumerate(row)]
         xs, ys = zip(*corners, corners[0], strict=True)
@@ -244,12 +239,10 @@ def _draw_titles(axis: Axes, axes: Mapping[str, Sequence[str]], rows: Sequence[S
         ]
         lines.append(HPacker(children=figures, pad=0, sep=7))
         x, y = _point(number, len(axes), 1.05 if number == 0 else 1.11)  # the first axis has its values beside it
-        side = 0.5 if abs(x) < 0.2 else 0.0 if x > 0 else 1.0
-        align: Literal["left", "center", "right"] = "center" if side == 0.5 else "left" if x > 0 else "right"
         vertical = 0.0 if y > 0.9 else 1.0 if y < -0.7 else 0.5
-        if vertical == 1.0:
-            side = 0.5  # below a corner there is room on both sides
-            align = "center"
+        is_centred = abs(x) < 0.2 or vertical == 1.0  # below a corner there is room on both sides
+        side = 0.5 if is_centred else 0.0 if x > 0 else 1.0
+        align: Literal["left", "center", "right"] = "center" if is_centred else "left" if x > 0 else "right"
         axis.add_artist(
             AnnotationBbox(
                 VPacker(children=lines, pad=0, sep=3, align=align),
