@@ -50,12 +50,13 @@ if [ "$web" != "$root/playground/web" ]; then
     mkdir -p "$web"
     cp "$root"/playground/web/*.* "$web/"
 fi
-if [ ! -f "$web/vendor/transformers.min.js" ]; then
+if ! cmp -s "$web/package.json" "$web/vendor/package.json"; then # the libraries of another version, or none
     # The page needs no native library, so onnxruntime-node's download is skipped.
     (cd "$web" && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-audit --no-fund)
     mkdir -p "$web/vendor"
     cp "$web/node_modules/@huggingface/transformers/dist/transformers.min.js" "$web/vendor/"
     cp "$web"/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.{mjs,wasm} "$web/vendor/"
+    cp "$web/package.json" "$web/vendor/"
 fi
 
 mkdir -p "$web/models"

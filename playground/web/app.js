@@ -36,6 +36,10 @@ async function show(blob) {
     return;
   }
   [picture, history] = [blob, []];
+  if (open) {
+    open.stale = true; // its answer is about the picture before
+    worker.postMessage({ kind: 'stop' });
+  }
   $('turns').replaceChildren();
   const canvas = $('canvas');
   [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
@@ -144,7 +148,7 @@ const handlers = {
     open.body.textContent = text;
     const speed = rate ? `, then ${rate.toFixed(1)} tokens/s` : '';
     open.stats.textContent = `${tokens} tokens, first after ${(first / 1000).toFixed(2)} s${speed}`;
-    history.push([open.question, text]);
+    if (!open.stale) history.push([open.question, text]);
     [open, busy] = [null, false];
     say('Ready.');
     enable();

@@ -39,6 +39,61 @@ for (const { file, width, height, processor, aspect } of JSON.parse(readFileSync
 """
 
 
+PAGE = """
+import { readFileSync } from 'node:fs';
+import vm from 'node:vm';
+const [vision_config, text_config] = [{ model_type: 'a' }, { model_type: 'b' }];
+const config = { vision_config, text_config, tinyllava: { dtypes: ['fp32'] } };
+const elements = {};
+const element = (id) => (elements[id] ??= {
+  children: [], files: [], value: '8', classList: { toggle() {}, add() {}, remove() {} },
+  append() {}, add() {}, replaceChildren() {}, scrollIntoView() {}, getContext: () => ({ drawImage() {} }),
+});
+const posted = [];
+let worker;
+class Worker {
+  constructor() { worker = this; }
+  postMessage({ kind, history = null }) { posted.push([kind, history && [...history]]); }
+}
+const page = {
+  document: { getElementById: element, createElement: () => element(Symbol()) },
+  navigator: {}, Worker, Promise, setTimeout, Option: class {}, createImageBitmap: async () => ({}),
+  fetch: async (address) => ({ ok: address.endsWith('config.json'), json: async () => config }),
+};
+vm.runInNewContext(readFileSync(process.argv[2], 'utf-8'), page);
+const later = () => new Promise((done) => setTimeout(done));
+await later();
+worker.onmessage({ data: { kind: 'ready' } });
+for (const question of ['What animal?', 'What colour?', 'And now?']) {
+  if (question !== 'And now?') {
+    element('file').files = [{}];
+    element('file').onchange();
+    await later();
+  }
+  if (question === 'What colour?') worker.onmessage({ data: { kind: 'answer', text: 'A cat.', first: 1 } });
+  element('question').value = question;
+  element('form').onsubmit({ preventDefault() {} });
+  await later();
+  if (question === 'What colour?') worker.onmessage({ data: { kind: 'answer', text: 'Red.', first: 1 } });
+}
+console.log(JSON.stringify(posted));
+"""
+
+
+@needs_node
+def test_the_answer_about_the_picture_before_is_not_in_the_conversation(tmp_path):
+    (tmp_path / "page.mjs").write_text(PAGE)
+    done = subprocess.run([NODE, str(tmp_path / "page.mjs"), str(WEB / "app.js")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        ["load", None],
+        ["ask", []],
+        ["stop", None],
+        ["ask", []],
+        ["ask", [["What colour?", "Red."]]],
+    ]
+
+
 @needs_node
 @pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
 @pytest.mark.parametrize("aspect", ["square", "pad"])

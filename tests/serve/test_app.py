@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.serve.tab import Tab, file_data, serving
 from tests.serve.talkers import picture, pool_of, talker
@@ -226,6 +228,28 @@ class TestLimits:
         assert tab.call(page.check_image, [None, image])[0] is None
         _, notice = tab.ask("What?", image)
         assert "9000 x 9000 = 81.0 million pixels; at most 1.0 million are allowed" in notice
+
+    def test_images_of_a_conversation(self, tmp_path):
+        """Also those whose question was refused, since they wait for the next one."""
+        demo = Demo(pool_of([talker()]), dataclasses.replace(LIMITS, images=2))
+        session = demo.new_session()
+        for number, question in enumerate(["What?", "long " * 40]):
+            picture(number).save(tmp_path / f"{number}.png")
+            list(demo.ask(session, str(tmp_path / f"{number}.png"), question, Sampling(max_new_tokens=300)))
+        picture(2).save(tmp_path / "2.png")
+        with pytest.raises(ValueError, match="at most 2 images"):
+            list(demo.ask(session, str(tmp_path / "2.png"), "And?", Sampling()))
+        assert len(session.conversations[0].images()) == 2
+        list(demo.ask(session, str(tmp_path / "1.png"), "And?", Sampling(max_new_tokens=2)))  # goes on without it
+
+    def test_an_image_that_no_model_can_read_is_not_kept(self, tmp_path):
+        demo = Demo(pool_of([talker(tower="clip")]), LIMITS)
+        demo.pool.ready[0].image_processor.size = {"shortest_edge": 800}
+        session = demo.new_session()
+        Image.new("RGB", (400, 1)).save(tmp_path / "line.png")
+        with pytest.raises(ValueError, match="too narrow"):
+            list(demo.ask(session, str(tmp_path / "line.png"), "What?", Sampling()))
+        assert session.conversations[0].images() == []
 
     @pytest.mark.parametrize(("name", "content"), [("a.png", b"no image"), ("a.svg", b"<svg onload='alert(1)'/>")])
     def test_no_image(self, tab, tmp_path, name, content):

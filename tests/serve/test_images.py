@@ -57,6 +57,15 @@ def test_large_images_are_reduced(tmp_path, kind):
     assert read_image(tmp_path / "large", LIMITS).size == (400, 200)
 
 
+@pytest.mark.parametrize("side", [400, 410])
+def test_the_colours_behind_transparency_are_those_of_training(tmp_path, side):
+    image = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    image.paste((200, 0, 0, 255), (100, 100, 300, 300))
+    image.save(tmp_path / "logo.png")
+    shown = read_image(tmp_path / "logo.png", LIMITS)
+    assert shown.size == (400, 400) and shown.getpixel((5, 5)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("size", [(1200, 1200), (20_000, 20_000)])  # beyond our limit, and beyond Pillow's own
 def test_a_decompression_bomb_is_never_decoded(tmp_path, size):
     file = tmp_path / "bomb.png"

@@ -125,7 +125,12 @@ class Demo:
             return ()
         if image_path == session.attached:
             return ()
+        count = 1 + max(len(conversation.images()) for conversation in session.conversations)
+        if count > self.limits.images:
+            raise ValueError(f"A conversation may have at most {self.limits.images} images; start a new one.")
         image = self.read_upload(image_path)
+        for model in self.pool.ready.values():
+            model.check_image(image, count)
         for conversation in session.conversations:
             conversation.attach(image)
         session.attached = image_path

@@ -162,6 +162,15 @@ class ChatModel:
             conversation.record(question, text)
         yield Reply(text, tuple(token_ids), finish, work.first_token, work.rate, prompt_ids, images)
 
+    def check_image(self, image: Image.Image, count: int) -> None:
+        """Check that an image can be read, as the last of `count` in a conversation.
+
+        Raises:
+            ValueError: the image has a shape that the model cannot read, or there is no room for so many.
+        """
+        self._pixels(image)
+        self._check_length(count * self.model.num_image_tokens, count)
+
     def attend(self, reply: Reply) -> AttentionMap:
         """The answer's attention to its images, see `attention_map`."""
         with self._lock, torch.no_grad():
@@ -180,12 +189,15 @@ class ChatModel:
     def _room(self, prompt_ids: Tensor, num_images: int) -> int:
         """Number of positions left for the answer."""
         length = len(prompt_ids) + num_images * (self.model.num_image_tokens - 1)
+        self._check_length(length, num_images)
+        return self.context_len - length
+
+    def _check_length(self, length: int, num_images: int) -> None:
         if length >= self.context_len:
             raise ValueError(
                 f"The conversation takes {length} positions, {num_images * self.model.num_image_tokens} of them for "
                 f"{num_images} image(s), but {self.name} reads at most {self.context_len}; start a new conversation."
             )
-        return self.context_len - length
 
     def _generate(self, work: _Work, prompt_ids: Tensor, images: Sequence[Image.Image], kwargs: dict[str, Any]) -> None:
         """Generate in a separate thread; tokens, the end and errors are passed through `work`."""

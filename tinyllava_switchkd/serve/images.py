@@ -78,6 +78,8 @@ def read_image(path: str | Path, limits: ImageLimits | None = None, name: str | 
             if limits.max_side is not None:
                 side = (limits.max_side, limits.max_side)
                 opened.draft("RGB", side)  # a JPEG is decoded at a reduced size, but not below `side`
+                if opened.mode == "RGBA":
+                    opened.putalpha(255)  # the model sees the colours behind it, which reducing would blend away
                 if opened.mode in ("RGB", "L", "RGBA"):  # reduced before anything is copied; others are no larger
                     opened.thumbnail(side, Image.Resampling.LANCZOS, reducing_gap=2.0)
             image = upright(opened)

@@ -48,6 +48,7 @@ class DemoLimits:
 
     Attributes:
         image: limits on an upload.
+        images: number of images in a conversation.
         question_chars: length of a question.
         max_new_tokens: length of an answer.
         seconds: time for each model's answer.
@@ -55,6 +56,7 @@ class DemoLimits:
     """
 
     image: ImageLimits = field(default_factory=lambda: ImageLimits(10 * 2**20, 20_000_000, 1600))
+    images: int = 8
     question_chars: int = 4000
     max_new_tokens: int = 1024
     seconds: float = 120.0
