@@ -253,6 +253,8 @@ class TestRoutes:
             ("GET", "/gradio_api/openapi.json"),
             ("GET", "/gradio_api/custom_component/a/b/c/d"),
             ("GET", "/gradio_api/vibe-code"),
+            ("GET", "/gradio_api/dev/reload"),
+            ("POST", "/gradio_api/undo-vibe-edit"),
             ("GET", "/docs"),
             ("POST", "/gradio_api/component_server"),
             ("POST", "/gradio_api/api/predict"),

@@ -1,4 +1,4 @@
-"""The cost of a table before anything is downloaded or trained: memory from configurations, hours from measured times.
+"""The cost of a table before anything is downloaded or trained: memory and hours of every training.
 
 Both models of every training are built on torch's meta device and checked against each other as at the start of a run.
 Their memory is computed by the function behind ``--estimate``.

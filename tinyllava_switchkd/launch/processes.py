@@ -92,7 +92,7 @@ class Commands:
 
 
 def ranks_below(process: int) -> list[int]:
-    """Ids of the training processes started by a launcher; empty without /proc, or if it is one itself."""
+    """Ids of the training processes below a launcher; empty without /proc, or if `process` is itself a training."""
     found, waiting = [], [process]
     while waiting:
         with contextlib.suppress(OSError, ValueError):

@@ -119,7 +119,7 @@ def _check_host(host: str) -> None:
         with socket.socket(family, kind, protocol) as trial:
             trial.bind(address)
     except (OSError, UnicodeError):
-        raise ValueError(f"--host {host} is no address of this machine; 127.0.0.1 always is.") from None
+        raise ValueError(f"--host {host} is not an address of this machine; use 127.0.0.1, for example.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

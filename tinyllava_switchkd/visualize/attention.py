@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--names has {len(names)} names for {len(args.model_path)} models.")
     if args.data:
         if len(names) < 2:
-            raise ValueError("--data compares models with the first one; --model_path names one model alone.")
+            raise ValueError("--data compares models with the first one, but --model_path names only one.")
         rows = [(str(asked.image), asked.text) for asked in read_questions(args.data, args.image_folder)]
     elif not (args.image and args.question and args.output):
         raise ValueError("give --image, --question and --output for a figure, or --data for a comparison.")
