@@ -96,6 +96,19 @@ def test_digest_is_of_what_matters(tmp_path):
     assert checkpoint_digest(folder) != digest
 
 
+def test_digest_is_of_shards_with_any_name(tmp_path):
+    index = {"weight_map": {"a": "first.safetensors", "b": "other.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "model-1.safetensors").write_text("c")
+    usual = checkpoint_digest(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoint_digest(tmp_path) == usual  # as before 0.2.0, so that answers made then can be continued
+    digests = []
+    for text in ("a", "another a"):
+        (tmp_path / "first.safetensors").write_text(text)
+        digests.append(checkpoint_digest(tmp_path))
+    assert len({usual, *digests}) == 3
+
+
 def test_benchmarks_have_llavas_length_limits():
     limits = {name: BenchmarkFactory(name).max_new_tokens for name in BENCHMARKS}
     long = {"scienceqa", "mmbench", "mmbench_cn", "mmmu"}

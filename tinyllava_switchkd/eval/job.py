@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.io import JsonObject, digest_of_files, read_json, write_json
+from tinyllava_switchkd.model.weights import shard_names
 from tinyllava_switchkd.runtime import versions
 
 from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
@@ -153,11 +154,16 @@ def checkpoint_digest(folder: str | Path) -> str:
 
     Returns:
         ``sha256:`` and 64 hexadecimal digits.
+
+    Raises:
+        ValueError: an index of shards is malformed.
     """
     folder = Path(folder)
     places = ("", *(f"{part}/" for part in SPLIT_FOLDERS))
-    found = {file for place in places for name in _FILES for file in folder.glob(place + name) if file.is_file()}
-    return f"sha256:{digest_of_files(folder, found)}"
+    found = {file for place in places for name in _FILES for file in folder.glob(place + name)}
+    for index in [file for place in places for file in folder.glob(f"{place}*.index.json")]:
+        found |= {index.parent / name for name in shard_names(index)}  # shards may have any name
+    return f"sha256:{digest_of_files(folder, filter(Path.is_file, found))}"
 
 
 def check_images(job: Job) -> None:
