@@ -93,6 +93,16 @@ def test_test_score_replaces_val(student: Path, tmp_path: Path, capsys: pytest.C
         assert "28.8" in text and "99.0" not in text and cells(text, "S")[-2] == "52.8"
 
 
+@pytest.mark.parametrize("name", ["mmbench-test.json", "a.json"])
+def test_another_split_in_the_same_folder_is_noted(student: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    other = write_score(student, "mmbench", split="test", score=11.0, total=6_666, answered=6_666)
+    other.rename(student / name)  # `SPLIT=test` writes the first name
+    write_score(student, "mmbench")
+    text = run(capsys, student)
+    assert cells(text, "student")[2] == "58.8"
+    assert "Scores on another split, which the table does not use (student, MMB: 11.0 on test)." in text
+
+
 def test_marks_of_scores_are_explained(student: Path, capsys: pytest.CaptureFixture) -> None:
     write_score(student, "pope", answered=8_907, missing=3, fallback=7)
     write_score(student, "gqa", total=75, answered=75)

@@ -90,6 +90,10 @@ class Report:
             notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
         if unread := [f"{name}: {result.fallback:,}" for name, result in results if result.fallback]:
             notes.append(f"Answers that no rule of the protocol could read ({_some(unread)}).")
+        others = [(f"{row.label}, {other.column}", other) for row in self.rows for other in row.others]
+        if others:
+            beside = [f"{name}: {other.score:.1f} on {other.split}" for name, other in others]
+            notes.append(f"Scores on another split, which the table does not use ({_some(beside)}).")
         for name, result in results:
             if changed := result.changed_options:
                 notes.append(f"{name}: asked with {', '.join(changed)}.")

@@ -52,6 +52,11 @@ class Result(Score):
         return self.benchmark in SERVER_SPLITS and self.split.startswith("val")
 
     @property
+    def distance(self) -> int:
+        """0 on the split of the paper's score, 1 on another, 2 for a stand-in."""
+        return 2 if self.stand_in else int(self.registered is None or self.split != self.registered.paper_split)
+
+    @property
     def own_data(self) -> bool:
         """Whether the number of questions is not an official one."""
         if self.registered is None or self.split not in self.registered.prepared_splits:
@@ -83,12 +88,14 @@ class Row:
         label: the model.
         scores: column -> unrounded score.
         results: column -> score file; empty for a row of the paper.
+        others: score files beside these, on other splits of the same benchmarks.
         averages: the printed averages of a row of the paper (computed before rounding).
     """
 
     label: str
     scores: dict[str, float] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
+    others: list[Result] = field(default_factory=list)
     averages: dict[str, float | None] | None = None
 
     def comparable(self, include_val: bool) -> dict[str, float]:
@@ -237,14 +244,18 @@ def _model_name(result: Result) -> str:
 def _add(rows: dict[str, Row], label: str, result: Result) -> None:
     row = rows.setdefault(label, Row(label))
     known = row.results.get(result.column)
-    if known is not None and known.stand_in == result.stand_in:
-        raise ValueError(
-            f"{known.path} and {result.path} are both {label}'s score on {result.benchmark} ({result.split}); give one "
-            f"of them, or label the models: LABEL=PATH."
-        )
-    if known is None or known.stand_in:  # a test score replaces its stand-in
-        row.scores[result.column] = result.score
-        row.results[result.column] = result
+    if known is not None:
+        together = known.path.parent == result.path.parent
+        if known.stand_in == result.stand_in and (known.split == result.split or not together):
+            raise ValueError(
+                f"{known.path} and {result.path} are both {label}'s score on {result.benchmark} ({result.split}); give "
+                f"one of them, or label the models: LABEL=PATH."
+            )
+        result, other = sorted((known, result), key=lambda one: one.distance)
+        if together:
+            row.others.append(other)
+    row.scores[result.column] = result.score
+    row.results[result.column] = result
 
 
 def paper_rows() -> list[Row]:
