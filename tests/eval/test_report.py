@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tinyllava_switchkd.eval.benchmarks import Score
 from tinyllava_switchkd.eval.report import main
 from tinyllava_switchkd.eval.results import paper_rows, read_results
 from tinyllava_switchkd.visualize.paper import AVG7, AVG10, COLUMNS
@@ -112,6 +113,28 @@ def test_marks_of_scores_are_explained(student: Path, capsys: pytest.CaptureFixt
     assert "questions without an answer counted as wrong (student, POPE: 3 of 8,910)" in text
     assert "not the benchmark's official number of questions (student, GQA: 75)" in text
     assert "no rule of the protocol could read (student, POPE: 7)" in text
+
+
+def test_a_judges_part_is_marked(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    judge = {"name": "gpt", "asked": 900, "read": 880, "share_of_answers": 20.1}
+    write_score(student, "mmbench", judge=judge)
+    text = run(capsys, student, "--output_dir", tmp_path / "out")
+    assert cells(text, "student")[2] == "58.8¶" and cells(text, "student")[-2:] == ["52.8¶", "56.4¶"]
+    note = "a judge read answers that no rule of the protocol could (student, MMB: gpt, 20.1 % of the answers)"
+    assert f"¶: {note}" in text
+    assert r"58.8$^{\P}$" in (tmp_path / "out" / "report.tex").read_text()
+    row = {"benchmark": "mmbench", "question_id": 1, "group": 1, "cluster": "a", "correct": True}
+    (student / "mmbench.rows.jsonl").write_text(json.dumps(row))
+    compared = run(capsys, "--compare", f"SFT={student / 'mmbench.json'}", student / "mmbench.json")
+    assert "a judge read answers that no rule of the protocol could (SFT, MMB: gpt, 20.1 %" in compared
+
+
+def test_a_score_file_is_read_completely(tmp_path: Path) -> None:
+    judge, asked = {"name": "gpt", "share_of_answers": 1.0}, {"questions": 3, "of": 9, "limit": 3}
+    score = Score("pope", "mean_f1", 60.0, "test", 3, 2, 1, {"f1": 60.0}, [], 1.5, asked, judge, {"model_name": "s"})
+    (tmp_path / "pope.json").write_text(json.dumps(score.to_dict()))
+    [row] = read_results([str(tmp_path)])
+    assert row.results["POPE"].to_dict() == score.to_dict()
 
 
 def test_scores_of_different_checkpoints_are_noted(student: Path, capsys: pytest.CaptureFixture) -> None:

@@ -29,13 +29,16 @@ from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_ro
 
 logger = logging.getLogger(__name__)
 
-MARKS = {"val": " val", "missing": "*", "part": "§", "own data": "‡"}
-LATEX_MARKS = str.maketrans({"*": "$^{*}$", "§": r"$^{\S}$", "‡": r"$^{\ddagger}$", "–": "--", "±": r"$\pm$"})
+MARKS = {"val": " val", "missing": "*", "part": "§", "own data": "‡", "judge": "¶"}
+LATEX_MARKS = str.maketrans(
+    {"*": "$^{*}$", "§": r"$^{\S}$", "‡": r"$^{\ddagger}$", "¶": r"$^{\P}$", "–": "--", "±": r"$\pm$"}
+)
 RADAR_NOTES = {
     "val": "val split",
     "missing": "answers are missing",
     "part": "a part of the questions",
     "own data": "not the official questions",
+    "judge": "a judge read answers",
 }
 FILES = {"markdown": "report.md", "csv": "report.csv", "latex": "report.tex"}
 PAPER_RADAR_LLM = "Qwen2.5-0.5B"
@@ -88,6 +91,8 @@ class Report:
             notes.append(f"§: only the first questions were asked and scored ({_some(part)}).")
         if own := [f"{name}: {result.total:,}" for name, result in results if result.own_data]:
             notes.append(f"‡: not the benchmark's official number of questions ({_some(own)}).")
+        if judged := judged_by(results):
+            notes.append(judged)
         if unread := [f"{name}: {result.fallback:,}" for name, result in results if result.fallback]:
             notes.append(f"Answers that no rule of the protocol could read ({_some(unread)}).")
         others = [(f"{row.label}, {other.column}", other) for row in self.rows for other in row.others]
@@ -106,6 +111,16 @@ class Report:
         if self.paper:
             notes.append(f"Rows of the paper: {paper_tables()['source']}, Table 1, as printed.")
         return notes
+
+
+def judged_by(results: Sequence[tuple[str, Result]]) -> str:
+    """A note on the scores, given with their names, that a judge has a part in; empty if there are none."""
+    judged = [
+        f"{name}: {judge.get('name')}, {judge.get('share_of_answers', 0):.1f} % of the answers"
+        for name, result in results
+        if (judge := result.judge) is not None
+    ]
+    return f"¶: a judge read answers that no rule of the protocol could ({_some(judged)})." if judged else ""
 
 
 def _some(items: Sequence[str], most: int = 6) -> str:
@@ -332,10 +347,12 @@ def comparison(first: str, second: str, output_dir: Path | None) -> str:
     a, b, compared = compare_models(first, second)
     names = f"A: {a.label}. B: {b.label}."
     table = lines(compared)
+    judged = judged_by([(f"{row.label}, {column}", row.results[column]) for row in (a, b) for column in compared])
+    notes = [*NOTES, judged.removeprefix("¶: ")] if judged else NOTES
     if output_dir is not None:
-        notes = [f"- {_escape_markdown(note)}" for note in NOTES]
-        write_text(output_dir / "compare.md", "\n".join([names, "", _markdown_table(HEADER, table), *notes, ""]))
-    return "\n".join([names, "", *cli.table([HEADER, *table], len(HEADER), "─"), "", *NOTES])
+        items = [f"- {_escape_markdown(note)}" for note in notes]
+        write_text(output_dir / "compare.md", "\n".join([names, "", _markdown_table(HEADER, table), *items, ""]))
+    return "\n".join([names, "", *cli.table([HEADER, *table], len(HEADER), "─"), "", *notes])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,9 +74,14 @@ class Result(Score):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The marks of the score, some of "val", "missing", "part", "own data"."""
-        part = self.asked is not None and "limit" in self.asked
-        found = {"val": self.stand_in, "missing": self.missing > 0, "part": part, "own data": self.own_data}
+        """The marks of the score, some of "val", "missing", "part", "own data", "judge"."""
+        found = {
+            "val": self.stand_in,
+            "missing": self.missing > 0,
+            "part": self.asked is not None and "limit" in self.asked,
+            "own data": self.own_data,
+            "judge": self.judge is not None,
+        }
         return tuple(name for name, is_so in found.items() if is_so)
 
 
@@ -210,12 +215,13 @@ def _result(document: JsonObject, path: Path) -> Result:
     run = {} if document.get("run") is None else document["run"]
     if not isinstance(run, dict):
         raise ValueError(f"{path}: 'run' is a JSON {type(run).__name__}, not an object.")
-    details, asked = document.get("details"), document.get("asked")
+    details, asked, judge = (document.get(key) for key in ("details", "asked", "judge"))
     details = details if isinstance(details, dict) else {}
     error = details.get("standard_error")
     return Result(
         standard_error=float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else None,
         asked=asked if isinstance(asked, dict) and isinstance(asked.get("of"), int) else None,
+        judge=judge if isinstance(judge, dict) else None,
         benchmark=str(document["benchmark"]),
         metric=str(document.get("metric", "")),
         score=float(score),
