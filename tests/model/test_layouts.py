@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from tests.model.checkpoints import logits, save, write_v1_split
@@ -143,6 +145,27 @@ def test_pushed_and_pulled(hub):
     assert tokenizer("a").input_ids == tiny_tokenizer()("a").input_ids
     auto = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=str(hub))
     assert torch.equal(logits(auto), logits(model))
+
+
+@pytest.mark.parametrize("connector", ["pytorch_model.bin", "model.safetensors"])
+def test_lora_run_on_the_hub(connector, tmp_path, monkeypatch):
+    """The parts beside ``adapter_model.safetensors`` are pickles, at least some of them."""
+    folder, expected = make_lora(tmp_path, "split")
+    if connector == "model.safetensors":
+        save_file(torch.load(folder / "connector" / "pytorch_model.bin"), folder / "connector" / connector)
+        (folder / "connector" / "pytorch_model.bin").unlink()
+    cache = tmp_path / "cache"
+
+    def snapshot_download(name, allow_patterns):
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model = load_pretrained_model("someone/lora", device="cpu")[0]
+    assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
 def test_unreachable_names_are_one_sentence():

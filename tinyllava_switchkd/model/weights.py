@@ -58,7 +58,7 @@ def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     hub = {key: value for key, value in hub.items() if value is not None}
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **hub))
-        if not any(folder.rglob("*.safetensors")):  # many repositories have both formats
+        if _lacks_safetensors(folder):  # many repositories have both formats
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], **hub))
     except HFValidationError as error:
         raise FileNotFoundError(f"There is no folder {name!r} (nor is it a name on the hub).") from error
@@ -68,6 +68,13 @@ def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
         ) from error
     refuse_code(folder)
     return folder
+
+
+def _lacks_safetensors(folder: Path) -> bool:
+    """Whether a downloaded folder has no weights in safetensors, or a part of the split layout has none."""
+    found = {file.parent for file in folder.rglob("*.safetensors") if not file.name.startswith("adapter_model")}
+    parts = {place.parent / part for place in found if place.name in SPLIT_FOLDERS for part in SPLIT_FOLDERS}
+    return not found or not parts <= found
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
