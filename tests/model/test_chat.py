@@ -1,11 +1,16 @@
 """chat(): the prompt of the template, the images' order, the template's choice."""
 
+import json
+
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import tiny_llava, tiny_tokenizer
+from tests.model.checkpoints import save
+from tests.tiny import VOCAB_SIZE, tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.chat import conversation_template
 
 
@@ -50,6 +55,23 @@ def test_history_several_images_and_none():
     assert answer == expected(model, messages, images)
     messages = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": None}]
     assert model.chat("Hello", max_new_tokens=5) == expected(model, messages, [])
+
+
+@pytest.mark.parametrize("where", [{"subfolder": "student"}, {"revision": "v2", "token": "hf_x"}], ids=str)
+def test_a_loaded_model_reads_the_rest_of_its_own_checkpoint(where, tmp_path, monkeypatch):
+    main, own = tmp_path / "main", tmp_path / where.get("subfolder", "v2")
+    for folder, mean in ((main, 0.9), (own, 0.5)):
+        save(tiny_llava(template="qwen2_base"), folder)
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [mean] * 3}))
+
+    def snapshot_download(name, revision="main", token=None, **kwargs):
+        return str(tmp_path if "subfolder" in where else own if (revision, token) == ("v2", "hf_x") else main)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model = TinyLlavaForConditionalGeneration.from_pretrained("someone/student", **where)
+    model.chat("What?", picture(0), max_new_tokens=1)
+    assert list(model.image_processor.image_mean) == [0.5] * 3 and len(model.tokenizer) == VOCAB_SIZE
 
 
 def test_template_of_a_checkpoint_that_names_none():

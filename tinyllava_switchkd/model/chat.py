@@ -17,7 +17,6 @@ from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.data.text import TextPreprocess
 
 from .layouts import image_processor_of, tokenizer_of
-from .weights import resolve_folder
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,10 +124,9 @@ def chat(
 
 def fetch_own(model: PreTrainedModel) -> None:
     """Load a model's tokenizer and image processor from its checkpoint; AutoModelForCausalLM does not."""
-    if model.config.name_or_path:
-        folder = resolve_folder(model.config.name_or_path)
-        model.tokenizer = tokenizer_of(folder, model.config)
-        model.image_processor = model.image_processor or image_processor_of(folder, model.vision_tower)
+    if model.folder is not None:
+        model.tokenizer = tokenizer_of(model.folder, model.config)
+        model.image_processor = model.image_processor or image_processor_of(model.folder, model.vision_tower)
 
 
 def open_image(path: str | Path) -> Image.Image:

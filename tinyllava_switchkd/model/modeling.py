@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self.num_image_tokens = self.connector.num_tokens(
             self.vision_tower.num_tokens(config.vision_feature_select_strategy)
         )
+        self.folder: Path | None = None
+        """The checkpoint's folder, for what chat() reads when it is first called."""
         # Set by load_pretrained_model and build_model, read by chat().
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.image_processor: BaseImageProcessor | None = None
@@ -137,15 +140,16 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             token=token,
             revision=revision,
         )
-        config = config or read_config(folder / subfolder)
-        cls.outline(config, folder / subfolder)  # a model that cannot be built fails here, before weights are read
-        config, tensors = open_checkpoint(folder / subfolder, config)
-        if not is_adapter(folder / subfolder):
+        folder = kwargs["folder"] = folder / subfolder
+        config = config or read_config(folder)
+        cls.outline(config, folder)  # a model that cannot be built fails here, before weights are read
+        config, tensors = open_checkpoint(folder, config)
+        if not is_adapter(folder):
             return cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
         # Merging an adapter is exact only before the weights are quantised.
         plain = {name: value for name, value in kwargs.items() if name != "quantization_config"}
         model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **plain)
-        model = merge_adapter(model, folder / subfolder)
+        model = merge_adapter(model, folder)
         if kwargs.get("quantization_config") is not None:
             tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             model = cls.from_tensors(config, tensors, pretrained_model_name_or_path, **kwargs)
@@ -181,6 +185,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         source: object,
         *,
         dtype: torch.dtype | str | None = None,
+        folder: Path | None = None,
         output_loading_info: bool = False,
         **kwargs: object,
     ) -> Any:
@@ -191,6 +196,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
             tensors: all weights under v1's names (a tied output head may be absent).
             source: where they came from, for error messages.
             dtype: of the weights; None or ``auto`` means the configuration's, otherwise that of the embeddings.
+            folder: the checkpoint's folder, if they are those of one.
             output_loading_info: return (model, transformers' loading information) instead.
             kwargs: passed to transformers' `from_pretrained`.
 
@@ -228,6 +234,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         model.vision_tower.restore_buffers()
         own_memory(model, tensors.values())
         model.config.name_or_path = model.name_or_path = str(source)
+        model.folder = folder
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
