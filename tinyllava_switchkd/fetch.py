@@ -83,6 +83,11 @@ def download(url: str, path: str | os.PathLike) -> Path:
     return path
 
 
+def download_into(folder: Path, url: str) -> Path:
+    """As `download`, under the whole address as a name, because several archives are called images.zip or test.zip."""
+    return download(url, folder / url.split("://", 1)[1].replace("/", "_"))
+
+
 def _download_once(url: str, part: Path) -> bool:
     """Make one request; return whether the file is complete."""
     have, tag_file = _size(part), _tag_file(part)

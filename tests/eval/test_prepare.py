@@ -22,6 +22,7 @@ from tinyllava_switchkd.eval.benchmarks import (
     vizwiz,
     vqav2,
 )
+from tinyllava_switchkd.eval.benchmarks.build import Build
 from tinyllava_switchkd.eval.prepare import main
 from tinyllava_switchkd.eval.score import score_file
 
@@ -371,6 +372,14 @@ def test_vqav2_for_the_server_falls_back_on_the_hub(
     assert asked[1]["text"] == "What 1?\nAnswer the question using a single word or phrase."
     assert len(read_jsonl(root / "llava_vqav2_mscoco_test2015.jsonl")) == 5
     assert {path.name for path in (root / "test2015").iterdir()} == {row["image"] for row in asked}
+
+
+def test_archives_of_the_same_name_are_told_apart(hub: FakeHub, tmp_path: Path) -> None:
+    for name in ("scienceqa", "vizwiz"):  # both have a test.zip
+        archive(hub.root / name, "test.zip", {f"{name}.png": name.encode()})
+        build = Build(tmp_path / name, "test", "official", (), tmp_path / ".downloads")
+        build.extract(f"{hub.url}/{name}/test.zip", {f"{name}.png": build.root / "image.png"})
+        assert (build.root / "image.png").read_text() == name
 
 
 def test_vizwiz_and_textvqa_of_their_authors(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..cli import CommandParser
-from ..fetch import SourceError, download, extract, hub_folder
+from ..fetch import SourceError, download_into, extract, hub_folder
 from ..io import atomic_file, write_bytes
 from .image_files import image_problem
 from .records import images_of, scan
@@ -155,8 +155,8 @@ def get_images(folder: Path, names: Iterable[str], archives: Iterable[str], down
 
 
 def _get(file: str, downloads: Path) -> Path:
-    if "://" in file:  # include the address, because three archives are called images.zip
-        return download(file, downloads / file.split("://", 1)[1].replace("/", "_"))
+    if "://" in file:
+        return download_into(downloads, file)
     repo_id, _, name = file.rpartition("/")
     _, folder = hub_folder([repo_id], [name], to=downloads / repo_id.replace("/", "--"))
     if not (folder / name).is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_switchkd.data.image_files import image_problem
-from tinyllava_switchkd.fetch import SourceError, download, extract, hub_folder, parquet_rows, split_files
+from tinyllava_switchkd.fetch import SourceError, download_into, extract, hub_folder, parquet_rows, split_files
 from tinyllava_switchkd.io import JsonObject, write_bytes
 
 logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
@@ -73,7 +73,7 @@ class Build:
             SourceError: the site refuses it or cannot be reached.
         """
         self.provenance.setdefault("urls", []).append(url)
-        return download(url, self.downloads / url.rsplit("/", 1)[-1])
+        return download_into(self.downloads, url)
 
     def extract(self, url: str, members: Mapping[str, Path]) -> None:
         """Write members of an official archive to their paths; nothing is downloaded if all exist already.
