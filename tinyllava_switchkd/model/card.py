@@ -77,7 +77,7 @@ def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None)
     if facts:
         known = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
         write_text(folder / FACTS, json.dumps({**known, **facts}, indent=2, default=str) + "\n")
-    if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
+    if file.is_file() and MARK.encode() not in file.read_bytes():
         return file
     write_text(file, model_card(folder))
     return file
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.results:
             facts["results"] = read_scores(args.results)
         file = write_model_card(args.folder, facts)
-        if MARK not in file.read_text(encoding="utf-8"):
+        if MARK.encode() not in file.read_bytes():
             raise ValueError(f"{file} was not written by this command and stays as it is; the facts are in {FACTS}.")
     except (ValueError, OSError) as error:
         print(f"python -m tinyllava_switchkd.model.card: {error}", file=sys.stderr)
