@@ -15,7 +15,6 @@ from tests.eval.miniature import picture, read_lines, write_benchmark, write_che
 from tests.eval.scorers import answer_rows, data_dir, write_rows
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, BenchmarkFactory, JudgeFactory, names, read_answers
 from tinyllava_switchkd.eval.benchmarks.choices import read_choice
-from tinyllava_switchkd.eval.benchmarks.mmbench import before_none
 from tinyllava_switchkd.eval.cache import ResponseCache
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.run import main
@@ -88,7 +87,18 @@ def test_the_option_none_is_an_option_unless_llava_asked(name, tmp_path):
     shown = {str(question.question_id): question.extra["option_char"] for question in benchmark.questions(folder)}
     llava = {str(row["question_id"]): row["option_char"] for row in answer_rows(name)}
     assert shown == llava  # the fixture's were made by LLaVA's own script
-    assert before_none({"A": "x", "B": "None", "C": "y"}) == {"A": "x"}
+
+
+@pytest.mark.parametrize("missing", ["", "none", "None", "NONE", "nan", "NaN", "NA", "null"])
+def test_llavas_prompt_stops_at_what_llava_takes_for_missing(tmp_path, missing):
+    cells = {"index": "1", "hint": missing, "question": "How many?", "A": "one", "B": "no", "C": missing, "D": "two"}
+    cells |= {"answer": "A", "image": "aW1hZ2U="}
+    table = "".join("\t".join(line) + "\n" for line in (cells.keys(), cells.values()))
+    (tmp_path / "mmbench_dev_20230712.tsv").write_text(table)
+    benchmark = BenchmarkFactory("mmbench")
+    benchmark.configure({"prompt_protocol": "llava"})
+    [question] = benchmark.questions(tmp_path)
+    assert question.logged_prompt == "How many?\nA. one\nB. no"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,12 +123,11 @@ class _MMBench(Benchmark):
         rows = self._rows(table)
         encoded = _pictures(rows)
         for row in rows:
-            text = row["question"]
-            if row.get("hint", "") not in _MISSING:
-                text = f"{row['hint']}\n{text}"
-            options = options_of(row, _MISSING)
-            if self.settings["prompt_protocol"] == "llava":
-                options = before_none(options)
+            text, hint = row["question"], row.get("hint", "")
+            as_llava = self.settings["prompt_protocol"] == "llava"
+            options = llavas_options_of(row) if as_llava else options_of(row, _MISSING)
+            if not (is_none_to_llava(hint) if as_llava else hint in _MISSING):
+                text = f"{hint}\n{text}"
             for letter, option in options.items():
                 text += f"\n{letter}. {option}"
             yield Question(
@@ -259,10 +259,9 @@ class _MMBench(Benchmark):
     def _judge(self, row: Row, answer: Answer | None, split: str) -> Row:
         """Both readings of one row's answer. `split` is the table's, for rows that do not name their own."""
         options = options_of(row, _MISSING)
-        named_none = before_none(options) != options
-        shown = options
-        if named_none and (self.settings["prompt_protocol"] == "llava" or _asked_without(answer, options)):
-            shown = options_of(row, _PANDAS_MISSING)
+        without_none = options_of(row, _PANDAS_MISSING)
+        as_llava = self.settings["prompt_protocol"] == "llava" or _asked_without(answer, options)
+        shown = without_none if as_llava else options
         parsed = reading = None
         if answer is not None:
             parsed = match_exactly(answer.text, shown)
@@ -285,7 +284,7 @@ class _MMBench(Benchmark):
             "l2_category": L2_CATEGORIES.get(l2_category, l2_category),
             "category": row.get("category", ""),
             "split": row.get("split") or split,
-            "none": named_none,
+            "none": without_none != options,
         }
 
     @staticmethod
@@ -399,14 +398,15 @@ def options_of(row: Mapping[str, str], missing: frozenset[str]) -> dict[str, str
     return {letter: row[letter] for letter in LETTERS if letter in row and row[letter] not in missing}
 
 
-def before_none(options: Mapping[str, str]) -> dict[str, str]:
-    """The choices that LLaVA shows: those before the first that pandas reads as a missing cell."""
-    shown = {}
-    for letter, option in options.items():
-        if option in _PANDAS_MISSING:
-            break
-        shown[letter] = option
-    return shown
+def is_none_to_llava(cell: str) -> bool:
+    """Whether LLaVA takes a cell for missing (``is_none`` of model_vqa_mmbench.py): pandas does, or it is a "none"."""
+    return cell in _PANDAS_MISSING or cell.lower() in ("nan", "none")
+
+
+def llavas_options_of(row: Mapping[str, str]) -> dict[str, str]:
+    """The choices that LLaVA shows: those of A to D before the first cell that it takes for missing."""
+    letters = takewhile(lambda letter: not is_none_to_llava(row.get(letter, "")), LETTERS[:4])
+    return {letter: row[letter] for letter in letters}
 
 
 def _asked_without(answer: Answer | None, options: Mapping[str, str]) -> bool:
