@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from tests.model.checkpoints import save
 from tests.tiny import tiny_llava
-from tinyllava_switchkd.model.card import MARK, main, write_model_card
+from tinyllava_switchkd.model.card import MARK, main, read_scores, write_model_card
 from tinyllava_switchkd.model.export import from_hf_llava, to_hf_llava
 
 
@@ -101,6 +101,17 @@ def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= sent.keys()
 
 
+def test_a_partial_score_says_so(tmp_path):
+    score = {"benchmark": "pope", "score": 100.0, "split": "test", "total": 10, "answered": 4, "missing": 6}
+    for extra, told in (
+        ({"asked": {"questions": 10, "of": 8910, "limit": 10}}, "first 10 of 8910 questions, 6 missing"),
+        ({"asked": {"questions": 3000, "of": 8910}, "missing": 0}, "3000 of 8910 questions"),
+        ({"missing": 0, "judge": {"name": "j", "read": 2}}, "some answers read by a judge"),
+    ):
+        (tmp_path / "pope.json").write_text(json.dumps(score | extra))
+        assert read_scores([tmp_path]) == {"pope (test)": f"100.0 ({told})"}
+
+
 def test_the_command_adds_what_no_file_says(trained, tmp_path, capsys):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "pope.json").write_text('{"benchmark": "pope", "score": 86.44, "split": "test"}')
@@ -110,7 +121,12 @@ def test_the_command_adds_what_no_file_says(trained, tmp_path, capsys):
     card = ModelCard.load(trained / "README.md")
     assert card.data.license == "apache-2.0" and "me/teacher" in card.data.base_model
     assert "| pope (test) | 86.4 |" in card.text and "| data | mix665k, TextCaps |" in card.text
+    score = {"benchmark": "gqa", "score": 1, "run": {"model_name": "a"}}
+    (tmp_path / "a.json").write_text(json.dumps(score))
+    (tmp_path / "b.json").write_text(json.dumps({**score, "benchmark": "mme", "run": {"model_name": "b"}}))
     for folder, more, message in (
+        (trained, ["--results", str(tmp_path / "a.json"), str(tmp_path / "a.json")], "a second score on gqa"),
+        (trained, ["--results", str(tmp_path / "a.json"), str(tmp_path / "b.json")], "different models (a, b)"),
         (trained, ["--results", str(trained)], "holds no scores"),
         (trained, ["--results", str(tmp_path / "none.json")], "does not exist"),
         (tmp_path / "scores", [], "is not a model's folder"),

@@ -251,22 +251,46 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def read_scores(paths: Iterable[Path]) -> dict[str, str]:
-    """Benchmark -> score, from score files and folders of them.
+    """Benchmark -> score with what is partial about it, from score files of one model, and folders of them.
 
     Raises:
-        ValueError: a path has no scores.
+        ValueError: a path has no scores, or the files are not all of one model.
     """
     scores: dict[str, str] = {}
+    models: dict[str, Path] = {}
     for path in paths:
         count = len(scores)
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             found = json.loads(file.read_bytes()) if path.is_dir() else read_json(file, what="score file")
             if isinstance(found, dict) and isinstance(found.get("score"), (int, float)) and "benchmark" in found:
                 split = f" ({found['split']})" if found.get("split") else ""
-                scores[f"{found['benchmark']}{split}"] = f"{found['score']:.1f}"
+                name = f"{found['benchmark']}{split}"
+                if name in scores:
+                    raise ValueError(f"{file} is a second score on {name}; give the score files of one evaluation.")
+                scores[name] = f"{found['score']:.1f}{_partial(found)}"
+                if isinstance(run := found.get("run"), dict) and run.get("model_name"):
+                    models.setdefault(str(run["model_name"]), file)
+                if len(models) > 1:
+                    raise ValueError(
+                        f"{' and '.join(map(str, models.values()))} are scores of different models "
+                        f"({', '.join(models)}); give those of one."
+                    )
         if len(scores) == count:
             raise ValueError(f"{path} holds no scores; give a score file that tinyllava_switchkd.eval has written.")
     return scores
+
+
+def _partial(score: JsonObject) -> str:
+    """What a reader must know about a score: how much was asked, how much is missing, and who read the answers."""
+    notes = []
+    if isinstance(asked := score.get("asked"), dict):
+        first = "first " if "limit" in asked else ""
+        notes.append(f"{first}{asked.get('questions')} of {asked.get('of')} questions")
+    if score.get("missing"):
+        notes.append(f"{score['missing']} missing")
+    if score.get("judge"):
+        notes.append("some answers read by a judge")
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
