@@ -134,7 +134,8 @@ def test_the_command_adds_what_no_file_says(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([str(folder), *more])
         assert message in capsys.readouterr().err
-    (trained / "README.md").write_text("# Mine\n")
-    with pytest.raises(SystemExit):
-        main([str(trained), "--license", "mit"])
-    assert "stays as it is" in capsys.readouterr().err and (trained / "README.md").read_text() == "# Mine\n"
+    for own in (b"# Mine\n", "# Mein Modell\r\n".encode("utf-16")):
+        (trained / "README.md").write_bytes(own)
+        with pytest.raises(SystemExit):
+            main([str(trained), "--license", "mit"])
+        assert "stays as it is" in capsys.readouterr().err and (trained / "README.md").read_bytes() == own
