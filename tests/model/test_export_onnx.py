@@ -224,7 +224,7 @@ def test_masks_are_transformers_own():
         ({"template": "pretrain"}, "'pretrain' does not write one question"),
         (
             {"text": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
-            "positions .'dynamic'. turn by other angles .* --allow_approximate",
+            "position angles .'dynamic'. depend on the sequence length .* --allow_approximate",
         ),
     ],
     ids=["template", "positions"],
@@ -290,5 +290,5 @@ def test_a_precision_that_cannot_hold_the_models_numbers_is_named():
         pixels=lambda images: zeros,
         logits=lambda rows, pixels: np.full((1, 2, 8), np.nan, np.float32),
     )
-    with pytest.raises(ValueError, match=r"numbers that fp16 cannot hold.* leave fp16 out"):
+    with pytest.raises(ValueError, match=r"numbers that fp16 cannot represent.* leave fp16 out"):
         original.compare(student, "fp16", exact=True)
