@@ -224,7 +224,7 @@ def test_masks_are_transformers_own():
         ({"template": "pretrain"}, "'pretrain' does not write one question"),
         (
             {"text": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
-            "position angles .'dynamic'. depend on the sequence length .* --allow_approximate",
+            "position angles .'dynamic'. depend on the sequence length.* --allow_approximate",
         ),
     ],
     ids=["template", "positions"],
