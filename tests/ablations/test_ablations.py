@@ -317,6 +317,19 @@ def test_the_papers_settings_reach_the_commands():
     assert switch["learning_rate"] == "2e-5" and switch["tune_type_vision_tower"] == "full"
 
 
+@pytest.mark.parametrize("table", [table for table in tables.TABLES if table != "bases"])
+def test_rows_of_a_table_differ_in_method_and_models_only(table):
+    at_scale = paper.Paper({"DEVICE": "cpu", "OUTPUT_ROOT": "/out"})
+    ways = [tables.WAYS[key] for key in tables.TABLES[table].ways]
+    may_differ = {name for way in ways for name in (way.tuning or {})} | {
+        *("model_name_or_path", "vision_tower", "output_dir", "pretrained_model_path"),
+        *("teacher_path", "teacher_bits"),
+    }
+    last = [at_scale.steps(way, 1)[-1].flags for way in ways]
+    first, *others = [{name: value for name, value in flags.items() if name not in may_differ} for flags in last]
+    assert first["tune_type_vision_tower"] == "full" and all(other == first for other in others)
+
+
 def test_run_at_the_papers_scale_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "out"))

@@ -33,6 +33,9 @@ MODELS = {
 }
 """The models of `tables` -> names on the hub, paired as in the paper's Table 6."""
 
+WHOLE_STUDENT: Settings = {"tune_type_vision_tower": "full"}
+"""Settings of every row's last stage: SFT trains what the distilled rows train, so that they differ in the teacher only."""
+
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298, "distill": 665_298}
 """Samples of LLaVA-558K and LLaVA-Mix-665K, one epoch each."""
 
@@ -91,7 +94,7 @@ class Paper:
         stage = "finetune" if way.tuning is None else "distill"
         last = self._step(
             f"{way.key}, {_names(way)}",
-            Item(stage, "student", distills=way.tuning is not None, settings=_settings(way.tuning)),
+            Item(stage, "student", distills=way.tuning is not None, settings=WHOLE_STUDENT | _settings(way.tuning)),
             student,
             f"{way.key}-seed{seed}",
             seed,
