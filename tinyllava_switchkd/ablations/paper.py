@@ -34,7 +34,7 @@ MODELS = {
 """The models of `tables` -> names on the hub, paired as in the paper's Table 6."""
 
 WHOLE_STUDENT: Settings = {"tune_type_vision_tower": "full"}
-"""Settings of every row's last stage: SFT trains what the distilled rows train, so that they differ in the teacher only."""
+"""Settings of every row's last stage: SFT trains what the distilled rows train, so that only the teacher differs."""
 
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298, "distill": 665_298}
 """Samples of LLaVA-558K and LLaVA-Mix-665K, one epoch each."""
