@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -17,6 +18,15 @@ def disks_that_answer_at_once() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def a_log_of_its_own() -> Generator[None, None, None]:
+    """A command that a test runs sets up the package's logger; the next test finds it as this one did."""
+    logger = logging.getLogger("tinyllava_switchkd")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.hookimpl(wrapper=True)
