@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,11 +30,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})")
     parts.append(f"Python {platform.python_version()}")
-    for package in ("torch", "transformers"):
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    parts += [f"{package} {version(package)}" for package in ("torch", "transformers")]
     return "; ".join(parts)
 
 
@@ -56,22 +52,13 @@ def command() -> str:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table, padded to be readable as text; the first column is left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    rule = [
-        f"{'-' * (width - 1)}{'-' if column == 0 else ':'}" for column, width in enumerate(map(_at_least_2, widths))
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in (cells[0], rule, *cells[1:])
     ]
-    lines = []
-    for row in (cells[0], rule, *cells[1:]):
-        padded = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, map(_at_least_2, widths), strict=True))
-        ]
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
-
-
-def _at_least_2(width: int) -> int:
-    return max(width, 2)
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def write_section(
