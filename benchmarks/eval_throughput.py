@@ -29,6 +29,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
+from benchmarks._table import machine, readme_cell, write_section
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.eval.answers import AnswerFolder
 from tinyllava_switchkd.eval.batches import Prefetched, in_order, open_image, tasks_of
@@ -39,11 +40,6 @@ from tinyllava_switchkd.eval.job import Job, ask
 from tinyllava_switchkd.eval.prefix import SharedPrefix
 from tinyllava_switchkd.eval.processes import Processes
 from tinyllava_switchkd.model import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-
-try:
-    from benchmarks._table import machine, readme_cell, write_section
-except ModuleNotFoundError:  # run by path: sys.path then has this folder, not the repository
-    from _table import machine, readme_cell, write_section
 
 SIZES = {"tiny": (64, 4, 112, 2.3), "small": (192, 6, 224, 1.3)}
 """Width and depth of language model and tower, side of the images in pixels (patches of 16), bias of `CHOICES`."""
