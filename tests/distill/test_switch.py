@@ -169,6 +169,14 @@ def test_one_frozen_encoder_is_run_once(student, teacher, batch):
     assert calls == ["teacher"] * 3
 
 
+def test_one_frozen_encoder_runs_again_for_pixels_of_the_teacher(student, teacher, batch):
+    student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
+    batch["teacher_images"] = batch["images"].flip(-1)
+    expected = build_distiller(student, teacher).pathway_logits(batch).teacher
+    student.vision_tower.requires_grad_(False)
+    assert torch.equal(build_distiller(student, teacher).pathway_logits(batch).teacher, expected)
+
+
 def test_the_switch_trains_the_vision_tower_only(student, teacher, batch):
     """The gradient of L_VSD passes through the frozen teacher into V^S only."""
     align_only = build_distiller(student, teacher, align_weight=0.0, switch_weight=0.0)

@@ -342,7 +342,8 @@ class Distiller(Task):
             return View(next(teacher.parameters()).new_zeros(0, teacher.config.hidden_size))
         images = placeholders(batch).any()
         if images:
-            if not (self._one_encoder and _is_frozen(self.student.vision_tower)):
+            same_pixels = batch.get("teacher_images") is None and self.pixel_difference is None
+            if not (same_pixels and self._one_encoder and _is_frozen(self.student.vision_tower)):
                 features = teacher.vision_features(self._teacher_images(batch))
             visual = self.guide.connect(features)
         spliced = splice_batch(teacher, batch, visual)

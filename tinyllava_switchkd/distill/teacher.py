@@ -88,7 +88,7 @@ class FrozenTeacher(Held):
         self.module.language_model.gradient_checkpointing_enable(**kwargs)
 
     def sees_as(self, student: TinyLlava) -> bool:
-        """Whether both vision towers give the same features, so that one pass is enough for both models."""
+        """Whether both vision towers give the same features of the same pixels; then one pass is enough for both."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if getattr(student.config, name) != getattr(self.module.config, name):
                 return False

@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 2**27
 """Bytes that a writer collects before it writes a file; a killed run loses at most these."""
 
-FORMAT = 1
-"""Version of the files' layout; part of the folder's name."""
+FORMAT = 2
+"""Version of the files' layout and of what they hold; part of the folder's name.
+
+In 1, a student with the teacher's frozen tower could store what the teacher sees in the student's pixels.
+"""
 
 
 class TeacherCache:
