@@ -85,6 +85,19 @@ def test_other_pixels_need_two_preparations(student, teacher, batch):
     prepared_differently(build_distiller(student, teacher, **processors), batch, "image_mean", "0.1")
 
 
+def test_what_changes_no_pixel_and_what_only_pixels_show(student, teacher, batch):
+    """The data set decides by pixels whether a batch has those of the teacher; so does the distiller."""
+    ours, theirs = student.vision_tower.image_processor, teacher.vision_tower.image_processor
+    processors = {"student_image_processor": ours, "teacher_image_processor": theirs}
+    student.config.image_aspect_ratio, teacher.config.image_aspect_ratio = None, "square"
+    for processor, side in ((ours, 28), (theirs, 30)):
+        processor.crop_size, processor.do_center_crop = {"height": side, "width": side}, False
+    distiller = build_distiller(student, teacher, **processors)
+    assert distiller.pixel_difference is None and distiller(batch)["loss"] > 0
+    theirs.crop_size, theirs.rescale_factor = ours.crop_size, 1 / 300
+    prepared_differently(build_distiller(student, teacher, **processors), batch, "pixels")
+
+
 def test_a_model_is_not_its_own_teacher(student):
     refused(student, student, "same object")
 

@@ -7,7 +7,10 @@ but silently teach nonsense, so everything that must agree is checked here, befo
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from tinyllava_switchkd.data.image import ImagePreprocess
 
 from .bridge import Bridge, differ, layout_of
 from .distiller import Distiller
@@ -194,23 +197,30 @@ def pixel_difference(
     Args:
         student: a TinyLLaVA, on any device.
         teacher: likewise.
-        student_image_processor: a loaded model's own if not given; if unknown, processors are not compared.
+        student_image_processor: a loaded model's own if not given. If both are known, pixels decide, as in the data
+            set; otherwise only the configurations are compared.
         teacher_image_processor: likewise.
     """
-    if student.image_size != teacher.image_size:
-        return f"images of {student.image_size} pixels for the student and of {teacher.image_size} for the teacher"
-    ours, theirs = (getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher))
-    if None not in (ours, theirs) and ours != theirs:
-        return f"image_aspect_ratio {ours!r} for the student and {theirs!r} for the teacher"
     student_image_processor = student_image_processor or getattr(student, "image_processor", None)
     teacher_image_processor = teacher_image_processor or getattr(teacher, "image_processor", None)
-    if student_image_processor is None or teacher_image_processor is None:
+    known = student_image_processor is not None and teacher_image_processor is not None
+    ours, theirs = (getattr(model.config, "image_aspect_ratio", None) for model in (student, teacher))
+    if known:
+        mine = ImagePreprocess(student_image_processor, SimpleNamespace(image_aspect_ratio=ours))
+        other = ImagePreprocess(teacher_image_processor, SimpleNamespace(image_aspect_ratio=theirs or ours))
+        if other.makes_same_pixels(mine):
+            return None
+    if student.image_size != teacher.image_size:
+        return f"images of {student.image_size} pixels for the student and of {teacher.image_size} for the teacher"
+    if None not in (ours, theirs) and ours != theirs:
+        return f"image_aspect_ratio {ours!r} for the student and {theirs!r} for the teacher"
+    if not known:
         return None
     for name in ("image_mean", "image_std", "size", "crop_size", "do_center_crop", "resample"):
         ours, theirs = (_plain(getattr(one, name, None)) for one in (student_image_processor, teacher_image_processor))
         if ours is not None and theirs is not None and ours != theirs:
             return f"{name} {ours} for the student and {theirs} for the teacher"
-    return None
+    return "other pixels of the same image"
 
 
 def _plain(value: Any) -> Any:  # makes settings of transformers' image processors comparable
