@@ -87,6 +87,23 @@ def test_a_bad_step_is_skipped_on_all_ranks_and_another_number_of_ranks_resumes(
     assert not (run / checkpoints.CONVERTED).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("deepspeed")
+@pytest.mark.parametrize("zero", [2, 3])
+def test_the_best_checkpoint_of_another_number_of_ranks_is_taken_at_the_end(world, tmp_path, zero):
+    """Two ranks write it, one ends the run. The first is "best", because here a higher loss counts as better."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {"deepspeed": DEEPSPEED / f"zero{zero}.json", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"eval_data_path": world["pretrain"], "load_best_model_at_end": True, "metric_for_best_model": "ce"}
+    for ranks, steps in ((2, 2), (1, 3)):
+        shape = {"per_device_train_batch_size": 4 // ranks, "max_steps": steps, "greater_is_better": True}
+        assert set(codes_on_ranks(ranks, command_line(world, run, **settings, **shape), log)) == {0}, Path(
+            f"{log}.0"
+        ).read_text()[-3000:]
+        assert largest(load_file(run / "checkpoint-1" / "model.safetensors"), load_file(run / "model.safetensors")) == 0
+        (run / "trainer_state.json").unlink()
+
+
 def shards(tmp_path, name="student.weight", states=("exp_avg", "exp_avg_sq", "step")):
     """The files of two ranks under ZeRO-2 that are checked before anything is converted."""
     folder = tmp_path / "checkpoint-5"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
+from tests.train.toy import ToyDataset, largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.io import write_json
-from tinyllava_switchkd.train.reliability import checkpoints, resume
+from tinyllava_switchkd.train.reliability import checkpoints, resume, signals
 from tinyllava_switchkd.train.train import main
 
 
@@ -195,3 +195,37 @@ def test_resuming_by_true_and_with_another_learning_rate(begun, tmp_path, capsys
     assert main(command_line(world, tmp_path / "run", **changes)) == 0
     said = capsys.readouterr().err
     assert "Resuming from" in said and "learning rates of" in said and "[0.01" in said and "[1e-05" in said
+
+
+def with_best(folder, **kwargs):
+    """A trainer that takes the first of three checkpoints as the best one, since the loss decreases."""
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "ce", "greater_is_better": True}
+    arguments = toy_arguments(folder, **every_step, **best, **kwargs)
+    return toy_trainer(arguments, eval_dataset=ToyDataset(4))
+
+
+def test_the_best_checkpoint_is_checked_and_only_its_weights_are_read(tmp_path, monkeypatch):
+    """With DeepSpeed, too: its reader would execute pickles, and needs the ranks that wrote the shards."""
+    trainer = with_best(tmp_path)
+    trainer.train()
+    best, kept = Path(trainer.state.best_model_checkpoint), weights(trainer.model)
+    assert best.name == "checkpoint-1"
+    trainer.model.load_state_dict(toy_task(seed=7).state_dict())
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    trainer._load_best_model()
+    assert largest_difference(kept, weights(trainer.model)) == 0
+    (best / "model.safetensors").write_bytes((tmp_path / "checkpoint-2" / "model.safetensors").read_bytes())
+    with pytest.raises(resume.ResumeError, match="is damaged"):
+        trainer._load_best_model()
+    trainer.interrupted = True
+    trainer._load_best_model()
+
+
+def test_a_signal_keeps_its_checkpoint_beside_the_best_one(tmp_path, monkeypatch):
+    """transformers removes all but the best one when training ends with a limit of one."""
+    trainer = with_best(tmp_path, save_total_limit=1)
+    monkeypatch.setattr(signals, "received", lambda: "SIGTERM" if trainer.state.global_step else None)
+    trainer.train()
+    assert trainer.interrupted and trainer.state.global_step == 2
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]

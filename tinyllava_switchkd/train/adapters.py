@@ -6,8 +6,8 @@ A checkpoint holds them in a separate folder, never in the student.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,21 @@ FILE = Path("distill", "adapters.safetensors")
 """Path of the adapters in a checkpoint's folder."""
 
 _PREFIX = "adapters."
+
+
+def whole(parameters: Iterable[nn.Parameter], writer: int | None = None) -> AbstractContextManager:
+    """Inside, every rank has all of the parameters that ZeRO-3 has split.
+
+    Args:
+        parameters: split ones or others.
+        writer: the rank whose changes all ranks keep; by default changes are lost.
+    """
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(split, modifier_rank=writer)
 
 
 def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -76,13 +91,7 @@ def begin_adapters(
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
         chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]
         batches = (collate([dataset[index]]) for index in chosen)
-        parameters = list(task.student.vision_tower.parameters())
-        whole = nullcontext()
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3 has split them
-            from deepspeed import zero
-
-            whole = zero.GatheredParameters(parameters)
-        with whole:
+        with whole(task.student.vision_tower.parameters()):
             explained = task.fit_bridge(batches)
         logger.info(
             "The student's vision features differ in shape from the teacher's: a bridge starts as the least-squares "

@@ -166,13 +166,6 @@ class LLaVATrainer(ReliableTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        best = self.state.best_model_checkpoint
-        logger.info("Loading %s, which has the best held-out %s.", best, self.args.metric_for_best_model)
-        return self._load_from_checkpoint(best)
-
     # Order of the samples
 
     def _get_train_sampler(self, train_dataset: Samples | None = None) -> Sampler | None:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from tinyllava_switchkd.io import JsonObject, write_json
 
-from ..adapters import read_adapters
+from ..adapters import read_adapters, whole
 from ..command_line.arguments import TrainingArguments
 from ..validation import WithFillers
 from . import checkpoints, fingerprint, signals, universal
@@ -115,6 +116,8 @@ class ReliableTrainer(Trainer):
             self.guard.judge()
             self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.interrupted:  # with a limit of one, transformers would end by removing this checkpoint beside the best
+            self.args.save_total_limit = None
 
     def train(self, *args: object, **kwargs: object) -> TrainOutput:
         result = super().train(*args, **kwargs)
@@ -208,9 +211,24 @@ class ReliableTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint), whole(self.model.parameters(), writer=0):
             self.recipe.read_student(self.student, resume_from_checkpoint)
             read_adapters(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, but not its shards, which only fit the ranks that wrote them."""
+        if self.interrupted:
+            return
+        best = self.state.best_model_checkpoint
+        damage = [checkpoints.damage(best) if self.is_world_process_zero() else None]
+        broadcast_object_list(damage)
+        if damage[0] is not None:
+            raise ResumeError(
+                f"The best checkpoint {best} cannot be loaded ({damage[0]}); run the same command with "
+                "--load_best_model_at_end False (and without --early_stopping_patience) to keep the last weights."
+            )
+        logger.info("Loading %s, which has the best held-out %s.", best, self.args.metric_for_best_model)
+        self._load_from_checkpoint(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in transformers, but refuse another optimiser's state and warn of other learning rates."""
