@@ -85,6 +85,22 @@ def test_differences_can_be_allowed(begun, tmp_path, capsys):
     assert "Allowed to differ" in said and "temperature 3.0, now 2.0" in said
 
 
+def test_what_a_checkpoint_cannot_be_read_with_cannot_be_allowed(begun, tmp_path):
+    """DeepSpeed has its own files for the optimiser; these settings change the shapes of weights."""
+    world, run = begun
+    described = fingerprint.describe(parse_arguments(line(world, tmp_path)), 1)
+    for name, value in {"deepspeed": "ZeRO-2", "lora_r": 8, "num_queries": 4, "resampler_hidden_size": 16}.items():
+        with pytest.raises(ValueError, match=f"{name} .*; use them, or start a new run") as raised:
+            fingerprint.check(run / "checkpoint-1", {**described, name: value}, [name])
+        assert "--allow_changed" not in str(raised.value)
+
+
+def test_an_allowed_name_must_be_an_argument(begun, tmp_path):
+    world, _ = begun
+    with pytest.raises(ValueError, match=r"--allow_changed names 'temprature'.*did you mean temperature\?"):
+        parse_arguments(line(world, tmp_path, allow_changed="temprature"))
+
+
 def test_arguments_that_do_not_change_the_maths_may_change(begun, tmp_path):
     """Data and teacher with the same content at other paths; other paths, intervals and length."""
     world, run = begun

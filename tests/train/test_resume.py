@@ -166,7 +166,7 @@ def begun(tmp_path_factory):
     [
         ({"connector_type": "linear"}, ["connector_type 'mlp2x_gelu'", "now 'linear'"]),
         ({"model_name_or_path": "teacher_llm"}, ["hidden_size 32", "now 48"]),
-        ({"model_name_or_path": "teacher_llm", "allow_changed": "hidden_size"}, ["hidden_size 32", "now 48"]),
+        ({"model_name_or_path": "teacher_llm", "allow_changed": "model_name_or_path"}, ["hidden_size 32", "now 48"]),
         ({"tune_type_vision_tower": "frozen"}, ["tune_type_vision_tower 'full'", "now 'frozen'"]),
         ({"training_recipe": "lora", "tune_type_llm": "lora"}, ["tune_type_llm 'full'", "now 'lora'"]),
         ({"vision_tower_lr": 1e-4}, ["vision_tower_lr None", "now 0.0001"]),
@@ -229,3 +229,10 @@ def test_a_signal_keeps_its_checkpoint_beside_the_best_one(tmp_path, monkeypatch
     trainer.train()
     assert trainer.interrupted and trainer.state.global_step == 2
     assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    trainer = toy_trainer(toy_arguments(tmp_path))
+    monkeypatch.setattr(trainer.recipe, "read_student", lambda *args: int("of another method."))
+    with pytest.raises(resume.ResumeError, match=r"cannot continue from there \(.*\); use the arguments"):
+        trainer._load_from_checkpoint("there")
