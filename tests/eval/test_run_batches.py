@@ -16,6 +16,7 @@ from tinyllava_switchkd.data import TextPreprocess
 from tinyllava_switchkd.eval.batches import Prefetched, batches_of, in_order, tasks_of
 from tinyllava_switchkd.eval.benchmarks import Question
 from tinyllava_switchkd.eval.generate import Answerer, stop_token_ids
+from tinyllava_switchkd.eval.guesses import Guesses
 from tinyllava_switchkd.eval.prefix import SharedPrefix, attends_to_all
 
 WORDS = ["what", "is", "the", "very", "small", "red", "thing", "on", "a", "table", "behind", "them", "called"]
@@ -62,6 +63,26 @@ def test_every_language_model_supports_padding_and_shared_pictures(llm):
         alone = [answerer.answer_ids([prompt], [visual], 8)[0] for prompt, visual in zip(prompts, images, strict=True)]
         assert len({tuple(ids) for ids in alone}) >= 3
         assert answerer.answer_ids(prompts, images, 8) == alone
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_batch_does_not_change_positions_that_depend_on_the_length(kind):
+    if kind == "longrope":
+        rope = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 200}
+        text = {"original_max_position_embeddings": 200, "max_position_embeddings": 1024, "head_dim": 8}
+    else:
+        rope, text = {"factor": 4.0}, {"max_position_embeddings": 200}
+    text |= {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **rope}, "sliding_window": None}
+    text |= {"eos_token_id": 256, "initializer_range": 0.3}
+    model = tiny_llava("phi3" if kind == "longrope" else "llama", text=text).double()
+    answerer = Answerer(model, tiny_tokenizer("qwen2"), model.vision_tower.image_processor, "qwen2_base")
+    for prompts, images in (mixed_prompts(answerer, 6), shared_pictures(answerer, 5, 2)):
+        alone = [answerer.answer_ids([prompt], [visual], 4)[0] for prompt, visual in zip(prompts, images, strict=True)]
+        answerer.guesses = Guesses()
+        answerer.guesses.learn([ids[:1] for ids in alone])
+        assert answerer.answer_ids(prompts, images, 4) == alone
+        assert answerer.answer_ids(prompts[::-1], images[::-1], 4) == alone[::-1]
+        answerer.guesses = None
 
 
 def shared_pictures(answerer: Answerer, count: int, pictures: int):

@@ -27,7 +27,7 @@ from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
 
 from .guesses import Guesses, can_try, try_guesses
-from .prefix import SharedPrefix, attends_to_all
+from .prefix import SharedPrefix, attends_to_all, positions_vary
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.template.base import Template
@@ -309,6 +309,12 @@ class Answerer:
         self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], decoding: GenerationConfig
     ) -> list[list[int]]:
         language_model = self.model.language_model
+        if positions_vary(language_model.config, _longest(prompts, images) + decoding.max_new_tokens):
+            if len(prompts) > 1:
+                alone = [slice(row, row + 1) for row in range(len(prompts))]
+                return [answer for row in alone for answer in self._answer(prompts[row], images[row], decoding)]
+            # "dynamic" frequencies stay those of the longest text until there is a short one
+            language_model(torch.tensor([[self.pad_token_id]], device=self.model.device), use_cache=False)
         own = language_model.generation_config  # generate() would fill settings that are None in ours from it
         language_model.generation_config = decoding
         try:
@@ -362,10 +368,13 @@ class Answerer:
         if self.guesses is None:
             return []
         language_model = self.model.language_model
-        pictures = max(0 if visual is None else visual.shape[:2].numel() for visual in images)
-        longest = max(map(len, prompts)) + pictures + decoding.max_new_tokens
+        longest = _longest(prompts, images) + max(
+            decoding.max_new_tokens, MOST_GUESSES + 1
+        )  # a full window has no crop
         plain = decoding.to_diff_dict() == self.decoding(decoding.max_new_tokens).to_diff_dict()
-        if plain and can_try(language_model) and attends_to_all(language_model.config, longest):
+        config = language_model.config
+        same = attends_to_all(config, longest) and not positions_vary(config, longest)
+        if plain and same and can_try(language_model):
             return self.guesses.tokens()
         return []
 
@@ -414,6 +423,11 @@ class Answerer:
     def _cut(self, output: Tensor) -> list[list[int]]:
         """Generated rows [B, N] up to their first stop token; the rest is padding while other rows continue."""
         return [list(takewhile(lambda token: token not in self.stop_token_ids, row)) for row in output.tolist()]
+
+
+def _longest(prompts: Sequence[Tensor], images: Sequence[Tensor | None]) -> int:
+    """At least the number of positions of the longest prompt."""
+    return max(map(len, prompts)) + max(0 if visual is None else visual.shape[:2].numel() for visual in images)
 
 
 def _joined(images: Sequence[Tensor | None]) -> Tensor | None:

@@ -76,6 +76,21 @@ class SharedPrefix:
         return cache, prepared.inputs_embeds.shape[1]
 
 
+def positions_vary(config: PretrainedConfig, length: int) -> bool:
+    """Whether a text's rotary positions may depend on the other texts of a batch, the longest of which has `length`.
+
+    Of the longest text in a pass, the kinds "longrope" and "dynamic" derive the frequencies for all.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # or one per kind of layer
+        kind = one.get("rope_type") or "default"
+        if kind == "longrope" or "dynamic" in kind:
+            original = one.get("original_max_position_embeddings") or config.max_position_embeddings
+            if length >= min(original, config.max_position_embeddings):
+                return True
+    return False
+
+
 def attends_to_all(config: PretrainedConfig, length: int) -> bool:
     """Whether every layer attends to all of `length` positions, including any padding between them."""
     kinds = set(getattr(config, "layer_types", None) or ())
