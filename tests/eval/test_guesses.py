@@ -114,6 +114,18 @@ def test_a_window_that_is_too_small_is_left_alone():
     assert len(answerer.answer_ids(*mixed_prompts(answerer, 4), 4)) == 4
 
 
+def test_a_window_without_room_for_the_guesses_is_left_alone():
+    answerer = make_answerer()
+    prompt = answerer.prompt_ids("what?", 0)
+    for window in range(len(prompt) + 1, len(prompt) + MOST_GUESSES + 2):
+        text = {"sliding_window": window, "initializer_range": 0.3}
+        model = tiny_llava("phi3", text=text).double()
+        answerer = Answerer(model, tiny_tokenizer("phi"), model.vision_tower.image_processor, "phi")
+        plain = answerer.answer_ids([prompt], [None], 1)
+        answerer.guesses = Fixed([*range(5, 5 + MOST_GUESSES)])
+        assert answerer.answer_ids([prompt], [None], 1) == plain
+
+
 def test_guesses_are_the_common_answers():
     guesses = Guesses()
     assert guesses.tokens() == []

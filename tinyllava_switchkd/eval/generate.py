@@ -26,7 +26,7 @@ from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
 
-from .guesses import Guesses, can_try, try_guesses
+from .guesses import MOST_GUESSES, Guesses, can_try, try_guesses
 from .prefix import SharedPrefix, attends_to_all, positions_vary
 
 if TYPE_CHECKING:
