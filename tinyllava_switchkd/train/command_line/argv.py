@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava_switchkd.cli import show
@@ -191,6 +193,12 @@ def _error(message: str) -> NoReturn:
 
 def _check_together(arguments: Arguments) -> None:
     model, data, training, _, given = arguments
+    names = [field.name for group in arguments[:4] for field in fields(group)]
+    for name in training.allow_changed or ():
+        if name not in (*names, "step_samples"):
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help for all arguments."
+            raise ValueError(f"--allow_changed names {name!r}, which is no argument; {hint}")
     for name, value in (("data_path", data.data_path), ("output_dir", "output_dir" in given)):
         if not value:
             raise ValueError(f"--{name} is missing: {REQUIRED[name]}.")

@@ -58,6 +58,9 @@ _WITHOUT_EFFECT = {
     *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache"),
     *("fill_teacher_cache", DATA, TEACHER),
 }
+_UNREADABLE = ("deepspeed", "lora_r", "num_queries", "num_resampler_layers", "resampler_hidden_size")
+"""Arguments without which a checkpoint's weights or optimiser states cannot be read, so they may never differ."""
+
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _NEW_RUN = "start a new run with --overwrite_output_dir True"
 
@@ -155,11 +158,13 @@ def check(checkpoint: str | Path, ours: JsonObject, allowed: Iterable[str] = ())
     if theirs is None:
         logger.warning("%s does not record its run's arguments, so they are not compared.", checkpoint)
         return
-    found = differences(theirs, ours, allowed)
+    found = differences(theirs, ours, set(allowed) - set(_UNREADABLE))
+    started = f"The run in {checkpoint} was started with other arguments: {'; '.join(found.values())}."
+    if found.keys() & set(_UNREADABLE):
+        raise ValueError(f"{started} Its checkpoint can only be read with those; use them, or {_NEW_RUN}.")
     if found:
         raise ValueError(
-            f"The run in {checkpoint} was started with other arguments: {'; '.join(found.values())}. Use those, "
-            f"{_NEW_RUN}, or, if the change is intended, pass --allow_changed {' '.join(found)}."
+            f"{started} Use those, {_NEW_RUN}, or, if the change is intended, pass --allow_changed {' '.join(found)}."
         )
     for words in differences(theirs, ours).values():
         logger.warning("Allowed to differ from %s: %s.", checkpoint, words)

@@ -211,9 +211,15 @@ class ReliableTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint), whole(self.model.parameters(), writer=0):
-            self.recipe.read_student(self.student, resume_from_checkpoint)
-            read_adapters(self.model, resume_from_checkpoint)
+        try:
+            with reading(resume_from_checkpoint), whole(self.model.parameters(), writer=0):
+                self.recipe.read_student(self.student, resume_from_checkpoint)
+                read_adapters(self.model, resume_from_checkpoint)
+        except ResumeError:
+            raise
+        except ValueError as error:  # for example the adapters of another method
+            reason = str(error).rstrip(".")
+            raise ResumeError(f"The run cannot continue from {resume_from_checkpoint} ({reason}); {REMEDY}.") from error
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, but not its shards, which only fit the ranks that wrote them."""
