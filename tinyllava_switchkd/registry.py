@@ -12,8 +12,9 @@ import contextlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 ENTRY_POINT_GROUP = "tinyllava_switchkd.plugins"
@@ -59,6 +60,19 @@ def checkpoint_name(name_or_path: str | os.PathLike) -> str:
     if parts[-1].startswith("checkpoint-") and len(parts) > 1:
         return f"{parts[-2]}_{parts[-1]}"
     return parts[-1]
+
+
+def display_names(paths: Sequence[str]) -> list[str]:
+    """A short, distinct name for every checkpoint: its folder's name, with parent folders where needed."""
+    parts = [[part for part in Path(path).parts if part not in ("/", "\\", ".", "..")] or [path] for path in paths]
+    for part in parts:
+        if part[-1].startswith("checkpoint-") and len(part) > 1:  # says nothing without the name of its run
+            part[-2:] = [f"{part[-2]}_{part[-1]}"]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({index})" for index, name in enumerate(names, start=1)]
 
 
 class Registry(Generic[Found]):

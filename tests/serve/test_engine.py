@@ -12,8 +12,9 @@ from tests.serve.talkers import CONTEXT, picture, talker
 from tests.tiny import tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model import save_pretrained_model
+from tinyllava_switchkd.registry import display_names
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
-from tinyllava_switchkd.serve.engine import ChatModel, display_names
+from tinyllava_switchkd.serve.engine import ChatModel
 
 SHORT = Sampling(max_new_tokens=12)
 

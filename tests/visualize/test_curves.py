@@ -115,5 +115,10 @@ def test_command(tmp_path, capsys):
     state(tmp_path / "switch", history(10, True))
     assert main([str(tmp_path / "sft"), str(tmp_path / "switch"), "--output", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"losses.png", "inside_switch.png"}
+    for name in ("a", "b"):
+        state(tmp_path / name / "student", history(10, True))
+    assert main([*(str(tmp_path / name / "student") for name in ("a", "b")), "--output", str(tmp_path / "two")]) == 0
+    names = {"losses.png", "inside_a_student.png", "inside_b_student.png"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
     assert main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.registry import display_names
 from tinyllava_switchkd.serve.images import ImageLimits
 from tinyllava_switchkd.serve.limits import DemoLimits
 from tinyllava_switchkd.serve.options import (
@@ -82,7 +83,7 @@ def build_page(args: argparse.Namespace) -> Page:
         ValueError, FileNotFoundError: an option is invalid.
     """
     from tinyllava_switchkd.serve.demo import Demo
-    from tinyllava_switchkd.serve.engine import ChatModel, display_names
+    from tinyllava_switchkd.serve.engine import ChatModel
     from tinyllava_switchkd.serve.page import Page
     from tinyllava_switchkd.serve.pool import ModelPool, Slot
 

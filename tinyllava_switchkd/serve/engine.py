@@ -10,7 +10,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.model.chat import conversation_template
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.registry import display_names
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
 from tinyllava_switchkd.visualize.attention_map import AttentionMap, attention_map
 from tinyllava_switchkd.visualize.grid import visible_box
@@ -290,16 +290,3 @@ class _Work(StoppingCriteria):
         if self._stopped or self._stop.is_set():
             return "stopped"
         return "time" if self._timed_out else "length"
-
-
-def display_names(paths: Sequence[str]) -> list[str]:
-    """A short, distinct name for every checkpoint: its folder's name, with parent folders where needed."""
-    parts = [[part for part in Path(path).parts if part not in ("/", "\\", ".", "..")] or [path] for path in paths]
-    for part in parts:
-        if part[-1].startswith("checkpoint-") and len(part) > 1:  # says nothing without the name of its run
-            part[-2:] = [f"{part[-2]}_{part[-1]}"]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({index})" for index, name in enumerate(names, start=1)]

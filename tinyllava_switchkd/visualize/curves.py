@@ -17,7 +17,7 @@ import numpy as np
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import JsonObject
-from tinyllava_switchkd.registry import checkpoint_name
+from tinyllava_switchkd.registry import display_names
 
 from .radar import COLOURS, INK, MARKERS
 
@@ -250,11 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default=".", help="folder for losses.png and inside_<run>.png (default: here)")
     args = parser.parse_args(argv)
     try:
-        runs = {checkpoint_name(Path(run).resolve()): read_history(run) for run in args.runs}
+        names = display_names([str(Path(run).resolve()) for run in args.runs])
+        runs = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
         files = [draw_losses(runs, Path(args.output, "losses.png"))]
         for label, history in runs.items():
             if _gradients(history) or any(len(series(history, name)[0]) for name in titles()[1]):
-                files.append(draw_inside(history, Path(args.output, f"inside_{label}.png"), title=label))
+                file = Path(args.output, f"inside_{label.replace('/', '_')}.png")
+                files.append(draw_inside(history, file, title=label))
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
