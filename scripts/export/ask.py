@@ -15,7 +15,7 @@ from PIL import Image
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
 from tinyllava_switchkd.model import load_pretrained_model
-from tinyllava_switchkd.model.chat import conversation_template
+from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
 from tinyllava_switchkd.model.export.questions import default_questions, read_questions
 
 MAX_NEW_TOKENS = 32
@@ -25,7 +25,8 @@ def ask(args: argparse.Namespace) -> None:
     """Write questions, images, our prompts and answers."""
     model, tokenizer, processor, _ = load_pretrained_model(args.model, device="cpu", dtype=torch.float32)
     preprocess = ImagePreprocess(processor, model.config)
-    text = TextPreprocess(tokenizer, conversation_template(model, tokenizer))
+    template = conversation_template(model, tokenizer)
+    text, stops = TextPreprocess(tokenizer, template), stop_token_ids(model, tokenizer, template)
     questions = default_questions()
     if args.questions:
         questions = read_questions(args.questions, args.image_folder, args.max_questions)
@@ -49,11 +50,10 @@ def ask(args: argparse.Namespace) -> None:
                 attention_mask=torch.ones_like(prompt[None]),
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
+                eos_token_id=stops or None,
             )[0].tolist()
         ids = prompt.tolist()
         cut = ids.index(IMAGE_TOKEN_INDEX)
-        stops = model.language_model.generation_config.eos_token_id
-        stops = [stops] if isinstance(stops, int) else list(stops or ())
         rows.append(
             {
                 "question": question.text,

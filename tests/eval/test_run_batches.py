@@ -12,12 +12,12 @@ from PIL import Image
 from tests.eval.miniature import legible_model, picture
 from tests.tiny import tiny_llava, tiny_text_config, tiny_tokenizer
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
-from tinyllava_switchkd.data import TextPreprocess
 from tinyllava_switchkd.eval.batches import Prefetched, batches_of, in_order, tasks_of
 from tinyllava_switchkd.eval.benchmarks import Question
-from tinyllava_switchkd.eval.generate import Answerer, stop_token_ids
+from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.guesses import Guesses
 from tinyllava_switchkd.eval.prefix import SharedPrefix, attends_to_all
+from tinyllava_switchkd.model.chat import stop_token_ids
 
 WORDS = ["what", "is", "the", "very", "small", "red", "thing", "on", "a", "table", "behind", "them", "called"]
 
@@ -189,7 +189,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, caplog):
 def test_stop_tokens_of_an_answer():
     model = tiny_llava(text={"eos_token_id": 257})
     tokenizer = tiny_tokenizer("qwen2")
-    ids = stop_token_ids(model, tokenizer, TextPreprocess(tokenizer, "qwen2_instruct").template)
+    ids = stop_token_ids(model, tokenizer, "qwen2_instruct")
     names = [tokenizer.convert_ids_to_tokens(token) for token in ids]
     assert names == ["<|im_start|>", "<|endoftext|>", "<|im_end|>"]  # the model's, the tokenizer's, the template's
 

@@ -373,6 +373,12 @@ def test_a_field_of_preprocessor_config_json(folder, path, value):
     refused(folder, "preprocessor_config.json")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}'])
+def test_not_a_generation_config(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    refused(folder, "generation_config.json")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "\x00"])
 def test_not_a_preprocessor_config(folder, text):
     (folder / "preprocessor_config.json").write_text(text)

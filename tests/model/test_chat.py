@@ -10,8 +10,12 @@ from PIL import Image
 from tests.model.checkpoints import save
 from tests.tiny import VOCAB_SIZE, tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
-from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.eval.generate import Answerer
+from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration, load_pretrained_model
 from tinyllava_switchkd.model.chat import conversation_template
+from tinyllava_switchkd.model.export.hf_llava import generation_config_of
+from tinyllava_switchkd.model.layouts import read_config
+from tinyllava_switchkd.serve.engine import ChatModel
 
 
 def picture(seed):
@@ -72,6 +76,25 @@ def test_a_loaded_model_reads_the_rest_of_its_own_checkpoint(where, tmp_path, mo
     model = TinyLlavaForConditionalGeneration.from_pretrained("someone/student", **where)
     model.chat("What?", picture(0), max_new_tokens=1)
     assert list(model.image_processor.image_mean) == [0.5] * 3 and len(model.tokenizer) == VOCAB_SIZE
+
+
+def test_everybody_stops_at_the_same_tokens(tmp_path, monkeypatch):
+    """At those of generation_config.json (nothing else of which is read), the tokenizer and the template."""
+    save(tiny_llava(), tmp_path, template="qwen2_instruct")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8], "repetition_penalty": 1.3}')
+    model, tokenizer, image_processor, _ = load_pretrained_model(tmp_path, device="cpu")
+    expected = [7, 8, *tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])]
+    assert Answerer.from_pretrained(tmp_path, device="cpu").stop_token_ids == expected
+    assert ChatModel(model, tokenizer, image_processor, 512, "tiny").stop_token_ids == expected
+    assert generation_config_of(model, tokenizer, "qwen2_instruct", 0, 0).eos_token_id == expected
+    answer = model.chat("What?", max_new_tokens=8)
+    given = []
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: given.append(kwargs["eos_token_id"]) or ids[:, :0])
+    model.chat("What?")
+    assert given == [expected] and len(answer) <= 8
+    save(model, tmp_path / "again")
+    assert read_config(tmp_path / "again").text_config.eos_token_id == [7, 8]
+    assert model.language_model.generation_config.repetition_penalty in (None, 1)
 
 
 def test_template_of_a_checkpoint_that_names_none():

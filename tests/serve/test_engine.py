@@ -80,7 +80,7 @@ class TestStream:
 
     def test_ends_at_the_end_token(self):
         model = talker()
-        model.model.language_model.generation_config.eos_token_id = ask(model, "Well?").token_ids[4]
+        model.stop_token_ids.append(ask(model, "Well?").token_ids[4])
         reply = ask(model, "Well?")
         assert reply.finish == "end" and len(reply.token_ids) <= 5
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.model.caches import with_cache
+from tinyllava_switchkd.model.chat import stop_token_ids
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.layouts import read_config
@@ -28,9 +29,6 @@ from tinyllava_switchkd.runtime import check_device, default_device
 
 from .guesses import MOST_GUESSES, Guesses, can_try, try_guesses
 from .prefix import SharedPrefix, attends_to_all, positions_vary
-
-if TYPE_CHECKING:
-    from tinyllava_switchkd.data.template.base import Template
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +192,9 @@ class Answerer:
         policy = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
         self.pixels_of = ImagePreprocess(image_processor, policy)
         self.prompt_ids = TextPreprocess(tokenizer, template).prompt_ids
-        self.stop_token_ids = stop_token_ids(model, tokenizer, TemplateFactory(template)())
+        self.stop_token_ids = stop_token_ids(model, tokenizer, template)
+        if not self.stop_token_ids:
+            raise ValueError("Neither the language model nor its tokenizer names a token that ends an answer.")
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
         self.batch_limit: int | None = None
         self.guesses: Guesses | None = None
@@ -434,26 +434,3 @@ def _joined(images: Sequence[Tensor | None]) -> Tensor | None:
     """The visual tokens [I, K, D] of all prompts; None if there are none."""
     visual = [tokens for tokens in images if tokens is not None]
     return torch.cat(visual) if visual else None
-
-
-def stop_token_ids(
-    model: TinyLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: Template
-) -> tuple[int, ...]:
-    """Tokens that end an answer: the language model's, the tokenizer's, and the template's if it is one token.
-
-    Raises:
-        ValueError: there are none.
-    """
-    sources = [
-        model.language_model.generation_config.eos_token_id,
-        model.config.text_config.eos_token_id,
-        tokenizer.eos_token_id,
-    ]
-    ids = [token for source in sources for token in (source if isinstance(source, list) else [source])]
-    end = template.for_tokenizer(tokenizer).eos
-    if end and end in tokenizer.get_vocab():
-        ids.append(tokenizer.convert_tokens_to_ids(end))
-    found = tuple(dict.fromkeys(token for token in ids if token is not None))
-    if not found:
-        raise ValueError("Neither the language model nor its tokenizer names a token that ends an answer.")
-    return found

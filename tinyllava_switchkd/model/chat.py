@@ -13,10 +13,11 @@ from PIL import Image
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import BadImageError, read_upright
+from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.data.text import TextPreprocess
 
-from .layouts import image_processor_of, tokenizer_of
+from .layouts import image_processor_of, token_ids, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +61,20 @@ def conversation_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     return template
 
 
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Tokens that end an answer: the checkpoint's, the tokenizer's, and the template's if it is one token.
+
+    The checkpoint's are those of its ``config.json`` and ``generation_config.json``, see `open_checkpoint`.
+    """
+    end = TemplateFactory(template)().for_tokenizer(tokenizer).eos
+    return token_ids(
+        model.language_model.generation_config.eos_token_id,
+        model.config.text_config.eos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else None,
+    )
+
+
 def chat(
     model: PreTrainedModel,
     prompt: str,
@@ -99,7 +114,8 @@ def chat(
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
     given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     images = [item if isinstance(item, Image.Image) else open_image(item) for item in given]
-    text = TextPreprocess(tokenizer, template or conversation_template(model, tokenizer))
+    template = template or conversation_template(model, tokenizer)
+    text = TextPreprocess(tokenizer, template)
     messages: list[Message] = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):
         marks = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) if index == 0 else ""
@@ -112,6 +128,8 @@ def chat(
         preprocess = ImagePreprocess(processor, model.config)
         pixels = torch.stack([preprocess(item) for item in images])  # [I, 3, H, W]
     generate.setdefault("do_sample", False)
+    if "generation_config" not in generate:
+        generate.setdefault("eos_token_id", stop_token_ids(model, tokenizer, template) or None)
     new_ids = model.generate(
         input_ids,
         images=pixels,

@@ -174,6 +174,15 @@ def check_adapter(fields: JsonObject, file: Path) -> None:
     _check(fields, ADAPTER, file, "")
 
 
+def check_generation(fields: JsonObject, file: Path) -> None:
+    """Refuse wrong values among the fields of a ``generation_config.json`` that are read.
+
+    Raises:
+        ValueError: names the field, the value, the allowed values and the file.
+    """
+    _check(fields, PART, file, "")
+
+
 def _check_nested(fields: object, file: Path, where: str) -> None:
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: {where.rstrip('.')} is {_shown(fields)}, not an object of fields.")

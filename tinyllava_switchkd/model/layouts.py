@@ -12,7 +12,7 @@ from tinyllava_switchkd.io import read_json
 
 from .configuration import TinyLlavaConfig
 from .connector import ConnectorFactory
-from .fields import check_adapter, check_config
+from .fields import check_adapter, check_config, check_generation
 from .legacy import config_from_bench, is_bench_config
 from .llm import has_tokenizer, load_tokenizer
 from .processor import check_image_processor, load_image_processor
@@ -95,13 +95,32 @@ def _made(make: Callable[[], TinyLlavaConfig], file: Path) -> TinyLlavaConfig:
 
 
 def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
-    """Configuration and tensors (under v1's names) of a checkpoint folder; a LoRA adapter in it is not merged."""
+    """Configuration and tensors (under v1's names) of a checkpoint folder; a LoRA adapter in it is not merged.
+
+    Of a ``generation_config.json``, only the stop tokens are read; they are added to the language model's.
+    """
     config = config or read_config(folder)
+    _add_stop_tokens(config, folder / "generation_config.json")
     tensors = read_checkpoint(folder)
     tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
     tower.complete_config(config.vision_config, folder, tensors)
     ConnectorFactory(config.connector_type).complete_config(config, tensors)
     return config, tensors
+
+
+def _add_stop_tokens(config: TinyLlavaConfig, file: Path) -> None:
+    if not file.is_file():
+        return
+    fields = {"eos_token_id": read_json(file).get("eos_token_id")}
+    check_generation(fields, file)
+    found = token_ids(config.text_config.eos_token_id, fields["eos_token_id"])
+    config.text_config.eos_token_id = found if len(found) > 1 else next(iter(found), None)
+
+
+def token_ids(*settings: int | list[int] | None) -> list[int]:
+    """The different ids in settings that are one id, several, or none."""
+    ids = [token for setting in settings for token in (setting if isinstance(setting, list) else [setting])]
+    return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:

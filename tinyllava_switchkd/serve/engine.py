@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCr
 
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
-from tinyllava_switchkd.model.chat import conversation_template
+from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.registry import display_names
 from tinyllava_switchkd.serve.conversation import Conversation, Sampling
@@ -90,6 +90,7 @@ class ChatModel:
         self.context_len = context_len
         self.name = name
         self.template = template or conversation_template(model, tokenizer)
+        self.stop_token_ids = stop_token_ids(model, tokenizer, self.template)
         self._text = TextPreprocess(tokenizer, self.template)
         self._pixels = ImagePreprocess(image_processor, model.config)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -139,7 +140,7 @@ class ChatModel:
         images = tuple(conversation.images())
         prompt_ids = self._text(conversation.messages(question), mode="eval", num_images=len(images))["input_ids"]
         room = self._room(prompt_ids, len(images))
-        kwargs = sampling.generate_kwargs()
+        kwargs = sampling.generate_kwargs() | {"eos_token_id": self.stop_token_ids or None}
         kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], room)
 
         work = _Work(stop, time_limit)
@@ -157,7 +158,7 @@ class ChatModel:
         if work.error is not None:
             raise work.error
         text = (text + pieces.flush()).strip()
-        finish = work.finish(self._eos_ids, token_ids)
+        finish = work.finish(self.stop_token_ids, token_ids)
         if text or finish == "end":
             conversation.record(question, text)
         yield Reply(text, tuple(token_ids), finish, work.first_token, work.rate, prompt_ids, images)
@@ -180,11 +181,6 @@ class ChatModel:
     def visible_box(self, image: Image.Image) -> tuple[float, ...]:
         """The part of an image that the model sees, see `grid.visible_box`."""
         return visible_box(image.size, self.image_processor, self.model.config.image_aspect_ratio)
-
-    @property
-    def _eos_ids(self) -> set[int]:
-        eos = self.model.language_model.generation_config.eos_token_id
-        return {eos} if isinstance(eos, int) else set(eos or ())
 
     def _room(self, prompt_ids: Tensor, num_images: int) -> int:
         """Number of positions left for the answer."""
@@ -283,9 +279,9 @@ class _Work(StoppingCriteria):
             return None
         return (self._count - 1) / (self._last - self._first)
 
-    def finish(self, eos_ids: set[int], token_ids: Sequence[int]) -> str:
+    def finish(self, stops: Sequence[int], token_ids: Sequence[int]) -> str:
         """Why the answer ended, see `Reply.finish`."""
-        if token_ids and token_ids[-1] in eos_ids:
+        if token_ids and token_ids[-1] in stops:
             return "end"
         if self._stopped or self._stop.is_set():
             return "stopped"

@@ -67,7 +67,7 @@ def look(
 
     from tinyllava_switchkd.data.image import ImagePreprocess
     from tinyllava_switchkd.data.text import TextPreprocess
-    from tinyllava_switchkd.model.chat import conversation_template
+    from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
     from tinyllava_switchkd.visualize.attention_map import attention_map
     from tinyllava_switchkd.visualize.grid import visible_box
     from tinyllava_switchkd.visualize.pieces import text_groups
@@ -82,6 +82,7 @@ def look(
         image_features=features,
         do_sample=False,
         num_beams=1,
+        eos_token_id=stop_token_ids(model, tokenizer, template) or None,
         max_new_tokens=max_new_tokens,
     )[0].tolist()
     is_empty = not text_groups(tokenizer, output)

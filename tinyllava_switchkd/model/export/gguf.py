@@ -29,7 +29,7 @@ from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, write_json
 
-from ..chat import conversation_template
+from ..chat import conversation_template, stop_token_ids
 from ..checkpoint import load_pretrained_model
 from .base import GGUF_DTYPES
 from .chat_template import jinja_template
@@ -456,7 +456,12 @@ def _measure_every_patch(
             logits.append(model(prompt, images=pixels).logits[0, -1])  # [V]
             mask = torch.ones_like(prompt)
             answer = model.generate(
-                prompt, images=pixels, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+                prompt,
+                images=pixels,
+                attention_mask=mask,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=stop_token_ids(model, tokenizer, template) or None,
             )
             answers.append(answer[0].tolist())
         model.config.vision_feature_select_strategy = "patch"

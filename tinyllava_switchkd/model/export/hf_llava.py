@@ -27,10 +27,9 @@ from transformers import (
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image import ImagePreprocess
-from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, write_json
 
-from ..chat import conversation_template
+from ..chat import conversation_template, stop_token_ids
 from ..checkpoint import load_pretrained_model
 from ..saving import save_image_processor
 from .chat_template import jinja_template
@@ -245,16 +244,10 @@ def _config(model: TinyLlava, image_token: int, rows: int) -> JsonObject:
 def generation_config_of(
     model: TinyLlava, tokenizer: PreTrainedTokenizerBase, template: str, image_token: int, rows: int
 ) -> GenerationConfig:
-    """Greedy decoding that stops at the model's end tokens and at the conversation template's."""
-    eos = model.language_model.generation_config.eos_token_id
-    stops = {eos} if isinstance(eos, int) else set(eos or ())
-    written = TemplateFactory(template)().for_tokenizer(tokenizer)
-    end = tokenizer(written.eos, add_special_tokens=False).input_ids
-    if len(end) == 1:
-        stops |= set(end)
+    """Greedy decoding that stops where the checkpoint's own answers do."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(stops) or None,
+        eos_token_id=sorted(stop_token_ids(model, tokenizer, template)) or None,
         pad_token_id=tokenizer.pad_token_id,
         # Suppress only a row that the model did not have; all other logits are the model's.
         suppress_tokens=[image_token] if rows > model.config.vocab_size else None,

@@ -20,7 +20,7 @@ from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
-from ..chat import conversation_template
+from ..chat import conversation_template, stop_token_ids
 from ..checkpoint import load_pretrained_model
 from ..saving import save_image_processor
 from .base import ONNX_DTYPES
@@ -263,8 +263,7 @@ class _Original:
         preprocess = ImagePreprocess(image_processor, model.config)
         text = TextPreprocess(tokenizer, template)
         self.prompts, self.pixels, self.answers = [], [], []
-        eos = model.language_model.generation_config.eos_token_id
-        self.stops = {eos} if isinstance(eos, int) else set(eos or ())
+        self.stops = set(stop_token_ids(model, tokenizer, template))
         with torch.no_grad():
             for index, question in enumerate(self.questions):
                 prompt = text.prompt_ids(question.text)[None]  # [1, T]
@@ -277,6 +276,7 @@ class _Original:
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=MAX_NEW_TOKENS,
                     do_sample=False,
+                    eos_token_id=sorted(self.stops) or None,
                 )[0].tolist()
                 self.prompts.append(prompt[0].tolist())
                 self.pixels.append(pixels.numpy())

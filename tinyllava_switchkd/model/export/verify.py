@@ -11,6 +11,7 @@ from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
 
+from ..chat import stop_token_ids
 from ..checkpoint import load_pretrained_model
 from .files import RECORD
 from .questions import default_questions
@@ -67,7 +68,12 @@ def verify_export(source: str | os.PathLike, exported: str | os.PathLike, max_ne
     if not difference <= allowed:
         raise ValueError(f"The export's logits differ from those of {source} by {difference:.2g}; do not use it.")
     answer = ours.generate(
-        prompt, images=pixels, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens
+        prompt,
+        images=pixels,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_token_ids(ours, tokenizer, template) or None,
     )[0].tolist()
     their_answer = theirs.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     their_answer = their_answer[0, len(expanded) :].tolist()
