@@ -1,6 +1,6 @@
-"""Write docs/flags.md and train/command_line/flags.json from the commands' parsers and argument classes::
+"""Write docs/flags.md, and flags.json and names.json of train/command_line, from the commands and registered parts::
 
-python docs/_generate_flags.py            # write both files
+python docs/_generate_flags.py            # write the files
 python docs/_generate_flags.py --check    # exit status 1 if one of them is out of date
 """
 
@@ -21,6 +21,8 @@ from unittest import mock
 PAGE = Path(__file__).with_name("flags.md")
 TABLE = Path(__file__).parents[1] / "tinyllava_switchkd" / "train" / "command_line" / "flags.json"
 """The table from which ``--help`` and the early check of a training's command line read the flags."""
+NAMES = TABLE.with_name("names.json")
+"""The table of registered names, and of the methods' and losses' settings, for the same early check."""
 
 COMMANDS = (
     "quickstart.run",
@@ -176,6 +178,25 @@ def flags_table() -> str:
     return "{\n" + ",\n".join(groups.values()) + "\n}\n"
 
 
+def names_table() -> str:
+    """Registered names by flag, the settings of every method and loss, and the default losses of methods, as JSON."""
+    from tinyllava_switchkd.data.template import TemplateFactory
+    from tinyllava_switchkd.distill.flags import settings
+    from tinyllava_switchkd.distill.losses import LossFactory
+    from tinyllava_switchkd.distill.methods import MethodFactory
+    from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
+
+    methods, losses = MethodFactory.list(), LossFactory.list()
+    names = {"distill_method": methods, "distill_loss": losses}
+    names |= {"training_recipe": TrainingRecipeFactory.list(), "template": TemplateFactory.list()}
+    owned = {owner: [] for owner in (*methods, *(f"loss {loss}" for loss in losses))}
+    for one in settings().values():
+        for owner in one.defaults:
+            owned[owner].append(one.flag)
+    loss = {name: MethodFactory(name).loss for name in methods if "distill_loss" in owned[name]}
+    return json.dumps({"names": names, "settings": owned, "loss": loss}, indent=1) + "\n"
+
+
 def type_of(annotation: Any) -> str:
     """int, float, bool or str if a flag has this type, or this type or None; else an empty text."""
     names = set(re.findall(r"\w+", str(getattr(annotation, "__name__", annotation)))) - {"None", "typing", "Optional"}
@@ -207,10 +228,10 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/flags.md and flags.json.")
+    parser = argparse.ArgumentParser(description="Write docs/flags.md, flags.json and names.json.")
     parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     arguments = parser.parse_args()
-    for path, text in ((PAGE, page()), (TABLE, flags_table())):
+    for path, text in ((PAGE, page()), (TABLE, flags_table()), (NAMES, names_table())):
         if not arguments.check:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:

@@ -48,8 +48,9 @@ def test_site_loads_nothing_from_elsewhere(site):
 def test_flags_are_in_sync(tmp_path):
     generator = import_from(tmp_path, "generate_flags.py", (DOCS / "_generate_flags.py").read_text(encoding="utf-8"))
     assert generator.page() == read("flags.md"), "run python docs/_generate_flags.py"
-    table = ROOT / "tinyllava_switchkd" / "train" / "command_line" / "flags.json"
-    assert generator.flags_table() == table.read_text(encoding="utf-8"), "run python docs/_generate_flags.py"
+    tables = ROOT / "tinyllava_switchkd" / "train" / "command_line"
+    for name, text in (("flags.json", generator.flags_table()), ("names.json", generator.names_table())):
+        assert text == (tables / name).read_text(encoding="utf-8"), "run python docs/_generate_flags.py"
 
 
 @pytest.fixture(scope="module")

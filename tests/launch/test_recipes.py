@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 from tinyllava_switchkd.launch import recipe as recipes
 from tinyllava_switchkd.launch.__main__ import main
@@ -15,6 +16,7 @@ from tinyllava_switchkd.launch.devices import Devices
 from tinyllava_switchkd.launch.recipe import names, path_of, read_recipe
 from tinyllava_switchkd.launch.stages import Request, one_stage, parse_flags, run_name, whole_recipe
 from tinyllava_switchkd.launch.variables import read
+from tinyllava_switchkd.train.command_line.arguments import distill_arguments
 
 EIGHT = Devices(tuple("01234567"), 8)
 MODULE = "tinyllava_switchkd.train.train"
@@ -83,6 +85,27 @@ def test_align_kd_and_logit_kd():
     assert "switch_weight" not in distill
 
 
+@pytest.mark.parametrize("method", ["llava_kd", "align_kd", "logit_kd"])
+def test_another_method_with_the_recipes_of_switch_kd(method):
+    """The settings of Switch-KD stay behind; those of a wrong name stop the first stage."""
+    for name in ("switchkd_qwen2.5_0.5b_from_3b", "switchkd_clip_ldpv2"):
+        distill = resolved(name, DISTILL_METHOD=method)[-1]
+        words = [word for flag, value in distill.items() for word in (f"--{flag}", value)]
+        given, _ = HfArgumentParser([distill_arguments()]).parse_args_into_dataclasses(
+            words, return_remaining_strings=True
+        )
+        assert given.method().name == method
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"DISTILL_METHOD": "swich_kd"}, {"DISTILL_LOSS": "dblid"}, {"DISTILL_METHOD": "llava_kd", "TEMPERATURE": "2"}],
+)
+def test_a_mistake_in_the_last_stage_stops_the_first(variables):
+    with pytest.raises(ValueError, match=variables.get("TEMPERATURE") or next(iter(variables.values()))):
+        resolved("switchkd_qwen2.5_0.5b_from_3b", **variables)
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_setting_has_its_comment(name):
     for line in path_of(name).read_text().splitlines():
@@ -138,7 +161,7 @@ def test_one_stage_with_a_teacher():
     distilled = flags_of(one_stage("pretrain", NINE, request(DISTILL_METHOD="llava_kd", TEACHER_PATH="/t")))
     assert (distilled["teacher_path"], distilled["distill_method"]) == ("/t", "llava_kd")
     ten = [*NINE[:6], "qwen2_base", *NINE[6:], "/t"]
-    other = flags_of(one_stage("distill", ten, request(DISTILL_METHOD="align_kd", ALIGN_WEIGHT="2")))
+    other = flags_of(one_stage("distill", ten, request(DISTILL_METHOD="logit_kd", ALIGN_WEIGHT="2")))
     assert other["align_weight"] == "2" and not {"distill_loss", "temperature", "switch_weight"} & other.keys()
 
 

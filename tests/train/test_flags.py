@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ import pytest
 from transformers import HfArgumentParser
 
 from tests.train.test_arguments import V1_FINETUNE
+from tinyllava_switchkd.distill.flags import method_settings, settings
+from tinyllava_switchkd.distill.losses import LossFactory
+from tinyllava_switchkd.distill.methods import MethodFactory
 from tinyllava_switchkd.train.command_line.arguments import (
     DataArguments,
     ModelArguments,
@@ -56,6 +60,11 @@ def test_a_v1_scripts_line_passes_and_is_only_read():
         (["--packing", "maybe"], "--packing is 'maybe'; it must be True or False."),
         (["--warmup_ratio", "3"], "--warmup_ratio is '3'"),
         (["stray"], None),
+        (["--distill_method", "swich_kd"], "--distill_method is 'swich_kd'; it must be one of align_kd, llava_kd"),
+        (["--training_recipe", "loar"], "--training_recipe is 'loar'; it must be one of common, lora"),
+        (["--template", "vicuna"], "--template is 'vicuna'; it must be one of chatml"),
+        (["--vision_tower_lr", "1e-5"], "--tune_type_vision_tower is frozen; leave the learning rate out"),
+        (["--training_recipe", "lora", "--tune_type_llm", "full"], "--training_recipe lora needs a part to adapt"),
     ],
 )
 def test_what_is_certainly_wrong(words, sentence):
@@ -65,6 +74,25 @@ def test_what_is_certainly_wrong(words, sentence):
         with pytest.raises(ValueError) as error:
             check_command_line([*REQUIRED, *words])
         assert sentence in str(error.value)
+
+
+def test_settings_of_methods_are_refused_as_by_the_full_parser():
+    """Every setting of every method and loss, with every method and loss."""
+    flags = [name for name in settings() if name != "distill_loss"]
+    for method in MethodFactory.list():
+        chosen = MethodFactory(method)
+        for loss in LossFactory.list() if "distill_loss" in chosen.settings() else (None,):
+            given = {} if loss is None else {"distill_loss": loss}
+            for flag in flags:
+                words = {"teacher_path": "t", "distill_method": method, **given, flag: "1"}
+                argv = [*REQUIRED, *(word for name, value in words.items() for word in (f"--{name}", value))]
+                try:
+                    method_settings(chosen, {**given, flag: "1"})
+                except ValueError as error:
+                    with pytest.raises(ValueError, match=re.escape(str(error).split(" belongs")[0])):
+                        check_command_line(argv)
+                else:
+                    check_command_line(argv)
 
 
 def test_the_entry_answers_before_torch_is_imported(tmp_path):

@@ -19,9 +19,7 @@ from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.distill.teacher_cache import check_method
 
 from .deepspeed_config import check_deepspeed
-from .settings import check_settings
-
-_PARTS = ("llm", "vision_tower", "connector")
+from .settings import check_settings, check_tuning
 
 
 @dataclass
@@ -238,8 +236,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self._check_parts()
-        self._check_lora()
+        check_tuning(self)
         self._check_unsupported()
         if self.deepspeed is not None:
             check_deepspeed(self.deepspeed, self)  # before transformers reads it
@@ -276,37 +273,6 @@ class TrainingArguments(transformers.TrainingArguments):
     def tune_type(self, part: str) -> str:
         """The tune type of a part: ``"llm"``, ``"vision_tower"`` or ``"connector"``."""
         return getattr(self, f"tune_type_{part}")
-
-    def _check_parts(self) -> None:
-        if all(self.tune_type(part) == "frozen" for part in _PARTS):
-            raise ValueError(
-                "--tune_type_llm, --tune_type_vision_tower and --tune_type_connector are all frozen, so nothing would "
-                "be trained; set one of them to full."
-            )
-        for name, part in (("mm_projector_lr", "connector"), ("vision_tower_lr", "vision_tower")):
-            if getattr(self, name) is not None and self.tune_type(part) == "frozen":
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} is given, but --tune_type_{part} is frozen; leave the learning "
-                    f"rate out or train the {part.replace('_', ' ')}."
-                )
-
-    def _check_lora(self) -> None:
-        recipe = self.training_recipe.lower()
-        with_adapters = [part for part in _PARTS if self.tune_type(part) in ("lora", "qlora")]
-        if recipe == "common" and with_adapters:
-            part = with_adapters[0]
-            raise ValueError(
-                f"--tune_type_{part} is {self.tune_type(part)!r}, which needs --training_recipe lora or qlora, "
-                f"not {self.training_recipe!r}."
-            )
-        if recipe in ("lora", "qlora", "qlora_int8"):
-            wanted = recipe.split("_")[0]
-            if not with_adapters:
-                raise ValueError(
-                    f"--training_recipe {self.training_recipe} needs a part to adapt; set --tune_type_llm {wanted}."
-                )
-            if recipe == "lora" and any(self.tune_type(part) == "qlora" for part in with_adapters):
-                raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
 
     def _check_unsupported(self) -> None:
         """Refuse transformers' options that this trainer would silently ignore."""

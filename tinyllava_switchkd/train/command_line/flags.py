@@ -1,8 +1,8 @@
 """The flags of the training command, read without importing torch or transformers, which takes seconds.
 
-Our own flags come from ``flags.json``, which docs/_generate_flags.py writes from the argument classes. Those of
-transformers come from the source of the installed version. The full parser checks the rest, such as a plugin's
-settings.
+Our own flags come from ``flags.json``, and the registered names with the methods' settings from ``names.json``. Both
+are written by docs/_generate_flags.py. The flags of transformers come from the source of the installed version. The
+full parser checks the rest, such as a plugin's settings.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
 
-from .settings import ALLOWED
+from .settings import ALLOWED, OneOf, check_tuning
 
 OWN = Path(__file__).with_name("flags.json")
+NAMES = Path(__file__).with_name("names.json")
 
 BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
@@ -99,7 +101,7 @@ def pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Refuse unknown flags, values outside `ALLOWED`, and a command line without the required flags.
+    """Refuse unknown flags, names and values, settings that contradict each other, and missing required flags.
 
     Raises:
         ValueError: the first mistake found, in one sentence.
@@ -113,10 +115,36 @@ def check_flags(argv: Sequence[str]) -> None:
             refuse_unknown(name, known)
         if flag is not None and len(values) == 1:
             _check_value(flag, values[0])
-    names = {name.replace("-", "_") for name, _ in given}
+    words = {name.replace("-", "_"): " ".join(values) for name, values in given}
     for name, what in REQUIRED.items():
-        if name not in names:
+        if name not in words:
             raise ValueError(f"--{name} is missing: {what}.")
+    if not plugins:
+        _check_names(words)
+    check_tuning(
+        types.SimpleNamespace(**{flag.name: words.get(flag.name, flag.default or None) for flag in known.values()})
+    )
+
+
+def _check_names(words: Mapping[str, str]) -> None:
+    """Refuse unregistered names, and settings that neither the method nor its loss has."""
+    table = read_json(NAMES)
+    for name, registered in table["names"].items():
+        if name in words and words[name].lower() not in registered:
+            raise ValueError(f"--{name} is {words[name]!r}; it must be {OneOf(*registered)}.")
+    if "teacher_path" not in words:
+        return
+    method = words.get("distill_method", "switch_kd").lower()
+    loss = words.get("distill_loss", table["loss"].get(method, "")).lower()
+    settings = table["settings"]
+    own = {*settings[method], *(settings[f"loss {loss}"] if method in table["loss"] else ())}
+    for name in words.keys() & {flag for flags in settings.values() for flag in flags}:
+        if name not in own:
+            owners = ", ".join(owner for owner, flags in settings.items() if name in flags)
+            raise ValueError(
+                f"--{name} {words[name]} does nothing here: it belongs to {owners}, and the run uses --distill_method "
+                f"{method}" + (f" with --distill_loss {loss}." if method in table["loss"] else ".")
+            )
 
 
 REQUIRED = {

@@ -162,6 +162,48 @@ def check_settings(group: Any) -> None:
             raise ValueError(f"--{field.name} is {value!r}; it must be {allowed}.")
 
 
+_PARTS = ("llm", "vision_tower", "connector")
+
+
+def check_tuning(training: Any) -> None:
+    """Check that the tune types fit each other, the learning rates and the training recipe.
+
+    Args:
+        training: has these settings as attributes, as they are or as on a command line; None if not given.
+
+    Raises:
+        ValueError: the values that contradict each other, and the remedy.
+    """
+    kind = {part: getattr(training, f"tune_type_{part}") for part in _PARTS}
+    if all(one == "frozen" for one in kind.values()):
+        raise ValueError(
+            "--tune_type_llm, --tune_type_vision_tower and --tune_type_connector are all frozen, so nothing would "
+            "be trained; set one of them to full."
+        )
+    for name, part in (("mm_projector_lr", "connector"), ("vision_tower_lr", "vision_tower")):
+        if getattr(training, name) is not None and kind[part] == "frozen":
+            raise ValueError(
+                f"--{name} {getattr(training, name)} is given, but --tune_type_{part} is frozen; leave the learning "
+                f"rate out or train the {part.replace('_', ' ')}."
+            )
+    recipe = training.training_recipe.lower()
+    with_adapters = [part for part in _PARTS if kind[part] in ("lora", "qlora")]
+    if recipe == "common" and with_adapters:
+        part = with_adapters[0]
+        raise ValueError(
+            f"--tune_type_{part} is {kind[part]!r}, which needs --training_recipe lora or qlora, "
+            f"not {training.training_recipe!r}."
+        )
+    if recipe in ("lora", "qlora", "qlora_int8"):
+        wanted = recipe.split("_")[0]
+        if not with_adapters:
+            raise ValueError(
+                f"--training_recipe {training.training_recipe} needs a part to adapt; set --tune_type_llm {wanted}."
+            )
+        if recipe == "lora" and any(kind[part] == "qlora" for part in with_adapters):
+            raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
+
+
 def _inner(setting: str, value: object) -> Iterator[tuple[str, float]]:
     """Every floating-point number in a setting that is an object, JSON or the text of optim_args, with its name."""
     if isinstance(value, str) and value.startswith("{") and setting != "deepspeed":  # see `deepspeed_config`
