@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tinyllava_switchkd.eval.answers import AnswerFolder, check_keys
 from tinyllava_switchkd.eval.benchmarks import Question
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.eval.run import main
+from tinyllava_switchkd.eval.score import score_file
 
 QUESTIONS, DISTINCT = 36, 12  # write_pope: 4 images x 3 words, each in 3 categories
 
@@ -129,6 +131,23 @@ def test_a_limited_run_is_continued(setting, tmp_path, generated):
     run = json.loads((out / "run.json").read_text())
     assert run["limit"] is None
     assert run["counts"]["answered"] == QUESTIONS
+
+
+def test_a_killed_extension_of_a_limited_run_leaves_its_score(setting, tmp_path, monkeypatch):
+    checkpoint, data, _ = setting
+    out, file = tmp_path / "out", tmp_path / "score.json"
+    assert main(arguments(checkpoint, data, out, "--limit", "6", "--score", str(file))) == 0
+    score = json.loads(file.read_text())
+    assert score["asked"] == {"questions": 6, "of": 36, "limit": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "answer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments(checkpoint, data, out)) == 130
+    assert score_file("pope", data, out / "answers.jsonl").to_dict() == score
+    assert main(arguments(checkpoint, data, out)) == 0
+    assert score_file("pope", data, out / "answers.jsonl").asked is None
+    assert main(arguments(checkpoint, data, out, "--limit", "6", "--score", str(file))) == 0  # the answers are kept
+    again = json.loads(file.read_text())
+    assert {name: again[name] for name in score if name != "run"} == {n: score[n] for n in score if n != "run"}
 
 
 def test_a_kill_between_merging_and_cleaning_up_duplicates_nothing(setting, tmp_path, generated):

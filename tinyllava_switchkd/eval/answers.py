@@ -130,7 +130,7 @@ class AnswerFolder:
     # -------------------------------------------------------------------------------------------- what the run is
 
     def claim(self, run: JsonObject) -> None:
-        """Write `run.json`.
+        """Write `run.json`. What `finish` last wrote of a part of the split stays until it writes again.
 
         Raises:
             ValueError: the folder holds answers that were made with other settings.
@@ -148,6 +148,7 @@ class AnswerFolder:
                         f"The answers in {self.folder} were made with {name} = {known.get(name)!r}, and now it is "
                         f"{run.get(name)!r}; move them away, or choose another folder."
                     )
+            run = known | run
         write_json(self.run_file, run)
 
     # ---------------------------------------------------------------------------------------------------- the rows

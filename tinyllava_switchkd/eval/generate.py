@@ -368,9 +368,8 @@ class Answerer:
         if self.guesses is None:
             return []
         language_model = self.model.language_model
-        longest = _longest(prompts, images) + max(
-            decoding.max_new_tokens, MOST_GUESSES + 1
-        )  # a full window has no crop
+        # guesses are cropped from the cache afterwards, which a full window does not allow
+        longest = _longest(prompts, images) + max(decoding.max_new_tokens, MOST_GUESSES + 1)
         plain = decoding.to_diff_dict() == self.decoding(decoding.max_new_tokens).to_diff_dict()
         config = language_model.config
         same = attends_to_all(config, longest) and not positions_vary(config, longest)

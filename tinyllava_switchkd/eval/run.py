@@ -44,6 +44,7 @@ def score(job: Job) -> None:
         arguments.submission,
         allow_missing=arguments.skip_bad_images or arguments.limit is not None,
         judge=arguments.judge,
+        limit=arguments.limit,
     )
     if arguments.score is not None:
         write_json(arguments.score, result.to_dict())

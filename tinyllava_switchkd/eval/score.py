@@ -27,6 +27,7 @@ def score_file(
     allow_missing: bool = False,
     split: str | None = None,
     judge: str | None = None,
+    limit: int | None = None,
 ) -> Score:
     """Score an answers file, and write the upload file if requested.
 
@@ -38,6 +39,7 @@ def score_file(
         allow_missing: write it even if answers are missing.
         split: the answers' split; by default taken from the run beside them, otherwise inferred from their questions.
         judge: name of a registered judge for answers that no rule can read; none by default.
+        limit: score only the first questions, as many as this; by default as many as the run asked.
 
     Returns:
         The score, with the `run` object beside the answers. If the split has no public ground truth and only the
@@ -61,7 +63,7 @@ def score_file(
     if split is None and run is not None and run.get("split") in benchmark.splits:
         split = run["split"]
     benchmark.answered_split = split
-    asked = None if run is None else _narrow(benchmark, data_dir, run)
+    asked = None if run is None else _narrow(benchmark, data_dir, run if limit is None else run | {"limit": limit})
     if benchmark.asked is not None:
         keys = {question.key for question in benchmark.asked}
         answers = [answer for answer in answers if answer.key in keys]
