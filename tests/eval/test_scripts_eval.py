@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,12 @@ def test_pope_for_real(bash, tmp_path):
 def test_the_exit_status_of_several_processes(argument, status, capfd):
     assert spawn("json.tool", [argument], 2) == status  # a module that is quick
     assert capfd.readouterr().out.count("usage:") == (0 if status else 2)
+
+
+def test_several_processes_can_be_started_in_a_thread(capfd):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(spawn, "json.tool", ["--help"], 2).result() == 0
+    assert capfd.readouterr().out.count("usage:") == 2
 
 
 @pytest.mark.parametrize("how", ["", "killed"])

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,9 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
     """Run a module in `count` processes on this machine and wait for all of them; returns the exit status.
 
     If a process fails, the others continue and their answers are kept. Errors are printed last, below the output of
-    libraries.
+    libraries. In any but the main thread, the processes get only the terminal's signals.
     """
+    main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,7 +123,7 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # signals reach them only through `forward`
+                start_new_session=main,  # signals reach them only through `forward`
             )
             for rank in range(count)
         ]
@@ -132,7 +134,8 @@ def spawn(module: str, argv: Sequence[str], count: int) -> int:
             for child in children:
                 child.send_signal(signal.SIGTERM)
 
-        own = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+        own = {number: signal.signal(number, forward) for number in forwarded}
         try:
             for child in children:
                 child.wait()
