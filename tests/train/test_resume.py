@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tests.train.toy import ToyDataset, largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
 from tests.train.world import command_line, write_world
@@ -197,12 +197,12 @@ def test_resuming_by_true_and_with_another_learning_rate(begun, tmp_path, capsys
     assert "Resuming from" in said and "learning rates of" in said and "[0.01" in said and "[1e-05" in said
 
 
-def with_best(folder, **kwargs):
+def with_best(folder, callbacks=(), **kwargs):
     """A trainer that takes the first of three checkpoints as the best one, since the loss decreases."""
     every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "ce", "greater_is_better": True}
     arguments = toy_arguments(folder, **every_step, **best, **kwargs)
-    return toy_trainer(arguments, eval_dataset=ToyDataset(4))
+    return toy_trainer(arguments, eval_dataset=ToyDataset(4), callbacks=list(callbacks))
 
 
 def test_the_best_checkpoint_is_checked_and_only_its_weights_are_read(tmp_path, monkeypatch):
@@ -236,3 +236,32 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, m
     monkeypatch.setattr(trainer.recipe, "read_student", lambda *args: int("of another method."))
     with pytest.raises(resume.ResumeError, match=r"cannot continue from there \(.*\); use the arguments"):
         trainer._load_from_checkpoint("there")
+
+
+def test_a_checkpoint_of_the_last_step_only_gives_the_result(tmp_path):
+    """The run was killed between its last checkpoint and its result, in the middle of an epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    first = toy_trainer(toy_arguments(tmp_path, **settings))
+    first.train()
+    again = toy_trainer(toy_arguments(tmp_path, **settings), toy_task(seed=7))
+    again.train(resume_from_checkpoint=resume.find_checkpoint(tmp_path))
+    assert again.state.global_step == 2 and largest_difference(weights(first.model), weights(again.model)) == 0
+
+
+def test_a_run_that_stopped_early_is_finished(tmp_path):
+    """If it is interrupted before that, its patience goes on; if after, only the result is written."""
+    patience = {"max_steps": 6, "early_stopping_patience": 2}
+
+    def trainer():
+        return with_best(tmp_path, callbacks=[EarlyStoppingCallback(2)], **patience)
+
+    stopped = trainer()
+    stopped.train()
+    assert stopped.state.global_step == 3
+    for checkpoint in ("checkpoint-2", "checkpoint-3"):
+        again = trainer()
+        again.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        assert again.state.global_step == 3
+    assert not resume.is_finished(tmp_path)
+    again.save_result()
+    assert resume.is_finished(tmp_path)

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.sampler import LengthGroupedSampler
@@ -234,6 +234,8 @@ class LLaVATrainer(ReliableTrainer):
 class _TrainingHooks(TrainerCallback):
     """Opens the logging window at the start, tells the sampler the epoch, and writes the teacher cache.
 
+    A resumed run goes on with the patience that it had, and trains no further if it was at its end.
+
     accelerate does not reach the sampler through the nested batch samplers of a resumed run. The cache is written at
     every checkpoint and exchanged between ranks at the start of every epoch.
     """
@@ -245,10 +247,19 @@ class _TrainingHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._trainer._window.open(state.global_step)
+        for stopper in self._stoppers():
+            stored = state.stateful_callbacks.get(type(stopper).__name__, {}).get("attributes", {})
+            stopper.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        patience = [
+            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience for stopper in self._stoppers()
+        ]
+        if state.global_step >= state.max_steps or any(patience):  # resumed from its last checkpoint
+            control.should_training_stop = True
+            return
         set_epoch = getattr(self._trainer._epoch_sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch + 1e-6))
@@ -263,6 +274,9 @@ class _TrainingHooks(TrainerCallback):
             cache.sync()
 
     on_train_end = on_save
+
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        return [each for each in self._trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
 
 
 class _Window:

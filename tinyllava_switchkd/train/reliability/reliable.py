@@ -119,6 +119,10 @@ class ReliableTrainer(Trainer):
         if self.interrupted:  # with a limit of one, transformers would end by removing this checkpoint beside the best
             self.args.save_total_limit = None
 
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
+        if not self.control.should_training_stop:  # at its beginning: the run is resumed from its end
+            super()._run_epoch(*args, **kwargs)
+
     def train(self, *args: object, **kwargs: object) -> TrainOutput:
         result = super().train(*args, **kwargs)
         self.guard.judge()
@@ -177,6 +181,7 @@ class ReliableTrainer(Trainer):
         output = Path(self.args.output_dir)
         if self.is_world_process_zero():
             checkpoints.check_space(output, self._bytes_needed() // 3, self.state.global_step)
+        self.state.max_steps = self.state.global_step  # a run that stopped early is finished, too
         with checkpoints.writing(output, self.state.global_step, self._bytes_needed() // 3):
             if self.is_world_process_zero() and self.fingerprint:
                 write_json(output / fingerprint.FILE, self.fingerprint)
