@@ -13,7 +13,7 @@ from tests.train.toy import ToyDataset, largest_difference, logged, toy_argument
 from tests.train.world import command_line, write_world
 from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.train.reliability import checkpoints, resume, signals
-from tinyllava_switchkd.train.train import main
+from tinyllava_switchkd.train.train import Run, main
 
 
 class StopAt(TrainerCallback):
@@ -265,3 +265,49 @@ def test_a_run_that_stopped_early_is_finished(tmp_path):
     assert not resume.is_finished(tmp_path)
     again.save_result()
     assert resume.is_finished(tmp_path)
+
+
+def test_the_same_command_goes_on_when_the_chosen_checkpoint_has_been_removed(begun, tmp_path, capsys):
+    """Rotation removes it; a command that names another missing one is still refused."""
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    chosen = {"save_steps": 1, "save_total_limit": 1, "resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
+    assert main(command_line(world, tmp_path / "run", max_steps=3, **chosen)) == 0
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    assert main(command_line(world, tmp_path / "run", max_steps=4, **chosen)) == 0
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    chosen["resume_from_checkpoint"] = tmp_path / "run" / "checkpoint-2"
+    assert main(command_line(world, tmp_path / "run", max_steps=4, **chosen)) == 1
+    assert "checkpoint-2 does not exist" in capsys.readouterr().err
+
+
+def test_a_requeued_job_does_not_overwrite_what_it_has_begun(begun, tmp_path, monkeypatch):
+    """Another job, or the first start of this one, begins a new run."""
+    world, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    settings = {"save_steps": 1, "overwrite_output_dir": True}
+
+    def kept_after(steps, job, restarts):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        before = tmp_path / "run" / "checkpoint-1" / "before"
+        before.touch()
+        checkpoints.seal(before.parent, 1, 1)
+        manifest = checkpoints.digest(before.parent / checkpoints.MANIFEST)
+        record = tmp_path / "run" / checkpoints.RECORD
+        record.write_text(json.dumps({**checkpoints.read_record(record.parent), "checkpoint-1": manifest}))
+        (tmp_path / "run" / "trainer_state.json").unlink(missing_ok=True)
+        assert main(command_line(world, tmp_path / "run", max_steps=steps, **settings)) == 0
+        return before.exists()
+
+    assert not kept_after(1, "7", "1")  # begun by hand
+    assert kept_after(2, "7", "1") and kept_after(2, "7", "2")
+    assert not kept_after(1, "7", "0") and not kept_after(1, "8", "1")
+
+
+def test_a_run_that_overwrites_says_how_it_continues(tmp_path):
+    trainer = toy_trainer(toy_arguments(tmp_path, overwrite_output_dir=True))
+    assert (
+        Run(trainer, None, None).resume_hint().startswith("the same command without --overwrite_output_dir continues")
+    )

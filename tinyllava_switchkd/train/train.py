@@ -138,7 +138,8 @@ class Run:
     def resume_hint(self) -> str:
         """What the user can continue from if the run ends now."""
         output = self.trainer.args.output_dir
-        return f"the same command continues from {checkpoints.latest_name(output)} in {output}"
+        without = " without --overwrite_output_dir" if self.trainer.args.overwrite_output_dir else ""
+        return f"the same command{without} continues from {checkpoints.latest_name(output)} in {output}"
 
     def __call__(self) -> None:
         """Train, and write the student.
@@ -151,8 +152,7 @@ class Run:
         if trainer.interrupted:
             raise signals.InterruptedRunError(
                 f"{signals.received() or 'A signal to another rank'} has ended the run at step "
-                f"{trainer.state.global_step} of {trainer.state.max_steps}; the same command continues from "
-                f"{checkpoints.latest_name(output)} in {output}."
+                f"{trainer.state.global_step} of {trainer.state.max_steps}; {self.resume_hint()}."
             )
         trainer.save_result()
         if trainer.is_world_process_zero():
@@ -338,6 +338,8 @@ def check(arguments: Arguments) -> Plan | None:
         ValueError, OSError, ImportError: the first mistake found, in one sentence.
     """
     training = arguments.training
+    if resume.begun_by_this_job(training.output_dir):
+        training.overwrite_output_dir = False
     checks.check_names(arguments)
     checks.check_paths(arguments)
     attention_of(arguments)
@@ -404,16 +406,20 @@ def _where_to_resume(arguments: Arguments) -> str | None:
     asked = training.resume_from_checkpoint
     if asked is not None and asked.lower() == "true":  # True means the latest, which is looked for anyway
         asked = None
-    if asked is not None:
+    if asked is not None and not checkpoints.is_chosen(training.output_dir, asked):
         missing = resume.what_is_missing(asked, training.world_size)
         if missing is not None:
             raise ValueError(f"--resume_from_checkpoint {asked} is incomplete: {missing}.")
-        if checkpoints.choose(training.output_dir, asked):
-            return asked
+        checkpoints.choose(training.output_dir, asked)
+        return asked
     checkpoint = resume.find_checkpoint(training.output_dir, training.world_size)
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
-    return checkpoint or asked
+    elif asked is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {asked} is gone, and {training.output_dir} has no later checkpoint."
+        )
+    return checkpoint
 
 
 def _data(

@@ -13,6 +13,7 @@ from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
 
 from ..command_line.arguments import Arguments, TrainingArguments
 from ..recipes import TrainingRecipeFactory
+from ..reliability.checkpoints import is_chosen
 
 
 def check_names(arguments: Arguments) -> None:
@@ -45,6 +46,8 @@ def check_paths(arguments: Arguments) -> None:
     for name, path in {**_models(arguments), "resume_from_checkpoint": training.resume_from_checkpoint}.items():
         if name in ("model_name_or_path", "vision_tower") and training.pretrained_model_path is not None:
             continue  # the checkpoint has its own
+        if name == "resume_from_checkpoint" and path and is_chosen(training.output_dir, path):
+            continue  # it may have been removed since, and the run goes on from its latest one
         # a hub name is ``owner/model`` or ``model``; anything else, and anything that exists, is a path
         is_path = path and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists())
         if path and is_path and not Path(path).expanduser().is_dir():

@@ -44,6 +44,9 @@ NO_ROOM = 4
 ASKED = "resume_from_checkpoint"
 """Key in `RECORD`: the checkpoint that the user chose to resume from."""
 
+JOB = "slurm_job"
+"""Key in `RECORD`: the Slurm job that began the run by overwriting an earlier one."""
+
 ASIDE = "aside-"
 """Prefix of checkpoints that are later than the one the user chose."""
 
@@ -128,7 +131,9 @@ def rotate(output_dir: str | Path, newest: int, limit: int | None, best: str | P
             folder.rename(renamed)  # so that no named checkpoint is ever half removed
             shutil.rmtree(renamed, ignore_errors=True)
     record = read_record(output_dir)
-    there = {name: value for name, value in record.items() if name == ASKED or (Path(output_dir) / name).is_dir()}
+    there = {
+        name: value for name, value in record.items() if name in (ASKED, JOB) or (Path(output_dir) / name).is_dir()
+    }
     if there != record:
         write_json(Path(output_dir) / RECORD, there)
 
@@ -148,16 +153,21 @@ def clean(output_dir: str | Path) -> None:
             old.rename(final)
 
 
+def is_chosen(output_dir: str | Path, asked: str | Path) -> bool:
+    """Whether the run has already begun from this checkpoint, which may have been removed since."""
+    return read_record(output_dir).get(ASKED) == str(Path(asked).resolve())
+
+
 def choose(output_dir: str | Path, asked: str | Path) -> bool:
     """Record the checkpoint that the user chose; returns whether it is a new choice.
 
     Repeating the same command continues the same run from its latest checkpoint. After a new choice, the run's later
     checkpoints no longer belong to it, and are renamed.
     """
+    if is_chosen(output_dir, asked):
+        return False
     output_dir, asked = Path(output_dir), Path(asked).resolve()
     record = read_record(output_dir)
-    if record.get(ASKED) == str(asked):
-        return False
     if asked.parent == output_dir.resolve() and _CHECKPOINT.match(asked.name):
         for folder in checkpoints(output_dir):
             if step_of(folder) > step_of(asked):
@@ -179,7 +189,8 @@ def check_space(folder: str | Path, needed: int, step: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"The checkpoint at step {step} needs about {_size(needed)} in {folder} and {_size(free)} are free; make "
-            f"room and run the same command again, which continues from {latest_name(folder)}."
+            f"room and run the same command again (without --overwrite_output_dir), which continues from "
+            f"{latest_name(folder)}."
         )
 
 
@@ -203,8 +214,8 @@ def writing(folder: str | Path, step: int, needed: int) -> Iterator[None]:
         reason = first_line(error)
         raise CheckpointError(
             f"The checkpoint at step {step} could not be written into {folder} ({reason[:200]}): it needs about "
-            f"{_size(needed)} and {free}; make room and run the same command again, which continues from "
-            f"{latest_name(folder)}."
+            f"{_size(needed)} and {free}; make room and run the same command again (without "
+            f"--overwrite_output_dir), which continues from {latest_name(folder)}."
         ) from error
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerState
 
 from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
-from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.io import read_json, write_json
 from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.weights import shard_names
 
@@ -167,6 +167,14 @@ def remove_checkpoints(output_dir: str | Path) -> None:
         shutil.rmtree(folder)
     for name in ("trainer_state.json", checkpoints.RECORD, fingerprint.FILE):
         (Path(output_dir) / name).unlink(missing_ok=True)
+    if "SLURM_JOB_ID" in os.environ:
+        write_json(Path(output_dir) / checkpoints.RECORD, {checkpoints.JOB: os.environ["SLURM_JOB_ID"]})
+
+
+def begun_by_this_job(output_dir: str | Path) -> bool:
+    """Whether this Slurm job has been requeued and has already overwritten this folder's earlier run."""
+    job = checkpoints.read_record(output_dir).get(checkpoints.JOB)
+    return job == os.environ.get("SLURM_JOB_ID", "") and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _read_state(folder: Path) -> dict | None:
