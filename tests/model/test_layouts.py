@@ -21,14 +21,13 @@ from tinyllava_switchkd.model import (
 # LoRA
 
 
-def make_lora(tmp_path, layout):
+def make_lora(tmp_path, layout, llm="qwen2", targets=("q_proj", "v_proj", "down_proj")):
     """v1's LoRA folder: adapter, and the base weights split by part with peft's ``.base_layer`` in their names."""
     from peft import LoraConfig, get_peft_model
 
-    base = tiny_llava(llm_model_name_or_path="qwen2-tiny")
-    targets = ["q_proj", "v_proj", "down_proj"]
+    base = tiny_llava(llm, llm_model_name_or_path=f"{llm}-tiny")
     torch.manual_seed(3)
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False))
     folder = tmp_path / "run"  # the name does not say what the folder contains
     adapted.save_pretrained(folder)
     expected = logits(adapted)
@@ -59,6 +58,15 @@ def test_lora_folder_is_merged(layout, tmp_path):
 def test_lora_in_the_name_means_nothing(tmp_path):
     save(tiny_llava(), tmp_path / "my-lora-run")
     assert torch.equal(logits(load_pretrained_model(tmp_path / "my-lora-run", device="cpu")[0]), logits(tiny_llava()))
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_an_end_of_tied_embeddings_is_not_merged(end, tmp_path):
+    folder, expected = make_lora(tmp_path / "untied", "full", "llama", ["q_proj", end])
+    assert torch.allclose(logits(load_pretrained_model(folder, device="cpu")[0]), expected, atol=1e-5)
+    folder, _ = make_lora(tmp_path / "tied", "full", targets=["q_proj", end])
+    with pytest.raises(ValueError, match=rf"{end}, which is also .*tie_word_embeddings"):
+        load_pretrained_model(folder, device="cpu")
 
 
 def test_adapter_that_does_not_fit(tmp_path):

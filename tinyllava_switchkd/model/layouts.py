@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllava_switchkd.io import read_json
 
@@ -21,7 +21,7 @@ from .vision_tower import resolve_vision_tower
 from .weights import read_checkpoint, refuse_unusable
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from .vision_tower import VisionTower
 
@@ -123,12 +123,12 @@ def token_ids(*settings: int | list[int] | None) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Merge the LoRA adapter in `folder` into the model.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the adapter cannot be read or does not fit the model.
+        ValueError: the adapter cannot be read, does not fit the model, or changes only one end of tied embeddings.
     """
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -142,6 +142,14 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     except Exception as error:  # raised by safetensors, torch, or peft if there is no file
         raise ValueError(f"The adapter's weights in {folder} cannot be read ({one_sentence(error)}).") from error
     refuse_unusable(stored, folder)
+    if model.config.text_config.tie_word_embeddings:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        for place, module in model.named_modules():
+            if module in ends and any(f".{place}.lora_" in name for name in stored):
+                raise ValueError(
+                    f"The adapter in {folder} changes {place}, which is also the model's other end "
+                    f"(tie_word_embeddings), so it cannot be merged; train an adapter without it."
+                )
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = True
     # Use the plain PeftModel: the one for causal language models replaces generate().
