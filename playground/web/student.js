@@ -2,6 +2,9 @@
 
 import { preprocess } from './preprocess.js';
 
+/** Typed text, in which `<image>` would be a placeholder. */
+const asText = (text) => text.replaceAll('<image>', '< image>');
+
 export class Student {
   constructor(library, model, tokenizer, processor) {
     Object.assign(this, { library, model, tokenizer, processor });
@@ -27,8 +30,10 @@ export class Student {
   prompt(question, withImage, history = []) {
     const messages = [];
     [...history, [question, null]].forEach(([asked, answer], index) => {
-      messages.push({ role: 'user', content: (index === 0 && withImage ? '<image>\n' : '') + asked });
-      if (answer !== null) messages.push({ role: 'assistant', content: answer });
+      const marked = index === 0 && withImage;
+      const content = marked ? `<image>\n${asked.replaceAll('<image>', '').trim()}` : asText(asked);
+      messages.push({ role: 'user', content });
+      if (answer !== null) messages.push({ role: 'assistant', content: asText(answer) });
     });
     const text = this.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true });
     return text.replaceAll('<image>', '<image>'.repeat(this.count));

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.model.checkpoints import save
 from tests.tiny import VOCAB_SIZE, tiny_llava, tiny_tokenizer
 from tinyllava_switchkd.data import ImagePreprocess, TextPreprocess
+from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration, load_pretrained_model
 from tinyllava_switchkd.model.chat import conversation_template
@@ -78,6 +79,18 @@ def test_a_loaded_model_reads_the_rest_of_its_own_checkpoint(where, tmp_path, mo
     assert list(model.image_processor.image_mean) == [0.5] * 3 and len(model.tokenizer) == VOCAB_SIZE
 
 
+def test_a_written_placeholder_is_not_counted():
+    model, images = tiny_llava(template="qwen2_base"), [picture(1), picture(2)]
+    model.tokenizer = tiny_tokenizer()
+    first = model.chat("Which?", images, max_new_tokens=5)
+    assert model.chat("<image>\n<image>\nWhich?", images, max_new_tokens=5) == first
+    history = [("<image>\nHi", "I see an <image>.")]
+    for shown, start in ((images, "<image>\n<image>\nHi"), ([], "< image>\nHi")):
+        messages = [*exchange(start, history[0][1]), *exchange("What is < image>?")]
+        answer = model.chat("What is <image>?", shown, history=history, max_new_tokens=5)
+        assert answer == expected(model, messages, shown)
+
+
 def test_everybody_stops_at_the_same_tokens(tmp_path, monkeypatch):
     """At those of generation_config.json (nothing else of which is read), the tokenizer and the template."""
     save(tiny_llava(), tmp_path, template="qwen2_instruct")
@@ -133,6 +146,6 @@ def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
     upright = picture(3).transpose(Image.Transpose.ROTATE_270)
     seen = []
     model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for image in (tmp_path / "phone.png", upright, picture(3)):
+    for image in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png"), upright, picture(3)):
         model.chat("What?", image, tiny_tokenizer(), max_new_tokens=1)
-    assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[2]) and not torch.allclose(seen[2], seen[3])

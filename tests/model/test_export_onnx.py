@@ -72,6 +72,16 @@ def test_the_same_logits_and_answers_alone_and_in_a_batch(exported):
     assert_same(*exported)
 
 
+def test_a_written_placeholder_is_not_counted(exported):
+    student = OnnxStudent(exported[1])
+    count = student.config["image_seq_length"]
+    history = [("<image>\nHi", "An <image>.")]
+    for images in (2, 0):
+        ids = student.prompt_ids("What is <image>?", images, history)
+        assert ids.count(student.config["image_token_index"]) == images * count
+    assert student.prompt_ids("<image>\nWhat?") == student.prompt_ids("What?")
+
+
 def test_smaller_precisions_are_measured_and_smaller(exported):
     source, folder = exported
     measured = json.loads((folder / "measured.json").read_text())

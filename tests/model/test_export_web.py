@@ -81,6 +81,19 @@ console.log(JSON.stringify(posted));
 
 
 @needs_node
+def test_a_written_placeholder_is_not_counted(tmp_path):
+    (tmp_path / "run.mjs").write_text(f"""
+import {{ Student }} from '{ROOT / "playground" / "web"}/student.js';
+const tokenizer = {{ apply_chat_template: (messages) => messages.map(({{ content }}) => content).join('|') }};
+const student = new Student(null, {{ config: {{ tinyllava: {{}}, image_seq_length: 2 }} }}, tokenizer, null);
+const history = [['<image> Hi', 'An <image>.']];
+console.log(JSON.stringify([true, false].map((shown) => student.prompt('<image>?', shown, history))));
+""")
+    told = subprocess.run([NODE, "run.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told) == ["<image><image>\nHi|An < image>.|< image>?", "< image> Hi|An < image>.|< image>?"]
+
+
+@needs_node
 def test_the_answer_about_the_picture_before_is_not_in_the_conversation(tmp_path):
     (tmp_path / "page.mjs").write_text(PAGE)
     done = subprocess.run([NODE, str(tmp_path / "page.mjs"), str(WEB / "app.js")], capture_output=True, text=True)

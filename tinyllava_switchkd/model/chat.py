@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image import ImagePreprocess
-from tinyllava_switchkd.data.image_files import BadImageError, read_upright
+from tinyllava_switchkd.data.image_files import BadImageError, read_upright, upright
 from tinyllava_switchkd.data.template import TemplateFactory
-from tinyllava_switchkd.data.template.base import exchange
+from tinyllava_switchkd.data.template.base import as_text, exchange, mark_first
 from tinyllava_switchkd.data.text import TextPreprocess
 
 from .layouts import image_processor_of, token_ids, tokenizer_of
@@ -92,7 +91,8 @@ def chat(
     Args:
         model: a `TinyLlavaForConditionalGeneration`.
         prompt: the question.
-        image: a PIL image or a path, or several; they belong to the first question, in order.
+        image: a PIL image or a path, or several; they belong to the first question, in order, with or without
+            ``<image>`` in it. Each is turned upright as its EXIF data says.
         tokenizer: the model's own if None; read from its checkpoint if it is not loaded yet.
         image_processor: likewise.
         history: earlier (question, answer) pairs of this conversation.
@@ -113,13 +113,12 @@ def chat(
     if tokenizer is None:
         raise ValueError("The model has no tokenizer; pass one, or load the model with load_pretrained_model.")
     given = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    images = [item if isinstance(item, Image.Image) else open_image(item) for item in given]
+    images = [upright(item) if isinstance(item, Image.Image) else open_image(item) for item in given]
     template = template or conversation_template(model, tokenizer)
     text = TextPreprocess(tokenizer, template)
     messages: list[Message] = []
     for index, (question, answer) in enumerate([*history, (prompt, None)]):
-        marks = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) if index == 0 else ""
-        messages += exchange(marks + question, answer)
+        messages += exchange(as_text(question) if index else mark_first(question, len(images)), answer)
     encoded = text(messages, mode="eval", num_images=len(images))
     input_ids = encoded["input_ids"][None].to(model.device)  # [1, T]
     pixels = None

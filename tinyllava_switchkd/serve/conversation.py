@@ -9,7 +9,7 @@ from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import Message
-from tinyllava_switchkd.data.template.base import exchange
+from tinyllava_switchkd.data.template.base import as_text, exchange
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ class Conversation:
         messages: list[Message] = []
         for text, num_images, answer in [*asked, (question, len(self.pending), None)]:
             placeholders = f"{DEFAULT_IMAGE_TOKEN}\n" * num_images
-            messages += exchange(
-                placeholders + text.replace(DEFAULT_IMAGE_TOKEN, f"< {DEFAULT_IMAGE_TOKEN[1:]}"), answer
-            )
+            messages += exchange(placeholders + as_text(text), answer)
         return messages
 
     def record(self, question: str, answer: str) -> None:

@@ -34,6 +34,18 @@ def exchange(question: str, answer: str | None = None) -> list[Message]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
+def as_text(text: str) -> str:
+    """What somebody has typed, with ``< image>`` for ``<image>``, which would be a placeholder."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, f"< {DEFAULT_IMAGE_TOKEN[1:]}")
+
+
+def mark_first(question: str, num_images: int) -> str:
+    """A first question after a placeholder for each image; a caller may have written placeholders, too."""
+    if not num_images:
+        return as_text(question)
+    return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + question.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
+
 # Replaces an "<image>" that is text and not a placeholder while `prompt` is built. It contains a Unicode noncharacter,
 # which does not occur in text, and has the same length, so that offsets into the prompt stay valid.
 _LITERAL_IMAGE_TOKEN = "<\ufdd0mage>"

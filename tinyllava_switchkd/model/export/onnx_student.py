@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
+from tinyllava_switchkd.data.image_files import upright
+from tinyllava_switchkd.data.template.base import as_text, mark_first
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.trust import refuse_code
 
@@ -77,7 +79,8 @@ class OnnxStudent:
         """Ids of a prompt in the folder's chat template, with each image's token repeated for its visual tokens."""
         count = self.config["image_seq_length"]
         (first, answer), *rest = [*history, (question, None)]
-        messages = messages_of([(f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + first, answer), *rest])
+        turns = [(mark_first(first, num_images), answer), *((as_text(asked), told) for asked, told in rest)]
+        messages = messages_of([(asked, told and as_text(told)) for asked, told in turns])
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(
             text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN * count), add_special_tokens=False
@@ -153,7 +156,7 @@ class OnnxStudent:
         """Answer a question about one or several PIL images or none, like `TinyLlavaForConditionalGeneration.chat`."""
         images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         ids = self.prompt_ids(prompt, len(images), history)
-        pixels = self.pixels(images) if images else None
+        pixels = self.pixels([upright(image) for image in images]) if images else None
         return self.tokenizer.decode(self.generate([ids], pixels, max_new_tokens)[0], skip_special_tokens=True).strip()
 
     def _empty(self, batch: int) -> dict[str, Array]:
