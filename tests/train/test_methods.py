@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import write_tiny_tower
-from tests.train.toy import ToyDataset, toy_arguments, toy_task, toy_trainer
+from tests.tiny import tiny_llava, write_tiny_tower
+from tests.train.toy import ToyDataset, toy_arguments, toy_collator, toy_task, toy_trainer
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.distill import MethodFactory
+from tinyllava_switchkd.distill import MethodFactory, build_distiller
 from tinyllava_switchkd.train.adapters import FILE
 from tinyllava_switchkd.train.train import main
-from tinyllava_switchkd.train.validation import hold_out
+from tinyllava_switchkd.train.validation import WithFillers, hold_out
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,18 @@ def test_held_out_losses_are_those_of_training(tmp_path):
             assert metrics[f"eval_{name}"] == pytest.approx(row[name], rel=1e-4), name
         assert metrics["eval_loss"] == pytest.approx(row["loss"], rel=1e-4)
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("method", MethodFactory.list())
+def test_a_filler_of_a_ranks_last_batch_teaches_nothing(method):
+    """Also methods that look at images without labels."""
+    data = WithFillers(ToyDataset(3))
+    task = build_distiller(toy_task().student, tiny_llava(seed=100), method)
+    collate = toy_collator(task.student)
+    alone, filled = (task(collate([data[index] for index in chosen])) for chosen in ([1], [1, 5]))
+    assert alone.keys() == filled.keys()
+    for name, value in alone.items():
+        assert torch.isclose(filled[name].double(), value.double(), rtol=1e-5), name
 
 
 def test_samples_are_held_out_by_their_ids(tmp_path):

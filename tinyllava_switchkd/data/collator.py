@@ -45,6 +45,14 @@ class Sample(TypedDict, total=False):
     prompt: str
 
 
+def without_lesson(sample: Sample) -> Sample:
+    """A sample with the same id that no loss learns from: one token without a label, and no image."""
+    kept: Sample = {"input_ids": torch.zeros(1, dtype=torch.long), "labels": torch.full((1,), IGNORE_INDEX)}
+    if "id" in sample:
+        kept["id"] = sample["id"]
+    return kept
+
+
 class Batch(TypedDict, total=False):
     """A training batch, see `DataCollatorForSupervisedDataset`."""
 

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from tinyllava_switchkd.constants import IGNORE_INDEX
-from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset, Pictures, Sample, SampleError
+from tinyllava_switchkd.data.collator import (
+    DataCollatorForSupervisedDataset,
+    Pictures,
+    Sample,
+    SampleError,
+    without_lesson,
+)
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.image_files import ImageFolder, read_image
 from tinyllava_switchkd.data.inspection import BROKEN_IMAGES, MISSING_IMAGES, DataChecker, DataReport, encode_some
@@ -64,7 +69,7 @@ class LazySupervisedDataset(Dataset):
         data_args: the data arguments ``template``, ``image_folder``, ``image_processor``, ``image_aspect_ratio``,
             ``image_backend``, ``eos_token_ids`` (see `TextPreprocess`), ``keep_in_memory`` (default: no),
             ``allow_outside_images`` (see `ImageFolder`; default: no) and ``on_bad_image``, for images that cannot be
-            read: "raise" (the default) or "skip", which keeps the sample but learns nothing from it. Skipping becomes
+            read: "raise" (the default) or "skip", which learns nothing from the sample. Skipping becomes
             an error once more than 1 % of the images are bad. If ``teacher_image_processor`` (with
             ``teacher_image_aspect_ratio``, by default the student's) gives other pixels than the student's processor,
             samples have the teacher's pixels as well.
@@ -145,11 +150,11 @@ class LazySupervisedDataset(Dataset):
     def _make(self, index: int) -> Sample:
         sample, names, where = self._encode(index)
         if names:
-            images = [self._load(name, where) for name in names]
-            if None in images:
-                sample["labels"] = torch.full_like(sample["labels"], IGNORE_INDEX)
-            for key, preprocess in self._preprocesses.items():
-                sample[key] = torch.stack([preprocess.blank() if image is None else image[key] for image in images])
+            images = [image for name in names if (image := self._load(name, where)) is not None]
+            if len(images) < len(names):
+                return without_lesson(sample)
+            for key in self._preprocesses:
+                sample[key] = torch.stack([image[key] for image in images])
         return sample
 
     def encode(self, index: int) -> Sample:

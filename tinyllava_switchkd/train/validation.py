@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.data.collator import without_lesson
 from tinyllava_switchkd.distill import Task
 
 if TYPE_CHECKING:
@@ -63,13 +63,11 @@ class Subset(_Wrapper):
 
 
 class WithFillers(_Wrapper):
-    """A data set that, beyond its end, repeats its samples without labels, to give all ranks equally many."""
+    """A data set that, beyond its end, has samples to learn nothing from, to give all ranks equally many."""
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.whole[index % len(self.whole)]
-        if index < len(self.whole):
-            return sample
-        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
+        return sample if index < len(self.whole) else without_lesson(sample)
 
 
 def hold_out(dataset: LazySupervisedDataset, share: float, seed: int) -> tuple[Subset, Subset]:

@@ -4,7 +4,8 @@
 * A signal ends the run on all ranks at the same step, after a checkpoint (`signals`).
 * Checkpoints are written to a temporary folder, sealed and renamed, and rotated by their steps (`checkpoints`).
 * Nothing in a checkpoint is executed, and the arguments are written as JSON without secrets.
-* Filler samples in the ranks' last batches have no loss, so any number of ranks computes one process's gradient.
+* Filler samples in the ranks' last batches have neither labels nor images, so any number of ranks computes one
+  process's gradient.
 """
 
 from __future__ import annotations
