@@ -119,6 +119,8 @@ def test_several_nodes(tmp_path):
     launcher = find_launcher({"HOSTFILE": str(hosts)}, four)
     assert launcher.processes == 12
     assert "--hostfile" in launch_words({"HOSTFILE": str(hosts)}, four, launcher, "python")
+    with pytest.raises(ValueError, match="GPUS is '0,1', but with a HOSTFILE its lines"):
+        find_launcher({"HOSTFILE": str(hosts), "GPUS": "0,1"}, four)
     hosts.write_text("a\nb\n")
     with pytest.raises(ValueError, match="names no processes"):
         find_launcher({"HOSTFILE": str(hosts)}, four)

@@ -79,6 +79,10 @@ def _processes(variables: Mapping[str, str], devices: Devices, kind: str) -> int
     if hostfile:
         if kind != "deepspeed":
             raise ValueError("HOSTFILE is only for LAUNCHER=deepspeed; for torchrun set NNODES and MASTER_ADDR.")
+        if variables.get("GPUS"):
+            raise ValueError(
+                f"GPUS is {variables['GPUS']!r}, but with a HOSTFILE its lines (node0 slots=8) say how many are used."
+            )
         if not Path(hostfile).is_file():
             raise ValueError(f"The HOSTFILE {hostfile} does not exist.")
         lines = [line.split("#")[0] for line in Path(hostfile).read_text(encoding="utf-8").splitlines()]
