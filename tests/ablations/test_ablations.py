@@ -291,6 +291,15 @@ def test_new_bases_are_refused_at_the_papers_scale(capsys, monkeypatch):
     assert "Qwen2.5 and SigLIP are already trained" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["TEACHER_PATH", "PRETRAINED_PATH"])
+def test_one_teacher_or_start_is_refused_at_the_papers_scale(name, capsys, monkeypatch):
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setenv("SCALE", "paper")
+    monkeypatch.setenv(name, "/t")
+    assert command.main(["switch"]) == 1
+    assert f"{name} is one model, but the tables train teachers" in capsys.readouterr().err
+
+
 def test_hours_are_operations_divided_by_rate(tiny_configs):
     """Computed by hand for a frozen tower and a trained language model without a teacher."""
     models = (paper.MODELS["student"], paper.MODELS["tower"])

@@ -69,6 +69,11 @@ class Paper:
     def __init__(self, environment: Mapping[str, str], devices: Devices | None = None) -> None:
         own = {name: value for name, value in environment.items() if name not in OURS}
         self.variables = read(own, training=True)
+        for name in ("TEACHER_PATH", "PRETRAINED_PATH"):
+            if name in self.variables:
+                raise ValueError(
+                    f"{name} is one model, but the tables train teachers and starts of their own; unset it."
+                )
         python = self.variables.get("PYTHON") or sys.executable
         self.request = stages.Request(self.variables, devices or find_devices(own, python), python, playground())
         self.recipe = read_recipe(RECIPE)
