@@ -118,6 +118,18 @@ def test_given_teacher_skips_its_stages():
     stages = resolved("llava_kd", TEACHER_PATH="/teacher")
     assert len(stages) == 3 and stages[0]["teacher_path"] == stages[2]["teacher_path"] == "/teacher"
     assert "teacher_path" not in stages[1]
+    assert resolved("llava_kd", flags=["--teacher_path", "/teacher"]) == stages
+
+
+def test_words_of_extra_arguments():
+    for text in (
+        "--run_name 'my run' --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'",
+        '--run_name="my run" --lr_scheduler_kwargs {"min_lr_rate": 0.1}',
+    ):
+        own = flags_of(one_stage("pretrain", NINE, request(EXTRA_ARGS=text)))
+        assert (own["run_name"], own["lr_scheduler_kwargs"]) == ("my run", '{"min_lr_rate": 0.1}')
+    with pytest.raises(ValueError, match=r"EXTRA_ARGS is .* with every quotation mark closed"):
+        request(EXTRA_ARGS="--run_name 'my run")
 
 
 def test_precedence_of_settings(tmp_path):
@@ -168,6 +180,8 @@ def test_one_stage_with_a_teacher():
 def test_validation():
     own = flags_of(one_stage("pretrain", NINE, request(EVAL_DATA="v.json", EVAL_STEPS="50")))
     assert (own["eval_data_path"], own["eval_steps"], own["eval_strategy"]) == ("v.json", "50", "steps")
+    shared = flags_of(one_stage("pretrain", NINE, request(EVAL_STEPS="50", EXTRA_ARGS="--eval_share 0.1")))
+    assert (shared["eval_share"], shared["eval_steps"], shared["eval_strategy"]) == ("0.1", "50", "steps")
     assert not {"eval_steps", "eval_strategy"} & flags_of(one_stage("pretrain", NINE, request(EVAL_STEPS="50"))).keys()
 
 
@@ -239,9 +253,38 @@ def test_wrong_recipes(text, tmp_path, capsys, monkeypatch):
     assert WRONG_RECIPES[text] in err and err.count("\n") == 1 and MODULE not in out
 
 
-def test_output_dir_is_refused_for_several_stages():
-    with pytest.raises(ValueError, match="OUTPUT_ROOT"):
-        whole_recipe(read_recipe("debug"), request(flags=["--output_dir", "x"]))
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"flags": ["--output_dir", "x"]}, "OUTPUT_ROOT"),
+        ({"flags": ["--pretrained_model_path", "x"]}, "--pretrained_model_path is for one .* run that stage"),
+        ({"PRETRAINED_PATH": "x"}, "PRETRAINED_PATH is for one training"),
+        ({"EXTRA_ARGS": "--teacher_path x"}, "set TEACHER_PATH"),
+    ],
+)
+def test_what_is_for_one_stage_is_refused_for_several(given, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        whole_recipe(read_recipe("debug"), request(**given))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("DISTILL_LEARNING_RATE", "set LEARNING_RATE"),
+        ("PRETRAIN_EXTRA_ARGS", "set EXTRA_ARGS"),
+        ("CONNECTOR", "pass --connector_type"),
+        ("CONV_VERSION", "pass --template"),
+        ("PRETRAINED_PATH", "pass --pretrained_model_path"),
+        ("FINETUNE_DATA", "change the recipe"),
+    ],
+)
+def test_variables_that_a_runs_recipe_would_ignore(name, remedy, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stages:\n- settings: {output_dir: x, data_path: d.json}\n")
+    assert resolved(str(path), LEARNING_RATE="1e-3", DATA_ROOT="/d")[0]["learning_rate"] == "1e-3"
+    value = "--seed 1" if name.endswith("ARGS") else "1e-3"
+    with pytest.raises(ValueError, match=f"{name} does nothing with the recipe recipe.*{remedy}"):
+        resolved(str(path), **{name: value})
 
 
 def test_the_command_lists_and_prints_recipes(capsys):
@@ -261,6 +304,7 @@ def test_the_command_lists_and_prints_recipes(capsys):
         (["train", "pretrain", "a"], "It takes 9 arguments, not 1."),
         (["train", "--recipe"], "--recipe takes one recipe"),
         (["train", "--recipe", "llava_dk"], "did you mean llava_kd?"),
+        (["train", "--recipe", "debug", "--help"], "Usage: tinyllava-switchkd train STAGE"),
         (["eval"], "Usage: tinyllava-switchkd eval BENCHMARK MODEL_PATH [MODEL_NAME]"),
         (["eval", "pope"], "Usage: tinyllava-switchkd eval pope MODEL_PATH [MODEL_NAME]"),
         (["eval", "pope", "vlm", "../x"], "MODEL_NAME is '../x'"),

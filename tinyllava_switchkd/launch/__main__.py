@@ -107,12 +107,14 @@ def is_dry(environment: Mapping[str, str]) -> bool:
 
 def _train(words: list[str], script: str) -> int:
     stage, positional, flags = _split(words)
+    if {"help", "h"} & flags.keys():
+        raise UsageError(_train_usage(stage, script))
     if "recipe" in flags and not stage:
         name = flags.pop("recipe")
         if positional or not isinstance(name, str):
             raise ValueError("--recipe takes one recipe: a name or a file.")
         named = recipe.read_recipe(name)
-    elif {"help", "h"} & flags.keys() or stage.removesuffix("_lora") not in stages.ARGUMENTS:
+    elif stage.removesuffix("_lora") not in stages.ARGUMENTS:
         raise UsageError(_train_usage(stage, script))
     else:
         named = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from tinyllava_switchkd.registry import checkpoint_name
 
 from .devices import Devices
-from .values import folder_name
+from .values import folder_name, split_words
 
 MODULE = "tinyllava_switchkd.eval.run"
 
@@ -122,7 +122,7 @@ def evaluation(name: str, request: Request) -> list[str]:
     for variable, flag in (("LIMIT", "--limit"), ("CONV_MODE", "--template")):
         if variable in variables:
             words += [flag, variables[variable]]
-    words += [*variables.get("EXTRA_ARGS", "").split(), *request.flags]
+    words += [*split_words(variables.get("EXTRA_ARGS", "")), *request.flags]
     if not request.devices.gpus:
         words += ["--device", "cpu"]
     if request.devices.processes > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .batch import Batch, batch_of
 from .devices import Devices
 from .launcher import find_launcher, launch_environment, launch_words
 from .recipe import LAUNCH_SETTINGS, Item, Recipe, Settings, is_unset, read_recipe, setting_name
-from .values import folder_name
+from .values import folder_name, split_words
 from .variables import STAGE_PREFIXES, TRAINING
 
 BASE_RECIPE = "tinyllava"
@@ -53,6 +54,16 @@ DISTILLATION = (
 """Settings that apply only to a stage with a teacher."""
 
 ADAPTERS = ("lora_r", "lora_alpha")
+
+_OF_ONE_STAGE = {
+    "--output_dir": "set OUTPUT_ROOT",
+    "--teacher_path": "set TEACHER_PATH",
+    **dict.fromkeys(
+        ("--pretrained_model_path", "PRETRAINED_PATH"),
+        "run that stage on its own (train finetune or train distill)",
+    ),
+}
+"""Flags and variables that are refused for several stages -> the remedy."""
 
 _TITLES = {"pretrain": "pre-training", "finetune": "supervised fine-tuning", "distill": "distilled fine-tuning"}
 
@@ -174,14 +185,23 @@ def whole_recipe(recipe: Recipe, request: Request) -> list[Training]:
     Raises:
         ValueError: a setting is invalid or missing.
     """
+    if not any(item.model for item in recipe.stages):
+        _refuse_unread(recipe, request.variables)
+    elif request.flags.get("teacher_path"):
+        flags = dict(request.flags)
+        teacher_too = {**request.variables, "TEACHER_PATH": str(flags.pop("teacher_path"))}
+        request = dataclasses.replace(request, variables=teacher_too, flags=flags)
     variables = request.variables
     items = [item for item in recipe.stages if not (item.model == "teacher" and variables.get("TEACHER_PATH"))]
     if not items:
         raise ValueError(f"The recipe {recipe.name} has no stages; extend it by a recipe that has some.")
-    if len(items) > 1 and "output_dir" in request.flags:
-        raise ValueError(
-            f"--output_dir names one folder, but the recipe {recipe.name} has {len(items)} stages; set OUTPUT_ROOT."
-        )
+    if len(items) > 1:
+        given = {f"--{name}" for name in parse_flags(split_words(variables.get("EXTRA_ARGS", ""))) | request.flags}
+        for name, remedy in _OF_ONE_STAGE.items():
+            if name in given | variables.keys():
+                raise ValueError(
+                    f"{name} is for one training, but the recipe {recipe.name} has {len(items)} stages; {remedy}."
+                )
     trainings = []
     teacher = variables.get("TEACHER_PATH", "")
     for item in items:
@@ -190,6 +210,20 @@ def whole_recipe(recipe: Recipe, request: Request) -> list[Training]:
         if item.model == "teacher":
             teacher = training.output_dir
     return trainings
+
+
+def _refuse_unread(recipe: Recipe, variables: Mapping[str, str]) -> None:
+    """Refuse variables that a recipe written by a run would ignore: it has all settings of one training."""
+    for name in filter(variables.get, variables):
+        prefix, _, rest = name.partition("_")
+        variable = TRAINING.get(name)
+        if variable is None and prefix in STAGE_PREFIXES:
+            remedy = f"set {rest}"
+        elif variable is not None and name != "DATA_ROOT" and (variable.recipe_only or name == "PRETRAINED_PATH"):
+            remedy = f"pass --{variable.setting}" if variable.setting else "leave it out or change the recipe"
+        else:
+            continue
+        raise ValueError(f"{name} does nothing with the recipe {recipe.name}, which names no stages; {remedy}.")
 
 
 def _item_training(recipe: Recipe, item: Item, last: bool, teacher: str, request: Request) -> Training:
@@ -254,7 +288,7 @@ def _training(
     title: str,
 ) -> Training:
     """Merge the layers of settings and build the command."""
-    extra = parse_flags(variables.get("EXTRA_ARGS", "").split()) | request.flags
+    extra = parse_flags(split_words(variables.get("EXTRA_ARGS", ""))) | request.flags
     over = _from_variables(variables, recipe_too=bool(item.model)) | arguments | extra
     base, own = recipe.settings[stage], item.settings
     if str((base | own | over).get("distill_method") or "switch_kd") == "switch_kd":
@@ -304,7 +338,7 @@ def _command(settings: Settings, given: Settings, request: Request, title: str) 
         "per_device_train_batch_size": str(batch.per_device),
         "gradient_accumulation_steps": str(batch.accumulate),
     }
-    if "eval_data_path" in flags:
+    if {"eval_data_path", "eval_share"} & flags.keys():
         flags.setdefault("eval_strategy", "steps")
     else:
         flags.pop("eval_steps", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from tinyllava_switchkd.train.command_line.flags import BOOLEANS
 
@@ -27,7 +28,20 @@ def word(text: str) -> str | None:
 
 def flags(text: str) -> str | None:
     """Arguments of the entry point."""
-    return None if not text.split() or text.split()[0].startswith("--") else "arguments such as --packing True"
+    try:
+        words = split_words(text)
+    except ValueError:
+        return "arguments such as --run_name 'a b', with every quotation mark closed"
+    return None if not words or words[0].startswith("--") else "arguments such as --packing True"
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as in a shell; a JSON object needs no quotation marks around it.
+
+    Raises:
+        ValueError: a quotation mark is not closed.
+    """
+    return shlex.split(re.sub(r"""(?<=[\s=])\{\s*".*?\}(?=\s|$)""", lambda match: shlex.quote(match[0]), text))
 
 
 def anything(text: str) -> str | None:
