@@ -21,7 +21,9 @@ from transformers import (
 from tests.data import tokenizers
 from tests.model.checkpoints import write_v1_split
 from tests.tiny import VOCAB_SIZE, tiny_llava, tiny_tokenizer
-from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess
+from tinyllava_switchkd.data import ImagePreprocess, TemplateFactory, TextPreprocess, register_template
+from tinyllava_switchkd.data.template.base import EmptyFormatter
+from tinyllava_switchkd.data.template.conversations import PhiTemplate
 from tinyllava_switchkd.model import load_pretrained_model, save_pretrained_model
 from tinyllava_switchkd.model.export import from_hf_llava, jinja_template, to_hf_llava, verify_export
 from tinyllava_switchkd.model.export.__main__ import main
@@ -208,6 +210,18 @@ def test_chat_template_gives_the_ids_of_training(version, make):
         )
         assert ids == torch.where(expected == -200, image, expected).tolist()
     assert TemplateFactory(template_behind(jinja, tokenizer)) is TemplateFactory(version)
+
+
+def test_a_template_with_other_than_ascii_characters():
+    system = EmptyFormatter(slot='A robot \U0001f916 says "höflich" {{x}} {% y %}\u2028. ')
+    tokenizer = with_image_token(tiny_tokenizer("phi"))
+    with TemplateFactory.scope():
+        register_template("robot")(lambda: PhiTemplate(system=system))
+        jinja = jinja_template("robot", tokenizer)
+    text = tokenizer.apply_chat_template(
+        messages_of([("Hi", None)]), chat_template=jinja, tokenize=False, add_generation_prompt=True
+    )
+    assert text == f"{system.apply()}USER: Hi ASSISTANT:"
 
 
 def test_chat_template_writes_v1s_text():

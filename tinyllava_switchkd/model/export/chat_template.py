@@ -122,8 +122,9 @@ def _fill(template: Template, bos: str, gap: str, system_is_text: bool) -> str |
         "IMAGE_LINE": image_line[0].replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN + gap),
         "PROMPT": template.format_assistant.apply(content=None),
     }
-    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
-    return settings + read_text(_JINJA)
+    # Not as ASCII: json would write an emoji as two surrogates, which Jinja does not join.
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return "".join(f"{{%- set {name} = {text} -%}}\n" for name, text in texts.items()) + read_text(_JINJA)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, jinja: str, turns: Turns) -> str:
