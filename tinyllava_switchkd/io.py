@@ -116,6 +116,29 @@ def read_json(path: StrPath, kind: type = dict, *, what: str = "file") -> Any:
     return value
 
 
+def read_jsonl(path: StrPath, *, what: str = "file") -> Iterator[tuple[str, JsonObject]]:
+    """Objects of a JSON-lines file, each with its position ("FILE, line N"); empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+        ValueError: a line is not a JSON object.
+    """
+    # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
+    for number, line in enumerate(read_text(path, what=what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error.msg}).") from None
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply to be read.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
+        yield where, row
+
+
 def digest(path: StrPath) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     total = hashlib.sha256()

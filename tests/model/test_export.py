@@ -502,18 +502,21 @@ def test_verification_sees_a_difference(tmp_path):
 
 def test_questions_are_read_of_lines_and_lists(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "text": "What?"}, {"image": "a.png", "question": "Where?"}]
-    (tmp_path / "lines.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    rows = [{"image": "a.png", "text": "What\u2028is?"}, {"image": "a.png", "question": "Where?"}]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "list.json").write_text(json.dumps(rows))
     for name in ("lines.jsonl", "list.json"):
         found = read_questions(tmp_path / name, None)
-        assert [(one.text, one.image) for one in found] == [(text, tmp_path / "a.png") for text in ("What?", "Where?")]
+        assert [one.text for one in found] == ["What\u2028is?", "Where?"]
+        assert {one.image for one in found} == {tmp_path / "a.png"}
         assert len(read_questions(tmp_path / name, tmp_path, limit=1)) == 1
     for content, said in (
         ("", "holds no question"),
-        ("{", "entry 1: not a JSON object"),
+        ("{", "line 1: not valid JSON"),
+        ('{"text": "?"}', "line 1: not a JSON object"),
         ('["text"]', "entry 1: not a JSON object"),
-        ('{"a":' * 100_000, "entry 1: not a JSON object"),
+        ('{"a":' * 100_000, "line 1: nested too deeply"),
         ('[{"image": "../a.png", "text": "?"}]', "lies outside"),
         ('{"image": "b.png", "text": "?"}', "there is no image"),
     ):

@@ -26,9 +26,8 @@ from tinyllava_switchkd.distill.losses.knee import Order, leading
 from tinyllava_switchkd.distill.methods.base import Method
 from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.eval import run as eval_run
-from tinyllava_switchkd.eval.benchmarks.files import read_jsonl
 from tinyllava_switchkd.eval.generate import Answerer
-from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
+from tinyllava_switchkd.io import JsonObject, digest, read_json, read_jsonl, write_json
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
 from tinyllava_switchkd.quickstart.report import environment

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, read_jsonl, write_json, write_jsonl
 
 from .benchmarks import Question, answer_key
-from .benchmarks.files import read_jsonl, require
+from .benchmarks.files import require
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.io import JsonObject, read_jsonl
 from tinyllava_switchkd.statistics import Comparison, compare, holm
 
 from .benchmarks import Benchmark, BenchmarkFactory
-from .benchmarks.files import read_jsonl
 from .results import Result, Row, read_results
 from .score import rows_file
 

@@ -20,9 +20,9 @@ from PIL import Image
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.data.image_files import BadImageError, opened, upright
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, Question
-from tinyllava_switchkd.eval.benchmarks.files import read_jsonl, require, sentence_of
+from tinyllava_switchkd.eval.benchmarks.files import require, sentence_of
 from tinyllava_switchkd.eval.results import labelled
-from tinyllava_switchkd.io import JsonObject, read_text, write_text
+from tinyllava_switchkd.io import JsonObject, read_jsonl, read_text, write_text
 from tinyllava_switchkd.visualize.overlay import data_address
 
 SIDE = 320

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tinyllava_switchkd.io import JsonObject, read_text, write_text
+from tinyllava_switchkd.io import write_text
 
 
 def find_file(data_dir: str | Path, names: Sequence[str]) -> Path | None:
@@ -46,29 +46,6 @@ def sentence_of(error: Exception) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
-
-
-def read_jsonl(path: str | Path, *, what: str = "file") -> Iterator[tuple[str, JsonObject]]:
-    """Objects of a JSON-lines file, each with its position ("FILE, line N"); empty lines are skipped.
-
-    Raises:
-        FileNotFoundError: there is no such file, or it is a folder.
-        ValueError: a line is not a JSON object.
-    """
-    # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
-    for number, line in enumerate(read_text(path, what=what).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg}).") from None
-        except RecursionError:
-            raise ValueError(f"{where}: nested too deeply to be read.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object.")
-        yield where, row
 
 
 def read_tsv(path: str | Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:

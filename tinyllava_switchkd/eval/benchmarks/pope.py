@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_jsonl, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -21,7 +21,7 @@ from .base import (
     said,
     strip_suffix,
 )
-from .files import missing_file, read_jsonl, require
+from .files import missing_file, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

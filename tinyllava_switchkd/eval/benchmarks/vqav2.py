@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
+from tinyllava_switchkd.io import JsonObject, read_json, read_jsonl, write_json, write_jsonl
 
 from .base import (
     SINGLE_WORD_SUFFIX,
@@ -19,7 +19,7 @@ from .base import (
     refuse_missing,
     register_benchmark,
 )
-from .files import ID, find_file, prepare_hint, read_jsonl, require, write_upload
+from .files import ID, find_file, prepare_hint, require, write_upload
 from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tinyllava_switchkd.data.image_files import BadImageError, ImageFolder, read_image
-from tinyllava_switchkd.io import read_json, read_text
+from tinyllava_switchkd.io import read_json, read_jsonl, read_text
 
 
 @dataclass(frozen=True)
@@ -46,23 +45,21 @@ def read_questions(
     """
     file = Path(file)
     folder = ImageFolder(str(file.parent if image_folder is None else image_folder))
-    text = read_text(file, what="question file")
-    is_list = text.lstrip().startswith("[")
+    if read_text(file, what="question file").lstrip().startswith("["):
+        rows = [(f"{file}, entry {number}", row) for number, row in enumerate(read_json(file, list), start=1)]
+    else:
+        rows = list(read_jsonl(file))
     questions = []
-    for number, entry in enumerate(read_json(file, list) if is_list else text.splitlines(), start=1):
-        if isinstance(entry, str) and not entry.strip():
-            continue
+    for where, row in rows:
         try:
-            row = json.loads(entry) if isinstance(entry, str) else entry
             asked, name = row.get("question") or row["text"], row["image"]
             image = Path(folder.path(name))
         except BadImageError:
-            where = f"{file}, entry {number}"
             raise ValueError(f"{where}: the image {name!r} lies outside {folder.root}; pass --image_folder.") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{file}, entry {number}: not a JSON object with image and text.") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{where}: not a JSON object with image and text.") from None
         if not image.is_file():
-            raise FileNotFoundError(f"{file}, entry {number}: there is no image {image}.")
+            raise FileNotFoundError(f"{where}: there is no image {image}.")
         questions.append(Question(asked, image))
     if not questions:
         raise ValueError(f"{file} holds no question.")
