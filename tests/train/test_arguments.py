@@ -12,6 +12,7 @@ from tinyllava_switchkd.train.command_line.arguments import (
     distill_arguments,
 )
 from tinyllava_switchkd.train.command_line.argv import IGNORED, parse_arguments, translate_argv
+from tinyllava_switchkd.train.preflight import checks
 
 REQUIRED = ["--data_path", "d.json", "--vision_tower", "v", "--output_dir", "out", "--use_cpu", "True"]
 
@@ -111,6 +112,7 @@ def test_every_ignored_flag_is_dropped():
         (["--teacher_path", "t", "--teacher_bits", "2"], ["--teacher_bits is 2", "16, 8, 4"]),
         (["--teacher_path", "t", "--top_k", "8"], ["--top_k 8", "loss bild_fkl, bild_rkl", "--distill_loss dbild"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1"]),
+        (["--auto_find_batch_size", "True"], ["--auto_find_batch_size True", "batch of a step"]),
         (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_share"]),
     ],
 )
@@ -128,6 +130,24 @@ def test_missing_arguments_are_named(missing):
     at = REQUIRED.index(missing)
     with pytest.raises(ValueError, match=missing):
         parse_arguments(REQUIRED[:at] + REQUIRED[at + 2 :])
+
+
+def test_batch_rebalance_is_refused_on_several_ranks(monkeypatch):
+    """It divides the samples among the ranks itself."""
+    parse("--train_sampling_strategy", "batch_rebalance")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"batch_rebalance .* on 2 processes; use group_by_length"):
+        parse("--train_sampling_strategy", "batch_rebalance")
+
+
+def test_a_process_uses_one_gpu_and_says_so():
+    """transformers would divide every batch among all GPUs (DataParallel)."""
+    training = parse("--save_only_model", "True").training
+    training._n_gpu = 3
+    assert training.n_gpu == 1 and training.train_batch_size == training.per_device_train_batch_size
+    gpus, weights = checks.remarks(training)
+    assert "one of 3 GPUs" in gpus and "torchrun" in gpus
+    assert "--save_only_model True" in weights and "from the beginning" in weights
 
 
 def test_groups_check_themselves_when_constructed():

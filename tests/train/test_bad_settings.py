@@ -191,6 +191,19 @@ def test_good_deepspeed_configurations(training, config, tmp_path):
         check_deepspeed(form, training)
 
 
+@pytest.mark.parametrize(
+    "ignored", [{"vision_tower_lr": 0.0}, {"mm_projector_lr": 1e-3}, {"weight_decay": 0.1}], ids=str
+)
+def test_an_optimiser_of_deepspeeds_has_no_groups_of_parameters(tmp_path, ignored):
+    """Ours has one learning rate per part, and no decay of norms and biases."""
+    parts = {"tune_type_vision_tower": "full"}
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **parts, **ignored)
+    check_deepspeed(ZERO2, training)
+    (name,) = ignored
+    with pytest.raises(ValueError, match=f"'optimizer' .*, unlike --{name} {ignored[name]}; leave"):
+        check_deepspeed({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, **ZERO2}, training)
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3"])
 def test_our_own_deepspeed_configurations(training, name):
     check_deepspeed(f"scripts/train/{name}.json", training)

@@ -5,9 +5,11 @@ import os
 
 import numpy as np
 import pytest
+from torch.utils.data import SequentialSampler
 
 from tests.train.ranks import codes_on_ranks, train_on_ranks, train_once
 from tests.train.world import command_line, write_world
+from tinyllava_switchkd.train.reliability.reliable import Filled
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 SETTINGS = {
@@ -52,3 +54,10 @@ def test_a_check_that_fails_on_one_rank_ends_all_of_them(tmp_path, rank, check, 
     said = "".join((tmp_path / f"log.{each}").read_text() for each in (0, 1))
     assert codes == [1, 1] and "Traceback" not in said
     assert f"error: {'On rank 1: ' if rank else ''}{check} fails on rank {rank}" in said
+
+
+def test_samples_in_sequence_are_filled_up_too():
+    """Such a sampler has no epochs."""
+    filled = Filled(SequentialSampler(range(3)), 2, 3)
+    filled.set_epoch(1)
+    assert list(filled) == [0, 1, 2, 5]

@@ -362,8 +362,9 @@ def check(arguments: Arguments) -> Plan | None:
     logger.info("An image takes %s.", visual_tokens(skeleton))
     data = _data(arguments, skeleton, teacher)
     few = checks.few_steps(training, len(data[0]))
-    if few is not None and is_main_process():
-        logger.warning(few)
+    for words in [*checks.remarks(training), few]:
+        if words is not None and is_main_process():
+            logger.warning(words)
     metric = training.metric_for_best_model
     if training.load_best_model_at_end and metric is not None:
         checks.check_metric(arguments, metric)

@@ -17,6 +17,7 @@ import transformers
 from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.distill.teacher_cache import check_method
+from tinyllava_switchkd.runtime import world_size
 
 from .deepspeed_config import check_deepspeed
 from .settings import check_settings, check_tuning
@@ -264,6 +265,11 @@ class TrainingArguments(transformers.TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
+    def n_gpu(self) -> int:
+        """The GPUs of this process, at most one; transformers would divide every batch among all (DataParallel)."""
+        return min(super().n_gpu, 1)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of computations: bfloat16, float16 or float32."""
         if self.bf16:
@@ -282,9 +288,15 @@ class TrainingArguments(transformers.TrainingArguments):
             "use_liger_kernel": "logits are already made for supervised tokens only",
             "fsdp": "shard with --deepspeed zero3.json",
             "remove_unused_columns": "the data set has no columns",
+            "auto_find_batch_size": "it would change the batch of a step",
         }.items():
             if getattr(self, name):
                 raise ValueError(f"--{name} {getattr(self, name)} is not supported: {why}.")
+        if self.train_sampling_strategy == "batch_rebalance" and world_size() > 1:
+            raise ValueError(
+                f"--train_sampling_strategy batch_rebalance is not supported on {world_size()} processes; use "
+                "group_by_length."
+            )
 
 
 class Arguments(NamedTuple):

@@ -63,6 +63,14 @@ def check_deepspeed(config: str | JsonObject, training: TrainingArguments) -> No
     for section in ("optimizer", "scheduler"):
         if section in values:
             _check_named(where, section, values[section])
+    if "optimizer" in values:  # DeepSpeed gives it one group with all parameters
+        for name in ("mm_projector_lr", "vision_tower_lr", "weight_decay"):
+            value = getattr(training, name, None)
+            if value is not None and (value or name != "weight_decay"):
+                raise ValueError(
+                    f"{where}: the section 'optimizer' treats all parameters alike, unlike --{name} {value}; leave the "
+                    "section out, and the optimiser is made from the arguments."
+                )
     for name, number in numbers_in(values):
         if not math.isfinite(number):
             raise ValueError(f"{where}: {name!r} is {number}; it must be a finite number.")

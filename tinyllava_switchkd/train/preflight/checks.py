@@ -139,6 +139,22 @@ def check_metric(arguments: Arguments, metric: str) -> None:
         )
 
 
+def remarks(training: TrainingArguments) -> list[str]:
+    """Warnings of settings that a user may not expect: one GPU of several, and checkpoints without an optimiser."""
+    gpus, found = getattr(training, "_n_gpu", 1), []
+    if gpus > 1:
+        found.append(
+            f"Only one of {gpus} GPUs is used; for all, start the run by scripts/train or by torchrun --nproc_per_node "
+            f"{gpus}."
+        )
+    if training.save_only_model:
+        found.append(
+            "With --save_only_model True no run can resume from its checkpoints; the same command starts from the "
+            "beginning."
+        )
+    return found
+
+
 FEW_STEPS = 50
 """Fewer optimiser steps than this are probably a mistake: warm-up and decay take all of them."""
 

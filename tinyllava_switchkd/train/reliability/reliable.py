@@ -21,7 +21,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 
 from tinyllava_switchkd.io import JsonObject, write_json
@@ -290,7 +290,9 @@ class ReliableTrainer(Trainer):
 class Filled(Sampler):
     """A sampler extended to a multiple of `multiple` by indices beyond the data."""
 
-    def __init__(self, sampler: LengthGroupedSampler | SeedableRandomSampler, multiple: int, size: int) -> None:
+    def __init__(
+        self, sampler: LengthGroupedSampler | SeedableRandomSampler | SequentialSampler, multiple: int, size: int
+    ) -> None:
         self.sampler, self.multiple, self.size = sampler, multiple, size
 
     def __len__(self) -> int:
@@ -303,4 +305,5 @@ class Filled(Sampler):
         yield from [self.size + index] * (len(self) - len(self.sampler))
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
+        if hasattr(self.sampler, "set_epoch"):  # a sequential one has the same order in every epoch
+            self.sampler.set_epoch(epoch)
