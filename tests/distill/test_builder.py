@@ -49,7 +49,9 @@ def test_other_widths_are_refused_for_the_switch_only(student):
 
 def test_other_templates_are_refused(student, teacher):
     student.config.template, teacher.config.template = "phi", "qwen2_base"
-    refused(student, teacher, "'phi'", "'qwen2_base'")
+    refused(student, teacher, "'phi'", "'qwen2_base'", "use the teacher's template")
+    teacher.config.template = "pretrain"
+    refused(student, teacher, "The teacher has only been pre-trained", "'phi'", "give the folder of its fine-tuning")
     student.config.template = "pretrain"
     build_distiller(student, teacher)
 

@@ -174,6 +174,11 @@ def _check_templates(student: object, teacher: object) -> None:
     ours, theirs = (getattr(config, "template", None) for config in (student, teacher))
     # Captions of the pre-training stage are not conversations, so they suit any teacher.
     if ours and theirs and ours != theirs and ours != "pretrain":
+        if theirs == "pretrain":
+            raise ValueError(
+                f"The teacher has only been pre-trained (its template is 'pretrain', the student's {ours!r}); give the "
+                f"folder of its fine-tuning."
+            )
         raise ValueError(
             f"The student trains with the conversation template {ours!r}, but the teacher was trained with {theirs!r}; "
             f"use the teacher's template for the student (CONV_VERSION {theirs})."
