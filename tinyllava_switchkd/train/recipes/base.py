@@ -80,7 +80,7 @@ class BaseTrainingRecipe:
         """Set which parameters of each part are trained, by its tune type.
 
         Raises:
-            ValueError: no parameter would be trained.
+            ValueError: no parameter of a partially tuned tower would be trained.
         """
         arguments = self.training_arguments
         set_tune_type(model.language_model, arguments.tune_type_llm)
@@ -90,11 +90,13 @@ class BaseTrainingRecipe:
         else:
             set_tune_type(model.vision_tower, arguments.tune_type_vision_tower)
         model.freeze_unused_parameters()
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if arguments.tune_type_vision_tower == "partially-tune" and not any(
+            parameter.requires_grad for parameter in model.vision_tower.parameters()
+        ):
             raise ValueError(
-                f"Nothing of the model would be trained with --tune_type_llm {arguments.tune_type_llm}, "
-                f"--tune_type_vision_tower {arguments.tune_type_vision_tower} (from layer "
-                f"{arguments.tune_vision_tower_from_layer}) and --tune_type_connector {arguments.tune_type_connector}."
+                f"--tune_vision_tower_from_layer {arguments.tune_vision_tower_from_layer} trains nothing of the vision "
+                f"tower, because layers behind --mm_vision_select_layer {model.config.vision_feature_layer} are not "
+                f"used; choose an earlier layer."
             )
 
     def save(self, model: TinyLlava, trainer: Trainer) -> None:
