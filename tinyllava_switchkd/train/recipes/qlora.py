@@ -38,9 +38,10 @@ class QLoRATrainingRecipe(LoRATrainingRecipe):
     def check_installation(self) -> None:
         """Raise an error on a machine that cannot quantise."""
         if not torch.cuda.is_available() or self.training_arguments.use_cpu:
+            note = " (--estimate of qlora needs one, too)" if self.training_arguments.estimate else ""
             raise ValueError(
-                f"--training_recipe {self.training_arguments.training_recipe} needs a CUDA GPU and there is none; use "
-                "--training_recipe lora."
+                f"--training_recipe {self.training_arguments.training_recipe} needs a CUDA GPU and there is none"
+                f"{note}; use --training_recipe lora."
             )
         if find_spec("bitsandbytes") is None:
             raise ImportError("--training_recipe qlora needs bitsandbytes: pip install 'tinyllava_switchkd[qlora]'.")
