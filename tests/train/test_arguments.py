@@ -125,6 +125,26 @@ def test_contradictions_are_refused_with_the_offending_values(argv, words):
         assert word in message
 
 
+UNUSED = """
+--log_gradient_shares 1 --lora_r 7 --bits 4 --quant_type fp4 --vision_tower2 mof:x --max_nan_steps 3
+"""
+
+
+def test_flags_without_effect_cause_a_warning_each(caplog, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # v1's line sets it
+
+    def warned(*argv):
+        caplog.clear()
+        parse(*argv)
+        return [line.split()[0] for line in caplog.messages if "does nothing without" in line]
+
+    assert sorted(warned(*UNUSED.split())) == sorted(word for word in UNUSED.split() if word.startswith("--"))
+    adapters = ["--training_recipe", "qlora", "--tune_type_llm", "qlora"]
+    towers = ["--vision_tower", "mof:openai/clip"]
+    used = [*UNUSED.split(), "--teacher_path", "t", *adapters, *towers, "--on_nan", "skip"]
+    assert not warned(*used) and not warned(*V1_FINETUNE.split()) and not warned("--bits", "16", "--vision_tower2", "")
+
+
 @pytest.mark.parametrize("missing", ["--data_path", "--vision_tower", "--output_dir"])
 def test_missing_arguments_are_named(missing):
     at = REQUIRED.index(missing)

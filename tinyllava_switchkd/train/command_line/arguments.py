@@ -53,7 +53,9 @@ class ModelArguments:
     model_max_length: int = field(
         default=512, metadata={"help": "Longest sequence in tokens, including image tokens; longer ones are cut."}
     )
-    tokenizer_padding_side: str = field(default="right", metadata={"help": "Padding side in training."})
+    tokenizer_padding_side: str = field(
+        default="right", metadata={"help": "Padding side that the checkpoint records; training pads on the right."}
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -70,7 +72,9 @@ class DataArguments:
         metadata={"help": "square: only the image processor; pad: first pad to a square in the mean colour."},
     )
     template: str = field(default="pretrain", metadata={"help": "Conversation template."})
-    is_multimodal: bool = field(default=True, metadata={"help": "Whether samples may have images."})
+    is_multimodal: bool = field(
+        default=True, metadata={"help": "Whether a batch without images gets an empty one, which trains nothing."}
+    )
     image_backend: str = field(
         default="pil", metadata={"help": "pil resizes exactly as TinyLLaVA v1; torchvision is faster."}
     )
@@ -213,7 +217,8 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False, metadata={"help": "Start a new run even if the output folder has checkpoints or a finished run."}
     )
     log_gradient_shares: int = field(
-        default=0, metadata={"help": "Log each term's gradient at three places every N steps (0: never)."}
+        default=0,
+        metadata={"help": "With a teacher: log each term's gradient at three places every N steps (0: never)."},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after N evaluations without a better --metric_for_best_model."}

@@ -89,6 +89,32 @@ TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = 
 """Old name -> (translation of its value, note for the warning)."""
 
 
+_ONLY_WITH: tuple[tuple[tuple[str, ...], Callable[[Arguments], bool], str], ...] = (
+    (("log_gradient_shares",), lambda run: run.distill.teacher_path is not None, "--teacher_path"),
+    (
+        ("lora_r", "lora_alpha", "lora_dropout", "lora_bias"),
+        lambda run: run.training.training_recipe != "common",
+        "--training_recipe lora or qlora",
+    ),
+    (
+        ("bits", "double_quant", "quant_type"),
+        lambda run: run.training.training_recipe not in ("common", "lora"),
+        "--training_recipe qlora",
+    ),
+    (("vision_tower2",), lambda run: "mof" in (run.model.vision_tower or "mof"), "--vision_tower mof:NAME"),
+    (("max_nan_steps",), lambda run: run.training.on_nan == "skip", "--on_nan skip"),
+)
+"""Flags, whether a run uses them, and what they belong to; other values than the default cause a warning."""
+
+
+def _warn_of_unused(arguments: Arguments) -> None:
+    for flags, is_used, owner in _ONLY_WITH:
+        for flag in flags:
+            group = next(group for group in arguments[:4] if hasattr(group, flag))
+            if getattr(group, flag) != type(group).__dataclass_fields__[flag].default and not is_used(arguments):
+                _warn("--%s %s does nothing without %s.", flag, getattr(group, flag), owner)
+
+
 def _warn(message: str, *values: object) -> None:
     if is_main_process():
         logger.warning(message, *values)
@@ -184,6 +210,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     model, data, distill, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments = Arguments(model, data, training, distill, given)
     _check_together(arguments)
+    _warn_of_unused(arguments)
     return arguments
 
 
