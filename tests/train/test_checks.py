@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.train.toy import toy_arguments
 from tests.train.world import command_line, write_world
-from tinyllava_switchkd.train.preflight.checks import few_steps
+from tinyllava_switchkd.train.preflight.checks import check_batch, few_steps
 from tinyllava_switchkd.train.train import main
 
 
@@ -83,3 +84,10 @@ def test_a_run_of_a_few_steps_causes_a_warning(samples, changes, steps):
     )
     told = few_steps(training, samples)
     assert told is None if steps is None else f"make only {steps} optimiser steps of 128" in told
+
+
+def test_fewer_samples_than_a_batch_that_is_dropped_are_refused(tmp_path):
+    training = toy_arguments(tmp_path, per_device_train_batch_size=8, dataloader_drop_last=True)
+    check_batch(training, 8)
+    with pytest.raises(ValueError, match=r"7 samples, fewer than a batch of 8, .*--dataloader_drop_last"):
+        check_batch(training, 7)

@@ -109,6 +109,27 @@ def test_arguments_that_do_not_change_the_maths_may_change(begun, tmp_path):
     assert main(line(world, tmp_path / "run", **changes, chunk_size=7, save_total_limit=2)) == 0
 
 
+def test_logging_memory_patience_and_the_path_of_held_out_data_may_change(begun, tmp_path):
+    world, _ = begun
+    held_out = {"eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "ce", "early_stopping_patience": 3}
+
+    def described(data, **changes):
+        argv = line(world, tmp_path, eval_data_path=data, **held_out, **{**best, **changes})
+        return fingerprint.describe(parse_arguments(argv))
+
+    free = {
+        "log_gradient_shares": 1,
+        "keep_in_memory": True,
+        "allow_outside_images": True,
+        "early_stopping_patience": 5,
+    }
+    before = described(world["finetune"])
+    assert fingerprint.differences(before, described(world["same_data"], **free)) == {}
+    changed = fingerprint.differences(before, described(world["other_data"]))
+    assert changed == {"eval_data_path": "the content of --eval_data_path has changed"}
+
+
 def test_a_checkpoint_from_before_0_2_names_its_template(begun, tmp_path, capsys):
     world, run = begun
     shutil.copytree(run, tmp_path / "run")

@@ -311,3 +311,11 @@ def test_a_run_that_overwrites_says_how_it_continues(tmp_path):
     assert (
         Run(trainer, None, None).resume_hint().startswith("the same command without --overwrite_output_dir continues")
     )
+
+
+def test_a_moved_run_keeps_its_best_checkpoint(tmp_path):
+    with_best(tmp_path / "before", max_steps=2).train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    trainer = with_best(tmp_path / "after", max_steps=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "after" / "checkpoint-2"))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-1")

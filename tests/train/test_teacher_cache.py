@@ -69,7 +69,8 @@ def test_a_filled_cache_lets_the_first_epoch_run_no_teacher(world, tmp_path, mon
     assert main(line(world, tmp_path / "plain", **settings)) == 0
     assert same(tmp_path / "plain", tmp_path / "filled")
     half = {**settings, "bf16": True}  # under torch's autocast, as in the trainer
-    assert main(line(world, tmp_path / "half", **half, **cache, fill_teacher_cache=True)) == 0
+    finished = tmp_path / "filled"  # filling does not touch the output folder
+    assert main(line(world, finished, **half, **cache, fill_teacher_cache=True)) == 0
     passes.clear()
     assert main(line(world, tmp_path / "half", **half, **cache)) == 0 and not passes
     assert main(line(world, tmp_path / "plain half", **half)) == 0

@@ -346,7 +346,8 @@ def check(arguments: Arguments) -> Plan | None:
     check_compile(training)
     if arguments.distill.teacher_bits in BITS:
         check_quantization(f"--teacher_bits {arguments.distill.teacher_bits}", training.device)
-    if not training.overwrite_output_dir and resume.is_finished(training.output_dir):
+    filling = arguments.distill.fill_teacher_cache
+    if not training.overwrite_output_dir and not filling and resume.is_finished(training.output_dir):
         logger.info(
             "The run in %s is finished; nothing to do. To train again, remove the folder or pass "
             "--overwrite_output_dir True.",
@@ -361,6 +362,7 @@ def check(arguments: Arguments) -> Plan | None:
         check_compatible(skeleton, teacher, arguments.distill.method(), bridge=arguments.distill.bridge)
     logger.info("An image takes %s.", visual_tokens(skeleton))
     data = _data(arguments, skeleton, teacher)
+    checks.check_batch(training, len(data[0]))
     few = checks.few_steps(training, len(data[0]))
     for words in [*checks.remarks(training), few]:
         if words is not None and is_main_process():

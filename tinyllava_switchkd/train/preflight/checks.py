@@ -155,6 +155,20 @@ def remarks(training: TrainingArguments) -> list[str]:
     return found
 
 
+def check_batch(training: TrainingArguments, samples: int) -> None:
+    """Check that `dataloader_drop_last` leaves a batch.
+
+    Raises:
+        ValueError: it does not.
+    """
+    batch = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and samples < batch:
+        raise ValueError(
+            f"There are {samples} samples, fewer than a batch of {batch}, and --dataloader_drop_last True leaves them "
+            "out; leave that flag out, or take a smaller --per_device_train_batch_size."
+        )
+
+
 FEW_STEPS = 50
 """Fewer optimiser steps than this are probably a mistake: warm-up and decay take all of them."""
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FILE = "fingerprint.json"
 """File in a checkpoint."""
 
-DATA, TEACHER = "data_path", "teacher_path"
+DATA, HELD_OUT, TEACHER = "data_path", "eval_data_path", "teacher_path"
 """Arguments of which the files' content is recorded instead of the path."""
 
 _OF_TRANSFORMERS = (
@@ -56,7 +56,8 @@ _WITHOUT_EFFECT = {
     *("cache_dir", "attn_implementation", "image_folder", "model_name_or_path", "tokenizer_name_or_path"),
     *("vision_tower", "vision_tower2", "chunk_size", "pretrained_model_path", "overwrite_output_dir", "estimate"),
     *("report_to", "remove_unused_columns", "on_nan", "max_nan_steps", "allow_changed", "teacher_cache"),
-    *("fill_teacher_cache", DATA, TEACHER),
+    *("fill_teacher_cache", "log_gradient_shares", "keep_in_memory", "allow_outside_images"),
+    *("early_stopping_patience", DATA, HELD_OUT, TEACHER),
 }
 _UNREADABLE = ("deepspeed", "lora_r", "num_queries", "num_resampler_layers", "resampler_hidden_size")
 """Arguments without which a checkpoint's weights or optimiser states cannot be read, so they may never differ."""
@@ -92,6 +93,7 @@ def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
     chosen["world_size"] = world_size
     assert data.data_path is not None, "the arguments have been checked"
     chosen[DATA] = digest(data.data_path)
+    chosen[HELD_OUT] = None if data.eval_data_path is None else digest(data.eval_data_path)
     chosen[TEACHER] = None if distill.teacher_path is None else teacher_digest(distill.teacher_path, model.cache_dir)
     return chosen
 
@@ -139,7 +141,7 @@ def differences(theirs: JsonObject, ours: JsonObject, allowed: Iterable[str] = (
         before, now = theirs[name], ours[name]
         if before == now or (joined and name != TEACHER and None in (before, now)):  # settings of the teacher's method
             continue
-        if name in (DATA, TEACHER) and before is not None and now is not None:
+        if name in (DATA, HELD_OUT, TEACHER) and before is not None and now is not None:
             found[name] = f"the content of --{name} has changed"
         elif name == TEACHER:
             found[name] = "the teacher was left out" if now is None else "there was no teacher"

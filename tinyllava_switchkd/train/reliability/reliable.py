@@ -212,6 +212,13 @@ class ReliableTrainer(Trainer):
 
     # Reading
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(*args, **kwargs)
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if best.is_dir():  # the recorded path is elsewhere if the run's folder was moved
+            self.state.best_model_checkpoint = str(best)
+        return found
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with reading(kwargs.get("resume_from_checkpoint") or (args[2] if len(args) > 2 else None)):
             return super()._prepare_for_training(*args, **kwargs)
