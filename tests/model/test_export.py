@@ -1,6 +1,7 @@
 """Exports: transformers' LLaVA computes the same as TinyLLaVA, and the conversion back is exact."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +345,14 @@ def test_a_llava_from_elsewhere(tmp_path):
         difference = back(prompt, images=pixels).logits[..., :VOCAB_SIZE] - ours(prompt, images=pixels).logits
     assert difference.abs().max() < 1e-5
 
+    del config["text_config"]["max_position_embeddings"]  # as in many on the hub: the default
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    from_hf_llava(tmp_path / "theirs", tmp_path / "shorter")
+    back, *_ = load_pretrained_model(tmp_path / "shorter", device="cpu")
+    assert back.config.tokenizer_model_max_length == 512
+    assert back.config.text_config.eos_token_id == [back.tokenizer.eos_token_id, 3, 4]
+
     (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ValueError, match=r"none of ours \(chatml, .*--template"):
         from_hf_llava(tmp_path / "theirs", tmp_path / "none")
@@ -357,6 +366,46 @@ def test_a_llava_from_elsewhere(tmp_path):
         (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=reason):
             from_hf_llava(tmp_path / "theirs", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "reason"),
+    [
+        ("config.json", {"text_config": 5}, "text_config is 5"),
+        ("config.json", {"text_config": None}, "do not fit"),  # the default, which this model has not
+        ("config.json", {"vision_config": None}, "do not fit"),
+        ("config.json", {"dtype": "x"}, "cannot be built"),
+        ("config.json", {"tie_word_embeddings": "x"}, "cannot be built"),
+        ("config.json", {"tinyllava": [1]}, "tinyllava is [1]"),
+        ("config.json", {"tinyllava": {"tokenizer_name_or_path": [1]}}, "tokenizer_name_or_path is [1]"),
+        ("config.json", {"tinyllava": {"vocab_size": "x"}}, "vocab_size is 'x'"),
+        ("preprocessor_config.json", {"size": [1]}, "an image processor that cannot be built"),
+        ("preprocessor_config.json", None, "no settings of an image_processor"),
+        ("tokenizer.json", {"model": 1}, "tokenizer"),
+        ("model.safetensors", "multi_modal_projector.linear_2.bias", "multi_modal_projector.linear_2.bias"),
+    ],
+)
+def test_a_llava_with_wrong_fields(llava, file, fields, reason, tmp_path, capsys):
+    shutil.copytree(llava, tmp_path / "theirs")
+    path = tmp_path / "theirs" / file
+    if fields is None:
+        path.unlink()
+        (tmp_path / "theirs" / "processor_config.json").write_text("{}")
+    elif file == "model.safetensors":
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != fields}, path)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(SystemExit):
+        main(["--to", "v1", str(tmp_path / "theirs"), str(tmp_path / "back"), "--template", "qwen2_base"])
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert reason in told and told.startswith("python -m tinyllava_switchkd.model.export: ")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    to_hf_llava(write(folder / "ours"), folder / "theirs")
+    return folder / "theirs"
 
 
 # refusals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from .processor import check_image_processor, load_image_processor
 from .trust import CodeRefused, one_sentence, refuse_code
 from .vision_tower import resolve_vision_tower
 from .weights import read_checkpoint, refuse_unusable
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +70,7 @@ def read_config(folder: Path) -> TinyLlavaConfig:
     refuse_code(folder)
     fields = read_json(file)
     if is_bench_config(fields):
-        return _made(lambda: config_from_bench(fields), file)
+        return made(lambda: config_from_bench(fields), file)
     if fields.get("model_type") != TinyLlavaConfig.model_type:
         remedy = (
             "; convert it with python -m tinyllava_switchkd.model.export --to v1"
@@ -81,17 +83,17 @@ def read_config(folder: Path) -> TinyLlavaConfig:
         )
     check_config(fields, file)
     fields.pop("cache_dir", None)  # a path of the machine that wrote it
-    return _made(lambda: TinyLlavaConfig.from_dict(fields), file)
+    return made(lambda: TinyLlavaConfig.from_dict(fields), file)
 
 
-def _made(make: Callable[[], TinyLlavaConfig], file: Path) -> TinyLlavaConfig:
-    """Call `make`, with the file's name added to its errors."""
+def made(make: Callable[[], T], file: Path, what: str = "a model") -> T:
+    """Call `make`, with the name of the file that describes its result (`what`) added to its errors."""
     try:
         return make()
     except (FileNotFoundError, CodeRefused):
         raise
     except Exception as error:  # transformers' validators raise their own types
-        raise ValueError(f"{file} describes a model that cannot be built ({one_sentence(error)}).") from error
+        raise ValueError(f"{file} describes {what} that cannot be built ({one_sentence(error)}).") from error
 
 
 def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tuple[TinyLlavaConfig, dict[str, Tensor]]:
@@ -100,7 +102,7 @@ def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tupl
     Of a ``generation_config.json``, only the stop tokens are read; they are added to the language model's.
     """
     config = config or read_config(folder)
-    _add_stop_tokens(config, folder / "generation_config.json")
+    add_stop_tokens(config, folder / "generation_config.json")
     tensors = read_checkpoint(folder)
     tower = resolve_vision_tower(config.vision_model_name_or_path, config.vision_config)
     tower.complete_config(config.vision_config, folder, tensors)
@@ -108,7 +110,8 @@ def open_checkpoint(folder: Path, config: TinyLlavaConfig | None = None) -> tupl
     return config, tensors
 
 
-def _add_stop_tokens(config: TinyLlavaConfig, file: Path) -> None:
+def add_stop_tokens(config: TinyLlavaConfig, file: Path) -> None:
+    """Add the stop tokens of a ``generation_config.json``, if there is one, to the language model's configuration."""
     if not file.is_file():
         return
     fields = {"eos_token_id": read_json(file).get("eos_token_id")}

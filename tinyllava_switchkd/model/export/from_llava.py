@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import TemplateFactory
@@ -16,9 +16,13 @@ from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 from ..checkpoint import load_pretrained_model
 from ..configuration import TinyLlavaConfig
+from ..fields import check_config
+from ..layouts import add_stop_tokens, made
+from ..llm import open_tokenizer
 from ..modeling import TinyLlavaForConditionalGeneration
+from ..processor import check_image_processor
 from ..saving import save_pretrained_model
-from ..weights import COMPUTED_BUFFERS, read_weights, resolve_folder
+from ..weights import COMPUTED_BUFFERS, read_weights, refuse, resolve_folder
 from .chat_template import template_behind
 from .files import empty_folder, read_by_older_versions, whole_folder
 from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
@@ -57,12 +61,11 @@ def from_hf_llava(
     """
     empty_folder(output_dir)
     folder = resolve_folder(source)
-    fields = read_json(folder / "config.json")
+    fields, record = _read_config(folder / "config.json")
     reason = why_not_tinyllava(fields)
     if reason is not None:
         raise ValueError(f"{source} cannot be converted: {reason}")
-    record = fields.get(RECORD) or {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = open_tokenizer(str(folder))
     template = (
         template
         or record.get("template")
@@ -74,14 +77,18 @@ def from_hf_llava(
             f"The chat template of {source} is none of ours ({', '.join(TemplateFactory.list())}); register a "
             f"conversation template that gives the same text, or pass --template with a similar one."
         )
-    settings = _image_settings(folder)
+    settings_file, settings = _image_settings(folder)
     tensors = read_weights(folder)
     if tensors is None:
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors or pytorch_model.bin).")
-    tensors = _tensors(tensors, fields, record)
+    tensors = _tensors(tensors, fields, record, source)
     config = _config(fields, record, tensors, tokenizer, template, bool(settings.pop("do_pad", False)))
+    if not record:  # to ours, the export added the template's
+        add_stop_tokens(config, folder / "generation_config.json")
     model = TinyLlavaForConditionalGeneration.from_tensors(config, tensors, source, dtype=dtype)
-    image_processor = type(model.vision_tower.default_image_processor())(**settings)
+    kind = type(model.vision_tower.default_image_processor())
+    image_processor = made(lambda: kind(**settings), settings_file, "an image processor")
+    check_image_processor(image_processor, model.image_size, settings_file)
     tokenizer.chat_template = record.get("chat_template", tokenizer.chat_template)
     tokenizer.padding_side = config.tokenizer_padding_side
     with whole_folder(folder, output_dir) as returned:
@@ -119,19 +126,40 @@ def why_not_tinyllava(fields: JsonObject) -> str | None:
     return None
 
 
-def _image_settings(folder: Path) -> JsonObject:
-    """Settings of the image processor, from either of the two files that transformers may write."""
+def _read_config(file: Path) -> tuple[JsonObject, JsonObject]:
+    """LLaVA's configuration with transformers' defaults for absent fields, and what our export recorded in it.
+
+    Raises:
+        ValueError: a field has a wrong value.
+    """
+    fields = read_json(file)
+    record = fields.get(RECORD) or {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}: {RECORD} is {record!r}, not an object of fields.")
+    parts = {name: fields.get(name) for name in ("text_config", "vision_config")}
+    check_config({"connector_type": "linear", **record, **parts}, file)
+    return made(lambda: LlavaConfig.from_dict(fields).to_dict(), file), record
+
+
+def _image_settings(folder: Path) -> tuple[Path, JsonObject]:
+    """Settings of the image processor and their file, which is one of the two that transformers may write."""
     file = folder / "preprocessor_config.json"
-    settings = read_json(file) if file.is_file() else read_json(folder / "processor_config.json")["image_processor"]
+    if file.is_file():
+        settings = read_json(file)
+    else:
+        file = folder / "processor_config.json"
+        settings = read_json(file).get("image_processor")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file} has no settings of an image_processor; take the base model's file.")
     if not settings.get("do_center_crop", True):
         settings.pop("crop_size", None)
         settings.pop("do_center_crop")
     for name in ("image_processor_type", "processor_class"):
         settings.pop(name, None)
-    return settings
+    return file, settings
 
 
-def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject) -> dict[str, Tensor]:
+def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject, source: object) -> dict[str, Tensor]:
     """The weights under v1's names, without the embedding row that the export added."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -142,6 +170,10 @@ def _tensors(tensors: dict[str, Tensor], fields: JsonObject, record: JsonObject)
         if name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
             tensor = tensor[: record.get("vocab_size")]
         named[name] = tensor
+    needed = {
+        f"multi_modal_projector.{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")
+    }
+    refuse(source, {"language_model.model.embed_tokens.weight", *needed} - named.keys(), (), ())
     projector = {
         name.removeprefix("multi_modal_projector."): named.pop(name)
         for name in list(named)
