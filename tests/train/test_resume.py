@@ -188,13 +188,17 @@ def test_other_arguments_than_the_run_was_started_with(begun, tmp_path, capsys, 
 
 
 def test_resuming_by_true_and_with_another_learning_rate(begun, tmp_path, capsys):
-    """True means the latest checkpoint; the old schedule continues, with a warning."""
+    """True means the latest checkpoint; the old schedule continues, with a warning, and is what the run records."""
     world, run = begun
     shutil.copytree(run, tmp_path / "run")
     changes = {"max_steps": 3, "learning_rate": 1e-5, "resume_from_checkpoint": "True"}
     assert main(command_line(world, tmp_path / "run", **changes)) == 0
     said = capsys.readouterr().err
-    assert "Resuming from" in said and "learning rates of" in said and "[0.01" in said and "[1e-05" in said
+    assert "Resuming from" in said and "--learning_rate 1e-05 is not used: the run continues with 0.01" in said
+    assert json.loads((tmp_path / "run" / "training_args.json").read_text())["learning_rate"] == 0.01
+    for file in ("recipe.yaml", "README.md"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "0.01" in text and "1e-05" not in text
 
 
 def with_best(folder, callbacks=(), **kwargs):

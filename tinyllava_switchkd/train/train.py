@@ -48,7 +48,7 @@ from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
 from .reliability import checkpoints, fingerprint, resume, signals, universal
 from .reliability.guard import NON_FINITE, NonFiniteError
 from .reliability.locking import LockedError, OutputLock
-from .reliability.record import write_recipe
+from .reliability.record import keep_rates, write_recipe
 from .task import SupervisedTask
 from .trainer import LLaVATrainer
 from .validation import hold_out
@@ -207,6 +207,7 @@ def prepare(arguments: Arguments) -> Run | Filling | None:
 def _prepare(arguments: Arguments, plan: Plan, lock: OutputLock) -> Run:
     training = arguments.training
     checkpoint, chosen = on_main(lambda: _lock_and_find_checkpoint(arguments, plan, lock))
+    keep_rates(arguments, checkpoint)  # on the other ranks, too
     recipe = plan.recipe
     cache = _teacher_cache(arguments, plan, chosen)
     set_seed(training.seed)  # a new connector is the same on every rank and in every run
@@ -315,7 +316,7 @@ def _lock_and_find_checkpoint(arguments: Arguments, plan: Plan, lock: OutputLock
         fingerprint.check(checkpoint, chosen, training.allow_changed or ())
         if resume.needs_conversion(checkpoint, training.world_size):
             checkpoint = str(universal.convert(checkpoint, training.output_dir))
-    write_recipe(arguments)
+    write_recipe(keep_rates(arguments, checkpoint))
     return checkpoint, chosen
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import yaml
 
-from tinyllava_switchkd.io import write_text
-from tinyllava_switchkd.runtime import versions
+from tinyllava_switchkd.io import read_json, write_text
+from tinyllava_switchkd.runtime import is_main_process, versions
 
 from ..command_line.arguments import Arguments
 
+logger = logging.getLogger(__name__)
+
 RECIPE = "recipe.yaml"
+
+ARGUMENTS = "training_args.json"
+"""File beside the weights with the run's arguments, without secrets."""
 
 OF_THE_MACHINE = (
     "use_cpu",
@@ -70,3 +76,25 @@ def write_recipe(arguments: Arguments) -> None:
     path = Path(str(arguments.training.output_dir)) / RECIPE
     text = yaml.safe_dump(recipe_of(arguments), sort_keys=False, allow_unicode=True, width=1000)
     write_text(path, _HEADER.format(path=path) + text)
+
+
+def keep_rates(arguments: Arguments, checkpoint: str | None) -> Arguments:
+    """The arguments with the learning rates that a resumed run keeps, so that it records what it trains with.
+
+    Args:
+        arguments: the run's arguments; their training arguments change.
+        checkpoint: the checkpoint to resume from, if any.
+    """
+    if checkpoint is None or not Path(checkpoint, ARGUMENTS).is_file():
+        return arguments
+    stored, given = read_json(Path(checkpoint, ARGUMENTS)), dict(arguments.given)
+    for name in ("learning_rate", "mm_projector_lr", "vision_tower_lr"):
+        before, now = stored.get(name), getattr(arguments.training, name)
+        if isinstance(before, float) and now is not None and before != now:
+            if is_main_process():
+                logger.warning(
+                    "--%s %s is not used: the run continues with %s, as in %s.", *(name, now, before, checkpoint)
+                )
+            setattr(arguments.training, name, before)
+            given[name] = [str(before)]
+    return arguments._replace(given=given)

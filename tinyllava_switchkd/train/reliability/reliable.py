@@ -31,6 +31,7 @@ from ..command_line.arguments import TrainingArguments
 from ..validation import WithFillers
 from . import checkpoints, fingerprint, signals, universal
 from .guard import Guard, check_trained
+from .record import ARGUMENTS
 from .resume import REMEDY, ResumeError, reading
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 
 logger = logging.getLogger(__name__)
-
-ARGUMENTS = "training_args.json"
-"""File beside the weights with the run's arguments, without secrets."""
 
 
 class ReliableTrainer(Trainer):
@@ -250,8 +248,7 @@ class ReliableTrainer(Trainer):
         self._load_from_checkpoint(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in transformers, but refuse another optimiser's state and warn of other learning rates."""
-        asked = getattr(self.lr_scheduler, "base_lrs", None)
+        """As in transformers, but refuse another optimiser's state."""
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:
@@ -264,11 +261,6 @@ class ReliableTrainer(Trainer):
             set(self.optimizer.defaults) - set(group) for group in self.optimizer.param_groups
         ):
             raise ResumeError(f"The checkpoint {checkpoint} was written with another --optim; {REMEDY}.")
-        if getattr(self.lr_scheduler, "base_lrs", None) != asked:
-            logger.warning(
-                "The run continues with the learning rates of %s (%s), not with the new ones (%s).",
-                *(checkpoint, self.lr_scheduler.base_lrs, asked),
-            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         manifest = None if checkpoint is None else checkpoints.read_manifest(checkpoint)
