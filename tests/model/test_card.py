@@ -101,6 +101,30 @@ def test_push_to_hub_carries_the_card(trained, tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= sent.keys()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("card.json", {"settings": [1]}, "settings is [1], not an object"),
+        ("card.json", {"results": [1]}, "results is [1], not an object"),
+        ("card.json", {"teacher": ["a"]}, "teacher is ['a'], not text"),
+        ("card.json", {"data": 5}, "data is 5, not a name"),
+        ("measured.json", {"fp32": 1}, "measured.json was not written by an export"),
+        ("config.json", {"tinyllava": [1]}, "tinyllava is [1], not an object"),
+    ],
+)
+def test_wrong_types_are_one_sentence(file, content, said, trained, capsys):
+    (trained / file).write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main([str(trained)])
+    assert said in capsys.readouterr().err
+
+
+def test_odd_but_harmless_values(trained):
+    (trained / "card.json").write_text('{"teacher": null, "data": [5]}')
+    (trained / "training_args.json").write_text('{"data_path": ["a"], "distill_method": ["x"], "teacher_path": "x"}')
+    main([str(trained)])
+
+
 def test_a_partial_score_says_so(tmp_path):
     score = {"benchmark": "pope", "score": 100.0, "split": "test", "total": 10, "answered": 4, "missing": 6}
     for extra, told in (

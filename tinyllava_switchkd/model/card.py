@@ -23,6 +23,12 @@ CARD = "README.md"
 MARK = "<!-- Written by tinyllava_switchkd from the files of this folder; remove this line to keep your own text. -->"
 FACTS = "card.json"
 """File with the facts that no other file holds: name, teacher, data, results, licence."""
+FACT_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(("name", "teacher", "license", "source"), (str, "text")),
+    **dict.fromkeys(("results", "settings"), (dict, "an object of fields")),
+    "data": ((str, list), "a name or a list of names"),
+}
+"""Fact -> its type, also in words."""
 
 SETTINGS = {
     "distill_method": "method",
@@ -84,9 +90,16 @@ def write_model_card(folder: str | os.PathLike, facts: JsonObject | None = None)
 
 
 def facts_of(folder: str | os.PathLike) -> JsonObject:
-    """How a folder's model was made, as `facts` for the card of a copy or an export."""
+    """How a folder's model was made, as `facts` for the card of a copy or an export.
+
+    Raises:
+        ValueError: a fact has the wrong type.
+    """
     folder = Path(folder)
-    facts = _read(folder, FACTS)
+    facts = {name: value for name, value in _read(folder, FACTS).items() if value is not None}
+    for name, (kind, words) in FACT_KINDS.items():
+        if name in facts and not isinstance(facts[name], kind):
+            raise ValueError(f"{folder / FACTS}: {name} is {facts[name]!r}, not {words}; correct it.")
     known: JsonObject = {}
     for name in ("training_args.json", "trainer_state.json", "fingerprint.json"):
         known |= _read(folder, name)
@@ -101,6 +114,8 @@ def model_card(folder: str | os.PathLike) -> str:
     settings = facts["settings"]
     # Exports keep TinyLLaVA's own fields under a key or in a file.
     record = config.get("tinyllava") or config or _read(folder, "tinyllava.json")
+    if not isinstance(record, dict):
+        raise ValueError(f"{folder / 'config.json'}: tinyllava is {record!r}, not an object of fields.")
     name = facts.get("name") or folder.resolve().name
     kind = kind_of(folder, config)
     bases = {
@@ -113,7 +128,7 @@ def model_card(folder: str | os.PathLike) -> str:
     }
     distilled = bool(settings.get("teacher_path") or facts.get("teacher"))
     sections = [
-        _front_matter(kind, facts, bases, distilled, settings.get("distill_method") or "switch_kd"),
+        _front_matter(kind, facts, bases, distilled, str(settings.get("distill_method") or "switch_kd")),
         MARK,
         f"# {name}",
         f"A small vision-language model ({KINDS[kind][0]}), "
@@ -177,7 +192,7 @@ def _read(folder: Path, name: str) -> JsonObject:
 def _front_matter(kind: str, facts: JsonObject, bases: JsonObject, distilled: bool, method: str) -> str:
     """The hub's metadata. Only names in the form of a hub repository are listed as base models."""
     names = [value for part, value in bases.items() if part in ("language model", "vision tower", "teacher") and value]
-    hub = [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))]
+    hub = [name for name in dict.fromkeys(map(str, names)) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)]
     tags = [
         "tinyllava",
         *(["distillation", method.replace("_", "-")] if distilled else []),
@@ -197,7 +212,7 @@ def _training(settings: JsonObject, facts: JsonObject) -> str:
     rows = []
     data = facts.get("data")
     if data:
-        rows.append(("data", ", ".join(data) if isinstance(data, (list, tuple)) else str(data)))
+        rows.append(("data", ", ".join(map(str, data)) if isinstance(data, (list, tuple)) else str(data)))
     elif settings.get("data_path"):
         path = str(settings["data_path"])
         is_digest = re.fullmatch(r"[0-9a-f]{64}", path) is not None
@@ -218,15 +233,18 @@ def _results(folder: Path, facts: JsonObject) -> str:
         parts.append(_table(("benchmark", "score"), [(str(k), f"{v}") for k, v in facts["results"].items()]))
     measured = _read(folder, "measured.json")
     if measured:
-        rows = [
-            (
-                dtype,
-                f"{found['bytes'] / 1e6:.1f} MB",
-                f"{found['equal']} of {found['questions']}",
-                f"{found['logits']:.2g}",
-            )
-            for dtype, found in measured.items()
-        ]
+        try:
+            rows = [
+                (
+                    dtype,
+                    f"{found['bytes'] / 1e6:.1f} MB",
+                    f"{found['equal']} of {found['questions']}",
+                    f"{found['logits']:.2g}",
+                )
+                for dtype, found in measured.items()
+            ]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"{folder / 'measured.json'} was not written by an export; delete it.") from None
         head = ("precision", "size", "answers equal to the checkpoint's", "largest difference of a logit")
         parts.append(_table(head, rows))
     return "\n\n".join(parts)
