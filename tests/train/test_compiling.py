@@ -10,6 +10,7 @@ from tests.tiny import tiny_llava
 from tests.train.toy import largest_difference, toy_arguments, toy_trainer, weights
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.train.compiling import check_compile, compile_layers
+from tinyllava_switchkd.train.preflight.checks import check_gradient_shares
 from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 from tinyllava_switchkd.train.task import SupervisedTask
 
@@ -71,6 +72,17 @@ def test_checkpointing_saves_as_much_compiled():
     eager.gradient_checkpointing_disable()
     assert saved_bytes(compiled, batch) < 1.1 * checkpointed < 0.6 * saved_bytes(eager, batch)
     assert_same_gradients(gradients(compiled, batch), gradients(eager, batch))
+
+
+def test_gradients_of_each_term_are_those_of_eager_layers():
+    """Several backward passes need a graph's buffers, which compiled code otherwise overwrites."""
+    batch = make_batch("ippaaa", "pipppaapaaa")
+    compiled, eager = task(), task()
+    with torch._functorch.config.patch(donated_buffer=True):
+        compile_layers(compiled, "aot_eager", retain_graph=True)
+        ours, theirs = compiled.gradient_norms(batch), eager.gradient_norms(batch)
+    for place, terms in theirs.items():
+        assert ours[place] == pytest.approx(terms, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -137,3 +149,6 @@ def test_zero_3_is_refused(tmp_path):
     args.hf_deepspeed_config = type("Config", (), {"is_zero3": lambda self: True})()
     with pytest.raises(ValueError, match="--torch_compile does not work with ZeRO-3"):
         check_compile(args)
+    args.torch_compile, args.log_gradient_shares = False, 1
+    with pytest.raises(ValueError, match="--log_gradient_shares 1 does not work with ZeRO-3"):
+        check_gradient_shares(args)

@@ -58,7 +58,9 @@ def check_compile(training: TrainingArguments) -> None:
         )
 
 
-def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str | None = None) -> int:
+def compile_layers(
+    task: Task, backend: str | Callable = "inductor", mode: str | None = None, retain_graph: bool = False
+) -> int:
     """Have torch compile every layer of a task's models when it first runs.
 
     Sequence lengths and numbers of images are dynamic, so another batch shape needs no new compilation. Layers with
@@ -67,6 +69,7 @@ def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str |
     Args:
         task: its models are changed in place.
         backend, mode: as for `torch.compile`.
+        retain_graph: whether a graph may run backward several times, for which it keeps a little more memory.
 
     Returns:
         the number of compiled layers.
@@ -75,6 +78,8 @@ def compile_layers(task: Task, backend: str | Callable = "inductor", mode: str |
     layers = [layer for part in parts for layer in _layers(part)]
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    if retain_graph:
+        torch._functorch.config.donated_buffer = False
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
     logger.info("torch.compile (%s): %d layers; the first steps wait for the compiler.", backend, len(layers))

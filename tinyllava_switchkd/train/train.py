@@ -345,6 +345,8 @@ def check(arguments: Arguments) -> Plan | None:
     checks.check_paths(arguments)
     attention_of(arguments)
     check_compile(training)
+    if arguments.distill.teacher_path is not None:
+        checks.check_gradient_shares(training)
     if arguments.distill.teacher_bits in BITS:
         check_quantization(f"--teacher_bits {arguments.distill.teacher_bits}", training.device)
     filling = arguments.distill.fill_teacher_cache

@@ -169,6 +169,20 @@ def check_batch(training: TrainingArguments, samples: int) -> None:
         )
 
 
+def check_gradient_shares(training: TrainingArguments) -> None:
+    """Check that the run can log the gradient of each term.
+
+    Raises:
+        ValueError: it uses ZeRO-3.
+    """
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    if training.log_gradient_shares and deepspeed is not None and deepspeed.is_zero3():
+        raise ValueError(
+            f"--log_gradient_shares {training.log_gradient_shares} does not work with ZeRO-3, which has released the "
+            f"weights that a backward pass per term needs; use ZeRO-2 (zero2.json), or leave it out."
+        )
+
+
 FEW_STEPS = 50
 """Fewer optimiser steps than this are probably a mistake: warm-up and decay take all of them."""
 
