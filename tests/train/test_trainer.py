@@ -1,6 +1,7 @@
 """The trainer: exact normalisation, logs, parameter groups, order of samples, checkpoints of only the student."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import TrainerCallback
 
 from tests.train.toy import largest_difference, logged, toy_arguments, toy_task, toy_trainer, weights
 from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.distill import Measure
+from tinyllava_switchkd.train.trainer import _Window
 
 
 def trained(tmp_path, distil=False, **kwargs):
@@ -56,6 +59,17 @@ def test_logs_are_means_over_the_window(tmp_path):
     entry = often.state.log_history[0]
     assert entry["loss"] == pytest.approx(entry["ce"] + entry["align"] + entry["visual_switch"], rel=1e-5)
     assert entry["tokens_per_second"] > entry["supervised_tokens_per_second"]
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_logs_are_means_over_ranks_that_divide_by_their_own_tokens(across):
+    """With `average_tokens_across_devices` a rank's value is its part of the mean, without it a mean of its own."""
+    ranks = SimpleNamespace(num_processes=2, reduce=lambda sums, reduction: 2 * sums)
+    window = _Window({"ce": Measure("", weight=1.0), "knee": Measure("", of_batch=True)}, across)
+    one = torch.tensor(1.0)
+    window.add({"loss": one, "ce": 3 * one, "knee": 5 * one, "supervised_tokens": 4 * one}, one, one)
+    logs = window.close(ranks, 1)
+    assert (logs["ce"], logs["knee"]) == (6 if across else 3, 5)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -132,6 +146,32 @@ def test_every_group_follows_the_schedule_from_its_own_rate(tmp_path):
     expected = [sorted({share * rate for rate in (1e-5, 1e-4, 1e-2)}) for share in shares]
     assert rates.seen == [pytest.approx(step) for step in expected]
     assert logged(trainer, "learning_rate") == pytest.approx([share * 1e-2 for share in shares])
+
+
+def test_logging_gradient_shares_changes_nothing(tmp_path):
+    """Its additional forward pass draws no number of the training's dropout."""
+    results = []
+    for every in (0, 1):
+        task = toy_task(distil=True)
+        task.student.connector.register_forward_hook(lambda _, __, visual: torch.nn.functional.dropout(visual))
+        trainer = toy_trainer(toy_arguments(tmp_path, log_gradient_shares=every), task)
+        trainer.train()
+        results.append(weights(task))
+    assert "gradient/last_hidden_state/ce" in trainer.state.log_history[0]
+    assert largest_difference(*results) == 0
+
+
+@pytest.mark.parametrize("freeze_tower", [False, True])
+def test_a_term_that_cannot_reach_the_student_causes_no_warning(tmp_path, caplog, freeze_tower):
+    """The switch gives no gradient without images, or if the tower is frozen; a larger weight would not help."""
+    task = toy_task(distil=True)
+    task.student.vision_tower.requires_grad_(not freeze_tower)
+    trainer = toy_trainer(toy_arguments(tmp_path, log_gradient_shares=1, per_device_train_batch_size=1), task)
+    kept = [sample for sample in trainer.train_dataset.samples if ("images" in sample) == freeze_tower]
+    trainer.train_dataset.samples = kept
+    trainer.train()
+    assert logged(trainer, "gradient/last_hidden_state/visual_switch") == [0.0] * 3
+    assert "of the gradient everywhere" not in caplog.text
 
 
 def test_only_the_student_is_saved(tmp_path):

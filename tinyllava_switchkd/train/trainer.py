@@ -70,7 +70,7 @@ class LLaVATrainer(ReliableTrainer):
         task = model if isinstance(model, Task) else SupervisedTask(model, packing=args.packing)
         self.recipe = BaseTrainingRecipe(args) if recipe is None else recipe
         self._epoch_sampler: Sampler | None = None
-        self._window = _Window(task.measures)
+        self._window = _Window(task.measures, args.average_tokens_across_devices)
         self._step_counts: dict[str, Tensor] | None = None
         self._first_of_step = False
         self._gradients: dict[str, float] = {}
@@ -78,7 +78,9 @@ class LLaVATrainer(ReliableTrainer):
         super().__init__(model=task, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # a task takes num_items_in_batch
         if args.torch_compile:
-            compile_layers(task, args.torch_compile_backend, args.torch_compile_mode)
+            compile_layers(
+                task, args.torch_compile_backend, args.torch_compile_mode, retain_graph=args.log_gradient_shares > 0
+            )
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole task
         self.add_callback(_TrainingHooks(self))
 
@@ -110,7 +112,9 @@ class LLaVATrainer(ReliableTrainer):
         counts = self._step_counts if num_items_in_batch is not None else None
         every = self.args.log_gradient_shares
         if every and self._first_of_step and self.state.global_step % every == 0 and isinstance(self.model, Distiller):
-            with self.compute_loss_context_manager():
+            device = inputs["input_ids"].device  # dropout of the training draws the same numbers as without this pass
+            forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with self.compute_loss_context_manager(), forked:
                 self._note_gradients(self.model.gradient_norms(inputs))
         self._first_of_step = False
         losses = model(inputs, num_items_in_batch=num_items_in_batch, step_counts=counts)
@@ -142,7 +146,8 @@ class LLaVATrainer(ReliableTrainer):
         totals = {place: sum(terms.values()) for place, terms in norms.items()}
         for name, measure in self.model.measures.items():
             shares = [terms.get(name, 0.0) / totals[place] for place, terms in norms.items() if totals[place] > 0]
-            if measure.weight and shares and max(shares) < SMALL_SHARE:
+            # a share of 0 has another reason, such as no images or a frozen tower, and no larger weight helps
+            if measure.weight and shares and 0 < max(shares) < SMALL_SHARE:
                 self._warned_of_small_terms = True
                 logger.warning(
                     "The term %s gives less than %.0f %% of the gradient everywhere (at most %.2g %% at step %d); give "
@@ -280,9 +285,15 @@ class _TrainingHooks(TrainerCallback):
 
 
 class _Window:
-    """Sums since the last log line, on this rank."""
+    """Sums since the last log line, on this rank.
 
-    def __init__(self, measures: Mapping[str, Measure]) -> None:
+    Args:
+        measures: of the task.
+        parts: whether a rank's loss is its part of the mean over all ranks, not a mean of its own.
+    """
+
+    def __init__(self, measures: Mapping[str, Measure], parts: bool = True) -> None:
+        self._parts = parts
         self._of_batch = {name for name, measure in measures.items() if measure.of_batch}
         self.open(0)
 
@@ -301,6 +312,7 @@ class _Window:
     def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Means over the window and all ranks, speed, and the shares of padding and waiting; opens the next window."""
         names, steps = sorted(self._sums), max(step - self._step, 1)
+        losses = steps if self._parts else steps * accelerator.num_processes
         if not names:
             return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
@@ -310,7 +322,7 @@ class _Window:
         found = dict(zip(names, sums, strict=True))
         self.open(step)
         supervised, tokens, computed = (found.pop(name) for name in ("supervised_tokens", "tokens", "computed"))
-        logs = {name: x / (max(supervised, 1) if name in self._of_batch else steps) for name, x in found.items()}
+        logs = {name: x / (max(supervised, 1) if name in self._of_batch else losses) for name, x in found.items()}
         logs["supervised_tokens_per_second"] = supervised / seconds
         logs["tokens_per_second"] = tokens / seconds
         logs["padding_share"] = 1 - tokens / max(computed, 1)
