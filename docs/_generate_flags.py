@@ -179,11 +179,13 @@ def flags_table() -> str:
 
 
 def names_table() -> str:
-    """Registered names by flag, the settings of every method and loss, and the default losses of methods, as JSON."""
+    """As JSON: registered names by flag, settings of every method and loss, methods' default losses, and which methods
+    can use a teacher cache."""
     from tinyllava_switchkd.data.template import TemplateFactory
     from tinyllava_switchkd.distill.flags import settings
     from tinyllava_switchkd.distill.losses import LossFactory
     from tinyllava_switchkd.distill.methods import MethodFactory
+    from tinyllava_switchkd.distill.trace import BLIND
     from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
     methods, losses = MethodFactory.list(), LossFactory.list()
@@ -194,7 +196,8 @@ def names_table() -> str:
         for owner in one.defaults:
             owned[owner].append(one.flag)
     loss = {name: MethodFactory(name).loss for name in methods if "distill_loss" in owned[name]}
-    return json.dumps({"names": names, "settings": owned, "loss": loss}, indent=1) + "\n"
+    cached = [name for name in methods if MethodFactory(name)().teacher_sight == BLIND]
+    return json.dumps({"names": names, "settings": owned, "loss": loss, "cached": cached}, indent=1) + "\n"
 
 
 def type_of(annotation: Any) -> str:

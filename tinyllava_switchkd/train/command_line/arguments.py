@@ -20,7 +20,7 @@ from tinyllava_switchkd.distill.teacher_cache import check_method
 from tinyllava_switchkd.runtime import world_size
 
 from .deepspeed_config import check_deepspeed
-from .settings import check_settings, check_tuning
+from .settings import check_settings, check_teacher_cache, check_tuning, weightless
 
 
 @dataclass
@@ -136,10 +136,7 @@ class TeacherArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.teacher_cache_dtype is not None and self.teacher_cache is None:
-            raise ValueError(f"--teacher_cache_dtype {self.teacher_cache_dtype} does nothing without --teacher_cache.")
-        if self.fill_teacher_cache and self.teacher_cache is None:
-            raise ValueError("--fill_teacher_cache True names no folder to fill; give --teacher_cache as well.")
+        check_teacher_cache(self)
         if self.teacher_path is None:
             of_teacher = [f for f in fields(self) if f.name not in ("teacher_path", "chunk_size")]
             changed = [f.name for f in of_teacher if getattr(self, f.name) != f.default]
@@ -162,11 +159,8 @@ class TeacherArguments:
         chosen = MethodFactory(self.distill_method)
         method = chosen.create(**method_settings(chosen, {name: v for name, v in given.items() if v is not None}))
         if all(term.weight == 0 for term in method.terms):
-            names = ", ".join(f"--{flag}" for flag in chosen.settings() if flag.endswith("_weight"))
-            raise ValueError(
-                f"{names} {'are all' if ',' in names else 'is'} 0, so the teacher {self.teacher_path!r} teaches "
-                "nothing; leave --teacher_path out or give one of them a weight."
-            )
+            weights = [flag for flag in chosen.settings() if flag.endswith("_weight")]
+            raise ValueError(weightless(weights, str(self.teacher_path)))
         return method
 
 

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, NoReturn
 from tinyllava_switchkd.cli import show
 from tinyllava_switchkd.runtime import is_main_process
 
-from .flags import REQUIRED, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
+from .flags import REQUIRED, TRUE, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
 from .settings import Range
 
 if TYPE_CHECKING:
     from .arguments import Arguments
 
 logger = logging.getLogger(__name__)
-
-_TRUE = ("yes", "true", "t", "y", "1")
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -73,7 +71,7 @@ def _warmup_ratio(value: str, rest: dict[str, str]) -> list[str]:
 
 
 def _if_true(*words: str) -> Callable[[str, dict[str, str]], list[str]]:
-    return lambda value, rest: list(words) if value.lower() in _TRUE else []
+    return lambda value, rest: list(words) if value.lower() in TRUE else []
 
 
 TRANSLATED: dict[str, tuple[Callable[[str, dict[str, str]], list[str]], str]] = {

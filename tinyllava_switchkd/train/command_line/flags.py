@@ -21,12 +21,13 @@ from pathlib import Path
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
 
-from .settings import ALLOWED, OneOf, check_tuning
+from .settings import ALLOWED, OneOf, check_teacher_cache, check_tuning, weightless
 
 OWN = Path(__file__).with_name("flags.json")
 NAMES = Path(__file__).with_name("names.json")
 
-BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+TRUE = ("yes", "true", "t", "y", "1")
+BOOLEANS = (*TRUE, "no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,13 @@ def check_flags(argv: Sequence[str]) -> None:
             raise ValueError(f"--{name} is missing: {what}.")
     if not plugins:
         _check_names(words)
-    check_tuning(
-        types.SimpleNamespace(**{flag.name: words.get(flag.name, flag.default or None) for flag in known.values()})
-    )
+    read = {flag.name: _value(flag, words.get(flag.name, flag.default or None)) for flag in known.values()}
+    for check in (check_tuning, check_teacher_cache):
+        check(types.SimpleNamespace(**read))
+
+
+def _value(flag: Flag, text: str | None) -> str | bool | None:
+    return text if text is None or flag.type != "bool" else text.lower() in ("", *TRUE)
 
 
 def _check_names(words: Mapping[str, str]) -> None:
@@ -137,6 +142,14 @@ def _check_names(words: Mapping[str, str]) -> None:
     method = words.get("distill_method", "switch_kd").lower()
     loss = words.get("distill_loss", table["loss"].get(method, "")).lower()
     settings = table["settings"]
+    weights = [name for name in settings[method] if name.endswith("_weight")]
+    if weights and all(words.get(name) and not words[name].strip("0.") for name in weights):
+        raise ValueError(weightless(weights, words["teacher_path"]))
+    if "teacher_cache" in words and method not in table["cached"]:
+        raise ValueError(
+            f"--teacher_cache {words['teacher_cache']} does not store all that {method} needs of the teacher; leave it "
+            f"out, or use --distill_method {' or '.join(table['cached'])}."
+        )
     own = {*settings[method], *(settings[f"loss {loss}"] if method in table["loss"] else ())}
     for name in words.keys() & {flag for flags in settings.values() for flag in flags}:
         if name not in own:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -202,6 +202,26 @@ def check_tuning(training: Any) -> None:
             )
         if recipe == "lora" and any(kind[part] == "qlora" for part in with_adapters):
             raise ValueError("--training_recipe lora has no tune type qlora; use --training_recipe qlora.")
+
+
+def check_teacher_cache(distill: Any) -> None:
+    """Check that no setting of a teacher cache is given without its folder; `distill` is as in `check_tuning`.
+
+    Raises:
+        ValueError: the setting, and the remedy.
+    """
+    if distill.teacher_cache_dtype is not None and distill.teacher_cache is None:
+        raise ValueError(f"--teacher_cache_dtype {distill.teacher_cache_dtype} does nothing without --teacher_cache.")
+    if distill.fill_teacher_cache and distill.teacher_cache is None:
+        raise ValueError("--fill_teacher_cache True names no folder to fill; give --teacher_cache as well.")
+
+
+def weightless(flags: Sequence[str], teacher: str) -> str:
+    """The error if all weights of a method are 0."""
+    return (
+        f"{', '.join(f'--{flag}' for flag in flags)} {'are all' if len(flags) > 1 else 'is'} 0, so the teacher "
+        f"{teacher!r} teaches nothing; leave --teacher_path out or give one of them a weight."
+    )
 
 
 def _inner(setting: str, value: object) -> Iterator[tuple[str, float]]:
