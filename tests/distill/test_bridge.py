@@ -76,6 +76,30 @@ def test_the_least_squares_map_is_found():
     assert error.square().mean() < 0.01 * expected.var()
 
 
+class OfAnotherDevice(torch.Tensor):
+    """A tensor that meets no other one until it is moved."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and any(isinstance(arg, torch.device) for arg in args):
+            return args[0].as_subclass(torch.Tensor).to(*args[1:], **(kwargs or {}))
+        if any(type(arg) is torch.Tensor or type(arg) is torch.nn.Parameter for arg in args):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_a_bridge_is_fitted_to_models_on_other_devices():
+    """With DeepSpeed the student is still on the CPU then, and the teacher already on the GPU."""
+    bridges = [
+        build_distiller(tiny_llava(seed=1), tiny_llava(seed=2, vision={"hidden": 48, "patch_size": 14})).bridge
+        for _ in range(2)
+    ]
+    ours, theirs = torch.randn(3, bridges[0].resample.shape[1], 32), torch.randn(3, len(bridges[0].resample), 48)
+    explained = bridges[0].fit([(ours, theirs)])
+    assert bridges[1].fit([tuple(one.as_subclass(OfAnotherDevice) for one in (ours, theirs))]) == explained
+    assert torch.equal(bridges[0].width.weight, bridges[1].width.weight)
+
+
 def test_resampling_a_grid():
     """Compared with torch's interpolation, and checked by hand at the borders."""
     full = Layout(6, 1, 0, 0)

@@ -113,7 +113,7 @@ class Bridge(nn.Module):
         """Set the linear layer to the least-squares map from student features to teacher features.
 
         Args:
-            pairs: (student features, teacher features) of the same images, batch by batch.
+            pairs: (student features, teacher features) of the same images, batch by batch; on any devices.
 
         Returns:
             the share of the variance of the teacher features that the map explains on these images.
@@ -124,8 +124,8 @@ class Bridge(nn.Module):
         cross, power, mean = square.new_zeros(size, self.width.out_features), square.new_zeros(()), square.new_zeros(())
         count = 0
         for ours, theirs in pairs:
-            ours = self._resampled(ours).flatten(0, 1).double()
-            theirs = theirs.flatten(0, 1).double()
+            ours = self._resampled(ours.to(device)).flatten(0, 1).double()
+            theirs = theirs.to(device).flatten(0, 1).double()
             ours = nn.functional.pad(ours, (0, 1), value=1.0)
             square, cross = square + ours.t() @ ours, cross + ours.t() @ theirs
             power, mean, count = power + theirs.square().sum(), mean + theirs.sum(0), count + len(theirs)

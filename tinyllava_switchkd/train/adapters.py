@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinyllava_switchkd.data.collator import on_device
 from tinyllava_switchkd.distill import Distiller, Task
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def begin_adapters(
         lengths = dataset.modality_lengths
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
         chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]
-        batches = (collate([dataset[index]]) for index in chosen)
+        device = next(task.teacher.parameters()).device  # where ZeRO-3 gathers the student's tower, too
+        batches = (on_device(collate([dataset[index]]), device) for index in chosen)
         with whole(task.student.vision_tower.parameters()):
             explained = task.fit_bridge(batches)
         logger.info(
