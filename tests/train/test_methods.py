@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_llava, write_tiny_tower
 from tests.train.toy import ToyDataset, toy_arguments, toy_collator, toy_task, toy_trainer
@@ -82,6 +82,22 @@ def test_the_next_stage_continues_with_the_adapters_of_the_one_before(world, tmp
     assert main(command_line(world, second, **changes)) == 0
     before, after = load_file(first / FILE), load_file(second / FILE)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_adapters_of_another_method_are_not_used(world, tmp_path, capsys):
+    """After pre-training with Align-KD, the switch fits its bridge. A bridge between other models is refused."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(command_line(world, first, "pretrain", teacher_path=world["teacher"], distill_method="align_kd")) == 0
+    changes = {"pretrained_model_path": first, "teacher_path": world["other_teacher"], "max_steps": 1}
+    assert main(command_line(world, second, **changes)) == 0
+    said = capsys.readouterr().err
+    assert "of another method (attention_heads, features), which are not used" in said and "a bridge starts" in said
+    assert {name.split(".")[0] for name in load_file(second / FILE)} == {"bridge"}
+    (first / FILE).write_bytes((second / FILE).read_bytes())
+    tensors = load_file(first / FILE)
+    save_file({name: value[:1].clone() for name, value in tensors.items()}, first / FILE)
+    assert main(command_line(world, tmp_path / "third", **changes)) == 1
+    assert "use the same method and teacher as that run, or remove the file" in capsys.readouterr().err
 
 
 def test_held_out_losses_are_those_of_training(tmp_path):

@@ -71,7 +71,7 @@ def write_adapters(task: nn.Module, folder: str | Path, state_dict: Mapping[str,
 def begin_adapters(
     task: Task, earlier: str | None, dataset: Samples, collate: DataCollatorForSupervisedDataset
 ) -> None:
-    """Initialise a run's adapters: from the stage before if it has any, otherwise a bridge by least squares.
+    """Initialise a run's adapters: from the stage before if it has those, otherwise a bridge by least squares.
 
     Args:
         task: the task that is trained.
@@ -84,10 +84,15 @@ def begin_adapters(
     """
     if not isinstance(task, Distiller) or not hasattr(task, "adapters"):
         return
-    if earlier is not None and Path(earlier, FILE).is_file():
+    file = None if earlier is None else Path(earlier, FILE)
+    theirs = {name.split(".")[0] for name in load_file(file)} if file is not None and file.is_file() else set()
+    if earlier is not None and not theirs.isdisjoint(task.adapters.keys()):
         read_adapters(task, earlier)
-        logger.info("The adapters of the method continue from %s.", Path(earlier, FILE))
-    elif task.bridge is not None:
+        logger.info("The adapters of the method continue from %s.", file)
+        return
+    if theirs:
+        logger.info("%s holds adapters of another method (%s), which are not used.", file, ", ".join(sorted(theirs)))
+    if task.bridge is not None:
         lengths = dataset.modality_lengths
         with_images = [index for index in range(len(dataset)) if lengths[index] > 0]
         chosen = with_images[:: max(1, len(with_images) // BRIDGE_SAMPLES)][:BRIDGE_SAMPLES]
@@ -118,4 +123,7 @@ def read_adapters(task: nn.Module, folder: str | Path) -> None:
         adapters.load_state_dict(load_file(file))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} holds the adapters of another method or pair of models ({reason}).") from None
+        raise ValueError(
+            f"{file} holds the adapters of another method or pair of models ({reason}); use the same method and "
+            f"teacher as that run, or remove the file to begin with new ones."
+        ) from None
