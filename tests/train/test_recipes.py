@@ -174,6 +174,8 @@ def test_lora_resumes(tmp_path):
 def test_qlora_is_refused_without_cuda(tmp_path):
     with pytest.raises(ValueError, match="--training_recipe qlora needs a CUDA GPU"):
         recipe_of(tmp_path, training_recipe="qlora", tune_type_llm="qlora", tune_type_vision_tower="frozen")
+    with pytest.raises(ValueError, match="--estimate of qlora needs one, too"):
+        recipe_of(tmp_path, training_recipe="qlora", tune_type_llm="qlora", estimate=True)
 
 
 @pytest.mark.parametrize(("name", "bits", "stored"), [("qlora_int8", 16, torch.int8), ("qlora", 4, torch.uint8)])
