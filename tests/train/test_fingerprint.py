@@ -93,6 +93,12 @@ def test_what_a_checkpoint_cannot_be_read_with_cannot_be_allowed(begun, tmp_path
         with pytest.raises(ValueError, match=f"{name} .*; use them, or start a new run") as raised:
             fingerprint.check(run / "checkpoint-1", {**described, name: value}, [name])
         assert "--allow_changed" not in str(raised.value)
+    recorded = {**described, "deepspeed": "ZeRO-2"}
+    shutil.copytree(run / "checkpoint-1", tmp_path / "sharded")
+    (tmp_path / "sharded" / fingerprint.FILE).write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match="--allow_changed deepspeed"):  # these two have the same files
+        fingerprint.check(tmp_path / "sharded", {**recorded, "deepspeed": "ZeRO-1"})
+    fingerprint.check(tmp_path / "sharded", {**recorded, "deepspeed": "ZeRO-1"}, ["deepspeed"])
 
 
 def test_an_allowed_name_must_be_an_argument(begun, tmp_path):
