@@ -24,6 +24,21 @@ def pair():
     return student, tiny_llava(seed=2, text=text).double()
 
 
+def test_the_relation_is_computed_in_float32(monkeypatch):
+    """Also where the trainer computes in bfloat16, as when gradients of single terms are measured."""
+    from tinyllava_switchkd.distill.methods import llava_kd
+
+    seen, related = [], llava_kd.related
+    monkeypatch.setattr(
+        llava_kd, "related", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or related(*given)
+    )
+    distiller = build_distiller(tiny_llava(seed=1), tiny_llava(seed=2), "llava_kd")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distiller(make_batch("ippaa"))
+        distiller.gradient_norms(make_batch("ippaa"))
+    assert len(seen) == 4 and not any(seen)
+
+
 def double(batch):
     return {**batch, "images": batch["images"].double()}
 

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import LossFactory, build_distiller, objective, register_loss
 from tinyllava_switchkd.distill.losses import LogitLoss
+from tinyllava_switchkd.distill.methods import Method
+from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.train.task import SupervisedTask
 
 from .conftest import make_batch, set_recompute
@@ -61,6 +64,35 @@ def test_what_a_rank_may_call_less_often_is_not_registered(student, teacher):
 
     register_loss("scaled")(Scaled)
     assert build_distiller(student, teacher, loss="scaled").to(torch.float64).loss.scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_loss_with_parameters_is_trained(student, teacher, batch, recompute, monkeypatch):
+    class Weighted(LogitLoss):
+        def __init__(self):
+            super().__init__(1.0)
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, student_logits, teacher_logits, **orders):
+            return (student_logits - teacher_logits).square().mean(-1) * self.scale
+
+    class Two(Method):
+        name = "two"
+
+        @functools.cached_property
+        def terms(self):
+            return [LogitTerm(name, Weighted(), 1.0) for name in ("one", "other")]
+
+    distiller = build_distiller(student, teacher, Two())
+    set_recompute(monkeypatch, distiller, recompute)
+    losses = distiller(batch)
+    losses["loss"].backward()
+    scales = [term.loss.scale for term in distiller.terms]
+    assert len(distiller.adapters) == 2 and all(any(p is scale for p in distiller.parameters()) for scale in scales)
+    assert all(
+        torch.isclose(scale.grad, losses[term.name], rtol=1e-5)
+        for scale, term in zip(scales, distiller.terms, strict=True)
+    )
 
 
 def dense(distiller, batch, dtype=torch.float64):

@@ -99,9 +99,9 @@ class Distiller(Task):
         trained = dict(adapters or {})
         self.guide = FrozenTeacher(teacher)
         self._held: list[Held] = [self.guide]
-        for loss in {term.loss: term.name for term in self.terms if isinstance(term, LogitTerm)}:
+        for loss, name in {term.loss: term.name for term in self.terms if isinstance(term, LogitTerm)}.items():
             if any(True for _ in loss.parameters()):
-                trained.setdefault("loss", loss)
+                trained["loss" if "loss" not in trained else f"loss_{name}"] = loss
             else:
                 # Not registered, because ZeRO-3 expects all ranks to call a module equally often. A rank without images
                 # calls the loss less often, and ranks would wait for each other forever.
@@ -209,7 +209,7 @@ class Distiller(Task):
         views = self._seen_by_terms(student, teacher)
         for term in self.terms:
             if isinstance(term, DenseTerm):
-                value = term.compute(views) / counts[term.per]
+                value = self._mean(term, views, counts)
                 result["loss"] = result["loss"] + term.weight * value
                 result[term.name] = value.detach().float()
         result["supervised_tokens"] = torch.tensor(tokens, device=result["loss"].device)
@@ -273,9 +273,7 @@ class Distiller(Task):
         yield CE, self._objective(())(supervised)[0] / counts["supervised"]
         for term in self.terms:
             if isinstance(term, DenseTerm):
-                with torch.autocast(student.hidden.device.type, enabled=False):
-                    value = term.compute(self._seen_by_terms(student, teacher)) / counts[term.per]
-                yield term.name, term.weight * value
+                yield term.name, term.weight * self._mean(term, self._seen_by_terms(student, teacher), counts)
             else:
                 tokens = supervised._replace(labels=None)
                 if term.tokens == "visual":
@@ -437,6 +435,11 @@ class Distiller(Task):
     def _seen_by_terms(self, student: View, teacher: View) -> Views:
         head = self.student.language_model.get_output_embeddings()
         return Views(student, teacher, self._adapters, head, self.guide.head, self.vocab_size, self._kept)
+
+    def _mean(self, term: DenseTerm, views: Views, counts: Mapping[str, Tensor | int]) -> Tensor:
+        """A dense term's mean, in the precision that the term chooses."""
+        with torch.autocast(views.student.hidden.device.type, enabled=False):
+            return term.compute(views) / counts[term.per]
 
     def _objective(self, terms: Sequence[LogitTerm]) -> TokenObjective:
         return TokenObjective(

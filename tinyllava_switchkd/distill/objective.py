@@ -114,7 +114,8 @@ class TokenObjective:
 
     def __call__(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The weighted loss (with gradient) and each of `names` unweighted (without), summed over all tokens."""
-        parameters = [p for p in self.student_head.parameters() if p.requires_grad]
+        trained = (self.student_head, *(term.loss for term in self.terms))
+        parameters = list({p: None for module in trained for p in module.parameters() if p.requires_grad})
         size = self.chunk_size or max(64, CHUNK_ELEMENTS // self._head_rows())
         count = -(-len(tokens.student) // size)
         sharded = any(hasattr(p, "ds_id") for p in self.student_head.parameters())
