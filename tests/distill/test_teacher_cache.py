@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from tests.tiny import tiny_llava
 from tests.train.toy import ToyDataset, toy_collator
 from tinyllava_switchkd.distill import TeacherCache, build_distiller
+from tinyllava_switchkd.distill.teacher_cache import tell_size
 
 METHODS = {"align only": {"switch_weight": 0.0}, "switch": {}}
 
@@ -199,6 +201,24 @@ def test_a_full_disk_ends_the_writing_and_not_the_training(tmp_path, monkeypatch
     cache.sync()
     assert "No space left" in caplog.text
     assert float(distiller(batch)["loss"]) == float(a_distiller()(batch)["loss"])
+
+
+def test_only_a_data_sets_own_samples_save_room(tmp_path, monkeypatch):
+    """A cache may be full of another data set's."""
+
+    class Data(ToyDataset):
+        encode = ToyDataset.__getitem__
+
+    collator = toy_collator(a_student())
+    filled = a_distiller(cache_in(tmp_path))
+    for batch in batches(range(6)):
+        filled(batch)
+    filled.teacher_cache.sync()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1))
+    assert "the disk has 0.0 MiB left" in tell_size(filled.teacher_cache, Data(6), collator, 48)
+    with pytest.raises(ValueError, match="choose another folder"):
+        tell_size(filled.teacher_cache, Data(3, seed=1), collator, 48)
+    assert not collator.counts.any()
 
 
 @pytest.mark.parametrize("method", ["llava_kd", "align_kd"])

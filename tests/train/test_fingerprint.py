@@ -165,3 +165,16 @@ def test_with_another_number_of_processes_the_batch_of_a_step_is_compared(begun,
     shared = {**described, "world_size": 2, "per_device_train_batch_size": 1}
     assert fingerprint.differences(described, shared) == {}
     assert list(fingerprint.differences(described, {**described, "world_size": 2})) == ["step_samples"]
+
+
+def test_a_teachers_digest_covers_the_scale_of_its_adapters(tmp_path):
+    """The same LoRA weights with another lora_alpha are another teacher."""
+    for name, text in (
+        ("config.json", "{}"),
+        ("adapter_model.safetensors", ""),
+        ("adapter_config.json", '{"lora_alpha": 8}'),
+    ):
+        (tmp_path / name).write_text(text)
+    before = fingerprint.teacher_digest(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 800}')
+    assert fingerprint.teacher_digest(str(tmp_path)) != before

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.data.collator import sample_digest
 from tinyllava_switchkd.io import write_bytes
 
 from .methods.base import Method
@@ -195,10 +196,16 @@ def tell_size(
         ValueError: the disk is too full for the missing samples.
     """
     chosen = range(0, len(dataset), max(1, len(dataset) // probed))
-    tokens = sum(int((collator.truncate(dataset.encode(index))["labels"] != -100).sum()) for index in chosen)
+    tokens = {
+        index: int((collator.truncate(dataset.encode(index))["labels"] != IGNORE_INDEX).sum()) for index in chosen
+    }
+    scale = len(dataset) / len(chosen) * width * cache.dtype.itemsize
+    size, free = sum(tokens.values()) * scale, shutil.disk_usage(cache.folder).free
+    there = 0.0
+    if size > free and len(cache):  # other samples of the cache may be another data set's
+        known = (index for index in chosen if sample_digest(collator.truncate(dataset[index])) in cache)
+        there = sum(tokens[index] for index in known) * scale
     collator.counts.zero_()
-    size = tokens / len(chosen) * len(dataset) * width * cache.dtype.itemsize
-    there, free = cache.bytes(), shutil.disk_usage(cache.folder).free
     if size - there > free:
         raise ValueError(
             f"--teacher_cache {cache.folder.parent} needs about {_readable(size)} for {len(dataset)} samples, "
@@ -207,7 +214,7 @@ def tell_size(
         )
     return (
         f"The teacher cache {cache.folder} needs about {_readable(size)} for {len(dataset)} samples; it has "
-        f"{len(cache)} samples ({_readable(there)}), and the disk has {_readable(free)} left."
+        f"{len(cache)} samples ({_readable(cache.bytes())}), and the disk has {_readable(free)} left."
     )
 
 

@@ -101,7 +101,8 @@ def describe(arguments: Arguments, world_size: int = 1) -> JsonObject:
 def teacher_digest(path: str, cache_dir: str | None = None) -> str:
     """A digest of a checkpoint's weights and configuration, independent of its path."""
     folder = resolve_folder(path, cache_dir=cache_dir)
-    files = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in folder.rglob(pattern)]
+    patterns = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+    files = [file for pattern in patterns for file in folder.rglob(pattern)]
     of_run = ("training_args.bin", "checkpoint-")  # a training keeps these beside the model
     kept = {f for f in files if not any(part.startswith(of_run) for part in f.relative_to(folder).parts)}
     return digest_of_files(folder, kept)
