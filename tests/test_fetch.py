@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.fake_hub import COMMIT, FakeHub, serve
 from tinyllava_switchkd.data.image_files import image_problem
 from tinyllava_switchkd.fetch import (
     SourceError,
@@ -18,8 +19,6 @@ from tinyllava_switchkd.fetch import (
     parquet_rows,
     split_files,
 )
-
-from .eval.fake_hub import COMMIT, FakeHub, serve
 
 DATA = bytes(range(256)) * 40
 

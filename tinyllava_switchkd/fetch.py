@@ -26,8 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllava_switchkd.cli import first_line
-
-from .io import atomic_file
+from tinyllava_switchkd.io import atomic_file
 
 logger = logging.getLogger(__name__)
 

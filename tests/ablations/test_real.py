@@ -16,30 +16,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 from tests.tiny import tiny_text_config, tiny_tokenizer, write_tiny_llm, write_tiny_tower
 from tinyllava_switchkd.ablations import __main__ as command
 from tinyllava_switchkd.ablations import real, real_plan, real_runs
-from tinyllava_switchkd.ablations import real_parts as parts
+from tinyllava_switchkd.ablations import real_sources as sources
 from tinyllava_switchkd.ablations.tables import WAYS
 from tinyllava_switchkd.distill.losses.knee import leading
 
 
-def made_pictures(of_each: int) -> list[parts.Picture]:
+def made_pictures(of_each: int) -> list[sources.Picture]:
     """Pictures of every kind; all their things have different names."""
-    names = [(kind, f"{kind} {number}") for kind in parts.KINDS for number in range(of_each)]
-    return [parts.picture(f"{thing.replace(' ', '-')}.png", kind, f"A {thing}. It is nice!") for kind, thing in names]
+    names = [(kind, f"{kind} {number}") for kind in sources.KINDS for number in range(of_each)]
+    return [sources.picture(f"{thing.replace(' ', '-')}.png", kind, f"A {thing}. It is nice!") for kind, thing in names]
 
 
 # Pictures and questions
 
 
 def test_captions_and_things():
-    assert parts.picture("x.png", "food", "A red apple. Eat it!")[2:] == ("A red apple.", "red apple")
-    assert parts.picture("x.png", "town", "“Yield” means you wait.").thing == ""
-    assert parts.picture("x.png", "animals", "Some 2.5 m tall birds").caption == "Some 2.5 m tall birds"
+    assert sources.picture("x.png", "food", "A red apple. Eat it!")[2:] == ("A red apple.", "red apple")
+    assert sources.picture("x.png", "town", "“Yield” means you wait.").thing == ""
+    assert sources.picture("x.png", "animals", "Some 2.5 m tall birds").caption == "Some 2.5 m tall birds"
 
 
 def test_held_out_pictures_are_balanced_and_have_unseen_captions():
-    pictures = [*made_pictures(5), parts.picture("copy.png", "food", "A food 0.")]
-    train, held = parts.split(pictures, 3)
-    assert Counter(one.kind for one in held) == dict.fromkeys(parts.KINDS, 3)
+    pictures = [*made_pictures(5), sources.picture("copy.png", "food", "A food 0.")]
+    train, held = sources.split(pictures, 3)
+    assert Counter(one.kind for one in held) == dict.fromkeys(sources.KINDS, 3)
     assert len(train) + len(held) == len(pictures) and not {*train} & {*held}
     assert not {one.caption for one in train} & {one.caption for one in held}
 
@@ -47,29 +47,29 @@ def test_held_out_pictures_are_balanced_and_have_unseen_captions():
 def test_absent_things_reveal_no_answer():
     pictures = made_pictures(4)
     kind_of = {one.thing: one.kind for one in pictures}
-    absent = parts.absent_things(pictures, 0)
+    absent = sources.absent_things(pictures, 0)
     assert sorted(absent) == sorted(kind_of)  # each is asked about once absent and once present
     assert all(kind_of[thing] != one.kind for thing, one in zip(absent, pictures, strict=True))
-    samples = parts.conversations(pictures, 3)
+    samples = sources.conversations(pictures, 3)
     answers = Counter(turn["value"] for one in samples for turn in one["conversations"][1::2])
     assert answers["Yes"] == answers["No"] == len(pictures) and answers["animal"] == 4
     assert all(one["conversations"][0]["value"].startswith("<image>\n") for one in samples)
     with pytest.raises(ValueError, match="another kind"):
-        parts.absent_things(pictures[:4], 0)
+        sources.absent_things(pictures[:4], 0)
 
 
 # Models
 
 
 def test_kept_layers_are_evenly_spread(tmp_path, monkeypatch):
-    kept = parts.spread(30, 11)
+    kept = sources.spread(30, 11)
     assert kept[0] == 0 and kept[-1] == 29 and set(np.diff(kept)) <= {2, 3, 4} and len(kept) == 11
     torch.manual_seed(0)
     full = AutoModelForCausalLM.from_config(tiny_text_config("llama", layers=3))
     full.config.quantization_config = {"quant_method": "gguf"}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: full)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer("qwen2_instruct"))
-    parts.write_language_model(tmp_path / "x.gguf", tmp_path / "out", layers=2)
+    sources.write_language_model(tmp_path / "x.gguf", tmp_path / "out", layers=2)
     written, state = load_file(tmp_path / "out" / "model.safetensors"), full.state_dict()
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     for ours, theirs in ((0, 0), (1, 2)):
@@ -122,7 +122,7 @@ def test_tower_is_read_from_onnx(tmp_path):
             dims = b"".join(_message(1, dim) for dim in value.shape)
             graph += _message(5, dims + _message(2, 1) + _message(8, piece) + _message(9, raw))
     (tmp_path / "x.onnx").write_bytes(_message(1, 8) + _message(7, graph))
-    parts.write_tower(tmp_path / "x.onnx", tmp_path / "dinov2", 28)
+    sources.write_tower(tmp_path / "x.onnx", tmp_path / "dinov2", 28)
     pixels = torch.randn(1, 3, 28, 28)
     written = Dinov2Model.from_pretrained(tmp_path / "dinov2").eval()
     with torch.no_grad():
@@ -149,7 +149,7 @@ def experiment(tmp_path):
     said: list[str] = []
 
     def make(**more):
-        return real_runs.Real(tmp_path, plan, models, parts.split(pictures, 1), say=said.append, **more)
+        return real_runs.Real(tmp_path, plan, models, sources.split(pictures, 1), say=said.append, **more)
 
     make.said = said
     return make
@@ -161,7 +161,7 @@ def test_runs_are_measured_and_reused(experiment):
     real_runs.run_all(first, ways, [1])
     assert first.stored["runs"].keys() == {"sft/1", "switch_kd/1", "teacher/0"}
     for run in first.stored["runs"].values():
-        assert {len(run[name]) for name in real.MEASURES} == {len(parts.KINDS)}
+        assert {len(run[name]) for name in real.MEASURES} == {len(sources.KINDS)}
         assert set(run["there"]) <= {0.0, 50.0, 100.0} and set(run["kind"]) <= {0.0, 100.0}
     states = first.stored["states"]
     assert {"before", "during", "after sft", "after switch_kd", "before, adapted teacher"} == states.keys()

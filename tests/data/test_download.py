@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.fake_hub import FakeHub, serve
+from tests.eval.hub_schemas import picture
 from tinyllava_switchkd.data import download
 from tinyllava_switchkd.data.download import TrainingSet, main
-
-from ..eval.fake_hub import FakeHub, serve
-from ..eval.hub_schemas import picture
 
 REPO = Path(__file__).parents[2]
 CAPTIONS = {f"{number:05d}/{number:09d}.jpg": picture(number)["bytes"] for number in range(4)}

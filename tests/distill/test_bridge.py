@@ -6,11 +6,10 @@ import itertools
 import pytest
 import torch
 
+from tests.distill.conftest import make_batch
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.bridge import Layout, resampling
-
-from .conftest import make_batch
 
 TOWERS = {
     "siglip": {"tower": "siglip"},

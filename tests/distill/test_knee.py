@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distill import oracle
 from tinyllava_switchkd.distill import knee
 from tinyllava_switchkd.distill.losses.knee import BINS, finite, leading
-
-from . import oracle
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "dbild"
 knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distill import oracle
 from tinyllava_switchkd.distill import LogitLoss, LossFactory, register_loss
 from tinyllava_switchkd.distill.losses import pairs
-
-from . import oracle
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "dbild"
 CASES = json.loads((FIXTURES / "cases.json").read_text())

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.distill.conftest import make_batch
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.distill import MethodFactory, build_distiller
 from tinyllava_switchkd.distill.methods.align_kd import HeadMap
 from tinyllava_switchkd.distill.methods.llava_kd import gram, related
-
-from .conftest import make_batch
 
 
 @pytest.fixture

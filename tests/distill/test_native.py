@@ -7,10 +7,9 @@ import shutil
 import pytest
 import torch
 
+from tests.distill.test_knee import assert_same_order, hard_rows, language_model_like
 from tinyllava_switchkd.distill import LossFactory, knee
 from tinyllava_switchkd.distill.losses import native
-
-from .test_knee import assert_same_order, hard_rows, language_model_like
 
 knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 needs_compiler = pytest.mark.skipif(not shutil.which(native.COMPILER.split()[0]), reason="needs a C compiler")

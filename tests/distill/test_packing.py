@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from tests.distill.conftest import make_batch
+from tests.distill.test_switch import assert_same_gradients, gradients
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.train.task import SupervisedTask
-
-from .conftest import make_batch
-from .test_switch import assert_same_gradients, gradients
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "qwen3", "llama", "phi", "gemma", "stablelm"])

@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
+from tests.distill.test_switch import gradients
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.model import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.quantized import quantization_config
-
-from .test_switch import gradients
 
 TEXT = {"hidden": 64, "layers": 3}
 

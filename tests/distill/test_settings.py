@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.distill.conftest import set_recompute
+from tests.distill.test_switch import assert_same_gradients, dense, gradients
 from tests.tiny import VOCAB_SIZE, tiny_llava
 from tinyllava_switchkd.distill import build_distiller
-
-from .conftest import set_recompute
-from .test_switch import assert_same_gradients, dense, gradients
 
 
 def dense_gradients(distiller, batch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.distill.conftest import make_batch, set_recompute
 from tests.tiny import tiny_llava
 from tinyllava_switchkd.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.distill import LossFactory, build_distiller, objective, register_loss
@@ -12,8 +13,6 @@ from tinyllava_switchkd.distill.losses import LogitLoss
 from tinyllava_switchkd.distill.methods import Method
 from tinyllava_switchkd.distill.objective import LogitTerm
 from tinyllava_switchkd.train.task import SupervisedTask
-
-from .conftest import make_batch, set_recompute
 
 
 def gradients(task, batch, **kwargs):

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distill.test_knee import assert_same_order, hard_rows, language_model_like
 from tinyllava_switchkd.distill import LossFactory
-
-from .test_knee import assert_same_order, hard_rows, language_model_like
 
 knee_module = importlib.import_module("tinyllava_switchkd.distill.losses.knee")
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .hub_schemas import picture
+from tests.eval.hub_schemas import picture
 
 Files = dict[str, tuple[str, list[dict[str, Any]]]]
 

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.eval.fake_hub import FakeHub, serve
+from tests.eval.hub_rows import BENCHMARKS, read_json, read_jsonl, read_tsv
+from tests.eval.hub_schemas import picture, write_parquet
+from tests.eval.scorers import answer_rows, data_dir, write_rows
 from tinyllava_switchkd.eval.benchmarks import BENCHMARKS as ORDER
 from tinyllava_switchkd.eval.benchmarks import (
     BenchmarkFactory,
@@ -25,11 +29,6 @@ from tinyllava_switchkd.eval.benchmarks import (
 from tinyllava_switchkd.eval.benchmarks.build import Build
 from tinyllava_switchkd.eval.prepare import main
 from tinyllava_switchkd.eval.score import score_file
-
-from .fake_hub import FakeHub, serve
-from .hub_rows import BENCHMARKS, read_json, read_jsonl, read_tsv
-from .hub_schemas import picture, write_parquet
-from .scorers import answer_rows, data_dir, write_rows
 
 QUESTIONS = {
     "mme": "llava_mme.jsonl",

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.fake_hub import FakeHub
+from tests.eval.hub_rows import BENCHMARKS
+from tests.eval.hub_schemas import write_parquet
+from tests.eval.miniature import write_benchmark
+from tests.eval.scorers import data_dir
+from tests.eval.test_prepare import hub, prepare  # noqa: F401 (a fixture)
 from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory
 from tinyllava_switchkd.eval.benchmarks.files import picture_path
-
-from .fake_hub import FakeHub
-from .hub_rows import BENCHMARKS
-from .hub_schemas import write_parquet
-from .miniature import write_benchmark
-from .scorers import data_dir
-from .test_prepare import hub, prepare  # noqa: F401 (a fixture)
 
 FIELDS = {
     "gqa": "id",

@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllava_switchkd.ablations.tables import TABLES
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.launch.__main__ import is_dry
-
-from .tables import TABLES
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "ablation_runs.json"
 """Stored runs at quickstart scale: their results are in the docs, and a dry run uses their times."""
@@ -21,7 +20,7 @@ STORED = Path(__file__).resolve().parents[2] / "docs" / "ablation_runs.json"
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["real"]:
-        from . import real
+        from tinyllava_switchkd.ablations import real
 
         return real.main(words[1:])
     environment = os.environ
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry(scale: str, names: Sequence[str], seeds: int) -> str:
-    from . import dry, paper, toy
+    from tinyllava_switchkd.ablations import dry, paper, toy
 
     if scale == "paper":
         return dry.report(paper.plan(names, os.environ), seeds, paper.RESTS_ON)
@@ -65,17 +64,16 @@ def _dry(scale: str, names: Sequence[str], seeds: int) -> str:
 
 
 def _run(scale: str, names: Sequence[str], seeds: Sequence[int], root: Path) -> str:
-    from . import summary
+    from tinyllava_switchkd.ablations import summary
 
     root.mkdir(parents=True, exist_ok=True)
     if scale == "paper":
-        from . import paper
+        from tinyllava_switchkd.ablations import paper
 
         stored = read_json(paper.run_tables(names, seeds, root))
     else:
+        from tinyllava_switchkd.ablations.toy import Toy, run_tables
         from tinyllava_switchkd.quickstart.experiment import Experiment, prepare_environment
-
-        from .toy import Toy, run_tables
 
         prepare_environment()
         toy = Toy(Experiment(root, say=print), os.environ.get("TEACHER_CACHE") or None)

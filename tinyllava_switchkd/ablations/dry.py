@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyllava_switchkd.ablations.tables import Flags
 from tinyllava_switchkd.distill import build_distiller
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.train.preflight.estimate import Estimate, estimate
-
-from .tables import Flags
 
 PEAK, PEAK_OF = 989e12, "H100 SXM, bfloat16 without sparsity, NVIDIA's data sheet"
 """Operations per second of one GPU."""

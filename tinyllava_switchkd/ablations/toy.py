@@ -15,6 +15,9 @@ from statistics import fmean
 
 from PIL import Image
 
+from tinyllava_switchkd.ablations import dry
+from tinyllava_switchkd.ablations.memory import MARK
+from tinyllava_switchkd.ablations.tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
@@ -23,10 +26,6 @@ from tinyllava_switchkd.quickstart.experiment import COMMON, FINETUNE, MADE, TOW
 from tinyllava_switchkd.train.command_line.argv import check_command_line
 from tinyllava_switchkd.visualize.attention import Look, likeness, look
 from tinyllava_switchkd.visualize.curves import GRADIENT, read_history, series
-
-from . import dry
-from .memory import MARK
-from .tables import KNEE_MEASURES, TABLES, WAYS, Flags, Way, cached, grid
 
 SMALL_TOWER, LARGER_TEACHER = "base-small-siglip", "larger-teacher"
 WIDTHS = {SMALL_TOWER: 48, LARGER_TEACHER: 96}

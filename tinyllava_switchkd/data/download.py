@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..cli import CommandParser
-from ..fetch import SourceError, download_into, extract, hub_folder
-from ..io import atomic_file, write_bytes
-from .image_files import image_problem
-from .records import images_of, scan
+from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.data.image_files import image_problem
+from tinyllava_switchkd.data.records import images_of, scan
+from tinyllava_switchkd.fetch import SourceError, download_into, extract, hub_folder
+from tinyllava_switchkd.io import atomic_file, write_bytes
 
 logger = logging.getLogger(__name__)
 

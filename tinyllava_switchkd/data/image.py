@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from .image_files import LEAST_SHARE, to_rgb
+from tinyllava_switchkd.data.image_files import LEAST_SHARE, to_rgb
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor

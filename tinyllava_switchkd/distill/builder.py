@@ -11,10 +11,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_switchkd.data.image import ImagePreprocess
-
-from .bridge import Bridge, differ, layout_of
-from .distiller import Distiller
-from .methods import Method, MethodFactory
+from tinyllava_switchkd.distill.bridge import Bridge, differ, layout_of
+from tinyllava_switchkd.distill.distiller import Distiller
+from tinyllava_switchkd.distill.methods import Method, MethodFactory
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase

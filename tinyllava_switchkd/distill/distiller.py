@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinyllava_switchkd.model.splice import Spliced
-
-from .bridge import Bridge, differ
-from .methods.base import DenseTerm, Method, Views
-from .objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
-from .task import Measure, Task
-from .teacher import FrozenTeacher, Held
-from .teacher_cache import TeacherCache, check_method, split
-from .trace import (
+from tinyllava_switchkd.distill.bridge import Bridge, differ
+from tinyllava_switchkd.distill.methods.base import DenseTerm, Method, Views
+from tinyllava_switchkd.distill.objective import CE, RANKING, LogitTerm, TokenObjective, Tokens
+from tinyllava_switchkd.distill.task import Measure, Task
+from tinyllava_switchkd.distill.teacher import FrozenTeacher, Held
+from tinyllava_switchkd.distill.teacher_cache import TeacherCache, check_method, split
+from tinyllava_switchkd.distill.trace import (
     BLIND,
     TEXT_KEYS,
     Positions,
@@ -37,6 +35,7 @@ from .trace import (
     splice_batch,
     supervised_positions,
 )
+from tinyllava_switchkd.model.splice import Spliced
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import Batch

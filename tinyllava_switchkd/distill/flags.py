@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from .losses import LossFactory
-from .methods import Method, MethodFactory
+from tinyllava_switchkd.distill.losses import LossFactory
+from tinyllava_switchkd.distill.methods import Method, MethodFactory
 
 
 @dataclass

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .losses import LogitLoss
-from .losses.knee import Order
+from tinyllava_switchkd.distill.losses import LogitLoss
+from tinyllava_switchkd.distill.losses.knee import Order
 
 CHUNK_ELEMENTS = 2**26
 """Logits of one side per chunk: 441 tokens of Qwen2.5's vocabulary, 256 MiB in float32."""

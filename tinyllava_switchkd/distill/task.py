@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
+from tinyllava_switchkd.distill.objective import CE
+from tinyllava_switchkd.distill.trace import Positions, batch_images, placeholders, splice_batch, supervised_positions
 from tinyllava_switchkd.model.splice import Spliced
-
-from .objective import CE
-from .trace import Positions, batch_images, placeholders, splice_batch, supervised_positions
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import Batch

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
 from tinyllava_switchkd.data.collator import sample_digest
+from tinyllava_switchkd.distill.methods.base import Method
+from tinyllava_switchkd.distill.teacher import FrozenTeacher
+from tinyllava_switchkd.distill.trace import BLIND, batch_images, look, placeholders, splice_batch, supervised_positions
 from tinyllava_switchkd.io import write_bytes
-
-from .methods.base import Method
-from .teacher import FrozenTeacher
-from .trace import BLIND, batch_images, look, placeholders, splice_batch, supervised_positions
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import Batch, DataCollatorForSupervisedDataset, Pictures

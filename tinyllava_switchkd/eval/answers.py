@@ -22,10 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from tinyllava_switchkd.eval.benchmarks import Question, answer_key
+from tinyllava_switchkd.eval.benchmarks.files import require
 from tinyllava_switchkd.io import JsonObject, read_json, read_jsonl, write_json, write_jsonl
-
-from .benchmarks import Question, answer_key
-from .benchmarks.files import require
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +86,8 @@ class AnswerFolder:
         return self.folder / f"answers.part-{process}.jsonl"
 
     @property
-    def parts(self) -> list[Path]:
-        """The parts of all processes, of this run and of interrupted ones."""
+    def part_files(self) -> list[Path]:
+        """The files of all processes, of this run and of interrupted ones."""
         return sorted(self.folder.glob("answers.part-*.jsonl"))
 
     # -------------------------------------------------------------------------------------------- one run at a time
@@ -135,7 +134,7 @@ class AnswerFolder:
         Raises:
             ValueError: the folder holds answers that were made with other settings.
         """
-        if self.merged.is_file() or any(part.stat().st_size for part in self.parts):
+        if self.merged.is_file() or any(part.stat().st_size for part in self.part_files):
             if not self.run_file.is_file():
                 raise ValueError(
                     f"{self.folder} holds answers, but no run.json that says how they were made; move them away, or "
@@ -155,7 +154,7 @@ class AnswerFolder:
 
     def repair(self) -> None:
         """Cut off an incomplete last line, left by a killed process or an interrupted copy."""
-        for path in (self.merged, *self.parts):
+        for path in (self.merged, *self.part_files):
             if not path.is_file():
                 continue
             with path.open("r+b") as file:
@@ -177,7 +176,7 @@ class AnswerFolder:
             ValueError: a line is not an answer.
         """
         rows: dict[Key, list[JsonObject]] = {}
-        for path in (self.merged, *self.parts):
+        for path in (self.merged, *self.part_files):
             if not path.is_file():
                 continue
             try:
@@ -198,9 +197,9 @@ class AnswerFolder:
             yield AnswerWriter(file)
 
     def merge(self, rows: Sequence[JsonObject]) -> None:
-        """Replace the parts by `answers.jsonl`. At every moment each answer is in one or the other."""
+        """Replace the part files by `answers.jsonl`. At every moment each answer is in one or the other."""
         write_jsonl(self.merged, rows)
-        for part in self.parts:
+        for part in self.part_files:
             part.unlink()
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tinyllava_switchkd.data.image_files import opened
-
-from .benchmarks import Question
+from tinyllava_switchkd.eval.benchmarks import Question
 
 UNREADABLE = (OSError, ValueError)
 """Errors that Pillow raises for a file that is not an image, or a broken or huge one."""

@@ -14,9 +14,8 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 
+from tinyllava_switchkd.eval.batches import Task
 from tinyllava_switchkd.io import JsonObject, digest
-
-from .batches import Task
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tinyllava_switchkd.eval.benchmarks import Benchmark, BenchmarkFactory
+from tinyllava_switchkd.eval.results import Result, Row, read_results
+from tinyllava_switchkd.eval.score import rows_file
 from tinyllava_switchkd.io import JsonObject, read_jsonl
 from tinyllava_switchkd.statistics import Comparison, compare, holm
-
-from .benchmarks import Benchmark, BenchmarkFactory
-from .results import Result, Row, read_results
-from .score import rows_file
 
 
 def read_rows(result: Result) -> list[JsonObject]:

@@ -18,6 +18,8 @@ from tinyllava_switchkd.constants import FLOAT_DTYPES
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.data.text import TextPreprocess
+from tinyllava_switchkd.eval.guesses import MOST_GUESSES, Guesses, can_try, try_guesses
+from tinyllava_switchkd.eval.prefix import SharedPrefix, attends_to_all, positions_vary
 from tinyllava_switchkd.model.caches import with_cache
 from tinyllava_switchkd.model.chat import stop_token_ids
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
@@ -26,9 +28,6 @@ from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
 from tinyllava_switchkd.runtime import check_device, default_device
-
-from .guesses import MOST_GUESSES, Guesses, can_try, try_guesses
-from .prefix import SharedPrefix, attends_to_all, positions_vary
 
 logger = logging.getLogger(__name__)
 

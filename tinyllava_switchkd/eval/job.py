@@ -16,18 +16,26 @@ from tqdm import tqdm
 
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.data.image import ImagePreprocess
+from tinyllava_switchkd.eval.answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
+from tinyllava_switchkd.eval.batches import (
+    UNREADABLE,
+    Prefetched,
+    Task,
+    batches_of,
+    in_order,
+    open_image,
+    pair_of,
+    tasks_of,
+)
+from tinyllava_switchkd.eval.benchmarks import Benchmark, BenchmarkFactory, Question
+from tinyllava_switchkd.eval.benchmarks.files import prepare_hint
+from tinyllava_switchkd.eval.cache import ResponseCache
+from tinyllava_switchkd.eval.generate import Answerer, Setting
+from tinyllava_switchkd.eval.guesses import Guesses
+from tinyllava_switchkd.eval.processes import Processes
 from tinyllava_switchkd.io import JsonObject, digest_of_files, read_json, write_json
 from tinyllava_switchkd.model.weights import shard_names
 from tinyllava_switchkd.runtime import versions
-
-from .answers import AnswerFolder, AnswerWriter, check_keys, in_question_order, split_answered
-from .batches import UNREADABLE, Prefetched, Task, batches_of, in_order, open_image, pair_of, tasks_of
-from .benchmarks import Benchmark, BenchmarkFactory, Question
-from .benchmarks.files import prepare_hint
-from .cache import ResponseCache
-from .generate import Answerer, Setting
-from .guesses import Guesses
-from .processes import Processes
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from tinyllava_switchkd.data.template.base import exchange
-
-from ..constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from ..data.text import TextPreprocess
-from .generate import Answerer
+from tinyllava_switchkd.data.text import TextPreprocess
+from tinyllava_switchkd.eval.generate import Answerer
 
 logger = logging.getLogger(__name__)
 

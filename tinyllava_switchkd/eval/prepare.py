@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
+from tinyllava_switchkd.eval.benchmarks import Benchmark, BenchmarkFactory, ExpectedFile, names
+from tinyllava_switchkd.eval.benchmarks.build import Build
+from tinyllava_switchkd.eval.benchmarks.files import find_file, read_tsv, sentence_of
 from tinyllava_switchkd.fetch import SourceError
 from tinyllava_switchkd.io import read_json, read_jsonl, write_json
-
-from .benchmarks import Benchmark, BenchmarkFactory, ExpectedFile, names
-from .benchmarks.build import Build
-from .benchmarks.files import find_file, read_tsv, sentence_of
 
 logger = logging.getLogger("tinyllava_switchkd.eval.prepare")
 

@@ -21,11 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava_switchkd import cli
+from tinyllava_switchkd.eval.benchmarks.files import sentence_of
+from tinyllava_switchkd.eval.results import (
+    SERVER_SPLITS,
+    Result,
+    Row,
+    different_checkpoints,
+    paper_rows,
+    place_of,
+    read_results,
+)
 from tinyllava_switchkd.io import write_text
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
-
-from .benchmarks.files import sentence_of
-from .results import SERVER_SPLITS, Result, Row, different_checkpoints, paper_rows, place_of, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -342,7 +349,7 @@ def comparison(first: str, second: str, output_dir: Path | None) -> str:
     Raises:
         FileNotFoundError, ValueError: see `compare_models`.
     """
-    from .comparison import HEADER, NOTES, compare_models, lines
+    from tinyllava_switchkd.eval.comparison import HEADER, NOTES, compare_models, lines
 
     a, b, compared = compare_models(first, second)
     names = f"A: {a.label}. B: {b.label}."

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyllava_switchkd.eval.benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory, Score
 from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.visualize.paper import AVERAGES, COLUMNS, paper_tables
-
-from .benchmarks import BENCHMARKS, Benchmark, BenchmarkFactory, Score
 
 logger = logging.getLogger(__name__)
 

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser, first_line
 from tinyllava_switchkd.constants import FLOAT_DTYPES, TEMPLATE_FLAGS
+from tinyllava_switchkd.eval.benchmarks import BenchmarkFactory, names
+from tinyllava_switchkd.eval.benchmarks.files import sentence_of
+from tinyllava_switchkd.eval.processes import OtherProcessFailed, Processes, spawn, tell
+from tinyllava_switchkd.eval.score import rows_file, score_file, write_rows
 from tinyllava_switchkd.io import write_json
 from tinyllava_switchkd.registry import checkpoint_name
 
-from .benchmarks import BenchmarkFactory, names
-from .benchmarks.files import sentence_of
-from .processes import OtherProcessFailed, Processes, spawn, tell
-from .score import rows_file, score_file, write_rows
-
 if TYPE_CHECKING:  # modules that need torch are imported after the command line is read
-    from .job import Job
+    from tinyllava_switchkd.eval.job import Job
 
 logger = logging.getLogger("tinyllava_switchkd.eval.run")
 
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace, processes: Processes) -> None:
         FileNotFoundError, ValueError: an error that the user must fix.
         OtherProcessFailed: another process has failed.
     """
-    from .job import Job, finish, generate, set_up, still_open
+    from tinyllava_switchkd.eval.job import Job, finish, generate, set_up, still_open
 
     processes.join()
     job = None

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser, show
+from tinyllava_switchkd.eval.benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, Score, names, read_answers
+from tinyllava_switchkd.eval.benchmarks.files import sentence_of
 from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 from tinyllava_switchkd.statistics import standard_error
-
-from .benchmarks import Benchmark, BenchmarkFactory, JudgeFactory, Score, names, read_answers
-from .benchmarks.files import sentence_of
 
 
 def score_file(

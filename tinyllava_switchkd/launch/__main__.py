@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tinyllava_switchkd.cli import show
-
-from . import evaluate, recipe, stages
-from .devices import find_devices
-from .processes import Commands, become, is_rank
-from .variables import read
+from tinyllava_switchkd.launch import evaluate, recipe, stages
+from tinyllava_switchkd.launch.devices import find_devices
+from tinyllava_switchkd.launch.processes import Commands, become, is_rank
+from tinyllava_switchkd.launch.variables import read
 
 MODULES = {
     "prepare": ("tinyllava_switchkd.eval.prepare", "download the benchmarks' data into LLaVA's layout"),

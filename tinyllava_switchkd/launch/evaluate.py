@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllava_switchkd.launch.devices import Devices
+from tinyllava_switchkd.launch.values import folder_name, split_words
 from tinyllava_switchkd.registry import checkpoint_name
-
-from .devices import Devices
-from .values import folder_name, split_words
 
 MODULE = "tinyllava_switchkd.eval.run"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .devices import Devices
+from tinyllava_switchkd.launch.devices import Devices
 
 DEEPSPEED = Path(__file__).parent / "deepspeed"
 """DeepSpeed's configurations: zero2.json, zero3.json, zero2_offload.json."""

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllava_switchkd.launch.launcher import MODULE
 from tinyllava_switchkd.train.reliability.signals import INTERRUPTED, LAUNCHER
-
-from .launcher import MODULE
 
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 

@@ -31,8 +31,7 @@ from pathlib import Path
 import yaml
 
 from tinyllava_switchkd.io import read_text
-
-from .values import folder_name, word
+from tinyllava_switchkd.launch.values import folder_name, word
 
 RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("pretrain", "finetune", "distill", "custom")

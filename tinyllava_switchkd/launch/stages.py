@@ -8,15 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyllava_switchkd.launch.batch import Batch, batch_of
+from tinyllava_switchkd.launch.devices import Devices
+from tinyllava_switchkd.launch.launcher import find_launcher, launch_environment, launch_words
+from tinyllava_switchkd.launch.recipe import (
+    LAUNCH_SETTINGS,
+    Item,
+    Recipe,
+    Settings,
+    is_unset,
+    read_recipe,
+    setting_name,
+)
+from tinyllava_switchkd.launch.values import folder_name, split_words
+from tinyllava_switchkd.launch.variables import STAGE_PREFIXES, TRAINING
 from tinyllava_switchkd.train.command_line.argv import check_command_line
 from tinyllava_switchkd.train.command_line.flags import pairs
-
-from .batch import Batch, batch_of
-from .devices import Devices
-from .launcher import find_launcher, launch_environment, launch_words
-from .recipe import LAUNCH_SETTINGS, Item, Recipe, Settings, is_unset, read_recipe, setting_name
-from .values import folder_name, split_words
-from .variables import STAGE_PREFIXES, TRAINING
 
 BASE_RECIPE = "tinyllava"
 """The recipe of a stage that is run on its own."""

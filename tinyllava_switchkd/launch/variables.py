@@ -12,9 +12,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from tinyllava_switchkd.launch.values import anything, boolean, flags, folder_name, word
 from tinyllava_switchkd.train.command_line.settings import ALLOWED, OneOf, Range
-
-from .values import anything, boolean, flags, folder_name, word
 
 STAGE_PREFIXES = ("PRETRAIN", "FINETUNE", "DISTILL")
 

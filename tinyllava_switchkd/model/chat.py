@@ -15,8 +15,7 @@ from tinyllava_switchkd.data.image_files import BadImageError, read_upright, upr
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.data.template.base import as_text, exchange, mark_first
 from tinyllava_switchkd.data.text import TextPreprocess
-
-from .layouts import image_processor_of, token_ids, tokenizer_of
+from tinyllava_switchkd.model.layouts import image_processor_of, token_ids, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tinyllava_switchkd.model.compiled import compile_generation
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.connector import ConnectorFactory
+from tinyllava_switchkd.model.layouts import image_processor_of, merge_adapter, tokenizer_of
+from tinyllava_switchkd.model.llm import load_tokenizer
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.quantized import check_quantization, quantization_config
+from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+from tinyllava_switchkd.model.weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
 from tinyllava_switchkd.runtime import default_device
-
-from .compiled import compile_generation
-from .configuration import TinyLlavaConfig
-from .connector import ConnectorFactory
-from .layouts import image_processor_of, merge_adapter, tokenizer_of
-from .llm import load_tokenizer
-from .modeling import TinyLlavaForConditionalGeneration
-from .quantized import check_quantization, quantization_config
-from .vision_tower import resolve_vision_tower
-from .weights import is_adapter, read_checkpoint, read_connector, read_weights, resolve_folder
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, BitsAndBytesConfig, PreTrainedTokenizerBase

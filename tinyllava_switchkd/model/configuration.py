@@ -112,7 +112,7 @@ class TinyLlavaConfig(PretrainedConfig):
             # v1 leaves out values that equal its default, which is a llama configuration.
             return config_from_dict(text_config, "llama", "text_config")
         if self.llm_model_name_or_path:
-            from .llm import read_base_config
+            from tinyllava_switchkd.model.llm import read_base_config
 
             return read_base_config(self.llm_model_name_or_path, self.cache_dir)
         return CONFIG_MAPPING["llama"]()
@@ -125,7 +125,7 @@ class TinyLlavaConfig(PretrainedConfig):
             config = config_from_dict(vision_config, "clip_vision_model", "vision_config")
             config = getattr(config, "vision_config", config)  # v1 also accepts the configuration of a whole CLIP
         elif self.vision_model_name_or_path:
-            from .vision_tower import VisionTowerFactory
+            from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
 
             tower = VisionTowerFactory(self.vision_model_name_or_path)
             config = tower.load_config(

@@ -14,8 +14,7 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 from tinyllava_switchkd.io import JsonObject
-
-from .vision_tower.base import SELECT_STRATEGIES
+from tinyllava_switchkd.model.vision_tower.base import SELECT_STRATEGIES
 
 Rule = tuple[str, Callable[[Any], bool]]
 """The allowed values in words, and a function that tests a value."""

@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from tinyllava_switchkd.io import read_json
-
-from .configuration import TinyLlavaConfig
-from .connector import ConnectorFactory
-from .fields import check_adapter, check_config, check_generation
-from .legacy import config_from_bench, is_bench_config
-from .llm import has_tokenizer, load_tokenizer
-from .processor import check_image_processor, load_image_processor
-from .trust import CodeRefused, one_sentence, refuse_code
-from .vision_tower import resolve_vision_tower
-from .weights import read_checkpoint, refuse_unusable
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.connector import ConnectorFactory
+from tinyllava_switchkd.model.fields import check_adapter, check_config, check_generation
+from tinyllava_switchkd.model.legacy import config_from_bench, is_bench_config
+from tinyllava_switchkd.model.llm import has_tokenizer, load_tokenizer
+from tinyllava_switchkd.model.processor import check_image_processor, load_image_processor
+from tinyllava_switchkd.model.trust import CodeRefused, one_sentence, refuse_code
+from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+from tinyllava_switchkd.model.weights import read_checkpoint, refuse_unusable
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-    from .vision_tower import VisionTower
+    from tinyllava_switchkd.model.vision_tower import VisionTower
 
 
 def tokenizer_of(folder: Path, config: TinyLlavaConfig) -> PreTrainedTokenizerBase:

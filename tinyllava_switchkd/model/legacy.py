@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tinyllava_switchkd.io import JsonObject
-
-from .configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 
 # Architecture -> language model, and the base model whose tokenizer and template it was trained with
 # (v1, model/convert_legecy_weights_to_tinyllavafactory.py).

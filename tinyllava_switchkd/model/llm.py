@@ -14,9 +14,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model.trust import CodeRefused, one_sentence, refuse_code
 from tinyllava_switchkd.registry import Registry, base_name
-
-from .trust import CodeRefused, one_sentence, refuse_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 

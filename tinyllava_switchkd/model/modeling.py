@@ -23,19 +23,18 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinyllava_switchkd.constants import IGNORE_INDEX
-
-from .caches import cache_of, with_cache
-from .chat import Images, chat, fetch_own
-from .configuration import TinyLlavaConfig
-from .connector import ConnectorFactory
-from .layouts import merge_adapter, open_checkpoint, read_config
-from .llm import resolve_llm
-from .saving import push_pretrained_model
-from .splice import Spliced, splice
-from .trust import one_sentence
-from .vision_tower import resolve_vision_tower
-from .vision_tower.base import flatten_images
-from .weights import (
+from tinyllava_switchkd.model.caches import cache_of, with_cache
+from tinyllava_switchkd.model.chat import Images, chat, fetch_own
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.connector import ConnectorFactory
+from tinyllava_switchkd.model.layouts import merge_adapter, open_checkpoint, read_config
+from tinyllava_switchkd.model.llm import resolve_llm
+from tinyllava_switchkd.model.saving import push_pretrained_model
+from tinyllava_switchkd.model.splice import Spliced, splice
+from tinyllava_switchkd.model.trust import one_sentence
+from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
+from tinyllava_switchkd.model.vision_tower.base import flatten_images
+from tinyllava_switchkd.model.weights import (
     is_adapter,
     outside_zero_init,
     own_memory,

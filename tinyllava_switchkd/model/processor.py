@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from .trust import one_sentence, refuse_code
+from tinyllava_switchkd.model.trust import one_sentence, refuse_code
 
 
 def load_image_processor(folder: str | Path) -> BaseImageProcessor:

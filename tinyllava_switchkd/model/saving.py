@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.io import read_json, write_json
-
-from .card import CARD, facts_of, write_model_card
+from tinyllava_switchkd.model.card import CARD, facts_of, write_model_card
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tinyllava_switchkd.cli import first_line
 from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json
-
-from .trust import refuse_code
+from tinyllava_switchkd.model.trust import refuse_code
 
 # Buffers that older versions of transformers saved and newer ones compute.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.(cos|sin)_cached|rotary_emb\.inv_freq|masked_bias)$")

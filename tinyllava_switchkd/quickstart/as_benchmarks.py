@@ -20,10 +20,9 @@ from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.eval import report as eval_report
 from tinyllava_switchkd.eval import run as eval_run
 from tinyllava_switchkd.io import JsonObject, digest, write_json, write_jsonl
-
-from . import scenes
-from .experiment import MADE, Experiment, StageError, call, once, words_of
-from .scenes import QuestionSet
+from tinyllava_switchkd.quickstart import scenes
+from tinyllava_switchkd.quickstart.experiment import MADE, Experiment, StageError, call, once, words_of
+from tinyllava_switchkd.quickstart.scenes import QuestionSet
 
 BENCHMARKS = ("vqav2", "pope", "mmbench", "scienceqa")
 """Benchmarks in whose formats the questions are written."""

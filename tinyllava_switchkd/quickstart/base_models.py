@@ -21,8 +21,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tinyllava_switchkd.data.template import TemplateFactory
-
-from . import scenes
+from tinyllava_switchkd.quickstart import scenes
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The three base models shipped with the project; `bases` made them."""

@@ -19,9 +19,17 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import digest
-
-from . import base_models, scenes
-from .experiment import PRETRAIN, Experiment, Plan, StageError, logged, once, prepare_environment, told
+from tinyllava_switchkd.quickstart import base_models, scenes
+from tinyllava_switchkd.quickstart.experiment import (
+    PRETRAIN,
+    Experiment,
+    Plan,
+    StageError,
+    logged,
+    once,
+    prepare_environment,
+    told,
+)
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -154,14 +162,14 @@ class _Bases(Experiment):
 
     def what_tower_sees(self, checkpoint: Path) -> Mapping[str, float]:
         """Per cent of the digits that a linear probe reads from the tower's tokens."""
-        from . import evaluate
+        from tinyllava_switchkd.quickstart import evaluate
 
         fitted = scenes.make_scenes("font", "train", 2 * self.sizes.val_scenes, 10_000)
         return {"digits": evaluate.probe(evaluate.load(checkpoint), fitted, self.asked.scenes, self.asked.scenes)}
 
     def what_llm_knows(self, checkpoint: Path) -> Mapping[str, float]:
         """Kind of question -> accuracy in per cent."""
-        from . import evaluate
+        from tinyllava_switchkd.quickstart import evaluate
 
         answers = evaluate.answer_questions(evaluate.load(checkpoint), self.asked)
         return evaluate.accuracy(self.asked.questions, answers)[1]

@@ -11,8 +11,7 @@ from PIL import Image
 
 from tinyllava_switchkd.eval.generate import Answerer
 from tinyllava_switchkd.io import JsonObject
-
-from .scenes import QuestionSet, Scene
+from tinyllava_switchkd.quickstart.scenes import QuestionSet, Scene
 
 BATCH_SIZE = 128
 MAX_NEW_TOKENS = 8

@@ -29,9 +29,8 @@ import torch
 
 from tinyllava_switchkd.io import JsonObject, digest, read_json, write_json
 from tinyllava_switchkd.launch import stages
-
-from . import scenes
-from .base_models import CONV_VERSION, SHIPPED
+from tinyllava_switchkd.quickstart import scenes
+from tinyllava_switchkd.quickstart.base_models import CONV_VERSION, SHIPPED
 
 MADE = "made.json"
 """A file in every finished folder that records what the folder was made from. A folder without it is made again."""
@@ -273,7 +272,7 @@ class Experiment:
             "score" and "by_type" (exact matches in per cent), "probe" (see `evaluate.probe`), "answers", and "seconds"
             and "steps" of its last training.
         """
-        from . import evaluate
+        from tinyllava_switchkd.quickstart import evaluate
 
         def make(folder: Path) -> None:
             asked, answerer = self.questions(split), evaluate.load(checkpoint)

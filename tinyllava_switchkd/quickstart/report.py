@@ -12,14 +12,13 @@ from PIL import Image
 
 from tinyllava_switchkd import cli
 from tinyllava_switchkd.io import JsonObject
+from tinyllava_switchkd.quickstart import scenes
+from tinyllava_switchkd.quickstart.experiment import Experiment
 from tinyllava_switchkd.runtime import versions
 from tinyllava_switchkd.visualize.bars import draw_bars
 from tinyllava_switchkd.visualize.curves import draw_inside, draw_losses, read_history
 from tinyllava_switchkd.visualize.paper import paper_tables
 from tinyllava_switchkd.visualize.predictions import Prediction, draw_predictions
-
-from . import scenes
-from .experiment import Experiment
 
 METHODS = {"teacher": "Teacher", "sft": "SFT", "sft_equal_time": "SFT, twice the steps", "switch_kd": "Switch-KD"}
 """Key in ``results.json`` -> label, in the table's order."""

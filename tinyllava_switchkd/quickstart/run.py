@@ -17,7 +17,7 @@ from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import JsonObject, write_json, write_text
 
 if TYPE_CHECKING:  # torch is imported only after the command line has been parsed
-    from .experiment import Plan
+    from tinyllava_switchkd.quickstart.experiment import Plan
 
 BENCHMARKED = ("teacher", "sft", "switch_kd")
 """Models on which the benchmarks' commands are run."""
@@ -45,10 +45,10 @@ def quickstart(
     Raises:
         StageError: a stage failed.
     """
-    from . import report
-    from .as_benchmarks import run_benchmarks
-    from .base_models import SHIPPED
-    from .experiment import Experiment, once
+    from tinyllava_switchkd.quickstart import report
+    from tinyllava_switchkd.quickstart.as_benchmarks import run_benchmarks
+    from tinyllava_switchkd.quickstart.base_models import SHIPPED
+    from tinyllava_switchkd.quickstart.experiment import Experiment, once
 
     experiment = Experiment(root, plan, bases or SHIPPED, say)
     say("Teacher, on many scenes of handwriting (base models -> PT -> SFT)")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"quickstart.sh: cannot write to {root} ({error.strerror}); set QUICKSTART_OUT.", file=sys.stderr)
         return 1
-    from .experiment import prepare_environment, told
+    from tinyllava_switchkd.quickstart.experiment import prepare_environment, told
 
     prepare_environment()
     started = time.monotonic()
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         bases = None
         if args.from_scratch:
-            from .bases import make_bases
+            from tinyllava_switchkd.quickstart.bases import make_bases
 
             bases = make_bases(root)
         print("\n" + quickstart(root, range(1, args.seeds + 1), bases=bases)["text"])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tinyllava_switchkd.data.template.base import exchange
 from tinyllava_switchkd.io import write_json
-
-from .base_models import write_llm, write_vision_tower
+from tinyllava_switchkd.quickstart.base_models import write_llm, write_vision_tower
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from .command_line.arguments import Arguments
+from tinyllava_switchkd.train.command_line.arguments import Arguments
 
 FLASH = "flash_attention_2"
 

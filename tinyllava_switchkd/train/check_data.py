@@ -88,8 +88,7 @@ def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for `check_data` from the model on the command line, without reading its weights."""
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
     from tinyllava_switchkd.model.vision_tower import resolve_vision_tower
-
-    from .preflight.skeleton import checkpoint_skeleton, on_meta
+    from tinyllava_switchkd.train.preflight.skeleton import checkpoint_skeleton, on_meta
 
     if args.model_path:
         model = checkpoint_skeleton(args.model_path)

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from tinyllava_switchkd.distill import Task
-
-from .command_line.arguments import TrainingArguments
-from .recipes.parts import LAYER
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.recipes.parts import LAYER
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,10 @@ from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset, o
 from tinyllava_switchkd.distill import TeacherCache
 from tinyllava_switchkd.distill.teacher import FrozenTeacher
 from tinyllava_switchkd.distill.teacher_cache import fill
-
-from .command_line.arguments import TrainingArguments
-from .reliability import signals
-from .reliability.checkpoints import CheckpointError
-from .validation import Subset
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.reliability import signals
+from tinyllava_switchkd.train.reliability.checkpoints import CheckpointError
+from tinyllava_switchkd.train.validation import Subset
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.dataset import Samples

@@ -34,24 +34,29 @@ from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.checkpoint import load_pretrained_model
 from tinyllava_switchkd.model.quantized import BITS, check_quantization
 from tinyllava_switchkd.runtime import is_main_process
-
-from .adapters import begin_adapters
-from .attention import attention_of
-from .command_line.arguments import Arguments
-from .command_line.deepspeed_config import warn_of_builds
-from .compiling import check_compile
-from .filling import Filling
-from .preflight import checks
-from .preflight.estimate import estimate_run
-from .preflight.skeleton import apply_run_settings, checkpoint_skeleton, model_settings, student_skeleton, visual_tokens
-from .recipes import BaseTrainingRecipe, TrainingRecipeFactory
-from .reliability import checkpoints, fingerprint, resume, signals, universal
-from .reliability.guard import NON_FINITE, NonFiniteError
-from .reliability.locking import LockedError, OutputLock
-from .reliability.record import keep_rates, write_recipe
-from .task import SupervisedTask
-from .trainer import LLaVATrainer
-from .validation import hold_out
+from tinyllava_switchkd.train.adapters import begin_adapters
+from tinyllava_switchkd.train.attention import attention_of
+from tinyllava_switchkd.train.command_line.arguments import Arguments
+from tinyllava_switchkd.train.command_line.deepspeed_config import warn_of_builds
+from tinyllava_switchkd.train.compiling import check_compile
+from tinyllava_switchkd.train.filling import Filling
+from tinyllava_switchkd.train.preflight import checks
+from tinyllava_switchkd.train.preflight.estimate import estimate_run
+from tinyllava_switchkd.train.preflight.skeleton import (
+    apply_run_settings,
+    checkpoint_skeleton,
+    model_settings,
+    student_skeleton,
+    visual_tokens,
+)
+from tinyllava_switchkd.train.recipes import BaseTrainingRecipe, TrainingRecipeFactory
+from tinyllava_switchkd.train.reliability import checkpoints, fingerprint, resume, signals, universal
+from tinyllava_switchkd.train.reliability.guard import NON_FINITE, NonFiniteError
+from tinyllava_switchkd.train.reliability.locking import LockedError, OutputLock
+from tinyllava_switchkd.train.reliability.record import keep_rates, write_recipe
+from tinyllava_switchkd.train.task import SupervisedTask
+from tinyllava_switchkd.train.trainer import LLaVATrainer
+from tinyllava_switchkd.train.validation import hold_out
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.data.collator import DataCollatorForSupervisedDataset

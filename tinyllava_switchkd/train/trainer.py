@@ -28,14 +28,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.sampler import LengthGroupedSampler
 from tinyllava_switchkd.distill import Distiller, Measure, Task
-
-from .adapters import write_adapters
-from .command_line.arguments import TrainingArguments
-from .compiling import compile_layers
-from .recipes import BaseTrainingRecipe
-from .reliability.reliable import ReliableTrainer
-from .task import SupervisedTask
-from .validation import held_out_means
+from tinyllava_switchkd.train.adapters import write_adapters
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.compiling import compile_layers
+from tinyllava_switchkd.train.recipes import BaseTrainingRecipe
+from tinyllava_switchkd.train.reliability.reliable import ReliableTrainer
+from tinyllava_switchkd.train.task import SupervisedTask
+from tinyllava_switchkd.train.validation import held_out_means
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .curves import STYLE, save_figure
-from .radar import COLOURS, INK
+from tinyllava_switchkd.visualize.curves import STYLE, save_figure
+from tinyllava_switchkd.visualize.radar import COLOURS, INK
 
 
 def draw_bars(

@@ -18,8 +18,7 @@ import numpy as np
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.io import JsonObject
 from tinyllava_switchkd.registry import display_names
-
-from .radar import COLOURS, INK, MARKERS
+from tinyllava_switchkd.visualize.radar import COLOURS, INK, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

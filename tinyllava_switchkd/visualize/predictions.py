@@ -10,9 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from tinyllava_switchkd.data.image_files import to_rgb
-
-from .curves import STYLE, save_figure
-from .radar import INK
+from tinyllava_switchkd.visualize.curves import STYLE, save_figure
+from tinyllava_switchkd.visualize.radar import INK
 
 RIGHT, WRONG = "#00734f", "#b3400e"
 """Colours of right and wrong answers; a mark in front shows the same without colour."""

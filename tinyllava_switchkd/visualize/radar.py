@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .paper import average, figure1_axes
+from tinyllava_switchkd.visualize.paper import average, figure1_axes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -1,5 +1,6 @@
 """Conversation templates: `TemplateFactory`, `register_template` and the built-in templates."""
 
+from tinyllava_switchkd.data.template import conversations  # noqa: F401  # registers the templates
 from tinyllava_switchkd.data.template.base import (
     EmptyFormatter,
     Formatter,
@@ -10,8 +11,6 @@ from tinyllava_switchkd.data.template.base import (
     check_template,
     register_template,
 )
-
-from . import conversations  # noqa: F401  # registers the templates
 
 __all__ = [
     "EmptyFormatter",

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from tinyllava_switchkd.distill.losses import LossFactory
+from tinyllava_switchkd.distill.objective import CE, LogitTerm
+from tinyllava_switchkd.distill.trace import Sight, View
 from tinyllava_switchkd.registry import Registry
-
-from ..losses import LossFactory
-from ..objective import CE, LogitTerm
-from ..trace import Sight, View
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

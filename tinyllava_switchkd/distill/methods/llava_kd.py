@@ -21,10 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import LossFactory
-from ..objective import LogitTerm
-from ..trace import Sight
-from .base import DenseTerm, Method, Term, Views, register_method, same_visual_tokens, setting
+from tinyllava_switchkd.distill.losses import LossFactory
+from tinyllava_switchkd.distill.methods.base import (
+    DenseTerm,
+    Method,
+    Term,
+    Views,
+    register_method,
+    same_visual_tokens,
+    setting,
+)
+from tinyllava_switchkd.distill.objective import LogitTerm
+from tinyllava_switchkd.distill.trace import Sight
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

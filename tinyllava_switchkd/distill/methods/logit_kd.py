@@ -8,8 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
-from ..objective import LogitTerm
-from .base import Method, make_loss, register_method, setting
+from tinyllava_switchkd.distill.methods.base import Method, make_loss, register_method, setting
+from tinyllava_switchkd.distill.objective import LogitTerm
 
 
 @register_method("logit_kd")

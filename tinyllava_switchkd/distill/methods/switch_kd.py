@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..objective import LogitTerm
-from .base import register_method, setting
-from .logit_kd import LogitKD
+from tinyllava_switchkd.distill.methods.base import register_method, setting
+from tinyllava_switchkd.distill.methods.logit_kd import LogitKD
+from tinyllava_switchkd.distill.objective import LogitTerm
 
 
 @register_method("switch_kd")

@@ -1,7 +1,7 @@
 """The benchmarks: one module each, registered by name. None of them imports torch."""
 
-from . import gqa, mmbench, mme, mmmu, pope, scienceqa, textvqa, vizwiz, vqav2  # noqa: F401  # they register themselves
-from .base import (
+from tinyllava_switchkd.eval.benchmarks import gqa, mmbench, mme, mmmu, pope, scienceqa, textvqa, vizwiz, vqav2  # noqa: F401  # they register themselves
+from tinyllava_switchkd.eval.benchmarks.base import (
     Answer,
     Benchmark,
     BenchmarkFactory,

@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from tinyllava_switchkd.eval.benchmarks.files import ID, find_file, missing_file, picture_path, require
 from tinyllava_switchkd.io import JsonObject, read_jsonl
 from tinyllava_switchkd.registry import Registry
-
-from .files import ID, find_file, missing_file, picture_path, require
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

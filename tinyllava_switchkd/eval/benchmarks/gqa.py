@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -23,7 +21,8 @@ from .base import (
     register_benchmark,
     said,
 )
-from .files import need_file, require, write_upload
+from tinyllava_switchkd.eval.benchmarks.files import need_file, require, write_upload
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

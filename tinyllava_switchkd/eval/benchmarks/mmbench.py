@@ -15,9 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, atomic_file
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     LETTER_SUFFIX,
     Answer,
     Benchmark,
@@ -32,8 +30,9 @@ from .base import (
     register_benchmark,
     said,
 )
-from .choices import match_exactly, read_choice
-from .files import missing_file, read_tsv
+from tinyllava_switchkd.eval.benchmarks.choices import match_exactly, read_choice
+from tinyllava_switchkd.eval.benchmarks.files import missing_file, read_tsv
+from tinyllava_switchkd.io import JsonObject, atomic_file
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

@@ -7,9 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_text, write_jsonl, write_text
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -21,6 +19,7 @@ from .base import (
     said,
     strip_suffix,
 )
+from tinyllava_switchkd.io import JsonObject, read_text, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

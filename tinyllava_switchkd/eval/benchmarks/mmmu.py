@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     LETTER_SUFFIX,
     SINGLE_WORD_SUFFIX,
     Answer,
@@ -29,7 +27,8 @@ from .base import (
     register_benchmark,
     said,
 )
-from .files import ID, find_file, need_file, picture_path, require, write_upload
+from tinyllava_switchkd.eval.benchmarks.files import ID, find_file, need_file, picture_path, require, write_upload
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

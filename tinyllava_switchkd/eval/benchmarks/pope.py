@@ -7,9 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_jsonl, write_jsonl
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -21,7 +19,8 @@ from .base import (
     said,
     strip_suffix,
 )
-from .files import missing_file, require
+from tinyllava_switchkd.eval.benchmarks.files import missing_file, require
+from tinyllava_switchkd.io import JsonObject, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

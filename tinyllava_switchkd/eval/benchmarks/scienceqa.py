@@ -8,9 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     LETTER_SUFFIX,
     Answer,
     Benchmark,
@@ -24,7 +22,8 @@ from .base import (
     register_benchmark,
     said,
 )
-from .files import ID, need_file, picture_path, require
+from tinyllava_switchkd.eval.benchmarks.files import ID, need_file, picture_path, require
+from tinyllava_switchkd.io import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -20,8 +18,9 @@ from .base import (
     question_line,
     register_benchmark,
 )
-from .files import ID, need_file, require
-from .vqa import annotator_answers, m4c_accuracy, score_row, summarise
+from tinyllava_switchkd.eval.benchmarks.files import ID, need_file, require
+from tinyllava_switchkd.eval.benchmarks.vqa import annotator_answers, m4c_accuracy, score_row, summarise
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

@@ -6,9 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -20,8 +18,8 @@ from .base import (
     refuse_missing,
     register_benchmark,
 )
-from .files import find_file, missing_file, require, write_upload
-from .vqa import (
+from tinyllava_switchkd.eval.benchmarks.files import find_file, missing_file, require, write_upload
+from tinyllava_switchkd.eval.benchmarks.vqa import (
     annotator_answers,
     m4c_accuracy,
     normalise_vizwiz,
@@ -31,6 +29,7 @@ from .vqa import (
     vizwiz_accuracy,
     vizwiz_accuracy_ascii,
 )
+from tinyllava_switchkd.io import JsonObject, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

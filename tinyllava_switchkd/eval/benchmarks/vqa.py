@@ -17,10 +17,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
+from tinyllava_switchkd.eval.benchmarks.base import Answer, percentage, percentage_by, said
+from tinyllava_switchkd.eval.benchmarks.files import require
 from tinyllava_switchkd.io import JsonObject
-
-from .base import Answer, percentage, percentage_by, said
-from .files import require
 
 ANNOTATORS = 10
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_switchkd.io import JsonObject, read_json, read_jsonl, write_json, write_jsonl
-
-from .base import (
+from tinyllava_switchkd.eval.benchmarks.base import (
     SINGLE_WORD_SUFFIX,
     Answer,
     ExpectedFile,
@@ -19,8 +17,16 @@ from .base import (
     refuse_missing,
     register_benchmark,
 )
-from .files import ID, find_file, prepare_hint, require, write_upload
-from .vqa import annotator_answers, m4c_accuracy, score_row, submission_form, summarise, vqav2_accuracy
+from tinyllava_switchkd.eval.benchmarks.files import ID, find_file, prepare_hint, require, write_upload
+from tinyllava_switchkd.eval.benchmarks.vqa import (
+    annotator_answers,
+    m4c_accuracy,
+    score_row,
+    submission_form,
+    summarise,
+    vqav2_accuracy,
+)
+from tinyllava_switchkd.io import JsonObject, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.eval.benchmarks.build import Build

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Connector, register_connector
-from .mlp import mlp
+from tinyllava_switchkd.model.connector.base import Connector, register_connector
+from tinyllava_switchkd.model.connector.mlp import mlp
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 
-from .base import Connector, register_connector
+from tinyllava_switchkd.model.connector.base import Connector, register_connector
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig

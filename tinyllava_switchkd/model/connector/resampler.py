@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Connector, register_connector
+from tinyllava_switchkd.model.connector.base import Connector, register_connector
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tinyllava_switchkd.cli import CommandParser
 from tinyllava_switchkd.constants import TEMPLATE_FLAGS
-
-from .targets import ExportTargetFactory
+from tinyllava_switchkd.model.export.targets import ExportTargetFactory
 
 logger = logging.getLogger(__name__)
 

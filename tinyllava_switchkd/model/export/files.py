@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
-
-from ..card import facts_of, write_model_card
+from tinyllava_switchkd.model.card import facts_of, write_model_card
 
 RECORD = "tinyllava"
 """Key in an export's ``config.json`` for TinyLLaVA's own settings, so that it can be converted back exactly."""

@@ -13,19 +13,18 @@ from transformers import LlavaConfig, PreTrainedTokenizerBase
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
-
-from ..checkpoint import load_pretrained_model
-from ..configuration import TinyLlavaConfig
-from ..fields import check_config
-from ..layouts import add_stop_tokens, made
-from ..llm import open_tokenizer
-from ..modeling import TinyLlavaForConditionalGeneration
-from ..processor import check_image_processor
-from ..saving import save_pretrained_model
-from ..weights import COMPUTED_BUFFERS, read_weights, refuse, resolve_folder
-from .chat_template import template_behind
-from .files import empty_folder, read_by_older_versions, whole_folder
-from .hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.configuration import TinyLlavaConfig
+from tinyllava_switchkd.model.export.chat_template import template_behind
+from tinyllava_switchkd.model.export.files import empty_folder, read_by_older_versions, whole_folder
+from tinyllava_switchkd.model.export.hf_llava import CONNECTORS, RECORD, STRATEGIES, TOWERS
+from tinyllava_switchkd.model.fields import check_config
+from tinyllava_switchkd.model.layouts import add_stop_tokens, made
+from tinyllava_switchkd.model.llm import open_tokenizer
+from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava_switchkd.model.processor import check_image_processor
+from tinyllava_switchkd.model.saving import save_pretrained_model
+from tinyllava_switchkd.model.weights import COMPUTED_BUFFERS, read_weights, refuse, resolve_folder
 
 # transformers 5's names -> the hub's -> v1's.
 NAMES = (

@@ -28,14 +28,13 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, write_json
-
-from ..chat import conversation_template, stop_token_ids
-from ..checkpoint import load_pretrained_model
-from .base import GGUF_DTYPES
-from .chat_template import jinja_template
-from .files import empty_folder, require, whole_folder
-from .hf_llava import add_image_token, generation_config_of, record_of
-from .questions import default_questions
+from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.export.base import GGUF_DTYPES
+from tinyllava_switchkd.model.export.chat_template import jinja_template
+from tinyllava_switchkd.model.export.files import empty_folder, require, whole_folder
+from tinyllava_switchkd.model.export.hf_llava import add_image_token, generation_config_of, record_of
+from tinyllava_switchkd.model.export.questions import default_questions
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

@@ -28,13 +28,12 @@ from transformers import (
 from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.io import JsonObject, write_json
-
-from ..chat import conversation_template, stop_token_ids
-from ..checkpoint import load_pretrained_model
-from ..saving import save_image_processor
-from .chat_template import jinja_template
-from .files import RECORD, empty_folder, read_by_older_versions, whole_folder
-from .verify import verify_export
+from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.export.chat_template import jinja_template
+from tinyllava_switchkd.model.export.files import RECORD, empty_folder, read_by_older_versions, whole_folder
+from tinyllava_switchkd.model.export.verify import verify_export
+from tinyllava_switchkd.model.saving import save_image_processor
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig

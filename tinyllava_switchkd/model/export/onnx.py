@@ -19,16 +19,14 @@ import torch
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.text import TextPreprocess
 from tinyllava_switchkd.io import JsonObject, read_json, write_json
-
-from ..chat import conversation_template, stop_token_ids
-from ..checkpoint import load_pretrained_model
-from ..saving import save_image_processor
-from .base import ONNX_DTYPES
-from .chat_template import jinja_template
-from .files import empty_folder, require, tokenizer_settings, whole_folder
-from .hf_llava import RECORD, add_image_token, generation_config_of, record_of
-from .onnx_dtypes import quantise, suffix
-from .onnx_graphs import (
+from tinyllava_switchkd.model.chat import conversation_template, stop_token_ids
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.export.base import ONNX_DTYPES
+from tinyllava_switchkd.model.export.chat_template import jinja_template
+from tinyllava_switchkd.model.export.files import empty_folder, require, tokenizer_settings, whole_folder
+from tinyllava_switchkd.model.export.hf_llava import RECORD, add_image_token, generation_config_of, record_of
+from tinyllava_switchkd.model.export.onnx_dtypes import quantise, suffix
+from tinyllava_switchkd.model.export.onnx_graphs import (
     DECODER,
     EMBED_TOKENS,
     GRAPHS,
@@ -41,8 +39,9 @@ from .onnx_graphs import (
     trace_vision_encoder,
     write_graph,
 )
-from .onnx_student import OnnxStudent
-from .questions import Question, default_questions
+from tinyllava_switchkd.model.export.onnx_student import OnnxStudent
+from tinyllava_switchkd.model.export.questions import Question, default_questions
+from tinyllava_switchkd.model.saving import save_image_processor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .onnx_graphs import EMBED_TOKENS
+from tinyllava_switchkd.model.export.onnx_graphs import EMBED_TOKENS
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -20,9 +20,8 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from tinyllava_switchkd.cli import first_line
-
-from ..caches import cache_of, with_cache
-from ..vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
+from tinyllava_switchkd.model.caches import cache_of, with_cache
+from tinyllava_switchkd.model.vision_tower.transformers_towers import Siglip2VisionTower, dinov2_positions
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram

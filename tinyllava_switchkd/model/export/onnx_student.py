@@ -14,11 +14,10 @@ from tinyllava_switchkd.constants import DEFAULT_IMAGE_TOKEN
 from tinyllava_switchkd.data.image_files import upright
 from tinyllava_switchkd.data.template.base import as_text, mark_first
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.model.export.chat_template import messages_of
+from tinyllava_switchkd.model.export.onnx_dtypes import suffix
+from tinyllava_switchkd.model.export.onnx_graphs import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER
 from tinyllava_switchkd.model.trust import refuse_code
-
-from .chat_template import messages_of
-from .onnx_dtypes import suffix
-from .onnx_graphs import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER
 
 Array = np.ndarray
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 
-from .base import GGUF_DTYPES, ONNX_DTYPES, ExportTarget, ExportTargetFactory, register_export_target
+from tinyllava_switchkd.model.export.base import (
+    GGUF_DTYPES,
+    ONNX_DTYPES,
+    ExportTarget,
+    ExportTargetFactory,
+    register_export_target,
+)
 
 __all__ = ["ExportTarget", "ExportTargetFactory", "register_export_target"]
 
@@ -26,7 +32,7 @@ class GgufTarget(ExportTarget):
         )
 
     def export(self, args: argparse.Namespace) -> None:
-        from .gguf import to_gguf
+        from tinyllava_switchkd.model.export.gguf import to_gguf
 
         record = to_gguf(args.model, args.out, args.dtype, args.template, args.allow_approximate, not args.no_verify)
         logger.info("%s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record["bytes"].items()))
@@ -45,7 +51,7 @@ class HfLlavaTarget(ExportTarget):
     summary = "transformers' LlavaForConditionalGeneration"
 
     def export(self, args: argparse.Namespace) -> None:
-        from .hf_llava import to_hf_llava
+        from tinyllava_switchkd.model.export.hf_llava import to_hf_llava
 
         difference = to_hf_llava(args.model, args.out, args.template, args.dtype, not args.no_verify)
         if difference is not None:
@@ -72,8 +78,8 @@ class OnnxTarget(ExportTarget):
         parser.add_argument("--max_questions", type=int, help="use this many of the questions, drawn with a fixed seed")
 
     def export(self, args: argparse.Namespace) -> None:
-        from .onnx import sentence, to_onnx
-        from .questions import read_questions
+        from tinyllava_switchkd.model.export.onnx import sentence, to_onnx
+        from tinyllava_switchkd.model.export.questions import read_questions
 
         questions = None
         if args.questions:
@@ -96,8 +102,8 @@ class V1Target(ExportTarget):
     summary = "TinyLLaVA v1's full layout, from any of its layouts or from transformers' LLaVA"
 
     def export(self, args: argparse.Namespace) -> None:
-        from ..weights import resolve_folder
-        from .from_llava import from_hf_llava, is_hf_llava, to_v1
+        from tinyllava_switchkd.model.export.from_llava import from_hf_llava, is_hf_llava, to_v1
+        from tinyllava_switchkd.model.weights import resolve_folder
 
         write = from_hf_llava if is_hf_llava(resolve_folder(args.model)) else to_v1
         write(args.model, args.out, args.template, args.dtype)

@@ -10,11 +10,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tinyllava_switchkd.constants import IMAGE_TOKEN_INDEX
 from tinyllava_switchkd.data.image import ImagePreprocess
 from tinyllava_switchkd.data.text import TextPreprocess
-
-from ..chat import stop_token_ids
-from ..checkpoint import load_pretrained_model
-from .files import RECORD
-from .questions import default_questions
+from tinyllava_switchkd.model.chat import stop_token_ids
+from tinyllava_switchkd.model.checkpoint import load_pretrained_model
+from tinyllava_switchkd.model.export.files import RECORD
+from tinyllava_switchkd.model.export.questions import default_questions
 
 
 @torch.no_grad()

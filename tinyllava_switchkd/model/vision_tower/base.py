@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
+from tinyllava_switchkd.model.llm import read_model_type
+from tinyllava_switchkd.model.processor import load_image_processor
 from tinyllava_switchkd.registry import Registry, base_name
-
-from ..llm import read_model_type
-from ..processor import load_image_processor
 
 SELECT_STRATEGIES = ("patch", "cls_patch")
 

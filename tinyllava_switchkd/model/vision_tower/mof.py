@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, CLIPVisionModel, Dinov2Config, PretrainedConfig
 
 from tinyllava_switchkd.io import JsonObject
-
-from ..llm import read_base_config
-from ..weights import read_weights, resolve_folder
-from .base import VisionTower, register_vision_tower, strip_prefix
-from .transformers_towers import (
+from tinyllava_switchkd.model.llm import read_base_config
+from tinyllava_switchkd.model.vision_tower.base import VisionTower, register_vision_tower, strip_prefix
+from tinyllava_switchkd.model.vision_tower.transformers_towers import (
     CLIPVisionTower,
     VisionModelHolder,
     build_dinov2,
@@ -25,6 +23,7 @@ from .transformers_towers import (
     run_dinov2,
     run_vision_model,
 )
+from tinyllava_switchkd.model.weights import read_weights, resolve_folder
 
 
 class MoF(nn.Module):

@@ -13,9 +13,15 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from tinyllava_switchkd.io import JsonObject, read_json
-
-from .base import register_vision_tower
-from .timm import LibraryTower, LibraryVisionConfig, forward_by, geometry, intermediate, keep_initialisation
+from tinyllava_switchkd.model.vision_tower.base import register_vision_tower
+from tinyllava_switchkd.model.vision_tower.timm import (
+    LibraryTower,
+    LibraryVisionConfig,
+    forward_by,
+    geometry,
+    intermediate,
+    keep_initialisation,
+)
 
 
 class OpenClipVisionConfig(LibraryVisionConfig):

@@ -16,11 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig
 
 from tinyllava_switchkd.io import JsonObject, read_json
-
-from ..trust import refuse_code
-from ..weights import read_weights
-from .base import VisionTower, register_vision_tower
-from .transformers_towers import clip_image_processor
+from tinyllava_switchkd.model.trust import refuse_code
+from tinyllava_switchkd.model.vision_tower.base import VisionTower, register_vision_tower
+from tinyllava_switchkd.model.vision_tower.transformers_towers import clip_image_processor
+from tinyllava_switchkd.model.weights import read_weights
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 

@@ -18,9 +18,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ..llm import read_base_config
-from ..weights import outside_zero_init, read_weights, resolve_folder
-from .base import VisionTower, register_vision_tower, strip_prefix
+from tinyllava_switchkd.model.llm import read_base_config
+from tinyllava_switchkd.model.vision_tower.base import VisionTower, register_vision_tower, strip_prefix
+from tinyllava_switchkd.model.weights import outside_zero_init, read_weights, resolve_folder
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BICUBIC = 3

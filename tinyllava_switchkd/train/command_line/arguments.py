@@ -18,9 +18,8 @@ from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import Method, MethodFactory
 from tinyllava_switchkd.distill.teacher_cache import check_method
 from tinyllava_switchkd.runtime import world_size
-
-from .deepspeed_config import check_deepspeed
-from .settings import check_settings, check_teacher_cache, check_tuning, weightless
+from tinyllava_switchkd.train.command_line.deepspeed_config import check_deepspeed
+from tinyllava_switchkd.train.command_line.settings import check_settings, check_teacher_cache, check_tuning, weightless
 
 
 @dataclass

@@ -17,12 +17,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tinyllava_switchkd.cli import show
 from tinyllava_switchkd.runtime import is_main_process
-
-from .flags import REQUIRED, TRUE, check_flags, help_text, own_flags, pairs, refuse_unknown, transformers_flags
-from .settings import Range
+from tinyllava_switchkd.train.command_line.flags import (
+    REQUIRED,
+    TRUE,
+    check_flags,
+    help_text,
+    own_flags,
+    pairs,
+    refuse_unknown,
+    transformers_flags,
+)
+from tinyllava_switchkd.train.command_line.settings import Range
 
 if TYPE_CHECKING:
-    from .arguments import Arguments
+    from tinyllava_switchkd.train.command_line.arguments import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +197,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     from transformers import HfArgumentParser
 
-    from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, distill_arguments
+    from tinyllava_switchkd.train.command_line.arguments import (
+        Arguments,
+        DataArguments,
+        ModelArguments,
+        TrainingArguments,
+        distill_arguments,
+    )
 
     argv = sys.argv[1:] if argv is None else argv
     for values in (values for name, values in pairs(argv) if name == "logging_dir"):

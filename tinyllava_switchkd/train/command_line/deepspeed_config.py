@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_switchkd.io import JsonObject, read_json
 from tinyllava_switchkd.runtime import world_size
-
-from .settings import OneOf, Range, numbers_in
+from tinyllava_switchkd.train.command_line.settings import OneOf, Range, numbers_in
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from tinyllava_switchkd.io import read_json
 from tinyllava_switchkd.registry import ENTRY_POINT_GROUP
-
-from .settings import ALLOWED, OneOf, check_teacher_cache, check_tuning, weightless
+from tinyllava_switchkd.train.command_line.settings import ALLOWED, OneOf, check_teacher_cache, check_tuning, weightless
 
 OWN = Path(__file__).with_name("flags.json")
 NAMES = Path(__file__).with_name("names.json")

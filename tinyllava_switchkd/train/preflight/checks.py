@@ -10,10 +10,9 @@ from pathlib import Path
 from tinyllava_switchkd.data.template import TemplateFactory
 from tinyllava_switchkd.model.connector import ConnectorFactory
 from tinyllava_switchkd.model.vision_tower import VisionTowerFactory
-
-from ..command_line.arguments import Arguments, TrainingArguments
-from ..recipes import TrainingRecipeFactory
-from ..reliability.checkpoints import is_chosen
+from tinyllava_switchkd.train.command_line.arguments import Arguments, TrainingArguments
+from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
+from tinyllava_switchkd.train.reliability.checkpoints import is_chosen
 
 
 def check_names(arguments: Arguments) -> None:

@@ -21,10 +21,9 @@ from tinyllava_switchkd.distill import Task
 from tinyllava_switchkd.distill.bridge import differ
 from tinyllava_switchkd.distill.objective import CHUNK_ELEMENTS
 from tinyllava_switchkd.model.quantized import linears_to_quantize, weight_bytes
-
-from ..command_line.arguments import Arguments, TeacherArguments, TrainingArguments
-from ..recipes import TrainingRecipeFactory
-from .skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
+from tinyllava_switchkd.train.command_line.arguments import Arguments, TeacherArguments, TrainingArguments
+from tinyllava_switchkd.train.preflight.skeleton import checkpoint_skeleton, student_skeleton, visual_tokens
+from tinyllava_switchkd.train.recipes import TrainingRecipeFactory
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

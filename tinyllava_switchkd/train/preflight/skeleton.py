@@ -12,9 +12,8 @@ from tinyllava_switchkd.model.configuration import TinyLlavaConfig
 from tinyllava_switchkd.model.layouts import image_processor_of, open_checkpoint, tokenizer_of
 from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava_switchkd.model.weights import resolve_folder
-
-from ..attention import attention_of
-from ..command_line.arguments import Arguments
+from tinyllava_switchkd.train.attention import attention_of
+from tinyllava_switchkd.train.command_line.arguments import Arguments
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

@@ -1,8 +1,8 @@
 """Training recipes: which parts of a model are trained, in what form, and how the result is written."""
 
-from .base import BaseTrainingRecipe, TrainingRecipeFactory, register_training_recipe
-from .lora import LoRATrainingRecipe
-from .qlora import QLoRATrainingRecipe
+from tinyllava_switchkd.train.recipes.base import BaseTrainingRecipe, TrainingRecipeFactory, register_training_recipe
+from tinyllava_switchkd.train.recipes.lora import LoRATrainingRecipe
+from tinyllava_switchkd.train.recipes.qlora import QLoRATrainingRecipe
 
 register_training_recipe("common")(BaseTrainingRecipe)
 

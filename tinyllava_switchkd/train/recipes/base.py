@@ -11,9 +11,8 @@ from torch import Tensor
 from tinyllava_switchkd.model.checkpoint import build_model, load_checkpoint_weights, load_pretrained_model
 from tinyllava_switchkd.model.saving import save_pretrained_model
 from tinyllava_switchkd.registry import Registry
-
-from ..command_line.arguments import TrainingArguments
-from .parts import describe, set_tune_type, tune_from_layer
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.recipes.parts import describe, set_tune_type, tune_from_layer
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -16,9 +16,8 @@ from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.model.card import write_model_card
 from tinyllava_switchkd.model.saving import save_image_processor
 from tinyllava_switchkd.model.weights import refuse
-
-from .base import BaseTrainingRecipe, register_training_recipe
-from .parts import MODULES
+from tinyllava_switchkd.train.recipes.base import BaseTrainingRecipe, register_training_recipe
+from tinyllava_switchkd.train.recipes.parts import MODULES
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

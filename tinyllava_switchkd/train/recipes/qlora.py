@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..command_line.arguments import TrainingArguments
-from .base import register_training_recipe
-from .lora import LoRATrainingRecipe
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.recipes.base import register_training_recipe
+from tinyllava_switchkd.train.recipes.lora import LoRATrainingRecipe
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.modeling import TinyLlavaForConditionalGeneration as TinyLlava

@@ -17,8 +17,7 @@ import transformers
 from tinyllava_switchkd.distill import MethodFactory
 from tinyllava_switchkd.io import JsonObject, digest, digest_of_files, read_json
 from tinyllava_switchkd.model.weights import resolve_folder
-
-from ..command_line.arguments import Arguments
+from tinyllava_switchkd.train.command_line.arguments import Arguments
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 from tinyllava_switchkd.io import JsonObject
-
-from .signals import started_at
+from tinyllava_switchkd.train.reliability.signals import started_at
 
 logger = logging.getLogger(__name__)
 

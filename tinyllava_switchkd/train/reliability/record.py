@@ -9,8 +9,7 @@ import yaml
 
 from tinyllava_switchkd.io import read_json, write_text
 from tinyllava_switchkd.runtime import is_main_process, versions
-
-from ..command_line.arguments import Arguments
+from tinyllava_switchkd.train.command_line.arguments import Arguments
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,13 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
 
 from tinyllava_switchkd.io import JsonObject, write_json
-
-from ..adapters import read_adapters, whole
-from ..command_line.arguments import TrainingArguments
-from ..validation import WithFillers
-from . import checkpoints, fingerprint, signals, universal
-from .guard import Guard, check_trained
-from .record import ARGUMENTS
-from .resume import REMEDY, ResumeError, reading
+from tinyllava_switchkd.train.adapters import read_adapters, whole
+from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
+from tinyllava_switchkd.train.reliability import checkpoints, fingerprint, signals, universal
+from tinyllava_switchkd.train.reliability.guard import Guard, check_trained
+from tinyllava_switchkd.train.reliability.record import ARGUMENTS
+from tinyllava_switchkd.train.reliability.resume import REMEDY, ResumeError, reading
+from tinyllava_switchkd.train.validation import WithFillers
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput

@@ -21,13 +21,11 @@ from tinyllava_switchkd.constants import SPLIT_FOLDERS
 from tinyllava_switchkd.io import read_json, write_json
 from tinyllava_switchkd.model.layouts import read_config
 from tinyllava_switchkd.model.weights import shard_names
-
-from . import checkpoints, fingerprint
+from tinyllava_switchkd.train.reliability import checkpoints, fingerprint
 
 if TYPE_CHECKING:
     from tinyllava_switchkd.model.configuration import TinyLlavaConfig
-
-    from ..command_line.arguments import TrainingArguments
+    from tinyllava_switchkd.train.command_line.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

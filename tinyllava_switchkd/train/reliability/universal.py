@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import checkpoints
-from .resume import ResumeError, reading
+from tinyllava_switchkd.train.reliability import checkpoints
+from tinyllava_switchkd.train.reliability.resume import ResumeError, reading
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
