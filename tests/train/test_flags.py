@@ -15,6 +15,7 @@ from tests.train.test_arguments import V1_FINETUNE
 from tinyllava_switchkd.distill.flags import method_settings, settings
 from tinyllava_switchkd.distill.methods import MethodFactory
 from tinyllava_switchkd.io import read_json
+from tinyllava_switchkd.train.command_line import flags
 from tinyllava_switchkd.train.command_line.arguments import (
     DataArguments,
     ModelArguments,
@@ -74,6 +75,13 @@ def test_what_is_certainly_wrong(words, sentence):
         with pytest.raises(ValueError) as error:
             check_command_line([*REQUIRED, *words])
         assert sentence in str(error.value)
+
+
+def test_without_transformers_its_flags_are_not_refused(monkeypatch):
+    monkeypatch.setattr(flags, "transformers_flags", dict)
+    check_command_line([*REQUIRED, "--num_train_epochs", "2"])
+    with pytest.raises(ValueError, match="--lora_r is 'x'"):
+        check_command_line([*REQUIRED, "--lora_r", "x"])
 
 
 def test_settings_of_methods_are_refused_as_by_the_full_parser():

@@ -106,12 +106,13 @@ def check_flags(argv: Sequence[str]) -> None:
     Raises:
         ValueError: the first mistake found, in one sentence.
     """
-    known = transformers_flags() | own_flags()
+    theirs = transformers_flags()  # none where transformers is not installed, as for a dry run elsewhere
+    known = theirs | own_flags()
     plugins = bool(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))  # their settings are flags, too
     given = pairs(argv)
     for name, values in given:
         flag = known.get(name.replace("-", "_"))
-        if flag is None and not plugins:
+        if flag is None and theirs and not plugins:
             refuse_unknown(name, known)
         if flag is not None and len(values) == 1:
             _check_value(flag, values[0])
