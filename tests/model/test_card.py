@@ -123,6 +123,8 @@ def test_odd_but_harmless_values(trained):
     (trained / "card.json").write_text('{"teacher": null, "data": [5]}')
     (trained / "training_args.json").write_text('{"data_path": ["a"], "distill_method": ["x"], "teacher_path": "x"}')
     main([str(trained)])
+    text = (trained / "README.md").read_text()
+    assert "| data | 5 |" in text and "distilled" in text
 
 
 def test_a_partial_score_says_so(tmp_path):
