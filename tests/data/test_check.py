@@ -154,9 +154,10 @@ def test_mistakes_that_v1_silently_accepts_are_counted(folder):
     assert "(all of them)" in str(report) and not report.ok
 
 
-def test_command_as_a_command(folder):
+@pytest.mark.parametrize("name", ["train.check_data", "data.check"])  # the second is its old name
+def test_command_as_a_command(name, folder):
     (folder / "b.jpg").unlink()
-    command = [sys.executable, "-m", "tinyllava_switchkd.train.check_data", str(folder / "data.json")]
+    command = [sys.executable, "-m", f"tinyllava_switchkd.{name}", str(folder / "data.json")]
     done = subprocess.run([*command, "--image-folder", str(folder)], capture_output=True, text=True)
     assert done.returncode == 1
     assert str(folder / "b.jpg") in done.stdout
